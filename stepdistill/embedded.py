@@ -1,0 +1,24 @@
+"""Where the embedded teacher, data and scorer lie: beside the package in a wheel, in `assets/` of a checkout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stepdistill.errors import InputError
+
+NAMES = ("avatars", "teacher", "scorer")
+
+
+def path(name: str) -> Path:
+    """The folder of an embedded asset: `avatars`, `teacher` or `scorer`.
+
+    Raises:
+        InputError: the name is none of these, or the installation lacks the folder.
+    """
+    if name not in NAMES:
+        raise InputError(f"embedded asset: got {name!r}; allowed: {', '.join(NAMES)}")
+    package = Path(__file__).parent
+    for root in (package / "assets", package.parent / "assets"):
+        if (root / name).is_dir():
+            return root / name
+    raise InputError(f"embedded asset {name!r}: not in {package.parent / 'assets'}; reinstall stepdistill from a full checkout")
