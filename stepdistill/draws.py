@@ -13,7 +13,7 @@ from torch import Tensor
 _MASK = (1 << 63) - 1
 
 
-def _mix(seed: int, counter: int) -> int:
+def mix(seed: int, counter: int) -> int:
     """One 63-bit seed from two integers (the finalizer of SplitMix64, Steele et al. 2014)."""
     z = (seed * 0x9E3779B97F4A7C15 + counter * 0xD1B54A32D192ED03 + 0x8CB92BA72F3D8DD7) & ((1 << 64) - 1)
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
@@ -36,7 +36,7 @@ class Draws:
     @classmethod
     def at(cls, seed: int, first: int, count: int, device: torch.device | str = "cpu") -> Draws:
         """Draws for the samples numbered `first` to `first + count - 1` of the run with this seed."""
-        return cls([_mix(seed, first + i) for i in range(count)], device)
+        return cls([mix(seed, first + i) for i in range(count)], device)
 
     def __len__(self) -> int:
         return len(self.generators)

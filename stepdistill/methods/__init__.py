@@ -1,0 +1,21 @@
+"""Distillation methods by name, one file each."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from stepdistill.errors import InputError
+
+REGISTRY = {"lcm": "consistency.LatentConsistency"}
+
+
+def get(name: str) -> type:
+    """The class of a method.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    if name not in REGISTRY:
+        raise InputError(f"method: got {name!r}; allowed: {', '.join(REGISTRY)}")
+    module, cls = REGISTRY[name].split(".")
+    return getattr(import_module(f"stepdistill.methods.{module}"), cls)

@@ -1,0 +1,57 @@
+"""Text conditioning of Stable Diffusion 1.x/2.x and SDXL, through the pipelines' own `encode_prompt`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from stepdistill.conditioning.base import Cond
+
+
+class StableDiffusionConditioner:
+    """CLIP token states; unconditional is the encoded empty prompt (Rombach et al. 2022)."""
+
+    def __init__(self, pipeline) -> None:
+        self.pipeline = pipeline
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], *, size: tuple[int, int] | None = None) -> Cond:
+        """text (B, S, D)."""
+        device = self.pipeline.text_encoder.device
+        text, _ = self.pipeline.encode_prompt(list(prompts), device, 1, do_classifier_free_guidance=False)
+        return {"text": text}
+
+    def unconditional(self, n: int = 1, *, size: tuple[int, int] | None = None) -> Cond:
+        """The encoded "", n times."""
+        return self.encode([""] * n, size=size)
+
+
+class StableDiffusionXLConditioner:
+    """Token states of both towers, pooled text and size conditioning (Podell et al. 2023, section 2.2).
+
+    Unconditional is zeros where the pipeline says `force_zeros_for_empty_prompt`, as SDXL was trained; else the
+    encoded empty prompt.
+    """
+
+    def __init__(self, pipeline) -> None:
+        self.pipeline = pipeline
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], *, size: tuple[int, int] | None = None) -> Cond:
+        """text (B, S, D), pooled (B, P), time_ids (B, 6): original size, crop (0, 0), target size, all `size`."""
+        device = self.pipeline.text_encoder_2.device
+        text, _, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        side = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+        size = size or (side, side)
+        time_ids = torch.tensor([*size, 0, 0, *size], dtype=text.dtype, device=device)
+        return {"text": text, "pooled": pooled, "time_ids": time_ids.expand(len(prompts), 6)}
+
+    def unconditional(self, n: int = 1, *, size: tuple[int, int] | None = None) -> Cond:
+        """Zeros, or the encoded "", n times; the same time_ids as a prompt's."""
+        cond = self.encode([""] * n, size=size)
+        if self.pipeline.config.force_zeros_for_empty_prompt:
+            cond |= {key: torch.zeros_like(cond[key]) for key in ("text", "pooled")}
+        return cond

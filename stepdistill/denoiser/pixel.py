@@ -1,0 +1,24 @@
+"""UNet2DModel: pixel-space models, class-conditional or not."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from stepdistill.denoiser.base import Cond, Denoiser
+from stepdistill.prediction import Kind
+from stepdistill.schedules import Schedule
+
+
+class PixelDenoiser(Denoiser):
+    """A UNet on pixels. Condition: labels, where the network has a class embedding."""
+
+    def __init__(self, backbone: nn.Module, schedule: Schedule, kind: Kind) -> None:
+        super().__init__(backbone, schedule, kind)
+        size = backbone.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.sample_shape = (backbone.config.in_channels, height, width)
+
+    def evaluate(self, x_t: Tensor, clock: Tensor, cond: Cond | None) -> Tensor:
+        """The UNet's output, first half where it also predicts variances; x_t (B, C, H, W), clock (B,)."""
+        labels = cond.get("labels") if cond else None
+        return self.backbone(x_t, clock, labels, return_dict=False)[0][:, : x_t.shape[1]]

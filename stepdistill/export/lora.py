@@ -1,0 +1,78 @@
+"""Writes students that plain diffusers loads whole: a LoRA with its adapter's rank and alpha, or a full pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+
+from stepdistill.denoiser.load import Teacher
+from stepdistill.errors import InputError
+from stepdistill.training.checkpoint import replacing
+from stepdistill.training.roles import ADAPTER
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def lcm_scheduler(teacher: Teacher, *, solver_steps: int, timestep_scaling: float):
+    """diffusers' LCMScheduler for a student of this teacher."""
+    from diffusers import LCMScheduler
+
+    config = {**teacher.source.scheduler.config, "original_inference_steps": solver_steps, "timestep_scaling": timestep_scaling}
+    for unused in ("timestep_spacing", "steps_offset", "clip_sample", "set_alpha_to_one"):
+        config.pop(unused, None)
+    return LCMScheduler.from_config(config, timestep_spacing="leading", clip_sample=False, set_alpha_to_one=False)
+
+
+def save_lora(teacher: Teacher, out: Path, *, scheduler, config: dict, card: str, extra: dict[str, bytes] | None = None) -> Path:
+    """Writes the adapter on the teacher's backbone to an export folder.
+
+    `pytorch_lora_weights.safetensors` holds every adapter tensor under diffusers' own names, and the adapter's
+    configuration, so that `load_lora_weights` restores rank and alpha.
+
+    Args:
+        scheduler: a diffusers scheduler, written to `scheduler/`.
+        config: the run's configuration. card: the text of README.md. extra: further files by name.
+    """
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    backbone = teacher.denoiser.backbone
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(backbone, adapter_name=ADAPTER))
+    trained = sum(".lora_" in name for name, _ in backbone.named_parameters())
+    if len(state) != trained:
+        raise InputError(f"export: got {len(state)} tensors for {trained} trained ones; please report this")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with replacing(Path(out)) as folder:
+        type(teacher.source).save_lora_weights(
+            folder, unet_lora_layers=state, weight_name=LORA_FILE, unet_lora_adapter_metadata=backbone.peft_config[ADAPTER].to_dict()
+        )
+        _finish(folder, scheduler, config, card, extra)
+    return Path(out)
+
+
+def save_pipeline(
+    teacher: Teacher, backbone, out: Path, *, scheduler, config: dict, card: str, extra: dict[str, bytes] | None = None
+) -> Path:
+    """Writes a whole pipeline folder with the student in the teacher's place."""
+    parts = dict(teacher.source.components) | {"unet": backbone, "scheduler": scheduler}
+    options = {"requires_safety_checker": False} if teacher.family == "StableDiffusionPipeline" else {}
+    with replacing(Path(out)) as folder:
+        type(teacher.source)(**parts, **options).save_pretrained(folder)
+        _finish(folder, scheduler, config, card, extra)
+    return Path(out)
+
+
+def _finish(folder: Path, scheduler, config: dict, card: str, extra: dict[str, bytes] | None) -> None:
+    scheduler.save_pretrained(folder / "scheduler")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "README.md").write_text(card)
+    for name, content in (extra or {}).items():
+        (folder / name).write_bytes(content)
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """The names of the tensors in an export's LoRA file."""
+    with safe_open(Path(folder) / LORA_FILE, "pt") as file:
+        return list(file.keys())

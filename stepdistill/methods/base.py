@@ -1,0 +1,85 @@
+"""What a distillation method is: the roles it needs, the order they are trained in, and a pure loss.
+
+A method is a frozen dataclass. It holds no network, optimizer, device or state: what changes during training it reads
+from the clock, and every random number comes from the batch's draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stepdistill.denoiser.base import Denoiser
+from stepdistill.draws import Draws
+
+Cond = dict[str, Tensor]
+
+
+class Role(Enum):
+    """How a network takes part: frozen, trained by the loss, or following the student by a moving average."""
+
+    FROZEN = "frozen"
+    TRAINED = "trained"
+    TARGET = "target"
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Which update this is, of how many. Never counts micro-batches."""
+
+    update: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B training samples.
+
+    Attributes:
+        x0: (B, C, H, W) clean latents or pictures.
+        cond, uncond: conditions of batch B.
+        draws: the samples' own random numbers.
+    """
+
+    x0: Tensor
+    cond: Cond
+    uncond: Cond
+    draws: Draws
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The scalar to minimise, and its named parts for the log (detached scalars)."""
+
+    total: Tensor
+    terms: Mapping[str, Tensor]
+
+
+class Models(Protocol):
+    """The networks of a run by role. `teacher` and `target` answer without gradients."""
+
+    teacher: Denoiser
+    student: Denoiser
+    target: Denoiser
+
+
+class Method(Protocol):
+    """A distillation method."""
+
+    roles: Mapping[str, Role]
+
+    def phases(self, clock: Clock) -> tuple[str, ...]:
+        """The roles trained in this update, in order."""
+
+    def loss(self, phase: str, batch: Batch, models: Models, clock: Clock) -> Loss:
+        """The loss of one phase."""
+
+
+def huber(difference: Tensor, c: float) -> Tensor:
+    """mean(sqrt(d² + c²) - c), the pseudo-Huber loss of Song and Dhariwal (2023), section 3.3. Scalar float32."""
+    return (torch.sqrt(difference.float().square() + c * c) - c).mean()

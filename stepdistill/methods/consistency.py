@@ -1,0 +1,130 @@
+"""Latent consistency distillation, LCM and LCM-LoRA (Luo et al. 2023a, 2023b).
+
+The student learns the map f from any point of a teacher's guided ODE path to the path's clean end. Its loss asks that
+two neighbours on one path have the same end:
+
+    x_t = alpha_t x0 + sigma_t eps                          a noised picture
+    x_s = DDIM(teacher guided by g, x_t, t -> s)            its neighbour, k = T / solver_steps below
+    L   = d(f_student(x_t, t), f_target(x_s, s))
+
+with f(x, t) = c_skip x + c_out x0_hat, which is x itself at the clean end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from stepdistill.denoiser.base import Denoiser
+from stepdistill.errors import InputError
+from stepdistill.guidance import guided
+from stepdistill.methods.base import Batch, Clock, Loss, Models, Role, huber
+from stepdistill.schedules import AlphaBar, Schedule, match
+from stepdistill.solvers import ddim_step
+
+
+def boundary_scalings(
+    t: Tensor, schedule: Schedule, *, timestep_scaling: float = 10.0, sigma_data: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out of Song et al. (2023), as LCM takes them: with tau = timestep_scaling t,
+
+        c_skip = sigma_data² / (tau² + sigma_data²),    c_out = tau / sqrt(tau² + sigma_data²).
+
+    On AlphaBar t is the timestep index, as in diffusers' LCMScheduler; elsewhere tau is measured from the clean end, in
+    thousandths of the schedule's range, so that the two agree.
+
+    Returns:
+        float64, the shape of t.
+    """
+    t = t.to(torch.float64)
+    index = t.clamp(min=0) if isinstance(schedule, AlphaBar) else 1000 * (t - schedule.t_min) / (schedule.t_max - schedule.t_min)
+    tau = timestep_scaling * index
+    return sigma_data**2 / (tau**2 + sigma_data**2), tau / (tau**2 + sigma_data**2).sqrt()
+
+
+def consistency(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], timestep_scaling: float) -> Tensor:
+    """f(x_t, t) = c_skip x_t + c_out x0_hat: (B, ...) float32 (float64 as x_t)."""
+    c_skip, c_out = boundary_scalings(t, denoiser.schedule, timestep_scaling=timestep_scaling)
+    return match(c_skip, x_t) * x_t + match(c_out, x_t) * denoiser(x_t, t, cond, kind="x0")
+
+
+@dataclass(frozen=True)
+class LatentConsistency:
+    """Latent consistency distillation.
+
+    Args:
+        guidance_min, guidance_max: the teacher's guidance scale is drawn evenly from this range for each sample
+            (1 is none; the papers' w is one less). Equal ends fix it.
+        solver_steps: points on the teacher's path; k = T / solver_steps.
+        loss: "huber" or "l2".
+        huber_c: c of the pseudo-Huber loss.
+        timestep_scaling: how steeply the boundary condition is left.
+        embed_guidance: tell the student its w through `time_cond_proj_dim` (a full student).
+
+    Raises:
+        InputError: a guidance below 1 or an empty range, or another setting out of range.
+    """
+
+    guidance_min: float = 3.0
+    guidance_max: float = 15.0
+    solver_steps: int = 50
+    loss_type: str = "huber"
+    huber_c: float = 1e-3
+    timestep_scaling: float = 10.0
+    embed_guidance: bool = False
+
+    roles: ClassVar[dict[str, Role]] = {"teacher": Role.FROZEN, "student": Role.TRAINED, "target": Role.TARGET}
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.guidance_min <= self.guidance_max:
+            got = f"{self.guidance_min:g} to {self.guidance_max:g}"
+            raise InputError(f"guidance: got {got}; allowed: 1 or more, rising; 1 means no guidance, try 2")
+        if self.solver_steps < 2:
+            raise InputError(f"solver_steps: got {self.solver_steps}; allowed: 2 or more; the papers use 50")
+        if self.loss_type not in ("huber", "l2"):
+            raise InputError(f"loss: got {self.loss_type!r}; allowed: huber, l2")
+        if not self.huber_c > 0:
+            raise InputError(f"huber_c: got {self.huber_c:g}; allowed: above 0; the papers use 0.001")
+
+    def phases(self, clock: Clock) -> tuple[str, ...]:
+        """The student alone."""
+        return ("student",)
+
+    def times(self, index: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        """t and its neighbour s below for path points 0 to solver_steps - 1, (B,) float64 each.
+
+        On AlphaBar with T = 1000 and k = 20: t = 19, 39, ..., 999 and s = max(t - 20, 0). Elsewhere the points are even
+        in t and s of the first is the clean end.
+        """
+        if isinstance(schedule, AlphaBar):
+            count = int(schedule.t_max) + 1
+            if self.solver_steps > count:
+                raise InputError(f"solver_steps: got {self.solver_steps}; allowed: 2 to {count} on this teacher")
+            k = count // self.solver_steps
+            t = (index.to(torch.float64) + 1) * k - 1
+            return t, (t - k).clamp(min=0)
+        k = (schedule.t_max - schedule.t_min) / self.solver_steps
+        t = schedule.t_min + (index.to(torch.float64) + 1) * k
+        return t, t - k
+
+    def loss(self, phase: str, batch: Batch, models: Models, clock: Clock) -> Loss:
+        """mean Huber or L2 distance between the ends that student and target see from x_t and x_s."""
+        schedule, draws = models.teacher.schedule, batch.draws
+        t, s = self.times(draws.integers(self.solver_steps), schedule)
+        scale = self.guidance_min + (self.guidance_max - self.guidance_min) * draws.uniform()
+        x_t = schedule.add_noise(batch.x0, draws.normal(*batch.x0.shape[1:]).to(batch.x0.dtype), t)
+        cond = batch.cond | {"guidance": scale - 1} if self.embed_guidance else batch.cond
+
+        with torch.no_grad():
+            fixed = self.guidance_min == self.guidance_max == 1
+            teacher_x0 = guided(models.teacher, x_t, t, batch.cond, batch.uncond, 1.0 if fixed else scale, kind="x0")
+            x_s = ddim_step(schedule, x_t, teacher_x0, t, s)
+            target_x0 = consistency(models.target, x_s, s, cond, self.timestep_scaling)
+        student_x0 = consistency(models.student, x_t, t, cond, self.timestep_scaling)
+
+        difference = student_x0 - target_x0
+        total = huber(difference, self.huber_c) if self.loss_type == "huber" else difference.float().square().mean()
+        return Loss(total, {"consistency": total.detach()})

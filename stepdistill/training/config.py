@@ -1,0 +1,148 @@
+"""What every training run can be told, and how YAML files and flags make it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from stepdistill.errors import InputError
+from stepdistill.training.roles import LORA_TARGETS
+
+# What may change when a run is taken up again.
+FREE = {"config", "checkpoint_every", "validate_every", "validation_prompts", "log_every", "trackers", "push_to_hub",
+        "dry_run"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Flags of every training script."""
+
+    teacher: str = "avatars"
+    """Pipeline folder, hub id, or "avatars", the embedded teacher."""
+    data: str = "avatars"
+    """Image folder with metadata.jsonl, `datasets` name, webdataset shards, cache folder, prompts (.txt), "avatars"."""
+    out: Path = Path("out/student")
+    """Folder for checkpoints, logs and the export. Run the same command again to resume."""
+    config: Path | None = None
+    """YAML file of defaults for any of these flags; flags win."""
+    seed: int = 0
+    """Seed of everything drawn."""
+    resolution: int | None = None
+    """Side of the pictures in pixels; the teacher's own where not given."""
+
+    max_train_steps: int = 1000
+    """Updates."""
+    batch_size: int = 16
+    """Samples a process takes in one forward."""
+    gradient_accumulation: int = 1
+    """Forwards to an update."""
+    learning_rate: float = 1e-4
+    """At the plateau."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes on after the warm-up."""
+    lr_warmup: int = 0
+    """Updates over which the learning rate rises."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """8-bit AdamW needs the extra `quant`."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    lora: bool = True
+    """Train an adapter; --no-lora trains every weight."""
+    rank: int = 64
+    """Of the adapter."""
+    alpha: float | None = None
+    """The adapter is scaled by alpha / rank; the rank where not given."""
+    target_modules: tuple[str, ...] = LORA_TARGETS
+    """Endings of the names of adapted layers."""
+    lora_dropout: float = 0.0
+    target_ema: float = 0.95
+    """Decay of the target's moving average; 0 makes the student its own target."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    """torch.compile the backbone."""
+
+    checkpoint_every: int = 500
+    """Updates between checkpoints."""
+    validate_every: int = 0
+    """Updates between validation grids; 0 for none before the end."""
+    validation_prompts: tuple[str, ...] = ()
+    """Prompts of the grids; a few of the data's where not given."""
+    log_every: int = 10
+    """Updates between lines of metrics.jsonl."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Besides metrics.jsonl; from the extra `trackers`."""
+    push_to_hub: str | None = None
+    """Hub repository to upload the export to."""
+    dry_run: bool = False
+    """Print the resolved configuration, do one update without saving, and stop."""
+
+    def __post_init__(self) -> None:
+        positive = ("max_train_steps", "batch_size", "gradient_accumulation", "learning_rate", "checkpoint_every",
+                    "log_every", "max_grad_norm")  # fmt: skip
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name}: got {getattr(self, name)}; allowed: above 0; raise it")
+        if self.lora and self.rank < 1:
+            raise InputError(f"rank: got {self.rank}; allowed: 1 or more; the papers use 64")
+
+    def record(self) -> dict:
+        """The configuration as JSON holds it."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+C = TypeVar("C", bound=TrainConfig)
+
+
+def from_yaml(path: Path, kind: type[C]) -> C:
+    """The configuration a YAML file describes.
+
+    Raises:
+        InputError: no such file, no mapping in it, an unknown key (with the nearest valid one), or a bad value.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"--config: got {path} ({str(error).splitlines()[0]}); allowed: a readable YAML file") from error
+    if not isinstance(values, dict):
+        raise InputError(f"--config: got {path}, which holds no mapping; allowed: lines of `flag: value`")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    clean = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            raise InputError(f"--config: got key {key!r} in {path}; allowed: the script's flags"
+                             + (f"; did you mean {near[0]!r}?" if near else "; see --help"))  # fmt: skip
+        kind_name = str(fields[name].type)
+        if kind_name.startswith("tuple") and isinstance(value, list):
+            value = tuple(value)
+        elif "Path" in kind_name and isinstance(value, str):
+            value = Path(value)
+        elif kind_name.startswith("float") and isinstance(value, int | str):
+            value = float(value)  # YAML reads 1e-4 as a string
+        clean[name] = value
+    return kind(**clean)
+
+
+def parse(kind: type[C], description: str | None, argv: list[str] | None = None) -> C:
+    """The configuration of a command line: defaults, then the YAML file of --config, then flags. Exits 2 on bad flags."""
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    default = None
+    for i, word in enumerate(argv):
+        name, _, value = word.partition("=")
+        if name == "--config":
+            default = from_yaml(Path(value or (argv[i + 1] if i + 1 < len(argv) else "")), kind)
+    return tyro.cli(kind, args=argv, default=default, description=description)

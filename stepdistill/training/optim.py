@@ -1,0 +1,32 @@
+"""Optimizers and learning rates, as functions of the update."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from stepdistill.errors import InputError
+from stepdistill.training.config import TrainConfig
+
+
+def build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019), or bitsandbytes' 8-bit one."""
+    options = {"lr": config.learning_rate, "betas": config.adam_betas, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise InputError("optimizer: got adamw8bit; that needs the extra `quant`: pip install 'stepdistill[quant]'") from error
+        return AdamW8bit(parameters, **options)
+    return torch.optim.AdamW(parameters, fused=True, **options)
+
+
+def learning_rate_at(update: int, config: TrainConfig) -> float:
+    """The learning rate of an update: a linear warm-up, then constant, or falling to zero at `max_train_steps`."""
+    if update < config.lr_warmup:
+        return config.learning_rate * (update + 1) / config.lr_warmup
+    done = (update - config.lr_warmup) / max(1, config.max_train_steps - config.lr_warmup)
+    share = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.lr_scheduler]
+    return config.learning_rate * share

@@ -1,0 +1,57 @@
+"""What the student paints now: a grid of prompts by steps, always with the adapter on."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+
+from stepdistill.denoiser.base import Denoiser
+from stepdistill.denoiser.load import Teacher
+from stepdistill.draws import Draws
+from stepdistill.sampling import sample_lcm
+from stepdistill.training.config import TrainConfig
+
+STEPS = (1, 2, 4, 8)
+
+
+def prompts_for(config: TrainConfig, captions: list[str]) -> list[str]:
+    """The prompts of validation grids: those configured, or four of the data's."""
+    return list(config.validation_prompts) or captions[:4]
+
+
+def tile(rows: list[list[Image.Image]], gap: int = 4) -> Image.Image:
+    """Pictures of one size in rows, small ones enlarged without smoothing."""
+    width, height = rows[0][0].size
+    zoom = max(1, 128 // width)
+    width, height = width * zoom, height * zoom
+    sheet = Image.new("RGB", ((width + gap) * len(rows[0]) - gap, (height + gap) * len(rows) - gap), "white")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            resized = picture.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(resized, (x * (width + gap), y * (height + gap)))
+    return sheet
+
+
+def to_pictures(images: torch.Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] to PIL pictures."""
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(p.squeeze() if p.shape[-1] == 1 else p) for p in pixels]
+
+
+@torch.no_grad()
+def grid(teacher: Teacher, student: Denoiser, config: TrainConfig, captions: list[str]) -> Image.Image:
+    """A row a prompt, a column for each of 1, 2, 4, 8 steps; the same noise in a row."""
+    prompts = prompts_for(config, captions)
+    device = next(student.parameters()).device
+    cond = teacher.conditioner.encode(prompts)
+    if getattr(student, "guidance_width", None):
+        cond["guidance"] = torch.full((len(prompts),), 1.0, device=device)
+    training = student.training
+    student.eval()
+    columns = []
+    for steps in STEPS:
+        draws = Draws.at(config.seed, 0, len(prompts), device)
+        latents = sample_lcm(student, draws.normal(*student.sample_shape), cond, steps=steps, draws=draws)
+        columns.append(to_pictures(teacher.decode(latents)))
+    student.train(training)
+    return tile([list(row) for row in zip(*columns, strict=True)])
