@@ -1,125 +1,177 @@
-"""Tiny random pipelines of the real classes, small enough that a test trains one in seconds."""
+"""Tiny pipelines of random weights and of the real classes: what tests load, train, save and load again.
+
+`save` writes a whole pipeline folder that plain diffusers opens, and returns its path. Weights depend on the seed alone.
+Networks are small enough for a forward of a few milliseconds, and keep every kind of layer the real ones have.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from oracle import BETAS
+from torch import nn
 
-WORDS = ["a", "the", "person", "with", "red", "blue", "hat", "hair", "on", "left", "right", "cat"]
+LATENT = 8  # side of the latents
+FACTOR = 4  # pixels to a latent, so pictures are 32 x 32
+WORDS = ("a", "red", "blue", "green", "hat", "cat", "dog", "face", "with", "and", "of", "the", "on", "in")
+PROMPTS = ["a red cat with a blue hat", "the green dog"]
 
 
-def tokenizer(length: int = 16):
-    """A CLIP tokenizer of letters and a few words."""
+def tokenizer(max_length: int = 16, pad_token: str | None = None):
+    """A CLIP tokenizer: byte-level BPE with merges that make a few words whole."""
+    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
-    letters = [chr(c) for c in range(97, 123)] + [",", "."]
-    tokens = letters + [f"{c}</w>" for c in letters]
-    merges = []
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet)]
+    merges: list[tuple[str, str]] = []
     for word in WORDS:
-        parts = [*word[:-1], f"{word[-1]}</w>"]
-        while len(parts) > 1:
-            if (parts[0], parts[1]) not in merges:
-                merges.append((parts[0], parts[1]))
-                tokens.append(parts[0] + parts[1])
-            parts = [parts[0] + parts[1], *parts[2:]]
-    vocabulary = {t: i for i, t in enumerate([*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            pair = (pieces[0], pieces[1])
+            if pair not in merges:
+                merges.append(pair)
+                tokens.append("".join(pair))
+            pieces = ["".join(pair), *pieces[2:]]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    options = {} if pad_token is None else {"pad_token": pad_token}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length, **options)
 
 
-def _text_config(tok, width: int):
-    from transformers import CLIPTextConfig
+def text_tower(words, width: int = 16, *, projection: int | None = None):
+    """A CLIP text encoder of two layers; with `projection`, the one that also gives pooled text."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    return CLIPTextConfig(
-        vocab_size=len(tok), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=tok.model_max_length, projection_dim=width, bos_token_id=tok.bos_token_id,
-        eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,
+    config = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=width, intermediate_size=2 * width,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=words.model_max_length, projection_dim=projection or width,
+        bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
     )  # fmt: skip
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
-def _vae():
+def autoencoder(**options):
+    """An AutoencoderKL of factor FACTOR and 4 latent channels."""
     from diffusers import AutoencoderKL
 
+    blocks = FACTOR.bit_length()
     return AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4, layers_per_block=1, norm_num_groups=4, sample_size=16, scaling_factor=0.5,
+        down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(8,) * blocks, layers_per_block=1, norm_num_groups=4, latent_channels=4,
+        sample_size=FACTOR * LATENT, **({"scaling_factor": 0.5} | options),
     )  # fmt: skip
 
 
-def _scheduler(prediction_type: str):
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type,
-        clip_sample=False, set_alpha_to_one=False, steps_offset=1,
-    )  # fmt: skip
-
-
-def _unet(width: int, **more):
+def unet(width: int, **options):
+    """A text-conditioned UNet with attention, down- and upsampling, convolutional shortcuts and time projections."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=width, attention_head_dim=2, **more,
+        sample_size=LATENT, in_channels=4, out_channels=4, cross_attention_dim=width, block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1, attention_head_dim=2, norm_num_groups=4, **options,
     )  # fmt: skip
 
 
-def stable_diffusion(prediction_type: str = "epsilon", seed: int = 0):
-    """A StableDiffusionPipeline of 16x16 pictures and 8x8x4 latents."""
+def awaken(module: nn.Module, seed: int, gain: float = 1.0) -> None:
+    """Gives every parameter random values of its own, so that no zero or one of an initialisation hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+            if parameter.ndim > 1:
+                parameter.copy_(gain * noise / fan_in**0.5)
+            else:
+                parameter.copy_(0.1 * noise + (1.0 if name.endswith("weight") else 0.0))
+
+
+def scheduler(kind: str, **options):
+    """A DDIMScheduler on Stable Diffusion's betas; `kind` is diffusers' prediction_type."""
+    from diffusers import DDIMScheduler
+
+    settings = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1} | options
+    return DDIMScheduler(**BETAS, prediction_type=kind, **settings)
+
+
+def sd(kind: str = "epsilon", seed: int = 0, unet_options: dict | None = None, vae_options: dict | None = None):
+    """A StableDiffusionPipeline; `kind` is epsilon, v_prediction or sample."""
     from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTextModel
 
-    torch.manual_seed(seed)
-    tok = tokenizer()
-    pipeline = StableDiffusionPipeline(
-        vae=_vae(), text_encoder=CLIPTextModel(_text_config(tok, 16)).eval(), tokenizer=tok, unet=_unet(16),
-        scheduler=_scheduler(prediction_type), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    words = tokenizer()
+    parts = {
+        "vae": autoencoder(**(vae_options or {})),
+        "text_encoder": text_tower(words),
+        "unet": unet(16, **(unet_options or {})),
+    }
+    for index, module in enumerate(parts.values()):
+        awaken(module.eval(), 10 * seed + index)
+    pipe = StableDiffusionPipeline(
+        **parts, tokenizer=words, scheduler=scheduler(kind), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
     )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def stable_diffusion_xl(prediction_type: str = "epsilon", seed: int = 0):
-    """A StableDiffusionXLPipeline of 16x16 pictures and 8x8x4 latents."""
+def sdxl(kind: str = "epsilon", seed: int = 0, *, zeros_for_empty: bool = True, unet_options: dict | None = None):
+    """A StableDiffusionXLPipeline with both text towers, pooled text and size conditioning."""
     from diffusers import StableDiffusionXLPipeline
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    torch.manual_seed(seed)
-    tok = tokenizer()
-    unet = _unet(
-        32, addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=16 + 6 * 4
-    )
-    pipeline = StableDiffusionXLPipeline(
-        vae=_vae(), text_encoder=CLIPTextModel(_text_config(tok, 16)).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(tok, 16)).eval(), tokenizer=tok, tokenizer_2=tok,
-        unet=unet, scheduler=_scheduler(prediction_type), add_watermarker=False,
+    words, words_2 = tokenizer(), tokenizer(pad_token="!")
+    added = {
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 24 + 6 * 4, "use_linear_projection": True, "transformer_layers_per_block": (1, 1),
+    }  # fmt: skip
+    parts = {
+        "vae": autoencoder(scaling_factor=0.13025),
+        "text_encoder": text_tower(words, 16),
+        "text_encoder_2": text_tower(words_2, 24, projection=24),
+        "unet": unet(16 + 24, **added, **(unet_options or {})),
+    }
+    for index, module in enumerate(parts.values()):
+        awaken(module.eval(), 100 + 10 * seed + index)
+    pipe = StableDiffusionXLPipeline(
+        **parts, tokenizer=words, tokenizer_2=words_2, scheduler=scheduler(kind), add_watermarker=False,
+        force_zeros_for_empty_prompt=zeros_for_empty,
     )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-FAMILIES = {"sd": stable_diffusion, "sdxl": stable_diffusion_xl}
+def pixel(kind: str = "epsilon", seed: int = 0, *, classes: int | None = None, learned_variance: bool = False):
+    """A DDPMPipeline of an 8 x 8 UNet2DModel, class-conditional where `classes` is given."""
+    from diffusers import DDPMPipeline, UNet2DModel
+
+    network = UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=6 if learned_variance else 3, block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1, attention_head_dim=2, norm_num_groups=4, num_class_embeds=classes,
+    )  # fmt: skip
+    awaken(network.eval(), 1000 + seed)
+    pipe = DDPMPipeline(unet=network, scheduler=scheduler(kind))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
-def save(folder: Path, family: str = "sd", **options) -> str:
-    """Writes a tiny pipeline and returns its path."""
-    FAMILIES[family](**options).save_pretrained(folder)
-    return str(folder)
+MAKERS = {"sd": sd, "sdxl": sdxl, "pixel": pixel}
 
 
-def image_folder(folder: Path, count: int = 6, size: int = 16, seed: int = 0) -> str:
-    """Random pictures with metadata.jsonl."""
-    import json
+def save(folder: Path, family: str = "sd", kind: str = "epsilon", seed: int = 0, **options) -> Path:
+    """Writes a pipeline of `family` (sd, sdxl or pixel) as a folder of safetensors, and returns it."""
+    MAKERS[family](kind, seed, **options).save_pretrained(folder, safe_serialization=True)
+    return Path(folder)
 
-    import numpy as np
-    from PIL import Image
 
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
-    lines = []
-    for i in range(count):
-        Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a {WORDS[4 + i % 2]} hat"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    return str(folder)
+def stir_adapter(backbone: nn.Module, adapter: str, seed: int = 0, gain: float = 0.3) -> int:
+    """Gives both factors of every LoRA layer random values, as training would; returns how many tensors it filled."""
+    generator = torch.Generator().manual_seed(seed)
+    count = 0
+    with torch.no_grad():
+        for name, parameter in backbone.named_parameters():
+            if f".lora_A.{adapter}." in name or f".lora_B.{adapter}." in name:
+                parameter.copy_(gain * torch.randn(parameter.shape, generator=generator))
+                count += 1
+    return count

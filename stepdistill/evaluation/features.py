@@ -9,6 +9,7 @@ A distance is reported under its extractor's own title: FD-EfficientNet-Lite2 is
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class Extractor:
     Attributes:
         name: the key it is asked for by. title: the name that figures are reported under.
         net: (B, 3, size, size) float32 in [0, 255] -> (B, dim).
-        dim: length of a feature. size: pixels it works at. resize: how pictures get there.
+        dim: length of a feature. size: pixels it works at, 0 where the network resizes by itself. resize: how pictures get there.
         weights: hash of the weights, which statistics are keyed by.
     """
 
@@ -52,20 +53,17 @@ class Extractor:
     def __call__(self, images: Tensor) -> Tensor:
         """Features (B, dim) float32 of pictures (B, 3, H, W) uint8, on the network's device."""
         weight = next(self.net.parameters())
-        pixels = resize(check_images(images).to(weight.device), self.size, self.resize)
+        images = check_images(images).to(weight.device)
+        pixels = resize(images, self.size, self.resize) if self.size else images.float()
         return self.net(pixels).float()
 
 
 def sha256(file: str | Path) -> str:
     """The SHA-256 of a file, in hex."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
-
-
-def _sha256(stream) -> str:
     digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 
@@ -118,18 +116,24 @@ class _Inception(nn.Module):
 def _inception() -> tuple[nn.Module, str]:
     file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(file) if file.is_file() else None)
-    except Exception as error:
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), INCEPTION_SHA256_PREFIX, progress=False)
+    except Exception as error:  # no torch-fidelity, no network, a wrong hash: all mean the same to the user
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InputError(
             f"extractor inception: its weights could not be had ({reason}); put {INCEPTION_FILE} into {file.parent}, "
             "or use efficientnet_lite2"
         ) from error
     if not (digest := sha256(file)).startswith(INCEPTION_SHA256_PREFIX):
-        raise InputError(f"extractor inception: {file} has SHA-256 {digest[:16]}…; delete it, to download it again")
-    return _Inception(net), digest
+        raise InputError(f"extractor inception: {file} has SHA-256 {digest[:16]}; delete it and it is downloaded again")
+    # torch-fidelity would unpickle the file; what it is given here has been through weights_only.
+    clean = io.BytesIO()
+    torch.save(torch.load(file, map_location="cpu", weights_only=True), clean)
+    clean.seek(0)
+    return _Inception(FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], clean)), digest
 
 
 # name: (title, dim, native size, builder). A size of 0 means the network resizes by itself.

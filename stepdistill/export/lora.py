@@ -35,11 +35,12 @@ def save_lora(teacher: Teacher, out: Path, *, scheduler, config: dict, card: str
         scheduler: a diffusers scheduler, written to `scheduler/`.
         config: the run's configuration. card: the text of README.md. extra: further files by name.
     """
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
     backbone = teacher.denoiser.backbone
-    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(backbone, adapter_name=ADAPTER))
+    # peft's own names, lora_A and lora_B, throughout: `convert_state_dict_to_diffusers` renames the attention layers to
+    # lora.down and lora.up, and of such a mixture `load_lora_weights` drops the renamed ones without a word.
+    state = get_peft_model_state_dict(backbone, adapter_name=ADAPTER)
     trained = sum(".lora_" in name for name, _ in backbone.named_parameters())
     if len(state) != trained:
         raise InputError(f"export: got {len(state)} tensors for {trained} trained ones; please report this")

@@ -1,0 +1,50 @@
+"""Tests use no network, one thread, and caches of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+PROMPTS = ("a red cat with a blue hat", "the green dog")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Caches of data and statistics go to a folder of this session."""
+    os.environ["STEPDISTILL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", params=["sd", "sdxl"])
+def family(request) -> str:
+    """Each pipeline family in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory) -> dict[str, str]:
+    """A saved tiny pipeline of each family."""
+    root = tmp_path_factory.mktemp("pipelines")
+    return {name: str(tiny.save(root / name, name)) for name in ("sd", "sdxl")}
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> str:
+    """Six random pictures, 32 x 32, with metadata.jsonl."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": PROMPTS[i % 2]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder)
