@@ -1,7 +1,7 @@
 """Tiny pipelines of random weights and of the real classes: what tests load, train, save and load again.
 
-`save` writes a whole pipeline folder that plain diffusers opens, and returns its path. Weights depend on the seed alone.
-Networks are small enough for a forward of a few milliseconds, and keep every kind of layer the real ones have.
+`save` writes a whole pipeline folder that plain diffusers opens, and returns its path. Weights depend on the seed
+alone. Networks are small enough for a forward of a few milliseconds, and keep every kind of layer the real ones have.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def text_tower(words, width: int = 16, *, projection: int | None = None):
 
     config = CLIPTextConfig(
         vocab_size=len(words), hidden_size=width, intermediate_size=2 * width,
-        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=words.model_max_length, projection_dim=projection or width,
+        num_hidden_layers=2, num_attention_heads=2, projection_dim=projection or width,
+        max_position_embeddings=words.model_max_length,
         bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
@@ -69,9 +70,9 @@ def unet(width: int, **options):
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
-        sample_size=LATENT, in_channels=4, out_channels=4, cross_attention_dim=width, block_out_channels=(8, 16),
+        sample_size=LATENT, in_channels=4, cross_attention_dim=width, block_out_channels=(8, 16),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1, attention_head_dim=2, norm_num_groups=4, **options,
+        layers_per_block=1, attention_head_dim=2, norm_num_groups=4, **({"out_channels": 4} | options),
     )  # fmt: skip
 
 
@@ -123,7 +124,8 @@ def sdxl(kind: str = "epsilon", seed: int = 0, *, zeros_for_empty: bool = True, 
     words, words_2 = tokenizer(), tokenizer(pad_token="!")
     added = {
         "addition_embed_type": "text_time", "addition_time_embed_dim": 4,
-        "projection_class_embeddings_input_dim": 24 + 6 * 4, "use_linear_projection": True, "transformer_layers_per_block": (1, 1),
+        "projection_class_embeddings_input_dim": 24 + 6 * 4,
+        "use_linear_projection": True, "transformer_layers_per_block": (1, 1),
     }  # fmt: skip
     parts = {
         "vae": autoencoder(scaling_factor=0.13025),

@@ -1,0 +1,77 @@
+"""The `stepdistill` command: finds the sub-command, reads its flags, runs it. Each sub-command is one file here."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from stepdistill import __version__
+from stepdistill.cli._run import guard, parse
+from stepdistill.errors import InputError
+
+COMMANDS = {
+    "demo": "train a few-step student of the embedded teacher, measure both, write the report",
+    "cache": "encode pictures and captions to latents and embeddings, once",
+    "sample": "draw a grid of pictures from any model in any number of steps",
+    "bench": "measure quality and latency of models by number of steps",
+    "report": "turn a benchmark's folder into report.md and one report.html",
+    "export": "convert a student: diffusers, kohya, or fused into its teacher",
+    "baselines": "distillation of classifiers, language models and architectures, to compare with",
+}
+HELP = """stepdistill {version}: turns a diffusion pipeline of 25-50 steps into one of 1-8, and measures what it cost
+
+usage: stepdistill COMMAND [flags]          the flags of one: stepdistill COMMAND --help
+
+{commands}
+
+Start here, with nothing to download:
+  stepdistill demo --quick
+
+Train a student of your own, look at it, measure it:
+  accelerate launch train_scripts/train_lcm_lora.py --teacher FOLDER --data IMAGES --out student
+  stepdistill sample --model FOLDER,lora=student --prompt "a red hat" --steps 4 --out grid.png
+  stepdistill bench --model teacher=FOLDER,scheduler=ddim --model student=FOLDER,lora=student --out bench
+
+A model is a SPEC: a diffusers folder, a hub id, or avatars (the embedded teacher), with options behind commas:
+lora=DIR scheduler=ddim|lcm|tcd|dpmpp|euler|euler-a|heun|unipc guidance=1.5 variant=fp16 dtype=bf16 name=NAME
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line (without the program's name); returns the exit code: 0, 2 for bad input, 130 for Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        commands = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+        print(HELP.format(version=__version__, commands=commands))
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"stepdistill {__version__}")
+        return 0
+    return guard(lambda: _command(argv[0], argv[1:]))
+
+
+def _command(name: str, argv: list[str]) -> int | None:
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"command: got {name!r}; allowed: {', '.join(COMMANDS)}{hint}")
+    module_name = f"stepdistill.cli.{name}"
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name:
+            raise InputError(
+                f"stepdistill {name}: needs the package {error.name}; pip install 'stepdistill[demo]'"
+            ) from error
+        raise InputError(f"command {name}: not in this version ({__version__}); take a newer stepdistill") from error
+    try:
+        return module.main(parse(module.Config, argv, prog=f"stepdistill {name}", description=module.__doc__))
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())

@@ -1,11 +1,17 @@
-"""What every command shares: bad input ends in one line and exit code 2."""
+"""What every command shares: flags from a frozen dataclass, and bad input that ends in one line and exit code 2."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from stepdistill.errors import InputError
+
+T = TypeVar("T")
 
 
 def guard(command: Callable[[], int | None]) -> int:
@@ -18,3 +24,37 @@ def guard(command: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command resumes where it stopped", file=sys.stderr)
         return 130
+
+
+def parse(
+    config: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None, description: str | None = None
+) -> T:
+    """Flags to a `config`. Hyphens and underscores both work. --help prints and exits 0.
+
+    Raises:
+        InputError: an unknown flag, or a value of the wrong kind, in one line.
+    """
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(config, args=None if argv is None else list(argv), prog=prog, description=description)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise InputError(_one_line(said.getvalue(), prog or sys.argv[0])) from None
+
+
+def _one_line(box: str, prog: str) -> str:
+    """tyro's framed message without its frame, its title and its pointer to the help."""
+    inside = []
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines():
+        text = line.strip("│ ").strip()
+        if not text or set(line) <= set("╭╮╰╯─ ") or line.startswith("╭") or set(text) == {"─"}:
+            continue
+        if "helptext" in text:
+            continue
+        inside.append(text)
+    message = " ".join(" ".join(inside).split()) or "flags could not be read"
+    return f"{message}; see {prog} --help"

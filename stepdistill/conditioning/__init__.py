@@ -1,0 +1,29 @@
+"""Conditions: what a denoiser is told besides x_t and t, and how prompts become it."""
+
+from __future__ import annotations
+
+from stepdistill.conditioning.base import Cond, Conditioner, concat, expand, stack, take, to
+
+__all__ = ["Cond", "Conditioner", "concat", "expand", "from_pipeline", "stack", "take", "to"]
+
+
+def from_pipeline(pipeline) -> Conditioner:
+    """The conditioner of a diffusers pipeline: Stable Diffusion, SDXL, or a pixel model with or without classes.
+
+    Raises:
+        InputError: a pipeline of another class.
+    """
+    from stepdistill.conditioning.clip_text import StableDiffusionConditioner, StableDiffusionXLConditioner
+    from stepdistill.conditioning.labels import LabelConditioner
+    from stepdistill.errors import InputError
+
+    makers = {
+        "StableDiffusionPipeline": StableDiffusionConditioner,
+        "StableDiffusionXLPipeline": StableDiffusionXLConditioner,
+        "DDPMPipeline": LabelConditioner.of,
+        "DDIMPipeline": LabelConditioner.of,
+    }
+    name = type(pipeline).__name__
+    if name not in makers:
+        raise InputError(f"conditioning: got {name}; allowed: {', '.join(makers)}; give a pipeline of one of these")
+    return makers[name](pipeline)

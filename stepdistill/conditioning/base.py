@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stepdistill.errors import InputError
+
 Cond = dict[str, Tensor]
 
 
@@ -24,6 +26,17 @@ class Conditioner(Protocol):
 
     def unconditional(self, n: int = 1, *, size: tuple[int, int] | None = None) -> Cond:
         """The condition guidance moves away from, n times."""
+
+
+def concat(a: Cond, b: Cond) -> Cond:
+    """Two batches one after the other.
+
+    Raises:
+        InputError: they do not hold the same entries.
+    """
+    if a.keys() != b.keys():
+        raise InputError(f"conditions: got {sorted(a)} and {sorted(b)}; allowed: the same entries; use one conditioner")
+    return {key: torch.cat([a[key], b[key]]) for key in a}
 
 
 def take(cond: Cond, index: Tensor | slice) -> Cond:

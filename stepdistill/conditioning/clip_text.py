@@ -7,6 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from stepdistill.conditioning.base import Cond
+from stepdistill.errors import InputError
+
+
+def _device(encoder) -> torch.device:
+    if encoder is None:
+        raise InputError("text encoder: got a pipeline loaded without one; allowed: conditions from a cache; load the "
+                         "teacher with text=True")  # fmt: skip
+    return encoder.device
 
 
 class StableDiffusionConditioner:
@@ -18,7 +26,7 @@ class StableDiffusionConditioner:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, size: tuple[int, int] | None = None) -> Cond:
         """text (B, S, D)."""
-        device = self.pipeline.text_encoder.device
+        device = _device(self.pipeline.text_encoder)
         text, _ = self.pipeline.encode_prompt(list(prompts), device, 1, do_classifier_free_guidance=False)
         return {"text": text}
 
@@ -39,14 +47,16 @@ class StableDiffusionXLConditioner:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, size: tuple[int, int] | None = None) -> Cond:
-        """text (B, S, D), pooled (B, P), time_ids (B, 6): original size, crop (0, 0), target size, all `size`."""
-        device = self.pipeline.text_encoder_2.device
+        """text (B, S, D), pooled (B, P), time_ids (B, 6) float32: original size, crop (0, 0), target size, all `size`;
+        the pipeline's own size where none is given."""
+        device = _device(self.pipeline.text_encoder_2)
         text, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        side = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
-        size = size or (side, side)
-        time_ids = torch.tensor([*size, 0, 0, *size], dtype=text.dtype, device=device)
+        own = self.pipeline.unet.config.sample_size
+        own = (own, own) if isinstance(own, int) else own
+        size = size or tuple(side * self.pipeline.vae_scale_factor for side in own)
+        time_ids = torch.tensor([*size, 0, 0, *size], dtype=torch.float32, device=device)
         return {"text": text, "pooled": pooled, "time_ids": time_ids.expand(len(prompts), 6)}
 
     def unconditional(self, n: int = 1, *, size: tuple[int, int] | None = None) -> Cond:

@@ -14,21 +14,26 @@ class LabelConditioner:
     """Prompts are class numbers, "0" to "classes - 1"; a model without classes has an empty condition.
 
     Args:
-        classes: how many there are; 0 for an unconditional model. Where the embedding has one entry more than there
-            are classes, that entry is the unconditional one.
+        classes: how many there are; 0 for an unconditional model.
+        null_label: the entry that stands for no class, where the model was trained with one.
     """
 
     def __init__(self, classes: int, null_label: int | None = None) -> None:
         self.classes = classes
         self.null_label = null_label
 
+    @classmethod
+    def of(cls, pipeline) -> LabelConditioner:
+        """That of a pixel pipeline: as many classes as its network embeds, none of them null."""
+        return cls(pipeline.unet.config.num_class_embeds or 0)
+
     def encode(self, prompts: Sequence[str], *, size: tuple[int, int] | None = None) -> Cond:
         """labels (B,) int64, or an empty condition where the model has no classes."""
         if not self.classes:
             return {}
         for prompt in prompts:
-            if not prompt.strip().isdigit() or int(prompt) >= self.classes:
-                raise InputError(f"class label: got {prompt!r}; allowed: 0 to {self.classes - 1}")
+            if not prompt.strip().isdecimal() or int(prompt) >= self.classes:
+                raise InputError(f"class label: got {prompt!r}; allowed: numbers 0 to {self.classes - 1}; see its card")
         return {"labels": torch.tensor([int(p) for p in prompts])}
 
     def unconditional(self, n: int = 1, *, size: tuple[int, int] | None = None) -> Cond:
@@ -40,5 +45,5 @@ class LabelConditioner:
         if not self.classes:
             return {}
         if self.null_label is None:
-            raise InputError("guidance: got a class-conditional model without a null label; allowed: guidance 1.0")
+            raise InputError("guidance: got a model of classes without a null label; allowed: 1.0; leave guidance out")
         return {"labels": torch.full((n,), self.null_label)}

@@ -1,20 +1,22 @@
-"""Where training pictures and captions come from: each source is an iterator of (picture or None, caption).
+"""Where training pictures and captions come from: captions in a fixed order, and each one's picture when asked for.
 
     avatars              the embedded set
     FOLDER               pictures with metadata.jsonl (file_name, text), or a .txt beside each picture
-    FOLDER/{0..9}.tar    webdataset shards: a picture and a .txt or .json member for each key
+    FOLDER/{0..9}.tar    webdataset shards: a picture and a .txt or .json member for each key; wildcards too
     prompts.txt          a prompt a line and no pictures: the teacher paints them (data-free distillation)
     owner/name           a `datasets` name, or a folder saved by `datasets`, with an image and a text column
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -25,6 +27,9 @@ from stepdistill.errors import InputError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 TEXT_COLUMNS = ("text", "caption", "prompt")
+KINDS = "an image folder, prompts.txt, webdataset shards (.tar), a datasets name, a cache, or avatars"
+
+Picture = Image.Image | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -34,14 +39,17 @@ class Source:
     Attributes:
         name: for messages.
         key: changes when the content does.
-        count: how many; None where that is known only at the end.
-        samples: starts a new pass.
+        captions: one for each sample.
+        picture: picture(i) is the one of captions[i]; None where there are captions only.
     """
 
     name: str
     key: str
-    count: int | None
-    samples: Callable[[], Iterator[tuple[Image.Image | np.ndarray | None, str]]]
+    captions: list[str]
+    picture: Callable[[int], Picture] | None
+
+    def __len__(self) -> int:
+        return len(self.captions)
 
 
 def key_of(*parts: object) -> str:
@@ -55,19 +63,21 @@ def open_source(spec: str) -> Source:
     Raises:
         InputError: it names nothing, or something empty, or pictures without captions.
     """
-    path = Path(spec)
+    spec = str(spec)
+    path = Path(spec).expanduser()
     if spec == "avatars":
         return _avatars()
-    if spec.endswith((".tar", ".tar.gz", ".tgz")):
+    if spec.endswith(".tar"):
         return _shards(spec)
     if path.is_file() and path.suffix == ".txt":
         return _prompts(path)
     if path.is_dir():
-        return _hub(spec) if (path / "dataset_info.json").exists() or (path / "state.json").exists() else _folder(path)
+        saved = any((path / name).exists() for name in ("dataset_info.json", "state.json", "dataset_dict.json"))
+        return _table(str(path)) if saved else _folder(path)
     if path.exists() or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
-        raise InputError(f"--data: got {spec}, which is no folder, .txt or .tar; allowed: an image folder, prompts.txt, "
-                         "webdataset shards, a datasets name, a cache, or avatars")  # fmt: skip
-    return _hub(spec)
+        what = "neither a folder, a .txt nor a .tar" if path.exists() else "which does not exist"
+        raise InputError(f"--data: got {spec}, {what}; allowed: {KINDS}")
+    return _table(spec)
 
 
 def _avatars() -> Source:
@@ -75,117 +85,221 @@ def _avatars() -> Source:
 
     data = avatars.load("train")
     key = key_of("avatars", hashlib.sha256(data.images.tobytes()).hexdigest(), *data.captions)
-    return Source("avatars", key, len(data), lambda: zip(data.images, data.captions, strict=True))
+    return Source("avatars", key, data.captions, lambda i: data.images[i])
+
+
+# ----------------------------------------------------------------------------------------------------------- folders
 
 
 def _folder(folder: Path) -> Source:
-    rows: list[tuple[Path, str]] = []
     metadata = folder / "metadata.jsonl"
-    if metadata.exists():
-        for number, line in enumerate(metadata.read_text().splitlines(), 1):
-            try:
-                row = json.loads(line)
-                rows.append((folder / row["file_name"], row["text"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f'{metadata} line {number}: got {line[:60]!r}; allowed: {{"file_name": …, "text": …}}') from error
-    else:
-        for file in sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES):
-            caption = file.with_suffix(".txt")
-            if not caption.exists():
-                raise InputError(f"captions: got none for {file}; allowed: metadata.jsonl with file_name and text, or a "
-                                 ".txt beside each picture")  # fmt: skip
-            rows.append((file, caption.read_text().strip()))
+    rows = _listed(metadata) if metadata.exists() else _beside(folder)
     if not rows:
         raise InputError(f"--data: got {folder}, which holds no pictures; allowed: {', '.join(PICTURES)} with captions")
-    for file, _ in rows:
-        if not file.is_file() or folder.resolve() not in file.resolve().parents:
-            raise InputError(f"{metadata}: got file_name {file.name}, which is not in {folder}; add it or drop the line")
+    stamps = [(f.relative_to(folder), f.stat().st_size, f.stat().st_mtime_ns, caption) for f, caption in rows]
+    files = [file for file, _ in rows]
+    captions = [caption for _, caption in rows]
+    return Source(str(folder), key_of("folder", *stamps), captions, lambda i: open_picture(files[i], str(files[i])))
 
-    def samples() -> Iterator:
-        for file, caption in rows:
-            yield open_picture(file, str(file)), caption
 
-    stamps = [(f.relative_to(folder), f.stat().st_size, f.stat().st_mtime_ns, c) for f, c in rows]
-    return Source(str(folder), key_of("folder", *stamps), len(rows), samples)
+def _listed(metadata: Path) -> list[tuple[Path, str]]:
+    """The pictures and captions that metadata.jsonl lists. No name leads out of its folder."""
+    rows = []
+    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{metadata} line {number}"
+        try:
+            row = json.loads(line)
+            name, caption = row["file_name"], row["text"]
+            if not isinstance(name, str) or not isinstance(caption, str):
+                raise TypeError
+        except (ValueError, KeyError, TypeError) as error:
+            allowed = '{"file_name": "…", "text": "…"}'
+            raise InputError(f"{where}: got {line[:60]!r}; allowed: {allowed}; add the caption") from error
+        inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+        if not inside or not (metadata.parent / name).is_file():
+            what = "which is not there" if inside else "which leads out of the folder"
+            raise InputError(f"{where}: got file_name {name}, {what}; allowed: files in {metadata.parent}; mend the "
+                             f"line")
+        rows.append((metadata.parent / name, caption.strip()))
+    return rows
+
+
+def _beside(folder: Path) -> list[tuple[Path, str]]:
+    """Every picture below the folder with the .txt beside it."""
+    rows = []
+    for file in sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and f.is_file()):
+        caption = file.with_suffix(".txt")
+        if not caption.exists():
+            raise InputError(f"captions: got none for {file}; allowed: metadata.jsonl with file_name and text, or a "
+                             f".txt "
+                             "beside each picture; write one")  # fmt: skip
+        rows.append((file, caption.read_text(encoding="utf-8").strip()))
+    return rows
+
+
+def _prompts(path: Path) -> Source:
+    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise InputError(f"--data: got {path}, which has no prompts; allowed: a prompt a line; write some")
+    return Source(str(path), key_of("prompts", *prompts), prompts, None)
+
+
+# ------------------------------------------------------------------------------------------------ webdataset shards
+
+
+def _shards(pattern: str) -> Source:
+    """Shards are indexed once, then read by place. Nothing is extracted; only pictures, .txt and .json are read."""
+    files = _expanded(pattern)
+    samples: list[tuple[Path, int, int, str]] = []
+    captions: list[str] = []
+    for file in files:
+        for key, members in _indexed(file).items():
+            picture = next((members[e] for e in PICTURES if e in members), None)
+            caption = _caption(file, members)
+            if picture is None and not members.keys() & {".txt", ".json"}:
+                continue
+            if picture is None or caption is None:
+                missing = "picture" if picture is None else "caption"
+                raise InputError(f"shard {file}: got sample {key} without a {missing}; allowed: a picture with a "
+                                 f".txt, or "
+                                 "a .json with text; mend it")  # fmt: skip
+            samples.append((file, *picture, key))
+            captions.append(caption)
+    if not samples:
+        raise InputError(f"--data: got {pattern}, which holds no pictures; allowed: pictures with .txt or .json")
+
+    def picture(i: int) -> Image.Image:
+        file, start, size, key = samples[i]
+        return open_picture(io.BytesIO(_bytes(file, start, size)), f"{key} in {file}")
+
+    stamps = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return Source(pattern, key_of("shards", *stamps), captions, picture)
+
+
+def _expanded(pattern: str) -> list[Path]:
+    if "{" in pattern:
+        try:
+            from braceexpand import braceexpand
+        except ImportError as error:
+            raise InputError(f"--data: got {pattern}; braces need the extra `data`: pip install 'stepdistill[data]'; "
+                             f"or use "
+                             "a wildcard") from error  # fmt: skip
+        names = list(braceexpand(pattern))
+    else:
+        names = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+    missing = [name for name in names if not Path(name).expanduser().is_file()]
+    if missing or not names:
+        raise InputError(f"--data: got {pattern}, of which {(missing or ['nothing'])[0]} is not there; allowed: "
+                         f"local .tar "
+                         "files; check the pattern")  # fmt: skip
+    return [Path(name).expanduser() for name in names]
+
+
+def _indexed(file: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """key -> extension -> (first byte, bytes) of the members that matter."""
+    index: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                path = PurePosixPath(member.name)
+                if path.is_absolute() or ".." in path.parts:
+                    raise InputError(f"shard {file}: got member {member.name}, which leads out of the archive; "
+                                     f"allowed: "
+                                     "plain names; make it again")  # fmt: skip
+                stem, dot, extension = path.name.partition(".")
+                extension = (dot + extension).lower()
+                if member.isreg() and extension in (*PICTURES, ".txt", ".json"):
+                    place = (member.offset_data, member.size)
+                    index.setdefault(str(path.with_name(stem)), {})[extension] = place
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise InputError(f"shard {file}: got {str(error)[:60] or 'no archive'}; allowed: an uncompressed, whole .tar; "
+                         "fetch or unpack it again") from error  # fmt: skip
+    return index
+
+
+def _bytes(file: Path, start: int, size: int) -> bytes:
+    with open(file, "rb") as shard:
+        shard.seek(start)
+        return shard.read(size)
+
+
+def _caption(file: Path, members: dict[str, tuple[int, int]]) -> str | None:
+    if ".txt" in members:
+        return _bytes(file, *members[".txt"]).decode("utf-8", "replace").strip()
+    if ".json" not in members:
+        return None
+    try:
+        row = json.loads(_bytes(file, *members[".json"]))
+    except ValueError:
+        return None
+    return next((row[c] for c in TEXT_COLUMNS if isinstance(row.get(c), str)), None) if isinstance(row, dict) else None
+
+
+# --------------------------------------------------------------------------------------------------------- `datasets`
+
+
+def _table(name: str) -> Source:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"--data: got {name}, taken for a datasets name, which needs the extra `data`: pip install "
+                         f"'stepdistill[data]'; allowed: {KINDS}") from error  # fmt: skip
+    try:
+        table = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
+        table = table["train"] if isinstance(table, dict) else table
+    except Exception as error:  # datasets raises a dozen kinds; all mean that it cannot be had
+        reason = next(iter(str(error).splitlines()), "")[:100]
+        raise InputError(f"--data: got {name}, which is no folder or file here and could not be loaded as a dataset "
+                         f"({reason}); allowed: {KINDS}; check the name or the network") from error  # fmt: skip
+    column = next((c for c in TEXT_COLUMNS if c in table.column_names), None)
+    if column is None or "image" not in table.column_names:
+        raise InputError(f"--data: got columns {', '.join(table.column_names)} in {name}; allowed: image and one of "
+                         f"{', '.join(TEXT_COLUMNS)}; rename them")  # fmt: skip
+    captions = list(table[column])
+    if not captions or not all(isinstance(caption, str) for caption in captions):
+        got = "no rows" if not captions else "rows without a caption"
+        raise InputError(f"--data: got {got} in {name}; allowed: a string in {column} of each row; filter it first")
+
+    def picture(i: int) -> Image.Image:
+        try:
+            return upright(table[i]["image"])
+        except Exception as error:
+            raise InputError(f"picture: got row {i} of {name}, which is broken ({str(error)[:60]}); remove "
+                             f"it") from error
+
+    return Source(name, key_of("datasets", name, table._fingerprint), captions, picture)
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture as its EXIF orientation says it is to be seen, RGB."""
+    return ImageOps.exif_transpose(picture).convert("RGB")
 
 
 def open_picture(file: Path | io.BytesIO, name: str) -> Image.Image:
-    """A picture, turned upright, RGB.
+    """A picture from a file, upright and RGB.
 
     Raises:
         InputError: it cannot be decoded.
     """
     try:
-        return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+        return upright(Image.open(file))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"picture: got {name}, which is broken ({str(error)[:60]}); replace or remove it") from error
 
 
-def _prompts(path: Path) -> Source:
-    prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if not prompts:
-        raise InputError(f"--data: got {path}, which has no prompts; allowed: a prompt a line")
-    return Source(str(path), key_of("prompts", *prompts), len(prompts), lambda: ((None, p) for p in prompts))
-
-
-def _shards(pattern: str) -> Source:
-    try:
-        import braceexpand
-        import webdataset
-    except ImportError as error:
-        raise InputError("--data: got webdataset shards; that needs the extra `data`: pip install 'stepdistill[data]'") from error
-    files = list(braceexpand.braceexpand(pattern))
-    if missing := [f for f in files if not Path(f).is_file()]:
-        raise InputError(f"--data: got shard {missing[0]}, which does not exist; check the pattern {pattern}")
-
-    def samples() -> Iterator:
-        # Members are read as bytes and only pictures, .txt and .json are looked at: nothing is unpickled or extracted.
-        for sample in webdataset.WebDataset(files, shardshuffle=False, empty_check=False):
-            picture = next((sample[e[1:]] for e in PICTURES if e[1:] in sample), None)
-            caption = sample["txt"].decode() if "txt" in sample else _json_caption(sample.get("json"))
-            if picture is None or caption is None:
-                raise InputError(f"shard sample {sample['__key__']}: got {sorted(k for k in sample if k[0] != '_')}; "
-                                 "allowed: a picture with .txt, or .json with text")  # fmt: skip
-            yield open_picture(io.BytesIO(picture), sample["__key__"]), caption
-
-    stamps = [(f, Path(f).stat().st_size, Path(f).stat().st_mtime_ns) for f in files]
-    return Source(pattern, key_of("shards", *stamps), None, samples)
-
-
-def _json_caption(data: bytes | None) -> str | None:
-    if data is None:
-        return None
-    row = json.loads(data)
-    return next((row[c] for c in TEXT_COLUMNS if isinstance(row.get(c), str)), None) if isinstance(row, dict) else None
-
-
-def _hub(name: str) -> Source:
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(f"--data: got {name}, a datasets name; that needs the extra `data`: pip install "
-                         "'stepdistill[data]'") from error  # fmt: skip
-    try:
-        table = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, split="train")
-    except Exception as error:  # datasets raises a dozen kinds; all mean that it cannot be had
-        reason = str(error).splitlines()[0][:100]
-        raise InputError(f"--data: got {name}, which is no folder and could not be loaded as a dataset ({reason}); check "
-                         "the name or the network") from error  # fmt: skip
-    if isinstance(table, dict):
-        table = table["train"]
-    text = next((c for c in TEXT_COLUMNS if c in table.column_names), None)
-    if text is None or "image" not in table.column_names:
-        raise InputError(f"--data: got columns {', '.join(table.column_names)} in {name}; allowed: image and one of "
-                         f"{', '.join(TEXT_COLUMNS)}")  # fmt: skip
-    return Source(name, key_of("datasets", name, table._fingerprint), len(table),
-                  lambda: ((row["image"].convert("RGB"), row[text]) for row in table))  # fmt: skip
-
-
-def to_tensor(picture: Image.Image | np.ndarray, size: tuple[int, int]) -> Tensor:
-    """A picture resized (shorter side, Lanczos) and cropped in the centre: (3, height, width) float32 in [-1, 1]."""
+def to_tensor(picture: Picture, size: tuple[int, int], channels: int = 3) -> Tensor:
+    """A picture resized (shorter side, Lanczos) and cropped in the centre: (channels, height, width) in [-1, 1]."""
     if isinstance(picture, np.ndarray):
         picture = Image.fromarray(picture)
+    if channels == 1:
+        picture = picture.convert("L")
     height, width = size
     if picture.size != (width, height):
         picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div(127.5).sub(1)
+    pixels = torch.from_numpy(np.array(picture)).reshape(height, width, channels)
+    return pixels.permute(2, 0, 1).float().div(127.5).sub(1)

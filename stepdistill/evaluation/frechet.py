@@ -49,7 +49,9 @@ class Moments:
             raise InputError(f"features: got shape {tuple(features.shape)}; allowed: (N, D)")
         x = features.to(torch.float64)
         if not torch.isfinite(x).all():
-            raise InputError("features: got NaN or infinity; allowed: finite numbers; look at the pictures they come from")
+            raise InputError(
+                "features: got NaN or infinity; allowed: finite numbers; look at the pictures they come from"
+            )
         mean = x.mean(0)
         centred = x - mean
         return cls(len(x), mean, centred.T @ centred)
@@ -102,9 +104,15 @@ class Moments:
 
         try:
             with safe_open(file, "pt") as saved:
-                count, mean, half = int(saved.metadata()["count"]), saved.get_tensor("mean"), saved.get_tensor("scatter")
+                count, mean, half = (
+                    int(saved.metadata()["count"]),
+                    saved.get_tensor("mean"),
+                    saved.get_tensor("scatter"),
+                )
         except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-            raise InputError(f"statistics: got {file}, which is damaged ({error}); delete it and it is made again") from error
+            raise InputError(
+                f"statistics: got {file}, which is damaged ({error}); delete it and it is made again"
+            ) from error
         scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64)
         rows, columns = torch.tril_indices(len(mean), len(mean))
         scatter[rows, columns] = half.double()

@@ -50,6 +50,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """8-bit AdamW needs the extra `quant`."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_epsilon: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
 
@@ -85,7 +86,8 @@ class TrainConfig:
     dry_run: bool = False
     """Print the resolved configuration, do one update without saving, and stop."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises InputError where a number is out of range."""
         positive = ("max_train_steps", "batch_size", "gradient_accumulation", "learning_rate", "checkpoint_every",
                     "log_every", "max_grad_norm")  # fmt: skip
         for name in positive:
@@ -145,4 +147,6 @@ def parse(kind: type[C], description: str | None, argv: list[str] | None = None)
         name, _, value = word.partition("=")
         if name == "--config":
             default = from_yaml(Path(value or (argv[i + 1] if i + 1 < len(argv) else "")), kind)
-    return tyro.cli(kind, args=argv, default=default, description=description)
+    config = tyro.cli(kind, args=argv, default=default, description=description)
+    config.check()
+    return config

@@ -13,7 +13,10 @@ from stepdistill.training.config import TrainConfig
 
 def build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019), or bitsandbytes' 8-bit one."""
-    options = {"lr": config.learning_rate, "betas": config.adam_betas, "weight_decay": config.weight_decay}
+    options = {
+        "lr": config.learning_rate, "betas": config.adam_betas, "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }  # fmt: skip
     if config.optimizer == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit

@@ -48,6 +48,7 @@ class Trainer:
     """
 
     def __init__(self, method: Method, teacher: Teacher, data, config: TrainConfig, models: Models | None = None) -> None:
+        config.check()
         self.method, self.teacher, self.data, self.config = method, teacher, data, config
         self.out = Path(config.out)
         precision = None if config.mixed_precision == "no" else config.mixed_precision

@@ -1,0 +1,30 @@
+"""Turns the folder of a benchmark into report.md and one self-contained report.html.
+
+stepdistill report out/bench
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of `stepdistill report`."""
+
+    folder: tyro.conf.Positional[Path]
+    """A folder that `stepdistill bench` or `stepdistill demo` wrote: it holds results.jsonl."""
+    title: str = "Quality and latency by number of steps"
+    """Heading of the page."""
+
+
+def main(config: Config) -> None:
+    """Writes the report and says where it is."""
+    from stepdistill.evaluation.report import write_report
+    from stepdistill.evaluation.summary import print_table, read_folder
+
+    print_table(read_folder(config.folder))
+    print(f"report: {write_report(config.folder, title=config.title)}")

@@ -1,0 +1,213 @@
+"""Makes caches: which teacher, which data, and every shard by itself, so that a build goes on where it stopped."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from stepdistill.conditioning.base import expand
+from stepdistill.data.sources import Source, key_of, to_tensor
+from stepdistill.denoiser.load import Teacher
+from stepdistill.draws import Draws
+from stepdistill.errors import InputError
+
+FORMAT = 2
+SHARD = 512  # samples, or distinct captions, to a file: what an interrupted build loses at most
+BATCH = 64  # pictures, captions or paintings to a forward, fewer where they are large
+PIXELS = BATCH * 256 * 256  # to a forward of the autoencoder
+HALVED = ("text", "pooled")
+
+
+def teacher_key(teacher: Teacher, *, painting: bool = False) -> str:
+    """Changes with what the teacher makes of pictures and captions.
+
+    A hash of the weights and settings of autoencoder, text encoders and tokenizers; with `painting`, of the denoiser
+    and the scheduler too. Adapters do not count.
+    """
+    digest = hashlib.sha256(teacher.family.encode())
+    for name, part in sorted(teacher.source.components.items()):
+        if not painting and name in ("unet", "scheduler"):
+            continue
+        config = {k: v for k, v in dict(getattr(part, "config", None) or {}).items() if not k.startswith("_")} if (
+            name in ("vae", "scheduler")) else {}  # fmt: skip
+        vocabulary = part.get_vocab() if hasattr(part, "get_vocab") else {}
+        digest.update(json.dumps([name, config, vocabulary], sort_keys=True, default=str).encode())
+        for key, weight in sorted(part.state_dict().items()) if isinstance(part, torch.nn.Module) else ():
+            if ".lora_" not in key:
+                digest.update(f"{name}.{key.replace('.base_layer', '')} {weight.dtype} {tuple(weight.shape)}".encode())
+                digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def picture_size(teacher: Teacher, resolution: int | None) -> tuple[int, int]:
+    """(height, width) in pixels that a resolution means for this teacher.
+
+    Raises:
+        InputError: it is not a multiple of the autoencoder's factor; a pixel model has one size only.
+    """
+    height, width = teacher.image_size
+    if resolution is None or resolution == height == width:
+        return height, width
+    if teacher.vae is None:
+        raise InputError(f"resolution: got {resolution}; allowed: {height}, this pixel model's own; leave it out")
+    if resolution < teacher.factor or resolution % teacher.factor:
+        near = max(1, round(resolution / teacher.factor)) * teacher.factor
+        raise InputError(f"resolution: got {resolution}; allowed: multiples of {teacher.factor} with this teacher, "
+                         f"whose "
+                         f"own is {height}; try {near}")  # fmt: skip
+    return resolution, resolution
+
+
+class Plan:
+    """What is to be in a cache.
+
+    Args:
+        size: (height, width) in pixels.
+        seed, steps, guidance: how the teacher paints, where the source has no pictures.
+        limit: the first so many samples only. half: latents and text in float16.
+
+    Attributes:
+        key: changes when anything in the cache would.
+    """
+
+    def __init__(
+        self, source: Source, teacher: Teacher, size: tuple[int, int], *, seed: int = 0, steps: int = 50,
+        guidance: float = 2.0, limit: int | None = None, half: bool = False,
+    ) -> None:  # fmt: skip
+        if limit is not None and limit < 1:
+            raise InputError(f"limit: got {limit}; allowed: 1 or more; leave it out for all")
+        if source.picture is None and (steps < 1 or not guidance >= 1):
+            raise InputError(f"painting: got {steps} steps, guidance {guidance:g}; allowed: 1 or more each; try 50 "
+                             f"and 2")
+        self.source, self.teacher, self.size = source, teacher, size
+        self.seed, self.steps, self.guidance, self.half = seed, steps, guidance, half
+        self.captions = source.captions[:limit]
+        self.distinct = {caption: row for row, caption in enumerate(dict.fromkeys(self.captions))}
+        self.painted = source.picture is None
+        self.teacher_key = teacher_key(teacher, painting=self.painted)
+        how = (seed, steps, guidance) if self.painted else ()
+        self.key = key_of(FORMAT, self.teacher_key, source.key, size, limit, half, *how)
+
+    def build(self, folder: Path) -> Path:
+        """Writes the cache at `folder`, beside it first; nothing where it is there already.
+
+        Raises:
+            InputError: the disk is full or cannot be written; or a picture is broken. What is done is kept.
+        """
+        from filelock import FileLock
+
+        beside = folder.with_name(f".{folder.name}.{self.key}.building")
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(f".{folder.name}.lock")):  # of several processes, one builds
+                if not (folder / "manifest.json").is_file():
+                    beside.mkdir(exist_ok=True)
+                    self._write(beside)
+                    if folder.exists():
+                        folder.rmdir()  # it is empty
+                    beside.rename(folder)
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+                raise InputError(f"disk: got no space left while writing {beside}; what is done is kept; free some "
+                                 f"and run "
+                                 "the same command again") from error  # fmt: skip
+            if isinstance(error, PermissionError):
+                raise InputError(f"cache: got {folder.parent}, which cannot be written; allowed: a folder of yours; "
+                                 f"set "
+                                 "STEPDISTILL_CACHE") from error  # fmt: skip
+            raise
+        return folder
+
+    def _write(self, folder: Path) -> None:
+        captions = list(self.distinct)
+        names = {"conditions": [], "shards": []}
+        verb = "painting" if self.painted else "encoding"
+        jobs = (("conditions", "encoding captions", captions, self._conditions),
+                ("shards", f"{verb} {self.source.name}", self.captions, self._latents))  # fmt: skip
+        for kind, title, items, make in jobs:
+            with tqdm(total=len(items), desc=title, unit="", dynamic_ncols=True) as bar:
+                for first in range(0, len(items), SHARD):
+                    name = f"{kind}-{first // SHARD:05d}.safetensors"
+                    count = min(SHARD, len(items) - first)
+                    if (folder / name).exists():
+                        bar.update(count)
+                    else:
+                        _save(make(first, count, bar), folder / name)
+                    names[kind].append(name)
+        try:
+            nothing = self.teacher.conditioner.unconditional(1, size=self.size)
+        except InputError:  # classes without a null label: there is no guidance
+            nothing = {}
+        _save({k: v.cpu().contiguous() for k, v in nothing.items()}, folder / "unconditional.safetensors")
+        (folder / "captions.json").write_text(json.dumps(captions))
+        manifest = {
+            "format": FORMAT, "key": self.key, "teacher": self.teacher_key, "teacher_path": self.teacher.path,
+            "source": self.source.name, "painted": self.painted, "size": list(self.size), "half": self.half,
+            "count": len(self.captions), "distinct_captions": len(captions), **names,
+        }  # fmt: skip
+        if self.painted:
+            manifest |= {"seed": self.seed, "steps": self.steps, "guidance": self.guidance}
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+    def _conditions(self, first: int, count: int, bar: tqdm) -> dict[str, Tensor]:
+        captions = list(self.distinct)[first : first + count]
+        parts = []
+        for start in range(0, count, BATCH):
+            batch = captions[start : start + BATCH]
+            parts.append(self.teacher.conditioner.encode(batch, size=self.size))
+            bar.update(len(batch))
+        joined = {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]}
+        return {key: self._kept(value) if key in HALVED else value.contiguous() for key, value in joined.items()}
+
+    def _latents(self, first: int, count: int, bar: tqdm) -> dict[str, Tensor]:
+        parts = []
+        step = max(1, min(BATCH, PIXELS // (self.size[0] * self.size[1])))
+        for start in range(first, first + count, step):
+            indices = range(start, min(start + step, first + count))
+            parts.append(self._kept(self._paint(indices) if self.painted else self._encode(indices)))
+            bar.update(len(indices))
+        rows = [self.distinct[caption] for caption in self.captions[first : first + count]]
+        return {"x0": torch.cat(parts), "caption": torch.tensor(rows)}
+
+    def _kept(self, value: Tensor) -> Tensor:
+        return value.to("cpu", torch.float16 if self.half else torch.float32).contiguous()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.teacher.denoiser.parameters()).device
+
+    def _encode(self, indices: range) -> Tensor:
+        channels = 3 if self.teacher.vae is not None else self.teacher.sample_shape[0]
+        pictures = [to_tensor(self.source.picture(i), self.size, channels) for i in indices]
+        return self.teacher.encode(torch.stack(pictures).to(self._device))
+
+    def _paint(self, indices: range) -> Tensor:
+        """The teacher's own guided samples for some captions, each from noise of its own."""
+        from stepdistill.sampling import sample
+
+        captions = [self.captions[i] for i in indices]
+        draws = Draws.at(self.seed, indices[0], len(captions), self._device)
+        x_T = draws.normal(self.teacher.sample_shape[0], *(side // self.teacher.factor for side in self.size))
+        cond = self.teacher.conditioner.encode(captions, size=self.size)
+        uncond = None
+        if self.guidance != 1:
+            uncond = expand(self.teacher.conditioner.unconditional(1, size=self.size), len(captions))
+        return sample(self.teacher.denoiser, x_T, cond, uncond, steps=self.steps, guidance=self.guidance)
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    """Writes beside and renames: a file of this name is whole."""
+    beside = file.with_name(f"{file.name}.new")
+    try:
+        save_file(tensors, beside)
+        beside.rename(file)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,89 @@
+"""Attribute accuracy: does the picture show what the prompt names? Read by linear probes on the scorer's embedding.
+
+A prompt that names red clothes and no hat asks two questions; the accuracy is the share of all questions of all prompts
+that are answered rightly. What a prompt leaves open is not asked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stepdistill.errors import InputError
+
+
+@dataclass(frozen=True)
+class Probes:
+    """One linear classifier an attribute.
+
+    Attributes:
+        classes: attribute -> its classes, in the order of the logits.
+        weights: attribute -> (classes, D). biases: attribute -> (classes,).
+    """
+
+    classes: Mapping[str, Sequence[str]]
+    weights: Mapping[str, Tensor]
+    biases: Mapping[str, Tensor]
+
+    def read(self, embedding: Tensor) -> dict[str, list[str]]:
+        """The class of every attribute of each picture: unit embeddings (B, D) -> attribute -> B classes."""
+        embedding = embedding.float().cpu()
+        found = {}
+        for name, classes in self.classes.items():
+            best = (embedding @ self.weights[name].T + self.biases[name]).argmax(-1)
+            found[name] = [classes[i] for i in best.tolist()]
+        return found
+
+    def count(
+        self, embedding: Tensor, attributes: Sequence[Mapping[str, str]], mentioned: Sequence[Sequence[str]]
+    ) -> dict[str, tuple[int, int]]:
+        """attribute -> (right, asked) over a batch.
+
+        Args:
+            embedding: (B, D) unit length. attributes: the truth of each picture. mentioned: what each prompt names.
+
+        Raises:
+            InputError: a prompt names an attribute that has no probe.
+        """
+        found = self.read(embedding)
+        tally = {name: [0, 0] for name in self.classes}
+        for i, names in enumerate(mentioned):
+            for name in names:
+                if name not in tally:
+                    raise InputError(f"attribute: got {name!r}; allowed: {', '.join(self.classes)}, which have probes")
+                tally[name][0] += found[name][i] == attributes[i][name]
+                tally[name][1] += 1
+        return {name: (right, asked) for name, (right, asked) in tally.items()}
+
+
+def accuracy(tally: Mapping[str, tuple[int, int]]) -> float | None:
+    """The share of right answers in a tally; None where nothing was asked."""
+    asked = sum(n for _, n in tally.values())
+    return sum(right for right, _ in tally.values()) / asked if asked else None
+
+
+def load_probes(folder: str | Path) -> Probes:
+    """The probes in a scorer's folder: probes.json names the classes, probes.safetensors has the weights.
+
+    Raises:
+        InputError: a file is missing, or the two do not fit.
+    """
+    folder = Path(folder)
+    try:
+        classes = json.loads((folder / "probes.json").read_text())
+        tensors = load_file(folder / "probes.safetensors")
+        weights = {name: tensors[f"{name}.weight"].float() for name in classes}
+        biases = {name: tensors[f"{name}.bias"].float() for name in classes}
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"probes: got {folder}, where {error} is missing or broken; retrain the scorer") from error
+    for name, values in classes.items():
+        if len(weights[name]) != len(values):
+            raise InputError(
+                f"probes: got {len(weights[name])} rows for {len(values)} classes of {name!r}; retrain the scorer"
+            )
+    return Probes(classes, weights, biases)

@@ -1,0 +1,160 @@
+"""CLIP score: how well a picture fits its prompt, by any open_clip model, from the hub or a local folder.
+
+    model = load_clip("ViT-B-32", pretrained="openai")    # or "avatars", "local-dir:FOLDER", "hf-hub:owner/name"
+    clip_scores(model.images(images), model.texts(prompts))   # (B,) in 0..100
+
+The score is 100 max(cos, 0), for each picture, then averaged (Hessel et al. 2021, with MLPerf's factor). torchmetrics
+clamps the mean instead; the two differ where single pictures fall below zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill import embedded
+from stepdistill.errors import InputError
+from stepdistill.evaluation.resize import check_images
+
+LOCAL = "local-dir:"
+
+
+@dataclass(frozen=True)
+class ClipModel:
+    """A frozen pair of towers.
+
+    Attributes:
+        title: the name that scores are reported under.
+        model: open_clip's. tokenizer: prompts -> ids. transform: a PIL picture -> (3, H, W), open_clip's own.
+        size: (height, width) the image tower takes. mean, std: of its pixels in [0, 1].
+        prefix: put before each prompt, as "A photo depicts ".
+        folder: where probes may lie; None for a hub model.
+    """
+
+    title: str
+    model: nn.Module
+    tokenizer: Callable[[list[str]], Tensor]
+    transform: Callable
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    prefix: str = ""
+    folder: Path | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the towers are."""
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def images(self, images: Tensor) -> Tensor:
+        """Unit-length embeddings (B, D) float32 of pictures (B, 3, H, W) uint8.
+
+        Pictures of another size go through open_clip's own transform, one by one, as its users have them.
+        """
+        if tuple(check_images(images).shape[-2:]) == self.size:
+            mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
+            pixels = (images.to(self.device).float() / 255 - mean) / std
+        else:
+            from PIL import Image
+
+            pictures = (Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in images)
+            pixels = torch.stack([self.transform(picture) for picture in pictures]).to(self.device)
+        return nn.functional.normalize(self.model.encode_image(pixels).float(), dim=-1)
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        """Unit-length embeddings (B, D) float32 of prompts."""
+        ids = self.tokenizer([self.prefix + prompt for prompt in prompts]).to(self.device)
+        return nn.functional.normalize(self.model.encode_text(ids).float(), dim=-1)
+
+
+def clip_scores(images: Tensor, texts: Tensor) -> Tensor:
+    """100 max(cos, 0) of unit-length embeddings, pair by pair: (B, D), (B, D) -> (B,)."""
+    return 100 * (images * texts).sum(-1).clamp_min(0)
+
+
+def load_clip(
+    name: str, *, pretrained: str | None = None, prefix: str = "", device: torch.device | str = "cpu"
+) -> ClipModel:
+    """An open_clip model.
+
+    Args:
+        name: "avatars" (the embedded scorer), "local-dir:FOLDER", "hf-hub:owner/name", or an open_clip name such as
+            ViT-B-32, which needs `pretrained`, such as openai.
+
+    Raises:
+        InputError: no such model, or weights that cannot be had.
+    """
+    import open_clip
+
+    folder = (
+        embedded.path("scorer")
+        if name == "avatars"
+        else Path(name.removeprefix(LOCAL))
+        if name.startswith(LOCAL)
+        else None
+    )
+    source = f"{LOCAL}{folder}" if folder else name
+    if folder and not (folder / "open_clip_config.json").is_file():
+        raise InputError(
+            f"CLIP model: got {folder}, which has no open_clip_config.json; allowed: a folder saved by open_clip"
+        )
+    if not folder and not name.startswith("hf-hub:"):
+        if name not in open_clip.list_models():
+            raise InputError(f"CLIP model: got {name!r}; allowed: avatars, local-dir:FOLDER, hf-hub:owner/name, or "
+                             "a name of open_clip.list_models(), as ViT-B-32")  # fmt: skip
+        if not pretrained:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)[:4]) or "a weights file"
+            raise InputError(f"CLIP model {name}: got no `pretrained`, so it would be random; allowed: {tags}")
+    try:
+        with _quiet():
+            model, transform = open_clip.create_model_from_pretrained(source, pretrained=pretrained, device=device)
+            tokenizer = open_clip.get_tokenizer(source)
+    except Exception as error:  # the hub, files and configurations each raise their own kinds
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"CLIP model: got {name}, which could not be loaded ({reason}); check the network or the folder"
+        ) from error
+    model.eval().requires_grad_(False)
+    visual = model.visual
+    size = visual.image_size if isinstance(visual.image_size, tuple) else (visual.image_size,) * 2
+    title = (
+        "avatars-scorer"
+        if name == "avatars"
+        else folder.name
+        if folder
+        else f"{name}/{pretrained}"
+        if pretrained
+        else name
+    )
+    return ClipModel(
+        title,
+        model,
+        tokenizer,
+        transform,
+        tuple(size),
+        tuple(visual.image_mean),
+        tuple(visual.image_std),
+        prefix,
+        folder,
+    )
+
+
+@contextlib.contextmanager
+def _quiet():
+    """open_clip logs what it loads, at levels that would break into a progress bar."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(level)

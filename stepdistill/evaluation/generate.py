@@ -1,0 +1,118 @@
+"""Pictures from a plain diffusers pipeline, each with noise of its own, so every model and step count starts alike.
+
+Picture i of a run is drawn from a generator seeded by (seed, i): its initial latents, and its later noise where a
+scheduler adds any, do not depend on the batch, the model, or what was drawn before.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepdistill.draws import Draws
+from stepdistill.errors import InputError
+
+# What encode_prompt returns, for the pipelines whose text is encoded once for all step counts.
+ENCODED = {
+    "StableDiffusionPipeline": ("prompt_embeds", "negative_prompt_embeds"),
+    "StableDiffusionXLPipeline": (
+        "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
+    ),
+}  # fmt: skip
+
+
+def backbone(pipeline) -> torch.nn.Module:
+    """The network that is called at every step."""
+    module = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+    if module is None:
+        raise InputError(
+            f"pipeline: got {type(pipeline).__name__}, which has no unet or transformer; allowed: a diffusion pipeline"
+        )
+    return module
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A pipeline and what does not change from call to call.
+
+    Attributes:
+        pipeline: plain diffusers. guidance: 1.0 is none. seed: of the run.
+    """
+
+    pipeline: Any
+    guidance: float = 1.0
+    seed: int = 0
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether the pipeline is text-to-image."""
+        return "prompt" in inspect.signature(type(self.pipeline).__call__).parameters
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """The arguments that stand for the prompts: embeddings where they can be made once, else the prompts."""
+        if not self.takes_prompts:
+            return {}
+        names = ENCODED.get(type(self.pipeline).__name__)
+        if names is None:
+            return {"prompt": list(prompts)}
+        guided = self.guidance > 1
+        encoded = self.pipeline.encode_prompt(
+            prompt=list(prompts),
+            device=self.pipeline._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+        )
+        return {name: value for name, value in zip(names, encoded, strict=True) if value is not None}
+
+    @torch.no_grad()
+    def __call__(self, condition: dict[str, Any], *, first: int, count: int, steps: int) -> Tensor:
+        """Pictures number `first` to `first + count - 1`, uint8 (count, 3, H, W) on the CPU.
+
+        Args:
+            condition: from `encode`, or {"prompt": [...]}.
+
+        Raises:
+            InputError: the model gave NaN.
+        """
+        accepted = inspect.signature(type(self.pipeline).__call__).parameters
+        options: dict[str, Any] = {
+            "generator": Draws.at(self.seed, first, count).generators,
+            "num_inference_steps": steps,
+        }
+        options["output_type"] = "pt"
+        if "guidance_scale" in accepted:
+            options["guidance_scale"] = self.guidance
+        if "batch_size" in accepted:
+            options["batch_size"] = count
+        return to_uint8(self.pipeline(**condition, **options).images)
+
+
+def to_uint8(images: Any) -> Tensor:
+    """What a pipeline returns, in [0, 1] as a tensor (B, 3, H, W) or an array (B, H, W, 3), to uint8 on the CPU.
+
+    Raises:
+        InputError: a value is not finite.
+    """
+    images = images if isinstance(images, Tensor) else torch.from_numpy(images).permute(0, 3, 1, 2)
+    images = images.float()
+    if not torch.isfinite(images).all():
+        raise InputError("pictures: got NaN from the model; try dtype=fp32 (or bf16), or look at its training")
+    if images.shape[1] == 1:
+        images = images.expand(-1, 3, -1, -1)
+    return images.clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+
+
+@torch.no_grad()
+def reconstruct(pipeline, images: Tensor) -> Tensor:
+    """Pictures through the pipeline's autoencoder and back: (B, 3, H, W) uint8 both ways."""
+    vae = pipeline.vae
+    pixels = images.to(device=vae.device, dtype=vae.dtype) / 127.5 - 1
+    encoded = vae.encode(pixels)
+    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return to_uint8(vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5)

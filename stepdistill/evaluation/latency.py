@@ -1,0 +1,201 @@
+"""How long a picture takes, stage by stage, read inside the plain pipeline's own calls, and how often the network ran.
+
+    timing = measure(sampler, prompts, steps=4, batch=1)
+    timing.text, timing.denoiser_step, timing.decode, timing.total_p50, timing.total_p90      # ms for the batch
+
+Wall clock on a CPU; on a GPU the stages by CUDA events and the whole by the wall clock, synchronised at both ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepdistill.errors import InputError
+from stepdistill.evaluation.generate import Sampler, backbone
+
+
+class Stages:
+    """Times the text encoders, every call of the denoiser, and the decoder, while it is entered.
+
+    Attributes:
+        evaluations: pictures that went through the denoiser, guidance's second half counted: divided by the pictures
+            drawn, it is the NFE.
+    """
+
+    def __init__(self, pipeline) -> None:
+        self.pipeline = pipeline
+        self.network = backbone(pipeline)
+        self.device = self.network.device
+        self.evaluations = 0
+        self._marks: list[tuple[str, Any, Any]] = []
+        self._undo: list[Callable[[], None]] = []
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _hook(self, module: torch.nn.Module, stage: str) -> None:
+        started: list[Any] = []
+
+        def before(_module, args, kwargs) -> None:
+            if stage == "denoiser_step":
+                x = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+                self.evaluations += len(x)
+            started.append(self._now())
+
+        def after(*_) -> None:
+            self._marks.append((stage, started.pop(), self._now()))
+
+        handles = module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)
+        self._undo += [handle.remove for handle in handles]
+
+    def __enter__(self) -> Stages:
+        self._hook(self.network, "denoiser_step")
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            if (module := getattr(self.pipeline, name, None)) is not None:
+                self._hook(module, "text")
+        if (vae := getattr(self.pipeline, "vae", None)) is not None:
+            decode = vae.decode
+
+            def timed(*args, **kwargs):
+                start = self._now()
+                result = decode(*args, **kwargs)
+                self._marks.append(("decode", start, self._now()))
+                return result
+
+            vae.decode = timed
+            self._undo.append(lambda: vae.__dict__.pop("decode", None))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+
+    def milliseconds(self) -> dict[str, list[float]]:
+        """stage -> the duration of each call so far."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        found: dict[str, list[float]] = defaultdict(list)
+        for stage, start, end in self._marks:
+            found[stage].append(start.elapsed_time(end) if self.device.type == "cuda" else 1000 * (end - start))
+        return dict(found)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds for one batch; medians but for total_p90.
+
+    Attributes:
+        text: all text encoders, guidance's empty prompt included. denoiser_step: one call of the network.
+        decode: latents to pixels. total_p50, total_p90: prompt to pixels. nfe: network evaluations a picture.
+        batch, repeats: what was timed, how often. clock: wall or cuda events. peak_memory_mb: of the device; on a CPU
+            the process's resident memory; None where it cannot be read.
+    """
+
+    text: float
+    denoiser_step: float
+    decode: float
+    total_p50: float
+    total_p90: float
+    nfe: float
+    batch: int
+    repeats: int
+    clock: str
+    peak_memory_mb: float | None
+
+    def row(self) -> dict[str, Any]:
+        """The `latency_ms` entry of a benchmark row."""
+        fields = asdict(self)
+        del fields["nfe"], fields["peak_memory_mb"]
+        return {k: round(v, 3) if isinstance(v, float) else v for k, v in fields.items()}
+
+
+def measure(
+    sampler: Sampler,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    batch: int = 1,
+    warmup: int = 1,
+    repeats: int = 10,
+    seconds: float = 20.0,
+) -> Timing:
+    """Times whole calls of the pipeline, text encoding included.
+
+    Args:
+        prompts: taken in turn. warmup: calls before the first timed one. repeats: timed calls at most; fewer, but at
+            least three, when they take longer than `seconds` altogether.
+    """
+    if batch < 1 or repeats < 1:
+        raise InputError(f"latency: got batch={batch}, repeats={repeats}; allowed: 1 or more")
+    chosen = [prompts[i % len(prompts)] for i in range(batch)] if prompts else []
+    condition = {"prompt": chosen} if sampler.takes_prompts else {}
+
+    def once() -> None:
+        sampler(condition, first=0, count=batch, steps=steps)
+
+    for _ in range(warmup):
+        once()
+    memory = PeakMemory(backbone(sampler.pipeline).device)
+    totals: list[float] = []
+    per_call: list[float] = []
+    with Stages(sampler.pipeline) as stages:
+        while len(totals) < repeats and (len(totals) < 3 or sum(totals) < 1000 * seconds):
+            start = time.perf_counter()  # the call returns pictures on the CPU, so it is synchronised at both ends
+            once()
+            totals.append(1000 * (time.perf_counter() - start))
+        found = stages.milliseconds()
+        per_call = [
+            sum(found.get("text", [])) / len(totals),
+            *(median(found.get(k, [0.0])) for k in ("denoiser_step", "decode")),
+        ]
+    return Timing(
+        *per_call, quantile(totals, 0.5), quantile(totals, 0.9), stages.evaluations / batch / len(totals), batch,
+        len(totals),
+        "cuda events" if stages.device.type == "cuda" else "wall", memory.read(),
+    )  # fmt: skip
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The q-quantile, linear between order statistics."""
+    return float(torch.quantile(torch.tensor(values, dtype=torch.float64), q))
+
+
+def median(values: Sequence[float]) -> float:
+    """The 0.5-quantile."""
+    return quantile(values, 0.5)
+
+
+class PeakMemory:
+    """The most memory in use since it was made: of the GPU, or the resident memory of this process (Linux)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:
+                self.device = None
+
+    def read(self) -> float | None:
+        """Megabytes (2^20 bytes); None where the system does not say."""
+        if self.device is None:
+            return None
+        if self.device.type == "cuda":
+            return round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1)
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
+        return round(int(peak) / 1024, 1) if peak else None

@@ -1,0 +1,129 @@
+"""Protocols: everything that fixes a number, in one small YAML file, with a hash that goes into every row.
+
+    protocol = load_protocol("avatars-2k")        # benchmarks/protocols/avatars-2k.yaml, or a path to a file
+
+Two rows can be compared when their hashes are equal. The hash covers the file's settings and the content they name:
+prompts, reference pictures, extractor and scorer weights. It does not cover the description.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stepdistill.errors import InputError
+
+PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class ExtractorSpec:
+    """Which features: a name of `features.EXTRACTORS`, pixels to work at, and how pictures get there."""
+
+    name: str
+    size: int | None = None
+    resize: str | None = None
+
+
+@dataclass(frozen=True)
+class ScorerSpec:
+    """Which CLIP: a name of `clip.load_clip`, its weights' tag, and what goes before each prompt."""
+
+    model: str
+    pretrained: str | None = None
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a benchmark is made.
+
+    Attributes:
+        name, version: of the protocol. description: for people; not hashed.
+        n: pictures in a cell. prompts: the set they are drawn for (see `sets.open_set`).
+        reference: the set they are compared with. reference_n: how many of it; all where None.
+        extractor: of the Frechet distance. scorer: of the CLIP score; None for a set without prompts.
+        guidance: of models that say nothing of their own. seed: of the pictures' own noise.
+    """
+
+    name: str
+    n: int
+    prompts: str
+    reference: str
+    extractor: ExtractorSpec
+    scorer: ScorerSpec | None = None
+    version: int = 1
+    reference_n: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+    description: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.n, int) or self.n < 2:
+            raise InputError(f"protocol {self.name}: got n={self.n}; allowed: 2 or more; thousands give steady figures")
+        if self.guidance is not None and self.guidance < 1:
+            raise InputError(f"protocol {self.name}: got guidance={self.guidance}; allowed: 1.0 (none) or more")
+
+    def hash(self, content: Mapping[str, str]) -> str:
+        """16 hex digits of the settings and of what they name.
+
+        Args:
+            content: hashes of the prompts, the reference and the networks, by name.
+        """
+        settings = dataclasses.asdict(self)
+        del settings["description"]
+        text = json.dumps([settings, dict(content)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def folders() -> list[Path]:
+    """Where protocol files lie: beside the package in a wheel, in benchmarks/protocols of a checkout."""
+    return [f for f in (PACKAGE / "protocols", PACKAGE.parent / "benchmarks" / "protocols") if f.is_dir()]
+
+
+def names() -> list[str]:
+    """The protocols that ship."""
+    return sorted({file.stem for folder in folders() for file in folder.glob("*.yaml")})
+
+
+def load_protocol(name: str | Path) -> Protocol:
+    """A protocol by name, or from a .yaml file.
+
+    Raises:
+        InputError: no such protocol, or a file with unknown or missing fields.
+    """
+    import yaml
+
+    file = Path(name)
+    if file.suffix not in (".yaml", ".yml"):
+        file = next((f for folder in folders() if (f := folder / f"{name}.yaml").is_file()), file)
+    if not file.is_file():
+        raise InputError(f"protocol: got {name}; allowed: {', '.join(names())}, or a path to a .yaml file")
+    try:
+        fields = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"protocol: got {file}, which is no YAML ({str(error).splitlines()[0]}); mend it") from error
+    return _build(Protocol, fields, str(file))
+
+
+def _build(kind: type, fields: Any, where: str) -> Any:
+    if not isinstance(fields, dict):
+        raise InputError(f"{where}: got {fields!r}; allowed: fields of {kind.__name__}")
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := [key for key in fields if key not in known]:
+        raise InputError(f"{where}: got the field {unknown[0]!r}; allowed: {', '.join(known)}")
+    missing = [
+        k for k, f in known.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing := [key for key in missing if key not in fields]:
+        raise InputError(f"{where}: got no {missing[0]!r}; add it")
+    fields = dict(fields)
+    for key, part in (("extractor", ExtractorSpec), ("scorer", ScorerSpec)):
+        if kind is Protocol and fields.get(key) is not None:
+            fields[key] = _build(part, fields[key], f"{where}, {key}")
+    return kind(**fields)

@@ -1,0 +1,167 @@
+"""The book of a benchmark: results.jsonl, a row a cell, written whole or not at all, with the grids beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepdistill.errors import InputError
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "timm", "stepdistill")
+KEY = ("protocol_hash", "model", "weights", "steps", "guidance", "seed")
+FIELDS = (
+    "protocol", "protocol_hash", "model", "method", "teacher", "spec", "weights",
+    "steps", "nfe", "guidance", "scheduler", "n", "seed",
+    "fd", "fd_low", "fd_high", "fd_extractor", "clip_score", "clip_model", "attribute_accuracy", "attributes",
+    "latency_ms", "peak_memory_mb", "batch", "dtype", "device", "versions", "commit", "command", "train_seconds",
+)  # fmt: skip
+TILE = 96  # pixels a picture in a grid has at least
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a results.jsonl.
+
+    Raises:
+        InputError: a line that is no row.
+    """
+    rows = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not {"model", "steps", "protocol_hash"} <= row.keys():
+                raise ValueError
+        except ValueError as error:
+            raise InputError(
+                f"{file} line {number}: got {line[:40]!r}, which is no benchmark row; delete the line"
+            ) from error
+        rows.append(row)
+    return rows
+
+
+class Book:
+    """The rows of a folder, or of memory where there is no folder.
+
+    Raises:
+        InputError: the folder holds rows of another protocol, or cannot be written.
+    """
+
+    def __init__(self, folder: str | Path | None, protocol_hash: str, protocol: str) -> None:
+        self.folder = Path(folder) if folder is not None else None
+        self.rows: list[dict[str, Any]] = []
+        if self.folder is None:
+            return
+        try:
+            (self.folder / "grids").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"--out: got {self.folder}, which cannot be written ({error.strerror}); choose another"
+            ) from error
+        if self.file.is_file():
+            self.rows = read_rows(self.file)
+        for row in self.rows:
+            if row["protocol_hash"] != protocol_hash:
+                raise InputError(
+                    f"--out {self.folder}: got rows of {row.get('protocol')} n={row.get('n')} "
+                    f"({row['protocol_hash']}) there, and {protocol} ({protocol_hash}) asked for; "
+                    "such rows cannot be compared; choose another folder"
+                )
+
+    @property
+    def file(self) -> Path:
+        """results.jsonl."""
+        return self.folder / "results.jsonl"
+
+    def find(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """The row that is there already for this cell."""
+        key = [row.get(k) for k in KEY]
+        return next((old for old in self.rows if [old.get(k) for k in KEY] == key), None)
+
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Writes a row, with every field; a reader, or a crash, sees the file before or after, never between."""
+        if unknown := row.keys() - set(FIELDS):
+            raise KeyError(f"row fields {sorted(unknown)} are not in records.FIELDS")
+        row = {name: row.get(name) for name in FIELDS}
+        self.rows.append(row)
+        if self.folder is not None:
+            partial = self.file.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
+            partial.replace(self.file)
+        return row
+
+    def prompts(self, prompts: list[str]) -> None:
+        """Keeps the prompts of the grids' pictures."""
+        if self.folder is not None:
+            (self.folder / "grids" / "prompts.json").write_text(json.dumps(prompts, indent=1) + "\n")
+
+    def grid(self, row: dict[str, Any], pictures: Tensor | None) -> None:
+        """Keeps pictures (B, 3, H, W) uint8 as one strip, small ones enlarged pixel by pixel."""
+        if self.folder is None or pictures is None:
+            return
+        from PIL import Image
+
+        factor = max(1, TILE // pictures.shape[-2])
+        strip = torch.cat(list(pictures), -1).permute(1, 2, 0).numpy()
+        picture = Image.fromarray(strip)
+        if factor > 1:
+            picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+        elif pictures.shape[-2] > 2 * TILE:
+            scale = 2 * TILE / pictures.shape[-2]
+            picture = picture.resize((round(picture.width * scale), 2 * TILE), Image.Resampling.LANCZOS)
+        picture.save(self.folder / "grids" / grid_name(row))
+
+
+def grid_name(row: dict[str, Any]) -> str:
+    """The file of a row's strip, inside grids/."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", str(row["model"])).strip("-.") or "model"
+    key = hashlib.sha256(json.dumps([row.get(k) for k in KEY]).encode()).hexdigest()[:6]
+    return f"{safe}_{row['steps']}_{key}.png"
+
+
+@lru_cache(maxsize=1)
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@lru_cache(maxsize=1)
+def commit() -> str | None:
+    """The commit of this checkout; None in a wheel. A + says that files are changed."""
+    root = Path(__file__).parents[2]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def device_name(device: str) -> str:
+    """A device in words, with its number of threads where it is a CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"

@@ -1,0 +1,252 @@
+"""Model SPECs: a pipeline and how it is to be sampled, in one word of a command line.
+
+    path,lora=DIR,scheduler=lcm,guidance=1.5,variant=fp16,dtype=bf16,name=student     or     student=path,lora=DIR,...
+
+The path is a diffusers folder, a hub id, or avatars. What is built is a plain diffusers pipeline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepdistill.errors import InputError
+
+DTYPES = ("fp32", "fp16", "bf16")
+# name: (diffusers class, what is set on top of the pipeline's own scheduler configuration).
+TRAILING = {"timestep_spacing": "trailing"}
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", TRAILING | {"set_alpha_to_one": True, "clip_sample": False}),
+    "lcm": ("LCMScheduler", {"clip_sample": False, "original_inference_steps": 50}),
+    "tcd": ("TCDScheduler", {"clip_sample": False}),
+    "dpmpp": ("DPMSolverMultistepScheduler", TRAILING | {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}),
+    "euler": ("EulerDiscreteScheduler", TRAILING),
+    "euler-a": ("EulerAncestralDiscreteScheduler", TRAILING),
+    "heun": ("HeunDiscreteScheduler", TRAILING),
+    "unipc": ("UniPCMultistepScheduler", TRAILING | {"final_sigmas_type": "zero"}),
+}
+UNGUIDED = ("LCMScheduler", "TCDScheduler")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model and how to sample it.
+
+    Attributes:
+        path: a pipeline folder, a hub id, or avatars. name: of its rows and curves.
+        lora: a folder or hub id of LoRA weights. scheduler: a key of SCHEDULERS; None keeps the LoRA export's or the
+            pipeline's own. guidance: 1.0 is none. variant: of the weight files. dtype: fp32, fp16 or bf16.
+    """
+
+    path: str
+    name: str
+    lora: str | None = None
+    scheduler: str | None = None
+    guidance: float | None = None
+    variant: str | None = None
+    dtype: str | None = None
+
+    def __str__(self) -> str:
+        options = [
+            f"{k}={v}" for k, v in dataclasses.asdict(self).items() if k not in ("path", "name") and v is not None
+        ]
+        return ",".join([self.path, *options])
+
+
+OPTIONS = tuple(f.name for f in dataclasses.fields(ModelSpec) if f.name != "path")
+
+
+def parse(text: str) -> ModelSpec:
+    """A SPEC, or NAME=SPEC.
+
+    Raises:
+        InputError: no path, an unknown option (the nearest is named), or a value not allowed.
+    """
+    first, *rest = [part.strip() for part in text.split(",")]
+    values: dict[str, Any] = {}
+    if "=" in first:
+        name, _, first = first.partition("=")
+        if name in OPTIONS:
+            raise InputError(f"--model {text}: got the option {name}= where the path belongs; allowed: path,{name}=…")
+        values["name"] = name
+    if not first:
+        raise InputError(
+            f"--model {text!r}: got no path; allowed: a pipeline folder, a hub id, or avatars, then options"
+        )
+    for part in rest:
+        key, equals, value = part.partition("=")
+        if not equals or key not in OPTIONS:
+            near = difflib.get_close_matches(key, OPTIONS, 1)
+            hint = f"; did you mean {near[0]}=?" if near else ""
+            raise InputError(
+                f"--model {text}: got the option {part!r}; allowed: {', '.join(o + '=' for o in OPTIONS)}{hint}"
+            )
+        if not value:
+            raise InputError(f"--model {text}: got {key}= with no value; give one or leave it out")
+        values[key] = value
+    if "guidance" in values:
+        values["guidance"] = _guidance(values["guidance"])
+    for key, allowed in (("scheduler", SCHEDULERS), ("dtype", DTYPES)):
+        if values.get(key) is not None and values[key] not in allowed:
+            near = difflib.get_close_matches(values[key], allowed, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"--model {text}: got {key}={values[key]}; allowed: {', '.join(allowed)}{hint}")
+    values.setdefault("name", Path(values.get("lora") or first).name)
+    return ModelSpec(path=first, **values)
+
+
+def as_models(pipeline: Any) -> dict[str, Any]:
+    """name -> ModelSpec or loaded pipeline.
+
+    Raises:
+        InputError: a bad SPEC, or a name twice.
+    """
+    if isinstance(pipeline, Mapping):
+        return {
+            name: dataclasses.replace(parse(m), name=name) if isinstance(m, str) else m for name, m in pipeline.items()
+        }
+    many = pipeline if isinstance(pipeline, (list, tuple)) else [pipeline]
+    models: dict[str, Any] = {}
+    for model in many:
+        model = parse(model) if isinstance(model, str) else model
+        name = model.name if isinstance(model, ModelSpec) else type(model).__name__
+        if name in models:
+            raise InputError(f"--model: got the name {name!r} twice; give one another: NAME=SPEC")
+        models[name] = model
+    if not models:
+        raise InputError("--model: got none; allowed: one or more, as teacher=avatars,scheduler=ddim")
+    return models
+
+
+def _guidance(value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError as error:
+        raise InputError(f"guidance: got {value!r}; allowed: a number, 1.0 (none) or more") from error
+    if not 1 <= number < float("inf"):
+        raise InputError(f"guidance: got {value}; allowed: 1.0 (none) or more")
+    return number
+
+
+def load(spec: ModelSpec, *, device: str = "cpu"):
+    """The plain diffusers pipeline of a SPEC, with its LoRA and scheduler.
+
+    Raises:
+        InputError: the pipeline or LoRA is not there, cannot be reached, or does not fit.
+    """
+    import torch
+
+    from stepdistill.denoiser.load import open_pipeline
+
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}[spec.dtype]
+    pipeline = open_pipeline(spec.path, variant=spec.variant, dtype=dtype)
+    if spec.lora:
+        _load_lora(pipeline, spec.lora)
+    pipeline.scheduler = _scheduler(pipeline, spec)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def _load_lora(pipeline, lora: str) -> None:
+    folder = Path(lora)
+    if not folder.exists() and (lora.startswith((".", "/", "~")) or lora.count("/") != 1):
+        raise InputError(
+            f"lora: got {lora}, which does not exist; allowed: an export folder, a .safetensors file, or a hub id"
+        )
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        raise InputError(f"lora: got {lora}, which holds no .safetensors file; allowed: the folder an export wrote")
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise InputError(
+            f"lora: got {lora} for a {type(pipeline).__name__}, which takes none; allowed: a text-to-image pipeline"
+        )
+    before = dict(pipeline.components)
+    file = (
+        {"pretrained_model_name_or_path_or_dict": str(folder.parent), "weight_name": folder.name}
+        if folder.is_file()
+        else None
+    )
+    try:
+        pipeline.load_lora_weights(**(file or {"pretrained_model_name_or_path_or_dict": lora}))
+    except Exception as error:  # files, keys, shapes and the hub each raise their own kinds
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"lora: got {lora}, which could not be loaded ({reason}); was it trained for this pipeline?"
+        ) from error
+    if not any(getattr(module, "peft_config", None) for module in before.values()):
+        raise InputError(f"lora: got {lora}, of which no tensor fits this pipeline; was it trained for another one?")
+
+
+def _scheduler(pipeline, spec: ModelSpec):
+    import diffusers
+
+    own = Path(spec.lora or "") / "scheduler"
+    exported = (
+        json.loads((own / "scheduler_config.json").read_text()) if (own / "scheduler_config.json").is_file() else None
+    )
+    wanted = SCHEDULERS[spec.scheduler][0] if spec.scheduler else None
+    if spec.lora and exported and wanted in (None, exported["_class_name"]):
+        return getattr(diffusers, exported["_class_name"]).from_pretrained(own)
+    if not spec.scheduler:
+        return pipeline.scheduler
+    name, options = SCHEDULERS[spec.scheduler]
+    config = {k: v for k, v in pipeline.scheduler.config.items() if k not in ("timestep_spacing", "final_sigmas_type")}
+    if wanted == type(pipeline.scheduler).__name__ and wanted in UNGUIDED:
+        return pipeline.scheduler
+    return getattr(diffusers, name).from_config(config, **options)
+
+
+def guidance_of(spec: ModelSpec, pipeline, default: float | None = None) -> float:
+    """What a model is guided with: the SPEC's; none for consistency schedulers; the protocol's; the pipeline's own."""
+    import inspect
+
+    if spec.guidance is not None:
+        return spec.guidance
+    if type(pipeline.scheduler).__name__ in UNGUIDED:
+        return 1.0
+    parameter = inspect.signature(type(pipeline).__call__).parameters.get("guidance_scale")
+    if parameter is None:
+        return 1.0
+    return default if default is not None else float(parameter.default)
+
+
+def fingerprint(pipeline) -> str:
+    """16 hex digits of every weight, LoRA setting and scheduler setting: a row's model, whatever its path is called."""
+    import torch
+
+    digest = hashlib.sha256(type(pipeline).__name__.encode())
+    for name, module in sorted(pipeline.components.items()):
+        if not isinstance(module, torch.nn.Module):
+            continue
+        for adapter, config in sorted((getattr(module, "peft_config", None) or {}).items()):
+            digest.update(f"{name}.{adapter} r={config.r} alpha={config.lora_alpha}".encode())
+        for key, tensor in module.state_dict().items():
+            digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(
+                tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+                if tensor.ndim
+                else str(tensor.item()).encode()
+            )
+    scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
+    digest.update(json.dumps([type(pipeline.scheduler).__name__, scheduler], sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def training_record(spec: ModelSpec) -> dict[str, Any]:
+    """What an export's config.json says of its making: method, teacher, train_seconds. Empty where there is none."""
+    for folder in (spec.lora, spec.path):
+        file = Path(folder or "") / "config.json"
+        if folder and file.is_file():
+            try:
+                record = json.loads(file.read_text())
+            except ValueError:
+                return {}
+            return (
+                {k: record.get(k) for k in ("method", "teacher", "train_seconds")} if isinstance(record, dict) else {}
+            )
+    return {}

@@ -1,0 +1,290 @@
+"""The benchmark: every model at every step count, on the same prompts and the same noise, one row a cell.
+
+    results = evaluate("avatars,scheduler=ddim", "avatars-2k", steps=(1, 2, 4, 8, 50), out="out/bench")
+
+A cell that is done is not done again; a cell that fails is reported, and the others finish.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepdistill.errors import InputError
+from stepdistill.evaluation import generate, latency, records
+from stepdistill.evaluation.metrics import Instruments, Pass, prepare
+from stepdistill.evaluation.protocols import Protocol, load_protocol
+from stepdistill.evaluation.spec import ModelSpec, as_models, fingerprint, guidance_of, load, training_record
+
+STEPS = (1, 2, 4, 8, 50)
+EMBEDDINGS_LIMIT = 1 << 30  # bytes of prompt embeddings kept from one step count to the next
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell that could not be measured, and why, in a line."""
+
+    model: str
+    steps: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a benchmark gave.
+
+    Attributes:
+        rows: the cells asked for, in order, floor rows first. failed: those that could not be measured.
+        folder: where results.jsonl is; None where nothing was written.
+    """
+
+    rows: list[dict[str, Any]]
+    failed: list[Failure] = field(default_factory=list)
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a benchmark is run; none of it changes a quality figure.
+
+    Attributes:
+        batch: pictures drawn at a time. device: where. latency_batch, latency_repeats: of the timing, 0 is
+            none.
+        floor: measure real pictures and reconstructions too. grid: pictures kept of each cell. progress: show a bar.
+    """
+
+    batch: int = 64
+    device: str = "cpu"
+    latency_batch: int = 1
+    latency_repeats: int = 10
+    floor: bool = True
+    grid: int = 8
+    progress: bool = True
+
+
+def evaluate(
+    pipeline: Any,
+    protocol: str | Path | Protocol = "avatars-2k",
+    steps: Sequence[int] = STEPS,
+    *,
+    out: str | Path | None = None,
+    n: int | None = None,
+    seed: int | None = None,
+    settings: Settings | None = None,
+    instruments: Instruments | None = None,
+    command: str | None = None,
+) -> Results:
+    """Measures one model or several.
+
+    Args:
+        pipeline: a SPEC, a ModelSpec, a loaded diffusers pipeline, a sequence of SPECs, or a mapping
+            name -> any of these.
+        protocol: a name, a .yaml file, or a Protocol. steps: step counts, 1 or more each.
+        out: the folder of results.jsonl and the grids; rows already there are kept, and not measured again.
+        n, seed: in place of the protocol's. Another n is another protocol, with another hash.
+        instruments: in place of those the protocol names. command: what to record; the process's own where not given.
+
+    Raises:
+        InputError: bad steps, an unknown protocol, too few prompts, a bad SPEC, or a folder with rows of
+            another protocol.
+    """
+    settings = settings or Settings(device="cuda" if torch.cuda.is_available() else "cpu")
+    protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)
+    changes = {k: v for k, v in {"n": n, "seed": seed}.items() if v is not None}
+    protocol = dataclasses.replace(protocol, **changes)
+    steps, models = check_steps(steps), as_models(pipeline)
+    if settings.batch < 1:
+        raise InputError(f"batch: got {settings.batch}; allowed: 1 or more")
+    # The bar counts network evaluations, guidance's included, and a few for the metrics: pictures cost unlike much.
+    weight = 4
+    total = protocol.n * len(models) * sum(2 * s + weight for s in steps)
+    if instruments is None:
+        told = _Reference(settings.progress)
+        instruments = prepare(protocol, device=settings.device, batch=settings.batch, progress=told)
+    with _bar(total, settings.progress) as bar:
+        bench = _Bench(protocol, instruments, settings, command or " ".join(map(shlex.quote, sys.argv)), out, bar)
+        for name, model in models.items():
+            bench.model(name, model, steps, weight)
+    return Results(bench.rows, bench.failed, bench.book.folder)
+
+
+def check_steps(steps: Sequence[int]) -> tuple[int, ...]:
+    """The step counts, each once, in order.
+
+    Raises:
+        InputError: none, or one below 1.
+    """
+    if not steps or any(not isinstance(s, int) or s < 1 for s in steps):
+        raise InputError(f"steps: got {' '.join(map(str, steps)) or 'none'}; allowed: 1 or more each; try 1 2 4 8 50")
+    return tuple(dict.fromkeys(steps))
+
+
+class _Bench:
+    """One run: its book of rows, and what was found on the way."""
+
+    def __init__(
+        self, protocol: Protocol, tools: Instruments, settings: Settings, command: str, out: str | Path | None, bar: Any
+    ) -> None:
+        self.protocol, self.tools, self.settings, self.bar = protocol, tools, settings, bar
+        self.rows: list[dict[str, Any]] = []
+        self.failed: list[Failure] = []
+        self.facts = {
+            "protocol": protocol.name, "protocol_hash": protocol.hash(dict(tools.content)),
+            "n": protocol.n, "seed": protocol.seed,
+            "batch": settings.batch, "device": records.device_name(settings.device), "versions": records.versions(),
+            "commit": records.commit(), "command": command,
+        }  # fmt: skip
+        self.book = records.Book(out, self.facts["protocol_hash"], protocol.name)
+        self.book.prompts(list((tools.prompts.prompts or [])[: settings.grid]))
+        if settings.floor and tools.prompts.pictures is not None:
+            self._floor("real", tools.prompts.key[:16], lambda pictures: pictures)
+
+    def _floor(self, name: str, weights: str, change) -> None:
+        row = {"model": name, "method": "floor", "weights": weights, "steps": 0, "nfe": 0}
+        batches = ((i, change(p)) for i, p in self.tools.prompts.batches(self.settings.batch, self.protocol.n))
+        self._cell(row, batches)
+
+    def model(self, name: str, model: Any, steps: Sequence[int], weight: int) -> None:
+        """All cells of one model."""
+        cells = self.protocol.n * sum(2 * s + weight for s in steps)
+        spec = (
+            model
+            if isinstance(model, ModelSpec)
+            else ModelSpec(path=getattr(model, "name_or_path", "") or name, name=name)
+        )
+        self.bar.set_description(f"{name}: loading")
+        try:
+            pipeline = load(spec, device=self.settings.device) if model is spec else model
+            sampler = generate.Sampler(
+                pipeline, guidance_of(spec, pipeline, self.protocol.guidance), self.protocol.seed
+            )
+            if sampler.takes_prompts and self.tools.prompts.prompts is None:
+                raise InputError(f"model {name}: got a set without prompts; allowed: a protocol with prompts")
+            weights = fingerprint(pipeline)
+        except Exception as error:  # whatever goes wrong with one model, the others are still measured
+            self._fail(name, None, error)
+            self.bar.update(cells)
+            return
+        if (
+            self.settings.floor
+            and self.tools.prompts.pictures is not None
+            and getattr(pipeline, "vae", None) is not None
+        ):
+            self._reconstruction(name, pipeline)
+        record = training_record(spec)
+        facts = {
+            "model": name, "method": record.get("method") or ("lora" if spec.lora else "teacher"), "spec": str(spec),
+            "teacher": record.get("teacher") or (spec.path if spec.lora else None),
+            "weights": weights, "guidance": sampler.guidance,
+            "scheduler": type(pipeline.scheduler).__name__,
+            "dtype": str(generate.backbone(pipeline).dtype).removeprefix("torch."),
+            "train_seconds": record.get("train_seconds"),
+        }  # fmt: skip
+        kept: dict[int, dict[str, Any]] = {}
+        for count in steps:
+            self.bar.set_description(f"{name}, {count} step{'s' * (count > 1)}")
+            before = self.bar.n
+            try:
+                self._cell(facts | {"steps": count}, self._draw(sampler, count, kept, (2 * count + weight)), sampler)
+            except Exception as error:
+                self._fail(name, count, error)
+            self.bar.update(self.protocol.n * (2 * count + weight) - (self.bar.n - before))
+
+    def _reconstruction(self, name: str, pipeline) -> None:
+        key = fingerprint(_Only(pipeline.vae))
+        done = [row for row in self.rows if row["model"].startswith("reconstruction")]
+        if any(row["weights"] == key for row in done):
+            return
+        title = "reconstruction" if not done else f"reconstruction ({name})"
+        try:
+            self._floor(title, key, lambda pictures: generate.reconstruct(pipeline, pictures))
+        except Exception as error:
+            self._fail(title, 0, error)
+
+    def _draw(self, sampler: generate.Sampler, steps: int, kept: dict, unit: int) -> Iterator[tuple[int, Tensor]]:
+        n, batch, prompts = self.protocol.n, self.settings.batch, self.tools.prompts.prompts
+        for first in range(0, n, batch):
+            count = min(batch, n - first)
+            condition = kept.get(first)
+            if condition is None:
+                condition = sampler.encode(prompts[first : first + count]) if prompts is not None else {}
+                size = sum(v.nbytes for v in condition.values() if isinstance(v, Tensor))
+                if size * -(-n // batch) <= EMBEDDINGS_LIMIT:
+                    kept[first] = condition
+            yield first, sampler(condition, first=first, count=count, steps=steps)
+            self.bar.update(count * unit)
+
+    def _cell(
+        self, row: dict[str, Any], batches: Iterator[tuple[int, Tensor]], sampler: generate.Sampler | None = None
+    ) -> None:
+        row = self.facts | row
+        if (done := self.book.find(row)) is not None:
+            self.rows.append(done)
+            return
+        measured = Pass(self.tools)
+        shown: list[Tensor] = []
+        with latency.Stages(sampler.pipeline) if sampler else nullcontext() as stages:
+            for first, pictures in batches:
+                measured.add(first, pictures)
+                if sum(map(len, shown)) < self.settings.grid:
+                    shown.append(pictures)
+        row |= measured.figures()
+        if sampler is not None:
+            row["nfe"] = round(stages.evaluations / self.protocol.n, 4)
+            row |= self._timed(sampler, row["steps"])
+        self.book.grid(row, torch.cat(shown)[: self.settings.grid] if shown and self.settings.grid else None)
+        self.rows.append(self.book.add(row))
+
+    def _timed(self, sampler: generate.Sampler, steps: int) -> dict[str, Any]:
+        settings, prompts = self.settings, list(self.tools.prompts.prompts or [])[:64]
+        if not settings.latency_repeats:
+            return {}
+        timing = latency.measure(
+            sampler, prompts, steps=steps, batch=settings.latency_batch, repeats=settings.latency_repeats
+        )
+        return {"latency_ms": timing.row(), "peak_memory_mb": timing.peak_memory_mb}
+
+    def _fail(self, name: str, steps: int | None, error: Exception) -> None:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, InputError):
+            reason = f"{type(error).__name__}: {reason}"
+        self.failed.append(Failure(name, steps, reason[:300]))
+
+
+class _Only:
+    """One module dressed as a pipeline, for `fingerprint`."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.components = {"vae": module}
+        self.scheduler = type("NoScheduler", (), {"config": {}})()
+
+
+class _Reference:
+    """A bar for the reference's pictures, shown only when there is something to do."""
+
+    def __init__(self, show: bool) -> None:
+        self.show, self.bar = show, None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.bar is None:
+            self.bar = _bar(total, self.show)
+            self.bar.set_description("reference pictures")
+        self.bar.update(done)
+        if self.bar.n >= total:
+            self.bar.close()
+
+
+def _bar(total: int, show: bool):
+    from tqdm import tqdm
+
+    form = "{desc:<22} {percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left"
+    return tqdm(total=total, disable=not show, bar_format=form, dynamic_ncols=True, file=sys.stderr)

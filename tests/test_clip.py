@@ -1,0 +1,106 @@
+"""CLIP scores equal open_clip's own, are clamped picture by picture, and probes count what prompts name."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from stepdistill.errors import InputError
+from stepdistill.evaluation.attributes import Probes, accuracy, load_probes
+from stepdistill.evaluation.clip import clip_scores, load_clip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny random open_clip model with a tokenizer of its own, as the scorer is kept."""
+    from open_clip.model import CLIP
+
+    path = tmp_path_factory.mktemp("scorer")
+    words = tiny.tokenizer()
+    config = {
+        "embed_dim": 12,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
+        "text_cfg": {"context_length": 16, "vocab_size": len(words), "width": 16, "heads": 2, "layers": 1,
+                     "hf_tokenizer_name": "local"},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = CLIP(**config)
+    (path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}})
+    )
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path / "open_clip_model.safetensors")
+    words.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip(folder):
+    return load_clip(f"local-dir:{folder}")
+
+
+def test_scores_equal_open_clips_own_computation(folder, clip):
+    import open_clip
+
+    model, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3), dtype=np.uint8)
+    prompts = ["a red cat", "the green dog", "a hat"]
+    with torch.no_grad():
+        image = model.eval().encode_image(torch.stack([transform(Image.fromarray(p)) for p in pixels]))
+        text = model.encode_text(tokenizer(prompts))
+    want = 100 * torch.cosine_similarity(image, text).clamp_min(0)
+    found = clip_scores(clip.images(torch.from_numpy(pixels).permute(0, 3, 1, 2)), clip.texts(prompts))
+    assert torch.allclose(found, want, atol=1e-4)
+
+
+def test_pictures_of_the_models_own_size_skip_the_transform_with_the_same_result(clip):
+    pictures = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    with torch.no_grad():
+        by_hand = torch.stack([clip.transform(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in pictures])
+        want = torch.nn.functional.normalize(clip.model.encode_image(by_hand), dim=-1)
+    assert torch.allclose(clip.images(pictures), want, atol=1e-6)
+
+
+def test_each_score_is_clamped_before_the_mean():
+    image = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    text = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    assert clip_scores(image, text).tolist() == [100.0, 0.0]
+
+
+def test_the_prefix_goes_before_each_prompt(folder, clip):
+    prefixed = load_clip(f"local-dir:{folder}", prefix="a ")
+    assert torch.equal(prefixed.texts(["red cat"]), clip.texts(["a red cat"]))
+
+
+def test_models_that_cannot_be_had_are_said_in_one_line(tmp_path):
+    for name, words in (("ViT-Z-99", "open_clip"), ("ViT-B-32", "pretrained"), (f"local-dir:{tmp_path}", "open_clip_config")):
+        with pytest.raises(InputError, match=words):
+            load_clip(name)
+
+
+def test_probes_count_only_what_prompts_name(tmp_path):
+    weights = torch.eye(2)
+    save_file({"hat.weight": weights, "hat.bias": torch.zeros(2), "hair.weight": weights.clone(), "hair.bias": torch.tensor([0.0, 9.0])},
+              tmp_path / "probes.safetensors")  # fmt: skip
+    (tmp_path / "probes.json").write_text(json.dumps({"hat": ["no", "yes"], "hair": ["short", "long"]}))
+    probes = load_probes(tmp_path)
+    embedding = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    truth = [{"hat": "no", "hair": "short"}, {"hat": "no", "hair": "long"}, {"hat": "yes", "hair": "long"}]
+    tally = probes.count(embedding, truth, [["hat"], ["hat", "hair"], ["hair"]])
+    assert tally == {"hat": (1, 2), "hair": (2, 2)}
+    assert accuracy(tally) == 3 / 4 and accuracy({}) is None
+
+
+def test_an_attribute_without_a_probe_and_broken_probes_are_refused(tmp_path):
+    probes = Probes({"hat": ["no", "yes"]}, {"hat": torch.eye(2)}, {"hat": torch.zeros(2)})
+    with pytest.raises(InputError, match="'beard'"):
+        probes.count(torch.eye(2)[:1], [{"beard": "yes"}], [["beard"]])
+    (tmp_path / "probes.json").write_text(json.dumps({"hat": ["no", "yes"]}))
+    with pytest.raises(InputError, match="probes"):
+        load_probes(tmp_path)

@@ -1,0 +1,195 @@
+"""Teachers load from folders of safetensors; whatever else is given ends in one line that says why."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import tiny
+import torch
+
+from stepdistill.denoiser import load
+from stepdistill.denoiser.load import as_teacher, load_teacher, open_pipeline
+from stepdistill.errors import InputError
+
+
+def pictures(side: int = tiny.LATENT * tiny.FACTOR) -> torch.Tensor:
+    return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_a_teacher_is_its_pipeline_seen_as_a_denoiser(pipelines, family):
+    teacher = load_teacher(pipelines[family])
+    assert teacher.denoiser.backbone is teacher.source.unet
+    assert teacher.sample_shape == (4, 8, 8)
+    assert teacher.factor == 4
+    assert teacher.image_size == (32, 32)
+    assert teacher.denoiser.kind == "eps"
+    assert not any(p.requires_grad for m in (teacher.source.unet, teacher.vae) for p in m.parameters())
+    assert not teacher.source.unet.training
+
+
+def test_the_plain_pipeline_shares_every_module_and_has_a_scheduler_of_its_own(pipelines, family):
+    teacher = load_teacher(pipelines[family])
+    pipe = teacher.pipeline()
+    assert pipe.unet is teacher.denoiser.backbone
+    assert pipe.vae is teacher.vae
+    pipe.scheduler.set_timesteps(7)
+    assert teacher.source.scheduler.num_inference_steps is None
+
+
+def test_decoding_equals_the_pipelines_own(pipelines, family):
+    teacher = load_teacher(pipelines[family])
+    pipe = teacher.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    latents = pipe(tiny.PROMPTS, **options, generator=torch.manual_seed(0), output_type="latent").images
+    theirs = pipe(tiny.PROMPTS, **options, generator=torch.manual_seed(0), output_type="pt").images
+    ours = (teacher.decode(latents) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_encoding_is_the_posterior_mean_times_the_scaling_factor():
+    teacher = as_teacher(tiny.sd(vae_options={"scaling_factor": 0.25, "shift_factor": 0.125}), "tiny")
+    mean = teacher.vae.encode(pictures()).latent_dist.mean
+    torch.testing.assert_close(teacher.encode(pictures()), (mean - 0.125) * 0.25)
+    raw = teacher.vae.decode(mean).sample
+    torch.testing.assert_close(teacher.decode((mean - 0.125) * 0.25), raw, atol=1e-5, rtol=1e-5)
+
+
+def test_per_channel_latent_statistics_are_honoured():
+    mean, std = [0.1, -0.2, 0.3, -0.4], [1.0, 2.0, 3.0, 4.0]
+    options = {"latents_mean": mean, "latents_std": std, "scaling_factor": 0.5}
+    teacher = as_teacher(tiny.sd(vae_options=options), "tiny")
+    raw = teacher.vae.encode(pictures()).latent_dist.mean
+    mean, std = (torch.tensor(v).view(1, 4, 1, 1) for v in (mean, std))
+    expected = (raw - mean) * 0.5 / std
+    torch.testing.assert_close(teacher.encode(pictures()), expected)
+    torch.testing.assert_close(teacher.decode(expected), teacher.vae.decode(raw).sample, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_a_half_autoencoder_that_overflows_is_run_in_float32_and_left_in_half(force):
+    pipe = tiny.sdxl()
+    pipe.vae.register_to_config(force_upcast=force)
+    pipe.vae.half()
+    teacher = as_teacher(pipe, "tiny")
+    seen = []
+    own = pipe.vae.decode
+    pipe.vae.decode = lambda z, **options: seen.append((z.dtype, pipe.vae.dtype)) or own(z, **options)
+    assert teacher.decode(torch.zeros(1, 4, 8, 8)).dtype == torch.float32
+    assert seen == [(torch.float32,) * 2 if force else (torch.float16,) * 2]
+    assert pipe.vae.dtype == torch.float16
+
+
+def test_a_pixel_model_works_on_the_pictures_themselves(tmp_path):
+    teacher = load_teacher(tiny.save(tmp_path / "pixel", "pixel", classes=3))
+    assert teacher.vae is None
+    assert teacher.image_size == (8, 8)
+    x = pictures(8)
+    assert torch.equal(teacher.decode(teacher.encode(x)), x)
+    assert teacher.conditioner.encode(["2"])["labels"].tolist() == [2]
+
+
+def test_weights_take_the_dtype_asked_for(pipelines):
+    teacher = load_teacher(pipelines["sd"], dtype=torch.bfloat16)
+    assert teacher.denoiser.dtype == teacher.vae.dtype == torch.bfloat16
+    assert teacher.encode(pictures()).dtype == torch.float32
+
+
+def test_without_text_the_towers_are_not_loaded(pipelines, family):
+    teacher = load_teacher(pipelines[family], text=False)
+    assert teacher.source.text_encoder is None and teacher.source.tokenizer is None
+    with pytest.raises(InputError, match="text encoder: got a pipeline loaded without one"):
+        teacher.conditioner.encode(["a cat"])
+
+
+def test_code_of_the_repository_is_never_run_and_pickles_are_never_read(tmp_path, monkeypatch):
+    path = tiny.save(tmp_path / "pipe")
+    seen = {}
+    from diffusers import DiffusionPipeline
+
+    own = DiffusionPipeline.from_pretrained.__func__
+    spy = classmethod(lambda cls, path, **options: seen.update(options) or own(cls, path, **options))
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", spy)
+    load_teacher(path)
+    assert seen["use_safetensors"] is True
+    assert not seen.get("trust_remote_code")
+    weights = path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(InputError, match="could not be loaded"):
+        open_pipeline(path)
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 500
+    return message
+
+
+def test_a_folder_that_is_no_pipeline(tmp_path):
+    with pytest.raises(InputError, match=r"no model_index.json.*allowed: a diffusers pipeline folder") as error:
+        load_teacher(tmp_path)
+    one_line(error)
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "adapter_config.json"])
+def test_a_folder_of_a_lora_is_named_as_such(tmp_path, name):
+    (tmp_path / name).write_text("")
+    with pytest.raises(InputError, match=r"a LoRA: give its base here and the LoRA as lora=") as error:
+        load_teacher(tmp_path)
+    one_line(error)
+
+
+def test_a_path_that_does_not_exist(tmp_path):
+    for path in (tmp_path / "nowhere", "./nowhere", "nowhere", "a/b/c"):
+        with pytest.raises(InputError, match="does not exist; allowed") as error:
+            load_teacher(path)
+        one_line(error)
+
+
+def test_a_hub_id_without_a_network_says_so_at_once(capfd):
+    with pytest.raises(InputError, match=r"got nobody/nothing, .*hub cannot be reached.*check the id") as error:
+        load_teacher("nobody/nothing")
+    one_line(error)
+    said = capfd.readouterr()
+    assert said.out + said.err == ""
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "NoSuchPipeline", ["mine", "Custom"]])
+def test_a_pipeline_class_without_a_denoiser_is_refused_before_its_weights_are_read(tmp_path, monkeypatch, name):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    monkeypatch.setattr(load, "open_pipeline", lambda *a, **k: pytest.fail("weights were read"))
+    with pytest.raises(InputError, match=r"pipeline class: got .*; allowed: StableDiffusionPipeline") as error:
+        load_teacher(tmp_path)
+    one_line(error)
+
+
+@pytest.mark.parametrize("damage", ["index", "cut", "missing", "variant", "flow"])
+def test_a_broken_pipeline_says_what_is_wrong(tmp_path, damage):
+    path = tiny.save(tmp_path / "pipe")
+    weights = path / "unet" / "diffusion_pytorch_model.safetensors"
+    options = {}
+    if damage == "index":
+        (path / "model_index.json").write_text("{half a file")
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "variant":
+        options["variant"] = "fp16"
+    else:
+        config = path / "scheduler" / "scheduler_config.json"
+        config.write_text(config.read_text().replace('"epsilon"', '"flow_prediction"'))
+    match = "prediction_type: got 'flow_prediction'" if damage == "flow" else "could not be loaded .*; check the folder"
+    with pytest.raises(InputError, match=match) as error:
+        load_teacher(path, **options)
+    one_line(error)
+
+
+def test_loading_says_nothing(pipelines, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_teacher(pipelines["sdxl"])
+    said = capfd.readouterr()
+    assert said.out + said.err == ""

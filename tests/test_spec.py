@@ -1,0 +1,141 @@
+"""A SPEC is read as written, what is wrong in it is said in one line, and what is loaded is a plain diffusers pipeline."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+
+from stepdistill.errors import InputError
+from stepdistill.evaluation import spec
+from stepdistill.evaluation.spec import ModelSpec, as_models, fingerprint, guidance_of, load, parse
+
+
+def lora(folder, pipe, *, alpha: int = 2, scheduler: bool = True):
+    """An export folder: a LoRA with rank 4, a scheduler and the record of its training."""
+    from diffusers import LCMScheduler
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    config = LoraConfig(r=4, lora_alpha=alpha, target_modules=["to_q", "to_v"])
+    pipe.unet.add_adapter(config)
+    tiny.stir_adapter(pipe.unet, "default")
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
+    type(pipe).save_lora_weights(folder, unet_lora_layers=state, unet_lora_adapter_metadata=config.to_dict())
+    if scheduler:
+        LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=50).save_pretrained(folder / "scheduler")
+    (folder / "config.json").write_text(json.dumps({"method": "lcm", "teacher": "T", "train_seconds": 7.5, "rank": 4}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("spec") / "base")
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return lora(tmp_path_factory.mktemp("student"), tiny.sd())
+
+
+def test_a_spec_is_read_with_all_its_options():
+    found = parse("mine=some/model,lora=out/x,scheduler=lcm,guidance=1.5,variant=fp16,dtype=bf16")
+    assert found == ModelSpec("some/model", "mine", "out/x", "lcm", 1.5, "fp16", "bf16")
+    assert str(found) == "some/model,lora=out/x,scheduler=lcm,guidance=1.5,variant=fp16,dtype=bf16"
+
+
+def test_a_name_is_taken_from_the_lora_or_the_path():
+    assert parse("a/b").name == "b" and parse("a/b,lora=out/c").name == "c" and parse("a/b,name=d").name == "d"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no path"),
+        ("lora=x", "where the path belongs"),
+        ("m,schedular=ddim", r"did you mean scheduler=\?"),
+        ("m,scheduler=dimm", r"did you mean ddim\?"),
+        ("m,guidance=0.5", "1.0"),
+        ("m,guidance=much", "a number"),
+        ("m,guidance=nan", "1.0"),
+        ("m,dtype=int8", "fp32"),
+        ("m,lora=", "no value"),
+    ],
+)
+def test_what_is_wrong_in_a_spec_is_said_in_one_line(text, words):
+    with pytest.raises(InputError, match=words) as caught:
+        parse(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_models_of_one_name_and_none_are_refused():
+    with pytest.raises(InputError, match="twice"):
+        as_models(["a/x", "b/x"])
+    with pytest.raises(InputError, match="got none"):
+        as_models([])
+    assert list(as_models({"n": "a/x"})) == ["n"]
+
+
+def test_ddim_is_trailing_and_lands_at_the_clean_end(base):
+    pipe = load(parse(f"{base},scheduler=ddim"))
+    assert type(pipe).__name__ == "StableDiffusionPipeline" and pipe.scheduler.config.timestep_spacing == "trailing"
+    pipe.scheduler.set_timesteps(4)
+    assert pipe.scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    assert pipe.scheduler.final_alpha_cumprod == 1 and not pipe.scheduler.config.clip_sample
+
+
+@pytest.mark.parametrize("name", sorted(spec.SCHEDULERS))
+def test_every_scheduler_keeps_the_models_own_noise_and_samples(base, name):
+    pipe = load(parse(f"{base},scheduler={name}"))
+    assert type(pipe.scheduler).__name__ == spec.SCHEDULERS[name][0]
+    assert pipe.scheduler.config.beta_end == 0.012 and pipe.scheduler.config.prediction_type == "epsilon"
+    images = pipe("a cat", num_inference_steps=4, guidance_scale=1.0, output_type="pt").images
+    assert torch.isfinite(images).all()
+
+
+def test_an_export_brings_its_scheduler_and_no_guidance(base, student):
+    asked = parse(f"{base},lora={student}")
+    pipe = load(asked)
+    assert type(pipe.scheduler).__name__ == "LCMScheduler" and guidance_of(asked, pipe, 3.0) == 1.0
+    assert pipe.unet.peft_config["default_0"].lora_alpha == 2
+    assert spec.training_record(asked) == {"method": "lcm", "teacher": "T", "train_seconds": 7.5}
+
+
+def test_guidance_is_the_specs_then_the_protocols_then_the_pipelines(base):
+    pipe = load(parse(str(base)))
+    assert guidance_of(parse(f"{base},guidance=2"), pipe, 3.0) == 2.0
+    assert guidance_of(parse(str(base)), pipe, 3.0) == 3.0
+    assert guidance_of(parse(str(base)), pipe) == 7.5
+    assert guidance_of(parse("x"), tiny.pixel(), 3.0) == 1.0
+
+
+def test_the_fingerprint_changes_with_weights_adapter_and_scheduler(base, student):
+    plain = fingerprint(load(parse(str(base))))
+    assert plain == fingerprint(load(parse(str(base))))
+    others = {fingerprint(load(parse(f"{base},{o}"))) for o in ("scheduler=ddim", "dtype=bf16", f"lora={student}")}
+    assert len(others | {plain}) == 4
+
+
+def test_the_fingerprint_sees_alpha(base, tmp_path, student):
+    other = lora(tmp_path, tiny.sd(), alpha=8)
+    assert fingerprint(load(parse(f"{base},lora={other}"))) != fingerprint(load(parse(f"{base},lora={student}")))
+
+
+def test_models_that_cannot_be_had_are_said_in_one_line(base, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "pytorch_lora_weights.safetensors").write_bytes(b"nothing")
+    for text, words in (
+        (str(tmp_path), "pipeline"),
+        (str(tmp_path / "nowhere"), "does not exist"),
+        ("nobody/no-such-model", "network"),
+        (f"{base},lora={tmp_path / 'gone'}", "does not exist"),
+        (f"{base},lora={tmp_path / 'empty'}", "no .safetensors"),
+        (f"{base},lora={tmp_path / 'broken'}", "could not be loaded"),
+    ):
+        with pytest.raises(InputError, match=words) as caught:
+            load(parse(text))
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,260 @@
+"""The benchmark measures every model on the same noise, resumes to the same figures, and survives a model that fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from torch import nn
+
+from stepdistill.draws import Draws
+from stepdistill.errors import InputError
+from stepdistill.evaluation import metrics, protocols, suite
+from stepdistill.evaluation.attributes import Probes
+from stepdistill.evaluation.clip import ClipModel
+from stepdistill.evaluation.features import Extractor
+from stepdistill.evaluation.frechet import Moments, frechet_distance
+from stepdistill.evaluation.metrics import Instruments, reference_statistics
+from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, load_protocol
+from stepdistill.evaluation.records import FIELDS, read_rows
+from stepdistill.evaluation.sets import EvalSet, open_set
+
+QUIET = suite.Settings(batch=3, latency_repeats=1, grid=2, progress=False)
+PROMPTS = ["a red cat", "the green dog", "a <script> hat", "a face", "a blue hat"]
+
+
+class Pools(nn.Module):
+    """2 x 2 averages: twelve features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, pixels):
+        return nn.functional.adaptive_avg_pool2d(pixels, 2).flatten(1) * self.scale / 255
+
+
+class Towers(nn.Module):
+    """An image tower of channel means, a text tower of word lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def encode_image(self, pixels):
+        return pixels.mean((2, 3)) * self.scale + 1.1
+
+    def encode_text(self, ids):
+        return ids.float() * self.scale
+
+
+def words(prompts):
+    return torch.tensor([[len(p), p.count("a") + 1, 1] for p in prompts])
+
+
+@pytest.fixture
+def tools() -> Instruments:
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (5, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    truth = [{"hat": "no" if i % 2 else "yes"} for i in range(5)]
+    prompts = EvalSet("set", "k" * 64, 5, PROMPTS, lambda a, b: pictures[a:b], truth, [["hat"]] * 5)
+    extractor = Extractor("pools", "Pools", Pools(), 12, 32, "nearest", "w")
+    reference = Moments.of(torch.rand(40, 12, generator=generator))
+    clip = ClipModel("towers", Towers(), words, None, (32, 32), (0.5,) * 3, (0.5,) * 3)
+    probes = Probes({"hat": ["no", "yes"]}, {"hat": torch.zeros(2, 3)}, {"hat": torch.tensor([0.0, 1.0])})
+    return Instruments(prompts, extractor, reference, clip, probes, (("prompts", "k"),))
+
+
+@pytest.fixture(scope="module")
+def protocol() -> Protocol:
+    return Protocol("tiny", 5, "set", "set", ExtractorSpec("pools"), guidance=2.0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("suite") / "base")
+
+
+def run(models, protocol, tools, out, steps=(1, 2), **options):
+    return suite.evaluate(models, protocol, steps, out=out, settings=QUIET, instruments=tools, **options)
+
+
+def test_rows_have_every_field_and_the_figures_of_a_hand_computation(base, protocol, tools, tmp_path):
+    results = run(f"teacher={base},scheduler=ddim", protocol, tools, tmp_path, command="bench it")
+    assert [(r["model"], r["steps"]) for r in results.rows] == [("real", 0), ("reconstruction", 0), ("teacher", 1), ("teacher", 2)]
+    row = results.rows[-1]
+    assert set(row) == set(FIELDS) and read_rows(tmp_path / "results.jsonl") == results.rows
+    assert row["nfe"] == 4 and row["guidance"] == 2.0 and row["scheduler"] == "DDIMScheduler" and row["n"] == 5
+    assert row["method"] == "teacher" and row["command"] == "bench it" and row["fd_extractor"] == "Pools"
+    assert set(row["latency_ms"]) >= {"text", "denoiser_step", "decode", "total_p50", "total_p90"}
+
+    from stepdistill.evaluation import spec
+
+    pipe = spec.load(spec.parse(f"{base},scheduler=ddim"))
+    images = pipe(PROMPTS, num_inference_steps=2, guidance_scale=2.0, generator=Draws.at(0, 0, 5).generators).images
+    pictures = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    features = tools.extractor(pictures)
+    assert row["fd"] == pytest.approx(frechet_distance(Moments.of(features), tools.reference), abs=2e-3)
+    scores = 100 * torch.cosine_similarity(pictures.float().div(127.5).sub(1).mean((2, 3)) + 1.1, words(PROMPTS).float())
+    assert row["clip_score"] == pytest.approx(scores.clamp_min(0).mean().item(), abs=0.05)
+    assert row["attribute_accuracy"] == 0.6 and row["attributes"] == {"hat": 0.6}
+
+
+def test_every_step_count_starts_from_the_same_latents(base, protocol, tools, monkeypatch):
+    from diffusers import StableDiffusionPipeline
+
+    seen: dict[int, list] = {}
+    original = StableDiffusionPipeline.prepare_latents
+
+    def spy(self, *args, **kwargs):
+        latents = original(self, *args, **kwargs)
+        seen.setdefault(len(latents), []).append(latents.clone())
+        return latents
+
+    monkeypatch.setattr(StableDiffusionPipeline, "prepare_latents", spy)
+    run({"a": f"{base},scheduler=ddim", "b": f"{base},scheduler=lcm"}, protocol, tools, None)
+    for batch in (3, 2):
+        assert len(seen[batch]) >= 4 and all(torch.equal(x, seen[batch][0]) for x in seen[batch])
+
+
+def test_a_second_run_measures_nothing_again_and_a_cut_one_gets_the_same_figures(base, protocol, tools, tmp_path, monkeypatch):
+    model = f"t={base},scheduler=ddim"
+    first = run(model, protocol, tools, tmp_path).rows
+    file = tmp_path / "results.jsonl"
+    whole = file.read_text()
+
+    def never(*_, **__):
+        raise AssertionError("drawn again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(suite.generate.Sampler, "__call__", never)
+        assert run(model, protocol, tools, tmp_path).rows == first
+    assert file.read_text() == whole
+    file.write_text("".join(line + "\n" for line in whole.splitlines()[:3]))
+    again = run(model, protocol, tools, tmp_path).rows
+    quality = ("model", "steps", "fd", "fd_low", "fd_high", "clip_score", "attribute_accuracy", "weights", "protocol_hash")
+    assert [[r[k] for k in quality] for r in again] == [[r[k] for k in quality] for r in first]
+
+
+def test_a_model_that_fails_is_reported_and_the_others_finish(base, protocol, tools, tmp_path, monkeypatch):
+    results = run([f"bad={tmp_path / 'nowhere'}", f"good={base},scheduler=ddim"], protocol, tools, tmp_path / "out", (1,))
+    assert [(f.model, f.steps) for f in results.failed] == [("bad", None)] and "does not exist" in results.failed[0].reason
+    assert [r["model"] for r in results.rows] == ["real", "reconstruction", "good"]
+
+
+def test_a_cell_that_fails_is_reported_and_the_other_steps_finish(protocol, tools):
+    results = run({"p": tiny.sd()}, protocol, tools, None, steps=(1, 2000))
+    assert [f.steps for f in results.failed] == [2000] and "1000" in results.failed[0].reason
+    assert [r["steps"] for r in results.rows] == [0, 0, 1]
+
+
+def test_nan_pictures_fail_their_cell_with_a_clear_line(protocol, tools):
+    pipe = tiny.sd()
+    with torch.no_grad():
+        pipe.unet.conv_out.bias.fill_(float("nan"))
+    results = run(pipe, protocol, tools, None, (1,))
+    assert "NaN" in results.failed[0].reason and "dtype=fp32" in results.failed[0].reason
+
+
+def test_rows_of_another_protocol_are_not_mixed_in(base, protocol, tools, tmp_path):
+    run(f"t={base}", protocol, tools, tmp_path, (1,))
+    with pytest.raises(InputError, match=r"n=5 .*cannot be compared"):
+        run(f"t={base}", protocol, tools, tmp_path, (1,), n=4)
+
+
+def test_seeds_of_one_protocol_go_into_one_file(base, protocol, tools, tmp_path):
+    a = run(f"t={base}", protocol, tools, tmp_path, (1,)).rows[-1]
+    b = run(f"t={base}", protocol, tools, tmp_path, (1,), seed=1).rows[-1]
+    assert a["protocol_hash"] == b["protocol_hash"] and (a["seed"], b["seed"]) == (0, 1) and a["fd"] != b["fd"]
+
+
+def test_grids_are_kept_with_small_pictures_enlarged_pixel_by_pixel(base, protocol, tools, tmp_path):
+    run(f"t={base}", protocol, tools, tmp_path, (1,))
+    real = next((tmp_path / "grids").glob("real_0_*.png"))
+    strip = np.asarray(Image.open(real))
+    assert strip.shape == (96, 2 * 96, 3)
+    assert (strip[:3, :3] == tools.prompts.pictures(0, 1)[0, :, 0, 0].numpy()).all()
+    assert json.loads((tmp_path / "grids" / "prompts.json").read_text()) == PROMPTS[:2]
+
+
+def test_a_pixel_model_is_measured_without_prompts(protocol, tools):
+    plain = dataclasses.replace(tools, prompts=EvalSet("none", "k" * 64, 5), clip=None, probes=None)
+    results = run({"p": tiny.pixel()}, protocol, plain, None, (1, 2))
+    assert [r["nfe"] for r in results.rows] == [1, 2] and results.rows[0]["clip_score"] is None and not results.failed
+
+
+@pytest.mark.parametrize("steps", [(), (0,), (4, -1), (1.5,)])
+def test_steps_below_one_are_refused(protocol, tools, steps):
+    with pytest.raises(InputError, match="steps: got"):
+        run("avatars", protocol, tools, None, steps=steps)
+
+
+def test_the_shipped_protocol_loads_and_its_hash_covers_settings_and_content_but_not_words_or_seed():
+    found = load_protocol("avatars-2k")
+    assert found.n == 2000 and found.extractor.name == "efficientnet_lite2" and "avatars-2k" in protocols.names()
+    same = dataclasses.replace(found, description="other words", seed=7)
+    assert found.hash({"a": "1"}) == same.hash({"a": "1"})
+    others = {found.hash({"a": "2"}), dataclasses.replace(found, n=1999).hash({"a": "1"}), found.hash({"a": "1"})}
+    assert len(others) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: x", "no 'n'"),
+        ("- a\n- b", "allowed: fields"),
+        ("name: x\nn: 1\nprompts: a\nreference: b\nextractor: {name: c}", "n=1"),
+        ("name: x\nn: 9\nprompts: a\nreference: b\nextractor: {name: c}\nguidence: 2", "guidence"),
+        ("name: x\nn: 9\nprompts: a\nreference: b\nextractor: {nome: c}", "nome"),
+        ("name: x\nn: 9\nprompts: a\nreference: b\nextractor: {name: c}\nguidance: 0", "guidance=0"),
+        ("name: [", "no YAML"),
+    ],
+)
+def test_a_broken_protocol_is_said_in_one_line(tmp_path, text, words):
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(InputError, match=words) as caught:
+        load_protocol(tmp_path / "p.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_protocol_and_too_few_prompts_are_refused(tmp_path):
+    with pytest.raises(InputError, match="avatars-2k"):
+        load_protocol("coco")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    few = Protocol("few", 3, str(tmp_path / "prompts.txt"), "avatars:test", ExtractorSpec("efficientnet_lite2"))
+    with pytest.raises(InputError, match="got 2 prompts for n=3"):
+        metrics.prepare(few)
+
+
+def test_statistics_are_cached_by_content_and_rebuilt_when_damaged(pictures, tmp_path, tools):
+    reference = open_set(pictures)
+    assert reference.count == 6 and reference.prompts[0] == "a red cat with a blue hat"
+    told: list[int] = []
+
+    def make():
+        return reference_statistics(tools.extractor, reference, batch=4, folder=tmp_path, progress=lambda done, _: told.append(done))
+
+    first = make()
+    assert told == [4, 2] and first.count == 6
+    again = make()
+    assert told == [4, 2] and torch.equal(again.mean, first.mean)
+    kept = next(tmp_path.glob("statistics-*.safetensors"))
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert torch.equal(make().mean, first.mean) and told == [4, 2, 4, 2]
+    other = dataclasses.replace(tools.extractor, resize="bilinear")
+    assert metrics.statistics_key(other, reference, 6) != metrics.statistics_key(tools.extractor, reference, 6)
+
+
+def test_sets_that_are_none_are_refused(tmp_path):
+    with pytest.raises(InputError, match="avatars:train"):
+        open_set("nothing")
+    with pytest.raises(InputError, match="no pictures"):
+        open_set(str(tmp_path))
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="could not be read"):
+        open_set(str(tmp_path)).pictures(0, 1)

@@ -1,0 +1,266 @@
+"""The loop: exact resume, counts of updates, processes, and what bad input leaves behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stepdistill.data.cache import open_data
+from stepdistill.denoiser.load import load_teacher
+from stepdistill.errors import InputError
+from stepdistill.methods.base import Clock
+from stepdistill.training import checkpoint
+from stepdistill.training.lcm import LCMConfig
+from stepdistill.training.optim import learning_rate_at
+from stepdistill.training.order import sample_indices
+from stepdistill.training.trainer import Trainer
+
+SCRIPT = Path(__file__).parent.parent / "train_scripts" / "train_lcm_lora.py"
+FLAGS = ["--rank", "2", "--batch-size", "2", "--guidance", "2", "--lora-dropout", "0.1", "--learning-rate", "1e-3"]
+
+
+def trainer(out: Path, teacher: str, data: str, **more) -> Trainer:
+    config = LCMConfig(teacher=teacher, data=data, out=out, batch_size=2, rank=2, guidance=(2.0,), learning_rate=1e-3)
+    config = dataclasses.replace(config, **({"max_train_steps": 4, "checkpoint_every": 2} | more))
+    loaded = load_teacher(teacher)
+    return Trainer(config.method(), loaded, open_data(data, loaded), config)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "export" / "pytorch_lora_weights.safetensors")
+
+
+def environment() -> dict[str, str]:
+    root = str(SCRIPT.parent.parent)
+    return os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def command(out: Path, teacher: str, data: str, *more: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), "--teacher", teacher, "--data", data, "--out", str(out), *FLAGS, *more]
+
+
+def test_a_run_killed_at_random_points_ends_with_the_same_bits(tmp_path, pipelines, pictures):
+    more = ("--max-train-steps", "60", "--checkpoint-every", "7")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run(command(whole, pipelines["sd"], pictures, *more), env=environment(), check=True, capture_output=True)
+    rng, kills = random.Random(0), 0
+    while not (cut / "done.json").exists():
+        process = subprocess.Popen(
+            command(cut, pipelines["sd"], pictures, *more), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        if kills < 3:
+            begun = len(list((cut / "checkpoints").glob("step-*")))
+            deadline = time.time() + 120
+            while time.time() < deadline and process.poll() is None and len(list((cut / "checkpoints").glob("*"))) <= begun:
+                time.sleep(0.05)
+            time.sleep(rng.uniform(0, 1.0))
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        assert process.wait() in (0, -signal.SIGKILL)
+    a, b = weights(whole), weights(cut)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_stop_signal_saves_and_the_same_command_goes_on(tmp_path, pipelines, pictures):
+    first = trainer(tmp_path / "run", pipelines["sd"], pictures, checkpoint_every=100)
+    step = first.step
+
+    def stop_after_two():
+        if first.update == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step()
+
+    first.step = stop_after_two
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    assert first.update == 2
+    trainer(tmp_path / "run", pipelines["sd"], pictures, checkpoint_every=100).fit()
+    trainer(tmp_path / "whole", pipelines["sd"], pictures, checkpoint_every=100).fit()
+    a, b = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_two_processes_match_one_at_the_same_global_batch(tmp_path, pipelines, pictures):
+    """Adam's epsilon is raised: where a gradient is nothing but rounding, Adam makes full steps of its sign."""
+    teacher = pipelines["sd"]
+    flags = ("--max-train-steps", "4", "--lora-dropout", "0", "--adam-epsilon", "1e-3")
+    subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+         *command(tmp_path / "two", teacher, pictures, *flags)[1:]],
+        env=environment(), check=True, capture_output=True,
+    )  # fmt: skip
+    one = command(tmp_path / "one", teacher, pictures, *flags, "--batch-size", "4")
+    subprocess.run(one, env=environment(), check=True, capture_output=True)
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    moved = max((a[k] - trained).abs().max().item() for k, trained in b.items())
+    assert moved < 1e-6
+    assert json.loads((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()[-1])["update"] == 4
+
+
+def test_accumulated_batches_make_one_update(tmp_path, pipelines, pictures):
+    """Four updates of two batches are four optimizer steps and eight forwards, and equal one batch of the double size."""
+    run = trainer(tmp_path / "two", pipelines["sd"], pictures, gradient_accumulation=2, learning_rate=1e-4)
+    calls = []
+    loss = run.method.loss
+    object.__setattr__(run.method, "loss", lambda *a: calls.append(1) or loss(*a))
+    run.fit()
+    steps = {int(s["step"]) for s in run.optimizer.state.values()}
+    assert (len(calls), steps, run.update) == (8, {4}, 4)
+    trainer(tmp_path / "one", pipelines["sd"], pictures, batch_size=4, learning_rate=1e-4).fit()
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
+
+
+def test_every_epoch_sees_every_sample_once_in_another_order():
+    first, second = sample_indices(0, 0, 10, 10), sample_indices(0, 10, 10, 10)
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert sample_indices(0, 7, 6, 10) == first[7:] + second[:3]
+
+
+def test_learning_rates_follow_their_formulas():
+    config = LCMConfig(learning_rate=1.0, lr_warmup=10, max_train_steps=110, lr_scheduler="linear")
+    assert [learning_rate_at(u, config) for u in (0, 9, 10, 60)] == pytest.approx([0.1, 1.0, 1.0, 0.5])
+    config = dataclasses.replace(config, lr_scheduler="cosine")
+    assert [learning_rate_at(u, config) for u in (10, 35, 60)] == pytest.approx([1.0, 0.5 + 0.5 * 0.5**0.5, 0.5])
+
+
+def test_the_loss_falls(tmp_path, pipelines, pictures):
+    run = trainer(tmp_path / "run", pipelines["sd"], pictures, max_train_steps=80, rank=8)
+    held = [run.batch(10_000 + i) for i in range(8)]
+
+    def held_loss() -> float:
+        with torch.no_grad():
+            return sum(run.method.loss("student", b, run.models, Clock(0, 1)).total.item() for b in held)
+
+    before = held_loss()
+    held = [run.batch(10_000 + i) for i in range(8)]  # draws are used up
+    for _ in range(80):
+        run.step()
+    assert held_loss() < 0.7 * before
+
+
+def test_validation_shows_the_student_and_not_the_base(tmp_path, pipelines, pictures):
+    from stepdistill.training.validation import grid
+
+    run = trainer(tmp_path / "run", pipelines["sd"], pictures, learning_rate=1e-2)
+    for _ in range(3):
+        run.step()
+    shown = grid(run.teacher, run.models.student, run.config, run.data.captions)
+    run.teacher.denoiser.backbone.disable_adapters()
+    base = grid(run.teacher, run.models.student, run.config, run.data.captions)
+    assert shown.tobytes() != base.tobytes()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, pipelines, pictures):
+    run = trainer(tmp_path / "run", pipelines["sd"], pictures, log_every=1)
+    loss = run.method.loss
+
+    def poisoned(phase, batch, models, clock):
+        value = loss(phase, batch, models, clock)
+        scale = float("nan") if clock.update == 3 else 1.0
+        return dataclasses.replace(value, total=value.total * scale, terms={"consistency": value.terms["consistency"] * scale})
+
+    object.__setattr__(run.method, "loss", poisoned)
+    with pytest.raises(InputError, match="the last checkpoint is kept; lower --learning-rate"):
+        run.fit()
+    assert checkpoint.load_latest(tmp_path / "run" / "checkpoints")[0] == 2
+
+
+def test_another_run_in_the_folder_is_refused_by_name(tmp_path, pipelines, pictures):
+    trainer(tmp_path / "run", pipelines["sd"], pictures)
+    with pytest.raises(InputError, match=r"holds a run with rank = 2 \(now 3\); .*give another --out"):
+        trainer(tmp_path / "run", pipelines["sd"], pictures, rank=3)
+
+
+def test_a_finished_run_is_not_run_again(tmp_path, pipelines, pictures, capsys):
+    export = trainer(tmp_path / "run", pipelines["sd"], pictures).fit()
+    assert trainer(tmp_path / "run", pipelines["sd"], pictures).fit() == export
+    assert "done already" in capsys.readouterr().out
+
+
+def test_a_truncated_checkpoint_is_passed_over(tmp_path):
+    for update in (1, 2):
+        checkpoint.save(tmp_path, update, {"w": torch.tensor([float(update)])})
+    broken = tmp_path / "step-00000002" / "state.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-3])
+    with pytest.warns(UserWarning, match="is broken"):
+        update, state = checkpoint.load_latest(tmp_path)
+    assert (update, state["w"].item()) == (1, 1.0)
+    (tmp_path / "step-00000001" / "state.json").write_text("{")
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="all broken"):
+        checkpoint.load_latest(tmp_path)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, {"w": torch.ones(1)})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(InputError, match="disk: got no space left .* what was there is kept"):
+        checkpoint.save(tmp_path, 2, {"w": torch.ones(1)})
+    assert checkpoint.load_latest(tmp_path)[0] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_checkpoints_hold_any_nesting_and_the_last_two_stay(tmp_path):
+    state = {"a": [torch.arange(3), {"b": 2.5, 7: None}], "c": (True, "x")}
+    for update in (1, 2, 3):
+        checkpoint.save(tmp_path, update, state)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    _, got = checkpoint.load_latest(tmp_path)
+    assert torch.equal(got["a"][0], torch.arange(3))
+    assert got["a"][1] == {"b": 2.5, 7: None} and got["c"] == [True, "x"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rank", "0"], "rank: got 0; allowed: 1 or more"),
+        (["--guidance", "0.5"], "guidance: got 0.5 to 0.5; allowed: 1 or more"),
+        (["--max-train-steps", "0"], "max_train_steps: got 0; allowed: above 0"),
+        (["--teacher", "/nowhere/at/all"], "pipeline: got /nowhere/at/all, which does not exist"),
+        (["--target-modules", "to_q", "to_z"], "target modules: got to_z, which match no layer; allowed: endings such as"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_2(tmp_path, pipelines, pictures, flags, message):
+    done = subprocess.run(
+        command(tmp_path / "run", pipelines["sd"], pictures, *flags), env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ") and message in line
+    assert "Traceback" not in done.stderr
+
+
+def test_yaml_gives_defaults_flags_win_and_typos_are_named(tmp_path):
+    from stepdistill.training.config import parse
+
+    file = tmp_path / "run.yaml"
+    file.write_text("learning-rate: 1e-3\nrank: 8\nguidance: [2.0, 4.0]\n")
+    config = parse(LCMConfig, None, ["--config", str(file), "--rank", "16"])
+    assert (config.learning_rate, config.rank, config.guidance) == (1e-3, 16, (2.0, 4.0))
+    file.write_text("learning_rat: 1e-3\n")
+    with pytest.raises(InputError, match="got key 'learning_rat' .* did you mean 'learning_rate'"):
+        parse(LCMConfig, None, ["--config", str(file)])
+
+
+def test_state_files_hold_tensors_only(tmp_path):
+    checkpoint.save(tmp_path, 1, {"w": torch.ones(2)})
+    assert not list(tmp_path.rglob("*.p*t*")) and not list(tmp_path.rglob("*.pkl"))
+    save_file(load_file(tmp_path / "step-00000001" / "state.safetensors"), tmp_path / "again.safetensors")
