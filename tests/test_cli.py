@@ -57,7 +57,9 @@ def test_the_help_of_a_command_explains_its_flags(capsys):
 
 def test_hyphens_and_underscores_both_work(capsys, tmp_path):
     for flags in (["--dry-run", "--latency-batch", "2"], ["--dry_run", "--latency_batch", "2"]):
-        code, out, _ = run(capsys, "bench", "--model", "t=avatars,scheduler=ddim", "--model", "b=x/y", "--steps", "1", "4", *flags)
+        code, out, _ = run(
+            capsys, "bench", "--model", "t=avatars,scheduler=ddim", "--model", "b=x/y", "--steps", "1", "4", *flags
+        )
         assert code == 0 and "4 cells" in out and "t: avatars,scheduler=ddim at 1 4 steps" in out and "b: x/y" in out
 
 
@@ -77,10 +79,13 @@ def test_bench_refuses_bad_input_in_one_line(capsys, tmp_path, flags, words):
 
 
 def test_the_module_runs_as_the_command():
-    found = subprocess.run([sys.executable, "-m", "stepdistill", "nonsense"], capture_output=True, text=True, cwd=ROOT, check=False)
+    found = subprocess.run(
+        [sys.executable, "-m", "stepdistill", "nonsense"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert one_line(found.returncode, found.stderr)
 
 
 def test_the_command_is_light():
-    code = "import sys, stepdistill.cli; sys.exit(sum(m in sys.modules for m in ('torch', 'diffusers', 'tyro', 'matplotlib')))"
+    heavy = "('torch', 'diffusers', 'tyro', 'matplotlib')"
+    code = f"import sys, stepdistill.cli; sys.exit(sum(m in sys.modules for m in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -32,7 +32,9 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     model = CLIP(**config)
     (path / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}})
+        json.dumps(
+            {"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}}
+        )
     )
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path / "open_clip_model.safetensors")
     words.save_pretrained(path)
@@ -79,15 +81,19 @@ def test_the_prefix_goes_before_each_prompt(folder, clip):
 
 
 def test_models_that_cannot_be_had_are_said_in_one_line(tmp_path):
-    for name, words in (("ViT-Z-99", "open_clip"), ("ViT-B-32", "pretrained"), (f"local-dir:{tmp_path}", "open_clip_config")):
+    for name, words in (
+        ("ViT-Z-99", "open_clip"),
+        ("ViT-B-32", "pretrained"),
+        (f"local-dir:{tmp_path}", "open_clip_config"),
+    ):
         with pytest.raises(InputError, match=words):
             load_clip(name)
 
 
 def test_probes_count_only_what_prompts_name(tmp_path):
     weights = torch.eye(2)
-    save_file({"hat.weight": weights, "hat.bias": torch.zeros(2), "hair.weight": weights.clone(), "hair.bias": torch.tensor([0.0, 9.0])},
-              tmp_path / "probes.safetensors")  # fmt: skip
+    tensors = {"hat.weight": weights, "hat.bias": torch.zeros(2), "hair.weight": weights.clone()}
+    save_file(tensors | {"hair.bias": torch.tensor([0.0, 9.0])}, tmp_path / "probes.safetensors")
     (tmp_path / "probes.json").write_text(json.dumps({"hat": ["no", "yes"], "hair": ["short", "long"]}))
     probes = load_probes(tmp_path)
     embedding = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])

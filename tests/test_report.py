@@ -1,4 +1,4 @@
-"""The report says what the rows say, escapes what it did not write, needs nothing from outside, and refuses what is broken."""
+"""The report says what the rows say, escapes what others wrote, needs nothing from outside, refuses what is broken."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepdistill.evaluation.records import Book
 from stepdistill.evaluation.report import write_report
 from stepdistill.evaluation.summary import cells, columns, read_folder, verdicts
 
-EVIL = "a <script>alert(1)</script> hat & \"more\" | {{ 7*7 }}"
+EVIL = 'a <script>alert(1)</script> hat & "more" | {{ 7*7 }}'
 COMMON = {
     "protocol": "tiny", "protocol_hash": "abc123", "n": 5, "seed": 0, "fd_extractor": "Pools", "clip_model": "towers",
     "device": "a CPU", "command": "stepdistill bench --model 'x=<b>'", "versions": {"torch": "2"}, "commit": "c0ffee",
@@ -24,9 +24,13 @@ COMMON = {
 
 
 def row(model: str, steps: int, fd: float, ms: float | None, **more):
-    timing = {"text": 1.0, "denoiser_step": 2.0, "decode": 3.0, "total_p50": ms, "total_p90": ms, "batch": 1} if ms else None
+    timing = (
+        {"text": 1.0, "denoiser_step": 2.0, "decode": 3.0, "total_p50": ms, "total_p90": ms, "batch": 1} if ms else None
+    )
     figures = {"fd": fd, "fd_low": fd * 0.9, "fd_high": fd * 1.1, "clip_score": 30.0, "attribute_accuracy": 0.9}
-    return COMMON | figures | {"model": model, "steps": steps, "nfe": steps, "latency_ms": timing, "weights": model} | more
+    return (
+        COMMON | figures | {"model": model, "steps": steps, "nfe": steps, "latency_ms": timing, "weights": model} | more
+    )
 
 
 ROWS = [
@@ -87,7 +91,10 @@ def test_the_page_needs_nothing_from_outside(folder, page):
     assert all(link.startswith(("data:", "#")) for link in page.links) and page.links
     text = (folder / "report.html").read_text()
     assert "@import" not in text and not re.search(r"url\((?!#)", text) and "default-src 'none'" in text
-    outside = set(re.findall(r"https?://[^\s\"'<]+", text)) - {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    outside = set(re.findall(r"https?://[^\s\"'<]+", text)) - {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
     assert not outside
 
 

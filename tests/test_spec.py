@@ -1,4 +1,4 @@
-"""A SPEC is read as written, what is wrong in it is said in one line, and what is loaded is a plain diffusers pipeline."""
+"""A SPEC is read as written, what is wrong in it is said in one line, and it loads a plain diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def lora(folder, pipe, *, alpha: int = 2, scheduler: bool = True):
     state = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
     type(pipe).save_lora_weights(folder, unet_lora_layers=state, unet_lora_adapter_metadata=config.to_dict())
     if scheduler:
-        LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=50).save_pretrained(folder / "scheduler")
+        LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=50).save_pretrained(
+            folder / "scheduler"
+        )
     (folder / "config.json").write_text(json.dumps({"method": "lcm", "teacher": "T", "train_seconds": 7.5, "rank": 4}))
     return folder
 

@@ -1,4 +1,4 @@
-"""The benchmark measures every model on the same noise, resumes to the same figures, and survives a model that fails."""
+"""The benchmark draws from the same noise for every model, resumes to the same figures, and survives failures."""
 
 from __future__ import annotations
 
@@ -86,7 +86,12 @@ def run(models, protocol, tools, out, steps=(1, 2), **options):
 
 def test_rows_have_every_field_and_the_figures_of_a_hand_computation(base, protocol, tools, tmp_path):
     results = run(f"teacher={base},scheduler=ddim", protocol, tools, tmp_path, command="bench it")
-    assert [(r["model"], r["steps"]) for r in results.rows] == [("real", 0), ("reconstruction", 0), ("teacher", 1), ("teacher", 2)]
+    assert [(r["model"], r["steps"]) for r in results.rows] == [
+        ("real", 0),
+        ("reconstruction", 0),
+        ("teacher", 1),
+        ("teacher", 2),
+    ]
     row = results.rows[-1]
     assert set(row) == set(FIELDS) and read_rows(tmp_path / "results.jsonl") == results.rows
     assert row["nfe"] == 4 and row["guidance"] == 2.0 and row["scheduler"] == "DDIMScheduler" and row["n"] == 5
@@ -100,7 +105,9 @@ def test_rows_have_every_field_and_the_figures_of_a_hand_computation(base, proto
     pictures = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
     features = tools.extractor(pictures)
     assert row["fd"] == pytest.approx(frechet_distance(Moments.of(features), tools.reference), abs=2e-3)
-    scores = 100 * torch.cosine_similarity(pictures.float().div(127.5).sub(1).mean((2, 3)) + 1.1, words(PROMPTS).float())
+    scores = 100 * torch.cosine_similarity(
+        pictures.float().div(127.5).sub(1).mean((2, 3)) + 1.1, words(PROMPTS).float()
+    )
     assert row["clip_score"] == pytest.approx(scores.clamp_min(0).mean().item(), abs=0.05)
     assert row["attribute_accuracy"] == 0.6 and row["attributes"] == {"hat": 0.6}
 
@@ -122,7 +129,9 @@ def test_every_step_count_starts_from_the_same_latents(base, protocol, tools, mo
         assert len(seen[batch]) >= 4 and all(torch.equal(x, seen[batch][0]) for x in seen[batch])
 
 
-def test_a_second_run_measures_nothing_again_and_a_cut_one_gets_the_same_figures(base, protocol, tools, tmp_path, monkeypatch):
+def test_a_second_run_measures_nothing_again_and_a_cut_one_gets_the_same_figures(
+    base, protocol, tools, tmp_path, monkeypatch
+):
     model = f"t={base},scheduler=ddim"
     first = run(model, protocol, tools, tmp_path).rows
     file = tmp_path / "results.jsonl"
@@ -137,13 +146,27 @@ def test_a_second_run_measures_nothing_again_and_a_cut_one_gets_the_same_figures
     assert file.read_text() == whole
     file.write_text("".join(line + "\n" for line in whole.splitlines()[:3]))
     again = run(model, protocol, tools, tmp_path).rows
-    quality = ("model", "steps", "fd", "fd_low", "fd_high", "clip_score", "attribute_accuracy", "weights", "protocol_hash")
+    quality = (
+        "model",
+        "steps",
+        "fd",
+        "fd_low",
+        "fd_high",
+        "clip_score",
+        "attribute_accuracy",
+        "weights",
+        "protocol_hash",
+    )
     assert [[r[k] for k in quality] for r in again] == [[r[k] for k in quality] for r in first]
 
 
 def test_a_model_that_fails_is_reported_and_the_others_finish(base, protocol, tools, tmp_path, monkeypatch):
-    results = run([f"bad={tmp_path / 'nowhere'}", f"good={base},scheduler=ddim"], protocol, tools, tmp_path / "out", (1,))
-    assert [(f.model, f.steps) for f in results.failed] == [("bad", None)] and "does not exist" in results.failed[0].reason
+    results = run(
+        [f"bad={tmp_path / 'nowhere'}", f"good={base},scheduler=ddim"], protocol, tools, tmp_path / "out", (1,)
+    )
+    assert [(f.model, f.steps) for f in results.failed] == [("bad", None)] and "does not exist" in results.failed[
+        0
+    ].reason
     assert [r["model"] for r in results.rows] == ["real", "reconstruction", "good"]
 
 
@@ -170,6 +193,7 @@ def test_rows_of_another_protocol_are_not_mixed_in(base, protocol, tools, tmp_pa
 def test_seeds_of_one_protocol_go_into_one_file(base, protocol, tools, tmp_path):
     a = run(f"t={base}", protocol, tools, tmp_path, (1,)).rows[-1]
     b = run(f"t={base}", protocol, tools, tmp_path, (1,), seed=1).rows[-1]
+    assert len(read_rows(tmp_path / "results.jsonl")) == 4  # the floors have no seed, and are there once
     assert a["protocol_hash"] == b["protocol_hash"] and (a["seed"], b["seed"]) == (0, 1) and a["fd"] != b["fd"]
 
 
@@ -237,7 +261,9 @@ def test_statistics_are_cached_by_content_and_rebuilt_when_damaged(pictures, tmp
     told: list[int] = []
 
     def make():
-        return reference_statistics(tools.extractor, reference, batch=4, folder=tmp_path, progress=lambda done, _: told.append(done))
+        return reference_statistics(
+            tools.extractor, reference, batch=4, folder=tmp_path, progress=lambda done, _: told.append(done)
+        )
 
     first = make()
     assert told == [4, 2] and first.count == 6

@@ -27,9 +27,10 @@ def guard(command: Callable[[], int | None]) -> int:
 
 
 def parse(
-    config: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None, description: str | None = None
-) -> T:
-    """Flags to a `config`. Hyphens and underscores both work. --help prints and exits 0.
+    config: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None, description: str | None = None,
+    default: T | None = None,
+) -> T:  # fmt: skip
+    """Flags to a `config`, unset ones from `default` where it is given. --help prints and exits 0.
 
     Raises:
         InputError: an unknown flag, or a value of the wrong kind, in one line.
@@ -39,7 +40,8 @@ def parse(
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(config, args=None if argv is None else list(argv), prog=prog, description=description)
+            args = None if argv is None else list(argv)
+            return tyro.cli(config, args=args, prog=prog, description=description, default=default)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

@@ -3,7 +3,8 @@
     protocol = load_protocol("avatars-2k")        # benchmarks/protocols/avatars-2k.yaml, or a path to a file
 
 Two rows can be compared when their hashes are equal. The hash covers the file's settings and the content they name:
-prompts, reference pictures, extractor and scorer weights. It does not cover the description.
+prompts, reference pictures, extractor and scorer weights. It does not cover the description, nor the seed: seeds of one
+protocol are there to be compared.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Protocol:
             content: hashes of the prompts, the reference and the networks, by name.
         """
         settings = dataclasses.asdict(self)
-        del settings["description"]
+        del settings["description"], settings["seed"]
         text = json.dumps([settings, dict(content)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

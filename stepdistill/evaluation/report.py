@@ -47,7 +47,7 @@ def write_report(folder: str | Path, *, title: str = "Quality and latency by num
         "columns": columns, "names": list(columns(found[0])), "grids": _grids(folder, rows), "prompts": prompts,
         "svgs": [plots.svg(make(), name) for name, make in figures.items()],
         "commands": list(dict.fromkeys(row.get("command") or "" for row in rows)),
-        "seeds": sorted({row.get("seed", 0) for row in rows}),
+        "seeds": sorted({row["seed"] for row in rows if row.get("seed") is not None}),
         "devices": list(dict.fromkeys(row.get("device") or "" for row in rows)),
     }  # fmt: skip
     environment = jinja2.Environment(

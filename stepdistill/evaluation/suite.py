@@ -22,6 +22,7 @@ from torch import Tensor
 from stepdistill.errors import InputError
 from stepdistill.evaluation import generate, latency, records
 from stepdistill.evaluation.metrics import Instruments, Pass, prepare
+from stepdistill.evaluation.progress import ReferenceBar, progress_bar, quiet
 from stepdistill.evaluation.protocols import Protocol, load_protocol
 from stepdistill.evaluation.spec import ModelSpec, as_models, fingerprint, guidance_of, load, training_record
 
@@ -108,9 +109,9 @@ def evaluate(
     weight = 4
     total = protocol.n * len(models) * sum(2 * s + weight for s in steps)
     if instruments is None:
-        told = _Reference(settings.progress)
+        told = ReferenceBar(settings.progress)
         instruments = prepare(protocol, device=settings.device, batch=settings.batch, progress=told)
-    with _bar(total, settings.progress) as bar:
+    with progress_bar(total, settings.progress) as bar, quiet():
         bench = _Bench(protocol, instruments, settings, command or " ".join(map(shlex.quote, sys.argv)), out, bar)
         for name, model in models.items():
             bench.model(name, model, steps, weight)
@@ -149,7 +150,7 @@ class _Bench:
             self._floor("real", tools.prompts.key[:16], lambda pictures: pictures)
 
     def _floor(self, name: str, weights: str, change) -> None:
-        row = {"model": name, "method": "floor", "weights": weights, "steps": 0, "nfe": 0}
+        row = {"model": name, "method": "floor", "weights": weights, "steps": 0, "nfe": 0, "seed": None}
         batches = ((i, change(p)) for i, p in self.tools.prompts.batches(self.settings.batch, self.protocol.n))
         self._cell(row, batches)
 
@@ -181,8 +182,9 @@ class _Bench:
         ):
             self._reconstruction(name, pipeline)
         record = training_record(spec)
+        made = "lora" if spec.lora else "student" if record.get("teacher") else "teacher"
         facts = {
-            "model": name, "method": record.get("method") or ("lora" if spec.lora else "teacher"), "spec": str(spec),
+            "model": name, "method": record.get("method") or made, "spec": str(spec),
             "teacher": record.get("teacher") or (spec.path if spec.lora else None),
             "weights": weights, "guidance": sampler.guidance,
             "scheduler": type(pipeline.scheduler).__name__,
@@ -266,25 +268,3 @@ class _Only:
     def __init__(self, module: torch.nn.Module) -> None:
         self.components = {"vae": module}
         self.scheduler = type("NoScheduler", (), {"config": {}})()
-
-
-class _Reference:
-    """A bar for the reference's pictures, shown only when there is something to do."""
-
-    def __init__(self, show: bool) -> None:
-        self.show, self.bar = show, None
-
-    def __call__(self, done: int, total: int) -> None:
-        if self.bar is None:
-            self.bar = _bar(total, self.show)
-            self.bar.set_description("reference pictures")
-        self.bar.update(done)
-        if self.bar.n >= total:
-            self.bar.close()
-
-
-def _bar(total: int, show: bool):
-    from tqdm import tqdm
-
-    form = "{desc:<22} {percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left"
-    return tqdm(total=total, disable=not show, bar_format=form, dynamic_ncols=True, file=sys.stderr)

@@ -136,16 +136,16 @@ def columns(cell: Cell) -> dict[str, str]:
 
 def print_table(rows: Sequence[Row]) -> None:
     """The main columns, on the terminal."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     found = cells(rows)
     shown = ["steps", "NFE", "FD", "interval", "CLIP", "attributes", "ms"]
-    table = Table(
-        title=f"{rows[0].get('protocol')}, n = {rows[0].get('n')}, FD-{rows[0].get('fd_extractor')}",
-        title_justify="left",
-    )
-    table.add_column("model")
+    first = rows[0]
+    title = f"{first.get('protocol')}, n = {first.get('n')}, FD-{first.get('fd_extractor')}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("model", overflow="fold")
     for name in shown:
         table.add_column(name, justify="right")
     last = None
