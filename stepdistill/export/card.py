@@ -20,10 +20,21 @@ image = pipe("{prompt}", num_inference_steps=4).images[0]
 ```"""
 
 
-def model_card(*, method: str, teacher: str, out: str, scheduler: str, lora: bool, prompt: str, settings: dict, grid: str | None) -> str:
+def model_card(
+    *,
+    method: str,
+    teacher: str,
+    out: str,
+    scheduler: str,
+    lora: bool,
+    prompt: str,
+    settings: dict,
+    grid: str | None,
+) -> str:
     """Markdown with the hub's front matter: what it is, how to load it, how it was trained."""
     tags = ["diffusers", "step-distillation", method, *(["lora"] if lora else [])]
-    front = "\n".join(["---", f"base_model: {teacher}", "library_name: diffusers", "tags:", *(f"- {t}" for t in tags), "---"])
+    head = ["---", f"base_model: {teacher}", "library_name: diffusers", "tags:"]
+    front = "\n".join([*head, *(f"- {tag}" for tag in tags), "---"])
     use = (USE_LORA if lora else USE_PIPELINE).format(
         scheduler=scheduler, teacher=teacher, out=out, prompt=prompt.replace('"', "'")
     )

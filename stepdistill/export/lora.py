@@ -19,13 +19,16 @@ def lcm_scheduler(teacher: Teacher, *, solver_steps: int, timestep_scaling: floa
     """diffusers' LCMScheduler for a student of this teacher."""
     from diffusers import LCMScheduler
 
-    config = {**teacher.source.scheduler.config, "original_inference_steps": solver_steps, "timestep_scaling": timestep_scaling}
+    own = {"original_inference_steps": solver_steps, "timestep_scaling": timestep_scaling}
+    config = {**teacher.source.scheduler.config, **own}
     for unused in ("timestep_spacing", "steps_offset", "clip_sample", "set_alpha_to_one"):
         config.pop(unused, None)
     return LCMScheduler.from_config(config, timestep_spacing="leading", clip_sample=False, set_alpha_to_one=False)
 
 
-def save_lora(teacher: Teacher, out: Path, *, scheduler, config: dict, card: str, extra: dict[str, bytes] | None = None) -> Path:
+def save_lora(
+    teacher: Teacher, out: Path, *, scheduler, config: dict, card: str, extra: dict[str, bytes] | None = None
+) -> Path:
     """Writes the adapter on the teacher's backbone to an export folder.
 
     `pytorch_lora_weights.safetensors` holds every adapter tensor under diffusers' own names, and the adapter's
@@ -47,7 +50,10 @@ def save_lora(teacher: Teacher, out: Path, *, scheduler, config: dict, card: str
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with replacing(Path(out)) as folder:
         type(teacher.source).save_lora_weights(
-            folder, unet_lora_layers=state, weight_name=LORA_FILE, unet_lora_adapter_metadata=backbone.peft_config[ADAPTER].to_dict()
+            folder,
+            unet_lora_layers=state,
+            weight_name=LORA_FILE,
+            unet_lora_adapter_metadata=backbone.peft_config[ADAPTER].to_dict(),
         )
         _finish(folder, scheduler, config, card, extra)
     return Path(out)

@@ -1,0 +1,103 @@
+"""Converts a student: plain diffusers, one file under kohya's names, or fused into its teacher's weights.
+
+    stepdistill export out/student --format kohya       # one .safetensors for ComfyUI, A1111, InvokeAI
+    stepdistill export out/student --format fused       # a whole pipeline folder, no adapter to load
+
+The folder is a training run's, or its `export`. What is written is never written over something else.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from stepdistill.errors import InputError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of `stepdistill export`."""
+
+    folder: tyro.conf.Positional[Path]
+    """The training run's folder, or the export in it."""
+    format: Annotated[Literal["diffusers", "kohya", "fused"], tyro.conf.arg(name="format")] = "diffusers"
+    """diffusers: a folder for load_lora_weights; kohya: one file; fused: a whole pipeline folder."""
+    out: Path | None = None
+    """Where to; beside the folder, with the format in its name, where not given."""
+    teacher: str | None = None
+    """The pipeline the student was trained from; what its config.json says where not given."""
+
+
+def main(config: Config) -> int:
+    """Writes the student in another format and says where."""
+    folder = find_export(config.folder)
+    whole = (folder / "model_index.json").is_file()
+    if whole and config.format != "diffusers":
+        raise InputError(f"--format: got {config.format} for {folder}, a whole pipeline; allowed: diffusers; it "
+                         f"needs no "
+                         "LoRA and nothing fused")  # fmt: skip
+    out = config.out or beside(folder, config.format)
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise InputError(f"--out: got {out}, which is there already; allowed: a new path; give another")
+    if config.format == "kohya":
+        from stepdistill.export.kohya import save_kohya
+
+        print(save_kohya(folder, out))
+        return 0
+    if config.format == "fused":
+        from stepdistill.export.fused import save_fused
+
+        print(save_fused(folder, out, teacher=config.teacher or teacher_of(folder)))
+        return 0
+    from stepdistill.export.kohya import read_lora
+    from stepdistill.training.checkpoint import replacing
+
+    if not whole:
+        read_lora(folder)  # it is whole, with rank and alpha
+    with replacing(out) as new:
+        shutil.copytree(folder, new, dirs_exist_ok=True)
+    print(out)
+    return 0
+
+
+def find_export(folder: Path) -> Path:
+    """The export folder meant by a run's folder or its own path.
+
+    Raises:
+        InputError: there is none.
+    """
+    from stepdistill.export.lora import LORA_FILE
+
+    folder = Path(folder)
+    for place in (folder, folder / "export"):
+        if (place / LORA_FILE).is_file() or (place / "model_index.json").is_file():
+            return place
+    if (folder / "checkpoints").is_dir():
+        raise InputError(f"folder: got {folder}, a run that has not ended; allowed: one with an export; run its "
+                         f"command again")
+    what = "which holds no export" if folder.exists() else "which does not exist"
+    raise InputError(f"folder: got {folder}, {what}; allowed: a training run's folder or its export; check the path")
+
+
+def beside(folder: Path, form: str) -> Path:
+    """run/export -> run/export-fused, run/export-kohya.safetensors."""
+    folder = folder.resolve()
+    return folder.with_name(f"{folder.name}-{form}{'.safetensors' if form == 'kohya' else ''}")
+
+
+def teacher_of(folder: Path) -> str:
+    """The teacher an export names.
+
+    Raises:
+        InputError: it names none.
+    """
+    try:
+        return str(json.loads((folder / "config.json").read_text())["teacher"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"teacher: got no config.json that names it in {folder}; allowed: a pipeline; give it with "
+                         "--teacher") from error  # fmt: skip

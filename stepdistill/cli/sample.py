@@ -1,0 +1,125 @@
+"""Draws a grid of pictures: a row for each prompt, a column for each noise.
+
+    stepdistill sample --model avatars,lora=out/student/export --prompt "a red hat" --steps 4 --out grid.png
+
+The model is a SPEC: path[,lora=DIR][,scheduler=lcm][,guidance=1.5]. The same seed gives each column the same noise
+whatever the model, so grids of two models can be laid side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from stepdistill.errors import InputError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of `stepdistill sample`."""
+
+    model: str = "avatars"
+    """SPEC of the model."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A prompt; once for each row."""
+    prompts: Path | None = None
+    """A text file of prompts, one a line."""
+    steps: int = 4
+    """Steps of the sampler."""
+    count: int = 4
+    """Pictures for each prompt."""
+    guidance: float | None = None
+    """Guidance scale; 1 is none. What the SPEC or the sampler says where not given."""
+    seed: int = 0
+    """Seed of the noise; column i has seed + i."""
+    batch: int = 16
+    """Pictures drawn at a time."""
+    size: int | None = None
+    """Side of the pictures in pixels; the model's own where not given."""
+    out: Path = Path("grid.png")
+    """The picture to write."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    dry_run: bool = False
+    """Say what would be drawn, and stop."""
+
+
+def main(config: Config) -> int:
+    """Draws the grid, writes it and its configuration, and says where."""
+    prompts = prompts_of(config)
+    for name, value in (("steps", config.steps), ("count", config.count), ("batch", config.batch)):
+        if value < 1:
+            raise InputError(f"{name}: got {value}; allowed: 1 or more; try 4")
+    if config.guidance is not None and not config.guidance >= 1:
+        raise InputError(f"guidance: got {config.guidance:g}; allowed: 1 (none) or more; try 2")
+    if config.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise InputError(f"--out: got {config.out}; allowed: a .png, .jpg or .webp; name one")
+    from stepdistill.cli.bench import device_of
+    from stepdistill.evaluation import spec as specs
+    from stepdistill.training.validation import tile
+
+    spec, device = specs.parse(config.model), device_of(config.device)
+    if config.dry_run:
+        print(f"would draw {len(prompts)} x {config.count} pictures in {config.steps} steps with {spec}: {config.out}")
+        return 0
+    pipeline = specs.load(spec, device=device)
+    guidance = config.guidance if config.guidance is not None else specs.guidance_of(spec, pipeline)
+    pictures = draw(pipeline, prompts, config, guidance)
+    grid = tile([pictures[i : i + config.count] for i in range(0, len(pictures), config.count)])
+    record = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+    record |= {"prompt": prompts, "guidance": guidance, "device": device}
+    record["scheduler"] = type(pipeline.scheduler).__name__
+    try:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        grid.save(config.out)
+        config.out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"--out: got {config.out} ({error.strerror}); allowed: a path that can be written") from error
+    print(config.out)
+    return 0
+
+
+def prompts_of(config: Config) -> list[str]:
+    """The prompts of a command line.
+
+    Raises:
+        InputError: there are none, or the file cannot be read.
+    """
+    prompts = [prompt for prompt in config.prompt if prompt.strip()]
+    if config.prompts is not None:
+        try:
+            lines = config.prompts.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--prompts: got {config.prompts}, which cannot be read; allowed: a text file") from error
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError('prompt: got none; allowed: one or more; give --prompt "…" or --prompts FILE')
+    return prompts
+
+
+def draw(pipeline, prompts: list[str], config: Config, guidance: float) -> list:
+    """`config.count` pictures of each prompt, in order; picture i of any prompt starts from the noise of seed + i."""
+    import torch
+    from tqdm import tqdm
+
+    jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.count)]
+    size = {} if config.size is None else {"height": config.size, "width": config.size}
+    pictures = []
+    with tqdm(total=len(jobs), desc=f"{config.steps} steps", unit="img", dynamic_ncols=True) as bar:
+        for first in range(0, len(jobs), config.batch):
+            batch = jobs[first : first + config.batch]
+            generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
+            options = {"guidance_scale": guidance, "num_inference_steps": config.steps, "generator": generators} | size
+            try:
+                pictures += pipeline([prompt for prompt, _ in batch], **options).images
+            except (TypeError, ValueError) as error:
+                reason = " ".join(str(error).split())[:160]
+                raise InputError(f"model: got {config.model}, which does not draw that ({reason}); allowed: a "
+                                 f"text-to-image "
+                                 "pipeline, with steps and size it takes") from error  # fmt: skip
+            bar.update(len(batch))
+    return pictures

@@ -1,0 +1,93 @@
+"""A LoRA export as one file under kohya's names, for ComfyUI, A1111, SD.Next, InvokeAI and sd-scripts.
+
+The names are made by diffusers' own conversion; the alpha of each layer, which that conversion sets to the rank, is put
+back from the adapter's metadata.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stepdistill.errors import InputError
+from stepdistill.export.lora import LORA_FILE
+
+METADATA = "lora_adapter_metadata"
+
+
+def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """The tensors and the adapter's configuration of an export.
+
+    Raises:
+        InputError: there is no LoRA, it is broken, or it lacks the adapter's configuration.
+    """
+    file = Path(folder) / LORA_FILE
+    if not file.is_file():
+        raise InputError(f"LoRA: got {folder}, which holds no {LORA_FILE}; allowed: the export folder of a LoRA "
+                         f"student")
+    try:
+        with safe_open(file, "pt") as stored:
+            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (it is no dictionary)
+            settings = json.loads((stored.metadata() or {}).get(METADATA, "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"LoRA: got {file}, which is broken ({str(error)[:60]}); export it again") from error
+    if "unet.r" not in settings or "unet.lora_alpha" not in settings:
+        raise InputError(f"LoRA: got {file} without its rank and alpha; allowed: an export of stepdistill; export it "
+                         f"again")
+    return state, {key.removeprefix("unet."): value for key, value in settings.items() if key.startswith("unet.")}
+
+
+def to_kohya(state: dict[str, Tensor], settings: dict[str, object]) -> dict[str, Tensor]:
+    """Tensors under kohya's names: lora_down and lora_up of each layer, and its alpha (scale = alpha / rank).
+
+    Args:
+        state: `unet.<layer>.lora_A.weight` and `unet.<layer>.lora_B.weight`.
+        settings: the adapter's configuration; `alpha_pattern` names layers of another alpha.
+    """
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    out = {name: tensor.contiguous() for name, tensor in convert_state_dict_to_kohya(dict(state)).items()}
+    end = ".lora_A.weight"
+    layers = [name.removeprefix("unet.").removesuffix(end) for name in state if name.endswith(end)]
+    patterns: dict[str, float] = settings.get("alpha_pattern") or {}
+    scaled = settings.get("use_rslora")
+    for layer in layers:
+        alpha = next((v for k, v in patterns.items() if layer == k or layer.endswith(f".{k}")), settings["lora_alpha"])
+        rank = len(state[f"unet.{layer}.lora_A.weight"])
+        name = f"lora_unet_{layer.replace('.', '_')}.alpha"
+        if name not in out:
+            raise InputError(f"kohya: got layer {layer}, whose name diffusers does not convert; please report this")
+        out[name] = torch.tensor(float(alpha) * (rank**0.5 if scaled else 1.0))
+    return out
+
+
+def save_kohya(folder: Path, out: Path) -> Path:
+    """Writes the LoRA of an export folder as one .safetensors file under kohya's names.
+
+    Raises:
+        InputError: see `read_lora`; or the disk is full.
+    """
+    state, settings = read_lora(folder)
+    out = Path(out)
+    beside = out.with_name(f".{out.name}.new")
+    header = {
+        "format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(settings["r"]),
+        "ss_network_alpha": str(settings["lora_alpha"]), "modelspec.title": out.stem,
+    }  # fmt: skip
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(to_kohya(state, settings), beside, metadata=header)
+        beside.rename(out)
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise InputError(f"disk: got no space left while writing {out}; free some and run it again") from error
+        raise
+    finally:
+        beside.unlink(missing_ok=True)
+    return out
