@@ -150,7 +150,8 @@ def test_the_guided_teacher_is_one_forward_of_twice_the_batch():
 
 def test_without_guidance_the_teacher_sees_the_batch_once():
     teacher, student, target = (Affine(ALPHA_BAR, w) for w in (0.8, 0.5, 0.6))
-    LatentConsistency(guidance_min=1.0, guidance_max=1.0).loss("student", batch(), Trio(teacher, student, target), CLOCK)
+    both = Trio(teacher, student, target)
+    LatentConsistency(guidance_min=1.0, guidance_max=1.0).loss("student", batch(), both, CLOCK)
     assert teacher.seen == [(6, False)]
 
 
@@ -177,6 +178,54 @@ def test_a_float32_student_is_given_float32():
     assert set(dtypes) == {torch.float32}
 
 
+def test_a_teacher_gives_one_loss_whatever_it_predicts():
+    """Trap: a velocity taken for x0."""
+    mixture = GaussianMixtureDenoiser(torch.tensor([[1.0, -0.5], [-1.0, 0.2]]), 0.4, None, ALPHA_BAR)
+
+    class Saying(Denoiser):
+        def raw(self, x_t, t, cond=None, *, t_end=None):
+            return mixture(x_t, t, kind=self.kind)
+
+    losses = []
+    for kind in ("x0", "eps", "v", "flow"):
+        networks = Trio(*(Saying(None, ALPHA_BAR, kind) for _ in range(3)))
+        losses.append(LatentConsistency().loss("student", batch(), networks, CLOCK).total.item())
+    assert losses[1:] == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_a_student_is_told_the_papers_w_which_is_one_less_and_its_teacher_is_told_nothing():
+    told = {"teacher": [], "student": [], "target": []}
+
+    class Listening(Affine):
+        def __init__(self, role: str) -> None:
+            super().__init__(ALPHA_BAR, 0.5)
+            self.role = role
+
+        def raw(self, x_t, t, cond=None, *, t_end=None):
+            told[self.role].append(cond.get("guidance"))
+            return super().raw(x_t, t, cond)
+
+    method = LatentConsistency(guidance_min=2.0, guidance_max=6.0, embed_guidance=True)
+    method.loss("student", batch(n=256), Trio(*(Listening(r) for r in told)), CLOCK)
+    draws = batch(n=256).draws
+    draws.integers(50)
+    expected = 1.0 + 4.0 * draws.uniform()
+    assert told["teacher"] == [None]
+    assert torch.allclose(told["student"][0], expected) and torch.equal(told["target"][0], told["student"][0])
+    assert 1 <= expected.min() < 1.2 and 4.8 < expected.max() <= 5
+
+
+def test_path_points_are_those_of_the_schedules_own_sampling_grid():
+    index = torch.arange(4)
+    t, s = LatentConsistency(solver_steps=4).times(index, Cosine())
+    assert torch.allclose(t, torch.tensor([0.25, 0.5, 0.75, 1.0]).double())
+    assert torch.allclose(s, torch.tensor([0.0, 0.25, 0.5, 0.75]).double())
+    t, s = LatentConsistency(solver_steps=4).times(index, EDM())
+    ramp = torch.linspace(0, 1, 4, dtype=torch.float64)
+    karras = (80 ** (1 / 7) + ramp * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    assert torch.allclose(t, karras.flip(0)) and torch.equal(s[1:], t[:-1]) and s[0] == 0
+
+
 def test_huber_is_quadratic_near_zero_and_linear_far_away():
     assert huber(torch.tensor([0.0]), 0.5).item() == 0
     assert huber(torch.tensor([3.0]), 4.0).item() == pytest.approx(1.0)
@@ -186,7 +235,7 @@ def test_huber_is_quadratic_near_zero_and_linear_far_away():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"guidance_min": 0.5}, "guidance: got 0.5 to 15; allowed: 1 or more"),
+        ({"guidance_min": 0.5}, "guidance: got 0.5 to 16; allowed: 1 or more"),
         ({"guidance_min": 9.0, "guidance_max": 3.0}, "guidance: got 9 to 3"),
         ({"solver_steps": 1}, "solver_steps: got 1; allowed: 2 or more"),
         ({"loss_type": "l1"}, "loss: got 'l1'; allowed: huber, l2"),

@@ -19,16 +19,19 @@ class FullConfig(LCMConfig):
     """Flags of a full student."""
 
     lora: bool = False
+    """Train an adapter instead, which cannot be told its guidance."""
     learning_rate: float = 1e-5
+    """At the plateau."""
     embed_guidance: bool = True
+    """Tell the student its guidance weight, so that users choose guidance_scale at sampling."""
 
 
 def main() -> None:
     """Reads the flags and trains."""
-    from stepdistill.training.config import parse
+    from stepdistill.cli.training import parse_training
     from stepdistill.training.lcm import distil
 
-    print(distil(parse(FullConfig, __doc__)))
+    distil(parse_training(FullConfig, __doc__))
 
 
 if __name__ == "__main__":

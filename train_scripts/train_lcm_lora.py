@@ -15,10 +15,10 @@ from stepdistill.cli._run import guard
 
 def main() -> None:
     """Reads the flags and trains."""
-    from stepdistill.training.config import parse
+    from stepdistill.cli.training import parse_training
     from stepdistill.training.lcm import LCMConfig, distil
 
-    print(distil(parse(LCMConfig, __doc__)))
+    distil(parse_training(LCMConfig, __doc__))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from stepdistill.denoiser.base import Denoiser
 from stepdistill.draws import Draws
+
+if TYPE_CHECKING:
+    from stepdistill.denoiser.load import Teacher
 
 Cond = dict[str, Tensor]
 
@@ -69,8 +72,9 @@ class Models(Protocol):
 
 
 class Method(Protocol):
-    """A distillation method."""
+    """A distillation method: a frozen dataclass with a pure loss, and how what it makes is sampled."""
 
+    name: str
     roles: Mapping[str, Role]
 
     def phases(self, clock: Clock) -> tuple[str, ...]:
@@ -78,6 +82,12 @@ class Method(Protocol):
 
     def loss(self, phase: str, batch: Batch, models: Models, clock: Clock) -> Loss:
         """The loss of one phase."""
+
+    def sample(self, student: Denoiser, x_T: Tensor, cond: Cond, *, steps: int, draws: Draws) -> Tensor:
+        """The student's samples (B, C, H, W) from unit noise x_T, as users will sample it."""
+
+    def scheduler(self, teacher: Teacher):
+        """The diffusers scheduler that is exported with a student of this teacher."""
 
 
 def huber(difference: Tensor, c: float) -> Tensor:

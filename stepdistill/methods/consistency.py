@@ -13,17 +13,23 @@ with f(x, t) = c_skip x + c_out x0_hat, which is x itself at the clean end.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from stepdistill.denoiser.base import Denoiser
+from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.guidance import guided
 from stepdistill.methods.base import Batch, Clock, Loss, Models, Role, huber
 from stepdistill.schedules import AlphaBar, Schedule, match
 from stepdistill.solvers import ddim_step
+from stepdistill.timegrid import inference_times
+
+if TYPE_CHECKING:
+    from stepdistill.denoiser.load import Teacher
 
 
 def boundary_scalings(
@@ -40,7 +46,10 @@ def boundary_scalings(
         float64, the shape of t.
     """
     t = t.to(torch.float64)
-    index = t.clamp(min=0) if isinstance(schedule, AlphaBar) else 1000 * (t - schedule.t_min) / (schedule.t_max - schedule.t_min)
+    if isinstance(schedule, AlphaBar):
+        index = t.clamp(min=0)
+    else:
+        index = 1000 * (t - schedule.t_min) / (schedule.t_max - schedule.t_min)
     tau = timestep_scaling * index
     return sigma_data**2 / (tau**2 + sigma_data**2), tau / (tau**2 + sigma_data**2).sqrt()
 
@@ -49,6 +58,12 @@ def consistency(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: dict[str, Tens
     """f(x_t, t) = c_skip x_t + c_out x0_hat: (B, ...) float32 (float64 as x_t)."""
     c_skip, c_out = boundary_scalings(t, denoiser.schedule, timestep_scaling=timestep_scaling)
     return match(c_skip, x_t) * x_t + match(c_out, x_t) * denoiser(x_t, t, cond, kind="x0")
+
+
+@lru_cache(maxsize=8)
+def _points(schedule: Schedule, steps: int) -> Tensor:
+    """The clean end and the points of the teacher's path, (steps + 1,) rising."""
+    return inference_times(schedule, steps).flip(0)
 
 
 @dataclass(frozen=True)
@@ -68,14 +83,15 @@ class LatentConsistency:
         InputError: a guidance below 1 or an empty range, or another setting out of range.
     """
 
-    guidance_min: float = 3.0
-    guidance_max: float = 15.0
+    guidance_min: float = 4.0
+    guidance_max: float = 16.0
     solver_steps: int = 50
     loss_type: str = "huber"
     huber_c: float = 1e-3
     timestep_scaling: float = 10.0
     embed_guidance: bool = False
 
+    name: ClassVar[str] = "lcm"
     roles: ClassVar[dict[str, Role]] = {"teacher": Role.FROZEN, "student": Role.TRAINED, "target": Role.TARGET}
 
     def __post_init__(self) -> None:
@@ -96,8 +112,8 @@ class LatentConsistency:
     def times(self, index: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
         """t and its neighbour s below for path points 0 to solver_steps - 1, (B,) float64 each.
 
-        On AlphaBar with T = 1000 and k = 20: t = 19, 39, ..., 999 and s = max(t - 20, 0). Elsewhere the points are even
-        in t and s of the first is the clean end.
+        On AlphaBar with T = 1000 and k = 20: t = 19, 39, ..., 999 and s = max(t - 20, 0). Elsewhere the points are
+        those of the schedule's own sampling grid (even in t; Karras's on EDM) and s of the first is the clean end.
         """
         if isinstance(schedule, AlphaBar):
             count = int(schedule.t_max) + 1
@@ -106,9 +122,8 @@ class LatentConsistency:
             k = count // self.solver_steps
             t = (index.to(torch.float64) + 1) * k - 1
             return t, (t - k).clamp(min=0)
-        k = (schedule.t_max - schedule.t_min) / self.solver_steps
-        t = schedule.t_min + (index.to(torch.float64) + 1) * k
-        return t, t - k
+        points = _points(schedule, self.solver_steps).to(index.device, non_blocking=True)
+        return points[index + 1], points[index]
 
     def loss(self, phase: str, batch: Batch, models: Models, clock: Clock) -> Loss:
         """mean Huber or L2 distance between the ends that student and target see from x_t and x_s."""
@@ -128,3 +143,19 @@ class LatentConsistency:
         difference = student_x0 - target_x0
         total = huber(difference, self.huber_c) if self.loss_type == "huber" else difference.float().square().mean()
         return Loss(total, {"consistency": total.detach()})
+
+    def sample(self, student: Denoiser, x_T: Tensor, cond: dict[str, Tensor], *, steps: int, draws: Draws) -> Tensor:
+        """Multistep consistency sampling; a student that is told its guidance, at the middle of the range."""
+        if self.embed_guidance:
+            w = (self.guidance_min + self.guidance_max) / 2 - 1
+            cond = cond | {"guidance": torch.full((len(x_T),), w, device=x_T.device)}
+        from stepdistill.sampling import sample_lcm
+
+        own = {"original_steps": self.solver_steps, "timestep_scaling": self.timestep_scaling}
+        return sample_lcm(student, x_T, cond, steps=min(steps, self.solver_steps), draws=draws, **own)
+
+    def scheduler(self, teacher: Teacher):
+        """diffusers' LCMScheduler on the teacher's betas."""
+        from stepdistill.export.lora import lcm_scheduler
+
+        return lcm_scheduler(teacher, solver_steps=self.solver_steps, timestep_scaling=self.timestep_scaling)

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there: written beside, hashed, renamed; the last one stays until the next is whole.
 
-A checkpoint is a folder `step-<update>` with `state.safetensors` (weights, averages, optimizer and random states) and
-`state.json` (the update, and the SHA-256 of the tensors). Nothing in it is a pickle.
+A checkpoint is a folder `step-<update>` with `state.safetensors` (weights, averages, optimizer; there is no random
+state to keep) and `state.json` (the update, and the SHA-256 of the tensors). Nothing in it is a pickle.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,10 +25,20 @@ KEEP = 2
 
 def digest(path: Path) -> str:
     """The SHA-256 of a file."""
+    found = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(
-            file.read()
-        ).hexdigest()
+        while block := file.read(1 << 22):
+            found.update(block)
+    return found.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -45,10 +54,8 @@ def replacing(final: Path):
     try:
         beside.mkdir()
         yield beside
-        for file in beside.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
+        for file in [*beside.rglob("*"), beside]:
+            sync(file)
         if final.exists():
             old = final.with_name(f".{final.name}.old")
             shutil.rmtree(old, ignore_errors=True)
@@ -57,13 +64,22 @@ def replacing(final: Path):
             shutil.rmtree(old)
         else:
             beside.rename(final)
+        sync(final.parent)
     except Exception as error:
         shutil.rmtree(beside, ignore_errors=True)
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if full:
-            raise InputError(f"disk: got no space left while writing {final}; free some and run the same command again; "
-                             "what was there is kept") from error  # fmt: skip
+            raise InputError(f"disk: got no space left while writing {final}; free some and run the same command "
+                             "again; what was there is kept") from error  # fmt: skip
         raise
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all: what was there stays until the new one is on the disk."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text)
+    sync(beside)
+    beside.replace(path)
 
 
 def flatten(tree: object, prefix: str, tensors: dict[str, Tensor]) -> object:
@@ -91,7 +107,7 @@ def unflatten(tree: dict, tensors: dict[str, Tensor]) -> object:
 
 
 def save(folder: Path, update: int, state: dict) -> None:
-    """Writes the checkpoint of an update and drops all but the last two.
+    """Writes the checkpoint of an update and drops all but it and the one before.
 
     Args:
         state: nested dictionaries and lists of tensors and JSON values.
@@ -102,8 +118,10 @@ def save(folder: Path, update: int, state: dict) -> None:
         save_file(tensors, path / "state.safetensors")
         record = {"update": update, "sha256": digest(path / "state.safetensors"), "tree": tree}
         (path / "state.json").write_text(json.dumps(record))
-    for old in sorted(folder.glob("step-*"))[:-KEEP]:
-        shutil.rmtree(old)
+    whole = [path for path in sorted(folder.glob("step-*")) if path.name <= f"step-{update:08d}"]
+    for path in folder.glob("step-*"):
+        if path not in whole[-KEEP:]:  # older ones, and later ones, which were broken or the run would not be here
+            shutil.rmtree(path)
 
 
 def load_latest(folder: Path) -> tuple[int, dict] | None:
@@ -125,18 +143,6 @@ def load_latest(folder: Path) -> tuple[int, dict] | None:
         except (OSError, ValueError, KeyError) as error:
             warnings.warn(f"checkpoint {path} is broken ({str(error)[:80]}); trying the one before", stacklevel=2)
     if found:
-        raise InputError(f"checkpoints: got {len(found)} in {folder}, all broken; allowed: a whole one; remove the folder "
-                         "to start again")  # fmt: skip
+        raise InputError(f"checkpoints: got {len(found)} in {folder}, all broken; allowed: a whole one; remove the "
+                         "folder to start again")  # fmt: skip
     return None
-
-
-def random_state() -> dict:
-    """The global random states, for dropout: everything else is drawn from `Draws`."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def set_random_state(state: dict) -> None:
-    """Restores `random_state`."""
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from types import UnionType
+from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from stepdistill.errors import InputError
 from stepdistill.training.roles import LORA_TARGETS
 
-# What may change when a run is taken up again.
-FREE = {"config", "checkpoint_every", "validate_every", "validation_prompts", "log_every", "trackers", "push_to_hub",
-        "dry_run"}  # fmt: skip
+# What may change when a run is taken up again; batch size and accumulation as long as samples_per_update stays.
+FREE = {"config", "out", "checkpoint_every", "validate_every", "validation_prompts", "log_every", "trackers",
+        "push_to_hub", "dry_run", "batch_size", "gradient_accumulation", "gradient_checkpointing",
+        "compile"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class TrainConfig:
 
     teacher: str = "avatars"
     """Pipeline folder, hub id, or "avatars", the embedded teacher."""
+    variant: str | None = None
+    """Of the teacher's weight files, as "fp16"."""
+    revision: str | None = None
+    """Of the teacher's hub repository."""
     data: str = "avatars"
     """Image folder with metadata.jsonl, `datasets` name, webdataset shards, cache folder, prompts (.txt), "avatars"."""
     out: Path = Path("out/student")
@@ -50,9 +55,13 @@ class TrainConfig:
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """8-bit AdamW needs the extra `quant`."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the mean gradient and of its mean square."""
     adam_epsilon: float = 1e-8
+    """Added to the root of the mean square."""
     weight_decay: float = 0.0
+    """Decoupled, as AdamW has it."""
     max_grad_norm: float = 1.0
+    """Longer gradients are scaled down to this norm."""
 
     lora: bool = True
     """Train an adapter; --no-lora trains every weight."""
@@ -63,11 +72,16 @@ class TrainConfig:
     target_modules: tuple[str, ...] = LORA_TARGETS
     """Endings of the names of adapted layers."""
     lora_dropout: float = 0.0
+    """Share of the adapter's inputs dropped in training."""
     target_ema: float = 0.95
     """Decay of the target's moving average; 0 makes the student its own target."""
+    export_ema: float = 0.0
+    """Decay of the average that is shown and exported; 0 for the trained weights themselves."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Of the networks; frozen weights are kept in it. Losses, adapters and optimizer stay float32."""
     gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them."""
     compile: bool = False
     """torch.compile the backbone."""
 
@@ -93,6 +107,9 @@ class TrainConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise InputError(f"{name}: got {getattr(self, name)}; allowed: above 0; raise it")
+        for name in ("lr_warmup", "validate_every", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: got {getattr(self, name)}; allowed: 0 or more; 0 is none")
         if self.lora and self.rank < 1:
             raise InputError(f"rank: got {self.rank}; allowed: 1 or more; the papers use 64")
 
@@ -115,38 +132,51 @@ def from_yaml(path: Path, kind: type[C]) -> C:
     try:
         values = yaml.safe_load(Path(path).read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise InputError(f"--config: got {path} ({str(error).splitlines()[0]}); allowed: a readable YAML file") from error
+        raise InputError(
+            f"--config: got {path} ({str(error).splitlines()[0]}); allowed: a readable YAML file"
+        ) from error
     if not isinstance(values, dict):
         raise InputError(f"--config: got {path}, which holds no mapping; allowed: lines of `flag: value`")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = get_type_hints(kind)
     clean = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1)
+        if name not in hints:
+            near = difflib.get_close_matches(name, hints, 1)
             raise InputError(f"--config: got key {key!r} in {path}; allowed: the script's flags"
                              + (f"; did you mean {near[0]!r}?" if near else "; see --help"))  # fmt: skip
-        kind_name = str(fields[name].type)
-        if kind_name.startswith("tuple") and isinstance(value, list):
-            value = tuple(value)
-        elif "Path" in kind_name and isinstance(value, str):
-            value = Path(value)
-        elif kind_name.startswith("float") and isinstance(value, int | str):
-            value = float(value)  # YAML reads 1e-4 as a string
-        clean[name] = value
+        try:
+            clean[name] = _as(hints[name], value)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"--config: got {key}: {value!r} in {path}; allowed: {error}; see --help") from error
     return kind(**clean)
 
 
-def parse(kind: type[C], description: str | None, argv: list[str] | None = None) -> C:
-    """The configuration of a command line: defaults, then the YAML file of --config, then flags. Exits 2 on bad flags."""
-    import tyro
-
-    argv = list(sys.argv[1:] if argv is None else argv)
-    default = None
-    for i, word in enumerate(argv):
-        name, _, value = word.partition("=")
-        if name == "--config":
-            default = from_yaml(Path(value or (argv[i + 1] if i + 1 < len(argv) else "")), kind)
-    config = tyro.cli(kind, args=argv, default=default, description=description)
-    config.check()
-    return config
+def _as(hint: object, value: object) -> object:
+    """A YAML value as a field's type. Raises ValueError or TypeError that says what is allowed."""
+    options = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):  # T | None
+        return None if value is None else _as(next(o for o in options if o is not type(None)), value)
+    if get_origin(hint) is Literal:
+        if value is False and "no" in options:  # YAML reads a bare no as false
+            value = "no"
+        if value not in options:
+            raise ValueError(", ".join(map(str, options)))
+        return value
+    if get_origin(hint) is tuple:
+        items = value if isinstance(value, list) else [value]
+        if options[-1] is not Ellipsis and len(items) != len(options):
+            raise ValueError(f"a list of {len(options)}")
+        return tuple(_as(options[0], item) for item in items)
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as a string
+        except ValueError:
+            raise ValueError("a number") from None
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if type(value) is not hint:
+        raise TypeError(
+            {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+        )
+    return value

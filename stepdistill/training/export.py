@@ -6,27 +6,63 @@ import io
 from pathlib import Path
 
 from stepdistill.denoiser.load import Teacher
+from stepdistill.errors import InputError
 from stepdistill.export.card import model_card
-from stepdistill.export.lora import lcm_scheduler, save_lora, save_pipeline
+from stepdistill.export.lora import save_lora, save_pipeline
 from stepdistill.methods.base import Method
 from stepdistill.training.config import TrainConfig
 from stepdistill.training.roles import Models
 from stepdistill.training.validation import grid, prompts_for
 
-SHOWN = ("max_train_steps", "batch_size", "gradient_accumulation", "learning_rate", "rank", "alpha", "target_ema", "seed", "data")
+SHOWN = (
+    "max_train_steps",
+    "batch_size",
+    "gradient_accumulation",
+    "learning_rate",
+    "rank",
+    "alpha",
+    "target_ema",
+    "seed",
+    "data",
+)
 
 
-def export(method: Method, teacher: Teacher, models: Models, config: TrainConfig, out: Path, captions: list[str]) -> Path:
-    """Writes the student: a LoRA folder or a whole pipeline, with scheduler, card, grid and configuration."""
-    scheduler = lcm_scheduler(teacher, solver_steps=method.solver_steps, timestep_scaling=method.timestep_scaling)
-    record = config.record()
+def export(
+    method: Method, teacher: Teacher, models: Models, config: TrainConfig, out: Path, captions: list[str],
+    seconds: float,
+) -> Path:  # fmt: skip
+    """Writes the student: a LoRA folder or a whole pipeline, with scheduler, card, grid and configuration.
+
+    `seconds` of training go into config.json, where the benchmark finds them.
+    """
+    scheduler = method.scheduler(teacher)
+    name = f"{method.name}-lora" if config.lora else method.name
+    record = config.record() | {"method": name, "train_seconds": round(seconds, 1)}
     picture = io.BytesIO()
-    grid(teacher, models.student, config, captions).save(picture, "png")
+    grid(method, teacher, models.student, config, captions).save(picture, "png")
     card = model_card(
-        method="lcm", teacher=config.teacher, out=str(out), scheduler=type(scheduler).__name__, lora=config.lora,
+        method=name, teacher=config.teacher, out=str(out), scheduler=type(scheduler).__name__, lora=config.lora,
         prompt=prompts_for(config, captions)[0], settings={k: record[k] for k in SHOWN}, grid="grid.png",
     )  # fmt: skip
     common = {"scheduler": scheduler, "config": record, "card": card, "extra": {"grid.png": picture.getvalue()}}
     if config.lora:
         return save_lora(teacher, out, **common)
     return save_pipeline(teacher, models.student.backbone, out, **common)
+
+
+def push(folder: Path, repository: str) -> None:
+    """Uploads an export folder to a hub repository, made where there is none.
+
+    Raises:
+        InputError: the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder)
+    except Exception as error:  # the hub's and the network's own dozen kinds
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(f"push_to_hub: got {repository}, which could not be uploaded to ({reason[:120]}); the export "
+                         f"is whole in {folder}; check `hf auth login` and upload that") from error  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from stepdistill.errors import InputError
+from stepdistill.methods.consistency import LatentConsistency
 from stepdistill.training.config import TrainConfig
 
 
@@ -14,20 +15,21 @@ from stepdistill.training.config import TrainConfig
 class LCMConfig(TrainConfig):
     """Flags of latent consistency distillation."""
 
-    guidance: tuple[float, ...] = (3.0, 15.0)
-    """The teacher's guidance scale: one value, or a range drawn from (1 is none)."""
+    guidance: tuple[float, ...] = (4.0, 16.0)
+    """The teacher's guidance scale: one value, or a range drawn from (1 is none; the paper's w is one less)."""
     solver_steps: int = 50
     """Points on the teacher's path."""
     loss: Literal["huber", "l2"] = "huber"
+    """Distance between the two ends."""
     huber_c: float = 1e-3
+    """Below this difference the Huber loss is quadratic, above it linear."""
     timestep_scaling: float = 10.0
+    """How steeply the boundary condition is left; LCMScheduler's 10."""
     embed_guidance: bool = False
     """Tell a full student its guidance weight (--no-lora only)."""
 
-    def method(self):
+    def method(self) -> LatentConsistency:
         """The method these flags describe."""
-        from stepdistill.methods.consistency import LatentConsistency
-
         if len(self.guidance) not in (1, 2):
             raise InputError(f"guidance: got {len(self.guidance)} values; allowed: one, or two for a range")
         if self.embed_guidance and self.lora:
@@ -40,17 +42,30 @@ class LCMConfig(TrainConfig):
 
 
 def distil(config: LCMConfig) -> Path:
-    """Loads the teacher and the data, trains and exports.
+    """Loads the teacher and the data, trains and exports; a finished run returns at once.
 
     Returns:
         The export folder.
     """
+    config.check()
     method = config.method()
+    from accelerate import PartialState
+
     from stepdistill.data.cache import open_data
     from stepdistill.denoiser.load import load_teacher
+    from stepdistill.training import folder
+    from stepdistill.training.processes import on_cpu
     from stepdistill.training.trainer import Trainer
 
-    teacher = load_teacher(config.teacher)
-    guidance = (config.guidance[0] + config.guidance[-1]) / 2
-    data = open_data(config.data, teacher, resolution=config.resolution, seed=config.seed, synthetic_guidance=guidance)
+    state = PartialState(cpu=on_cpu())
+    folder.claim(config, state.num_processes, write=False)  # before hours of encoding, not after
+    if (done := folder.finished(config)) is not None:
+        state.print(f"done already: {done}")
+        return done
+    teacher = load_teacher(config.teacher, variant=config.variant, revision=config.revision, device=state.device)
+    with state.local_main_process_first():
+        guidance = (config.guidance[0] + config.guidance[-1]) / 2
+        data = open_data(
+            config.data, teacher, resolution=config.resolution, seed=config.seed, synthetic_guidance=guidance
+        )
     return Trainer(method, teacher, data, config).fit()

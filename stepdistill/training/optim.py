@@ -21,7 +21,9 @@ def build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torc
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
-            raise InputError("optimizer: got adamw8bit; that needs the extra `quant`: pip install 'stepdistill[quant]'") from error
+            raise InputError(
+                "optimizer: got adamw8bit; that needs the extra `quant`: pip install 'stepdistill[quant]'"
+            ) from error
         return AdamW8bit(parameters, **options)
     return torch.optim.AdamW(parameters, fused=True, **options)
 

@@ -16,6 +16,6 @@ def _permutation(seed: int, epoch: int, length: int) -> list[int]:
 
 
 def sample_indices(seed: int, first: int, count: int, length: int) -> list[int]:
-    """Which samples of a set of `length` stand at places first to first + count - 1; each epoch is a new permutation."""
+    """Which of `length` samples stand at places first to first + count - 1; each epoch is a new permutation."""
     places = range(first, first + count)
     return [_permutation(seed, place // length, length)[place % length] for place in places]

@@ -18,6 +18,7 @@ from stepdistill.errors import InputError
 from stepdistill.prediction import Kind
 from stepdistill.schedules import Time
 from stepdistill.training.averages import Averages
+from stepdistill.training.lora import Switch, make_lean
 
 ADAPTER = "default"
 LORA_TARGETS = (
@@ -26,6 +27,8 @@ LORA_TARGETS = (
 )  # fmt: skip
 GUIDANCE_WIDTH = 256
 
+Context = Callable[[], AbstractContextManager]
+
 
 class View:
     """A denoiser seen through a context: the teacher with its adapter off, the target with averaged weights.
@@ -33,7 +36,7 @@ class View:
     Answers without gradients, and as a Denoiser does: call it, or ask for `raw`.
     """
 
-    def __init__(self, denoiser: Denoiser, context: Callable[[], AbstractContextManager] = nullcontext) -> None:
+    def __init__(self, denoiser: Denoiser, context: Context = nullcontext) -> None:
         self._denoiser = denoiser
         self._context = context
         self.schedule, self.kind, self.sample_shape = denoiser.schedule, denoiser.kind, denoiser.sample_shape
@@ -54,11 +57,18 @@ class View:
 class Models:
     """Teacher, student and target of a run.
 
+    Args:
+        switch: of a LoRA student: off for the teacher.
+        target_decay: of the target's moving average; 0 makes the student its own target.
+        export_decay: of the average that is shown and exported in the student's place; 0 for the student itself.
+        others: further trained networks by role; each is an attribute of that name.
+
     Attributes:
         teacher, target: views without gradients.
         student: the denoiser that is trained; its `backbone` is what accelerate prepares.
-        trained: the student's trainable parameters by name.
-        averages: the target's moving average; None where the target is the student itself.
+        trained: the trainable parameters by role, and by name.
+        averages: what the target's weights are; None where the target is the student itself.
+        exported: what the shown and exported weights are; None for the student's own.
     """
 
     def __init__(
@@ -66,21 +76,67 @@ class Models:
         teacher: Denoiser,
         student: Denoiser,
         *,
-        adapter_off: Callable[[], AbstractContextManager] = nullcontext,
+        switch: Switch | None = None,
         target_decay: float = 0.95,
+        export_decay: float = 0.0,
+        others: dict[str, nn.Module] | None = None,
     ) -> None:
-        if not 0 <= target_decay < 1:
-            raise InputError(f"target_ema: got {target_decay:g}; allowed: 0 (no average) to below 1; try 0.95")
+        for flag, decay in (("target_ema", target_decay), ("export_ema", export_decay)):
+            if not 0 <= decay < 1:
+                raise InputError(f"{flag}: got {decay:g}; allowed: 0 (no average) to below 1; try 0.95")
         self.student = student
-        self.trained = {name: p for name, p in student.backbone.named_parameters() if p.requires_grad}
-        self.averages = Averages(self.trained, target_decay) if target_decay else None
-        self.teacher = View(teacher, adapter_off)
-        self.target = View(plain(student), self.averages.in_place if self.averages else nullcontext)
+        self.others = others or {}
+        self.trained = {"student": trainable(student.backbone)} | {k: trainable(m) for k, m in self.others.items()}
+        self.averages = Averages(self.trained["student"], target_decay) if target_decay else None
+        self.exported = Averages(self.trained["student"], export_decay) if export_decay else None
+        average = self.averages.in_place if self.averages else nullcontext
+        self._average = self.exported.in_place if self.exported else nullcontext
+        self._switch = switch or Switch()
+        self.teacher = View(teacher, self._switch.off)
+        self.target = View(plain(student), lambda: _both(average(), self._switch.quiet()))
+
+    def __getattr__(self, role: str) -> nn.Module:
+        others = self.__dict__.get("others", {})
+        if role not in others:
+            raise AttributeError(
+                f"models: got role {role!r}; allowed: teacher, student, target{''.join(f', {o}' for o in others)}"
+            )
+        return others[role]
+
+    @contextmanager
+    def only(self, role: str) -> Iterator[None]:
+        """Within, gradients reach the parameters of one role and of no other."""
+        rest = [p for name, group in self.trained.items() if name != role for p in group.values()]
+        for p in rest:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in rest:
+                p.requires_grad_(True)
+
+    @contextmanager
+    def shown(self) -> Iterator[Denoiser]:
+        """Within, the student as it is shown and exported: averaged where asked for, without dropout or gradients."""
+        with torch.no_grad(), self._average(), self._switch.quiet():
+            yield self.student
 
     def after_update(self) -> None:
         """What follows an optimizer step."""
-        if self.averages:
-            self.averages.update()
+        for averages in (self.averages, self.exported):
+            if averages:
+                averages.update()
+
+
+@contextmanager
+def _both(first: AbstractContextManager, second: AbstractContextManager) -> Iterator[None]:
+    with first, second:
+        yield
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that ask for gradients, by name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def plain(denoiser: Denoiser) -> Denoiser:
@@ -97,6 +153,32 @@ def adapter_layers(backbone: nn.Module) -> list[nn.Module]:
     return [module for module in backbone.modules() if isinstance(module, BaseTunerLayer)]
 
 
+def keep_in(dtype: torch.dtype | None, module: nn.Module) -> None:
+    """Casts the weights of a module where a dtype is given."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if dtype is not None and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
+def matching(backbone: nn.Module, endings: tuple[str, ...]) -> list[str]:
+    """Those of `endings` that some linear or convolution layer's name ends in.
+
+    Raises:
+        InputError: one matches nothing (of the default ones, some may: not every network has them), or all do.
+    """
+    names = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    known = [e for e in endings if any(n == e or n.endswith(f".{e}") for n in names)]
+    unknown = [e for e in endings if e not in known] if tuple(endings) != LORA_TARGETS else []
+    if unknown or not known:
+        parts = [n.split(".") for n in names]
+        last = sorted({".".join(p[-2:]) if p[-1].isdigit() else p[-1] for p in parts})
+        got = ", ".join(unknown or endings) or "none"
+        raise InputError(
+            f"target modules: got {got}, which match no layer; allowed: endings such as {', '.join(last[:12])}"
+        )
+    return known
+
+
 def lora_models(
     teacher: Denoiser,
     *,
@@ -105,69 +187,75 @@ def lora_models(
     target_modules: tuple[str, ...] = LORA_TARGETS,
     dropout: float = 0.0,
     target_decay: float = 0.95,
+    export_decay: float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> Models:
     """Adds a LoRA (Hu et al. 2021) to the teacher's backbone, in place, and returns the roles that share it.
 
     Args:
         alpha: scale of the adapter is alpha / rank; None is alpha = rank.
-        target_modules: endings of module names; those that match nothing are left out as long as some other matches.
+        target_modules: endings of module names.
+        dtype: that the frozen weights are kept in from now on; None leaves them. The adapter is float32.
 
     Raises:
-        InputError: rank below 1, or names that match no layer.
+        InputError: rank below 1, alpha or dropout out of range, a name that matches no layer, an adapter already there.
     """
     from peft import LoraConfig
 
     if rank < 1:
         raise InputError(f"rank: got {rank}; allowed: 1 or more; the papers use 64")
+    if alpha is not None and not alpha > 0:
+        raise InputError(f"alpha: got {alpha:g}; allowed: above 0; leave it out for alpha = rank")
     if not 0 <= dropout < 1:
         raise InputError(f"lora_dropout: got {dropout:g}; allowed: 0 to below 1")
     backbone = teacher.backbone
-    kinds = (nn.Linear, nn.Conv2d)
-    names = [name for name, module in backbone.named_modules() if isinstance(module, kinds)]
-    known = [e for e in target_modules if any(n == e or n.endswith(f".{e}") for n in names)]
-    unknown = [e for e in target_modules if e not in known]
-    if unknown and (not known or target_modules is not LORA_TARGETS):
-        last = sorted({n.split(".")[-1] if not n.split(".")[-1].isdigit() else ".".join(n.split(".")[-2:]) for n in names})
-        raise InputError(f"target modules: got {', '.join(unknown)}, which match no layer; allowed: endings such as "
-                         f"{', '.join(last[:12])}")  # fmt: skip
-    backbone.requires_grad_(False)
+    if adapter_layers(backbone):
+        raise InputError("teacher: got one that carries an adapter already; allowed: a plain one; load it again")
+    known = matching(backbone, target_modules)
+    keep_in(dtype, backbone.requires_grad_(False))
     backbone.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=known, lora_dropout=dropout, init_lora_weights="gaussian"),
+        LoraConfig(
+            r=rank, lora_alpha=alpha or rank, target_modules=known, lora_dropout=dropout, init_lora_weights="gaussian"
+        ),
         adapter_name=ADAPTER,
     )
-    for parameter in backbone.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # adapters train in float32 whatever the base is kept in
-    layers = adapter_layers(backbone)
-
-    @contextmanager
-    def adapter_off() -> Iterator[None]:
-        for layer in layers:
-            layer._disable_adapters = True  # `enable_adapters` would also turn the adapter's gradients off
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer._disable_adapters = False
-
-    return Models(plain(teacher), teacher, adapter_off=adapter_off, target_decay=target_decay)
+    for parameter in trainable(backbone).values():
+        parameter.data = parameter.data.float()
+    switch = make_lean(adapter_layers(backbone), ADAPTER)
+    return Models(plain(teacher), teacher, switch=switch, target_decay=target_decay, export_decay=export_decay)
 
 
-def full_models(teacher: Denoiser, *, embed_guidance: bool = False, target_decay: float = 0.95) -> Models:
-    """A student that is a copy of the teacher, all its weights trained; with `embed_guidance`, told its w as well."""
+def full_models(
+    teacher: Denoiser,
+    *,
+    embed_guidance: bool = False,
+    target_decay: float = 0.95,
+    export_decay: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Models:
+    """A student that is a copy of the teacher, all its weights trained in float32; with `embed_guidance`, told its w.
+
+    Args:
+        dtype: that the teacher's weights are kept in from now on; None leaves them.
+    """
     backbone = copy.deepcopy(teacher.backbone)
     if embed_guidance:
         if "time_cond_proj_dim" not in backbone.config:
-            raise InputError(f"embed_guidance: got {type(backbone).__name__}; allowed: UNet2DConditionModel; leave it out")
-        config = dict(backbone.config) | {"time_cond_proj_dim": GUIDANCE_WIDTH}
-        student = type(backbone).from_config(config)
+            raise InputError(
+                f"embed_guidance: got {type(backbone).__name__}; allowed: UNet2DConditionModel; leave it out"
+            )
+        # "_use_default_values" in it would win over the new width
+        config = {k: v for k, v in backbone.config.items() if not k.startswith("_")}
+        student = type(backbone).from_config(config | {"time_cond_proj_dim": GUIDANCE_WIDTH})
         missing, unexpected = student.load_state_dict(backbone.state_dict(), strict=False)
         new = "time_embedding.cond_proj.weight"
-        if unexpected or missing not in ([], [new]):
-            raise InputError(f"embed_guidance: the teacher's weights do not fit ({missing[:2]}, {unexpected[:2]})")
+        if unexpected or missing != [new] * (backbone.config.time_cond_proj_dim is None):
+            raise InputError(f"embed_guidance: got a teacher whose weights do not fit ({missing[:2]}, "
+                             f"{unexpected[:2]}); allowed: one without time_cond_proj_dim; leave it out")  # fmt: skip
         if missing:
             nn.init.zeros_(student.get_parameter(new))  # starts as the teacher, whatever w
         backbone = student.to(next(backbone.parameters()).device)
     backbone.float().requires_grad_(True).train()
     student = type(teacher)(backbone, teacher.schedule, teacher.kind)
-    return Models(teacher, student, target_decay=target_decay)
+    keep_in(dtype, teacher.backbone.requires_grad_(False))
+    return Models(teacher, student, target_decay=target_decay, export_decay=export_decay)

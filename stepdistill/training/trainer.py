@@ -10,27 +10,30 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from stepdistill.conditioning.base import expand, to
+from stepdistill.conditioning.base import Cond, expand, to
 from stepdistill.denoiser.load import Teacher
-from stepdistill.draws import Draws
+from stepdistill.draws import Draws, mix
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Batch, Clock, Method
-from stepdistill.training import checkpoint
-from stepdistill.training.config import FREE, TrainConfig
-from stepdistill.training.export import export
+from stepdistill.training import checkpoint, folder, trackers
+from stepdistill.training.config import TrainConfig
+from stepdistill.training.export import export, push
 from stepdistill.training.optim import build_optimizer, learning_rate_at
 from stepdistill.training.order import sample_indices
+from stepdistill.training.processes import StopSignal, on_cpu, room
 from stepdistill.training.roles import Models, full_models, lora_models
 from stepdistill.training.validation import grid
+
+HALF = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Trainer:
@@ -38,50 +41,81 @@ class Trainer:
 
     Args:
         method: the loss and its roles.
-        teacher: what it learns from.
+        teacher: what it learns from. A LoRA is added to it in place; with mixed precision its backbone is cast.
         data: a LatentCache, or anything with len, batch(indices) -> (x0, cond), uncond and captions.
         config: see TrainConfig.
-        models: the networks; made from the teacher by `config.lora` where not given.
+        models: the networks, on their device; made from the teacher by `config.lora` where not given.
 
     Raises:
-        InputError: `config.out` holds another run.
+        InputError: `config.out` holds another run, or a setting is out of range.
     """
 
-    def __init__(self, method: Method, teacher: Teacher, data, config: TrainConfig, models: Models | None = None) -> None:
+    def __init__(
+        self, method: Method, teacher: Teacher, data, config: TrainConfig, models: Models | None = None
+    ) -> None:
         config.check()
-        self.method, self.teacher, self.data, self.config = method, teacher, data, config
-        self.out = Path(config.out)
-        precision = None if config.mixed_precision == "no" else config.mixed_precision
-        self.accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=config.gradient_accumulation)
-        self.device = self.accelerator.device
+        trackers.check(config.trackers)
         if len(data) < 1:
             raise InputError("data: got no samples; allowed: one or more")
-        self._claim_folder()
+        self.method, self.teacher, self.data, self.config = method, teacher, data, config
+        self.out = Path(config.out)
+        AcceleratorState._reset_state()  # a second run in one process may have another precision
+        self.accelerator = Accelerator(
+            cpu=on_cpu(), mixed_precision=config.mixed_precision, log_with=list(config.trackers) or None,
+            gradient_accumulation_steps=config.gradient_accumulation, project_dir=self.out,
+        )  # fmt: skip
+        self.device = self.accelerator.device
+        main = self.accelerator.is_main_process
+        folder.claim(config, self.accelerator.num_processes, write=main and not config.dry_run)
         torch.manual_seed(config.seed)
         if teacher is not None:
             teacher.to(self.device)
         self.models = models or self._build_models()
-        self.optimizer = build_optimizer(list(self.models.trained.values()), config)
-        student = self.models.student
-        self.backbone = student.backbone  # as it is, before it is wrapped
+        self.backbone = self.models.student.backbone  # as it is, before it is wrapped
         if config.gradient_checkpointing:
             self.backbone.enable_gradient_checkpointing()
         if config.compile:
-            self.backbone.compile()
-        student.backbone, self.optimizer = self.accelerator.prepare(self.backbone, self.optimizer)
+            self.backbone.compile(dynamic=False)
+        self.optimizers = {
+            role: build_optimizer(list(group.values()), config) for role, group in self.models.trained.items()
+        }
+        self._prepare()
+        self.drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.backbone.modules())
         self.uncond = to(data.uncond, self.device)
-        self.update = 0
-        self._stop = False
+        self.update, self.seconds = 0, 0.0  # updates done, and the time they took, earlier runs of the command included
+        self._sums: dict[str, Tensor] = {}
 
     def _build_models(self) -> Models:
         config = self.config
+        decays = {
+            "target_decay": config.target_ema,
+            "export_decay": config.export_ema,
+            "dtype": HALF[config.mixed_precision],
+        }
         if config.lora:
             return lora_models(
                 self.teacher.denoiser, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules,
-                dropout=config.lora_dropout, target_decay=config.target_ema,
+                dropout=config.lora_dropout, **decays,
             )  # fmt: skip
-        embed = getattr(self.method, "embed_guidance", False)
-        return full_models(self.teacher.denoiser, embed_guidance=embed, target_decay=config.target_ema)
+        return full_models(
+            self.teacher.denoiser, embed_guidance=getattr(self.method, "embed_guidance", False), **decays
+        )
+
+    def _prepare(self) -> None:
+        """Wraps networks and optimizers for the device, the processes and the precision.
+
+        Autocast goes around each call of a network, not around the loss: it keeps its casts of weights until it ends,
+        and would hand the student those of the averaged weights that the target was called with.
+        """
+        student = self.models.student
+        student.backbone = self.accelerator.prepare(self.backbone)
+        for role, module in self.models.others.items():
+            self.models.others[role] = self.accelerator.prepare(module)
+        self.optimizers = {role: self.accelerator.prepare(optimizer) for role, optimizer in self.optimizers.items()}
+        if self.teacher is not None and self.device.type != "cpu":  # the conditions are cached
+            for name, part in self.teacher.source.components.items():
+                if name.startswith("text_encoder") and part is not None:
+                    part.to("cpu")
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
@@ -92,161 +126,172 @@ class Trainer:
             The export folder, `<out>/export`.
 
         Raises:
-            InputError: the loss is no longer finite; the disk is full; the checkpoints are broken.
+            InputError: the loss is no longer finite; the disk or the device is full; all checkpoints are broken.
+            KeyboardInterrupt: a stop signal came; the run is saved.
         """
-        config, target = self.config, self.out / "export"
-        if (self.out / "done.json").exists() and json.loads((self.out / "done.json").read_text())["update"] >= config.max_train_steps:
-            self.accelerator.print(f"done already: {target}")
-            return target
+        if (done := folder.finished(self.config)) is not None:
+            self.accelerator.print(f"done already: {done}")
+            return done
+        with room(self.out, self.device, self.config.batch_size):
+            return self._fit()
+
+    def _fit(self) -> Path:
+        config = self.config
         self._resume()
-        first, started = self.update, time.time()
+        if config.dry_run:
+            self.step()
+            self.accelerator.print(json.dumps(config.record(), indent=2))
+            return self.out / "export"
+        metrics = trackers.Metrics(self.out, self.accelerator, config.record(), self.update)
+        first, before, started = self.update, self.seconds, time.time()
         bar = tqdm(
             total=config.max_train_steps, initial=first, desc=type(self.method).__name__, dynamic_ncols=True,
             disable=not self.accelerator.is_local_main_process,
         )  # fmt: skip
-        with self._signals(), bar:
-            while self.update < config.max_train_steps and not self._stop:
-                terms = self.step()
+        with StopSignal(self.accelerator) as stop, bar:
+            while self.update < config.max_train_steps and not stop.asked(agree=self.update % config.log_every == 0):
+                self.step()
                 bar.update()
+                self.seconds = before + time.time() - started
                 if self.update % config.log_every == 0 or self.update == config.max_train_steps:
-                    bar.set_postfix(self._log(terms, (time.time() - started) / (self.update - first)))
-                if config.dry_run:
-                    self.accelerator.print(json.dumps(config.record(), indent=2))
-                    return target
+                    bar.set_postfix(self._log(metrics, (self.seconds - before) / (self.update - first)))
                 if config.validate_every and self.update % config.validate_every == 0:
                     self._validate()
-                if self.update % config.checkpoint_every == 0:
+                if self.update % config.checkpoint_every == 0 or self.update == config.max_train_steps:
                     self._save()
         if self.update < config.max_train_steps:
             self._save()
+            metrics.close()
             self.accelerator.print(f"stopped at update {self.update}; the same command resumes")
             raise KeyboardInterrupt
-        return self._finish(time.time() - started)
+        metrics.close()
+        return self._finish()
 
     def step(self) -> dict[str, Tensor]:
-        """One update: every phase of the method, over `gradient_accumulation` batches. Returns the last named terms."""
+        """One update: every phase of the method, over `gradient_accumulation` batches. Returns the mean named terms.
+
+        Nothing here waits for the device.
+        """
         config, clock = self.config, Clock(self.update, self.config.max_train_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.update, config)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(self.update, config)
         terms: dict[str, Tensor] = {}
         for micro in range(config.gradient_accumulation):
             batch = self.batch(self.update * config.gradient_accumulation + micro)
-            with self.accelerator.accumulate(self.models.student.backbone):
+            with self.accelerator.accumulate(self.models.student.backbone, *self.models.others.values()):
                 for phase in self.method.phases(clock):
-                    with self.accelerator.autocast():
+                    with self.models.only(phase):
                         loss = self.method.loss(phase, batch, self.models, clock)
-                    self.accelerator.backward(loss.total)
-                    if self.accelerator.sync_gradients:
-                        self.accelerator.clip_grad_norm_(self.models.trained.values(), config.max_grad_norm)
-                    self.optimizer.step()
-                    self.optimizer.zero_grad(set_to_none=True)
-                    terms |= loss.terms
+                        self.accelerator.backward(loss.total)
+                        self._apply(phase)
+                    for name, value in loss.terms.items():
+                        terms[name] = terms.get(name, 0) + value.detach().float() / config.gradient_accumulation
         self.models.after_update()
         self.update += 1
+        for name, value in terms.items():
+            self._sums.setdefault(name, value.new_zeros(2)).add_(torch.stack([value, torch.ones_like(value)]))
         return terms
+
+    def _apply(self, role: str) -> None:
+        """The optimizer's step of one role; of accumulated batches, the last alone takes it."""
+        if self.accelerator.sync_gradients:
+            self.accelerator.clip_grad_norm_(list(self.models.trained[role].values()), self.config.max_grad_norm)
+        self.optimizers[role].step()
+        self.optimizers[role].zero_grad(set_to_none=True)
 
     def batch(self, number: int) -> Batch:
         """This process's share of the run's batch `number`."""
-        size, count = self.config.batch_size, self.accelerator.num_processes
+        size, count, seed = self.config.batch_size, self.accelerator.num_processes, self.config.seed
         first = (number * count + self.accelerator.process_index) * size
-        x0, cond = self.data.batch(sample_indices(self.config.seed, first, size, len(self.data)))
-        draws = Draws.at(self.config.seed, first, size, self.device)
-        return Batch(x0.to(self.device, non_blocking=True), to(cond, self.device), expand(self.uncond, size), draws)
+        if self.drops:
+            torch.manual_seed(mix(~seed, first))
+        x0, cond = self.data.batch(sample_indices(seed, first, size, len(self.data)))
+        draws = Draws.at(seed, first, size, self.device)
+        return Batch(self._send({"": x0})[""], self._send(cond), expand(self.uncond, size), draws)
+
+    def _send(self, cond: Cond) -> Cond:
+        """To the device; from pinned memory, so that the copy is waited for by nobody."""
+        if self.device.type == "cuda":
+            cond = {key: value.pin_memory() for key, value in cond.items()}
+        return to(cond, self.device)
 
     # ---------------------------------------------------------------------------------------------- around the loop
 
-    def _claim_folder(self) -> None:
-        """Writes config.json, or checks that the one there is of this run."""
-        path, record = self.out / "config.json", self.config.record()
-        if path.exists():
-            there = json.loads(path.read_text())
-            free = FREE | ({"max_train_steps"} if self.config.lr_scheduler == "constant" else set())
-            differ = [k for k in record if k not in free and there.get(k, record[k]) != record[k]]
-            if differ:
-                key = differ[0]
-                raise InputError(f"--out: got {self.out}, which holds a run with {key} = {there[key]} (now {record[key]}); "
-                                 "allowed: the same settings, to resume it; give another --out")  # fmt: skip
-        if self.accelerator.is_main_process and not self.config.dry_run:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(record, indent=2) + "\n")
-            except OSError as error:
-                raise InputError(f"--out: got {self.out} ({error.strerror}); allowed: a folder that can be written") from error
-        self.accelerator.wait_for_everyone()
-
     def _state(self) -> dict:
+        averages = {"averages": self.models.averages, "exported": self.models.exported}
+        scaler = getattr(self.accelerator, "scaler", None)
         return {
-            "trained": {k: p.detach() for k, p in self.models.trained.items()},
-            "averages": self.models.averages.values if self.models.averages else {},
-            "optimizer": self.optimizer.state_dict(),
-            "random": checkpoint.random_state(),
+            "trained": {role: {k: p.detach() for k, p in group.items()} for role, group in self.models.trained.items()},
+            "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
+            **{name: a.values if a else {} for name, a in averages.items()},
+            "seconds": self.seconds,
+            "scaler": scaler.state_dict() if scaler is not None else {},
         }
 
     def _save(self) -> None:
-        weights = list(self.models.trained.values())
-        if not math.isfinite(torch.stack([p.detach().float().sum() for p in weights]).sum().item()):
-            raise InputError(f"weights: got a value that is not finite at update {self.update}; the last checkpoint is kept; "
-                             "lower --learning-rate, or use --mixed-precision bf16")  # fmt: skip
+        weights = [p.detach().float().sum() for group in self.models.trained.values() for p in group.values()]
+        if not math.isfinite(torch.stack(weights).sum().item()):
+            raise InputError(f"weights: got a value that is not finite at update {self.update}; the last checkpoint is "
+                             "kept; lower --learning-rate, or use --mixed-precision bf16 or no")  # fmt: skip
         if self.accelerator.is_main_process:
             checkpoint.save(self.out / "checkpoints", self.update, self._state())
         self.accelerator.wait_for_everyone()
 
+    @torch.no_grad()
     def _resume(self) -> None:
         found = checkpoint.load_latest(self.out / "checkpoints")
         if found is None:
             return
         self.update, state = found
-        with torch.no_grad():
-            for name, parameter in self.models.trained.items():
-                parameter.copy_(state["trained"][name])
-            if self.models.averages:
-                for name, value in self.models.averages.values.items():
-                    value.copy_(state["averages"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        checkpoint.set_random_state(state["random"])
+        self.seconds = state["seconds"]
+        places = [(group, state["trained"][role]) for role, group in self.models.trained.items()]
+        places += [
+            (a.values, state[n])
+            for n, a in (("averages", self.models.averages), ("exported", self.models.exported))
+            if a
+        ]
+        for tensors, saved in places:
+            for name, tensor in tensors.items():
+                tensor.copy_(saved[name])
+        for role, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][role])
+        if state["scaler"] and getattr(self.accelerator, "scaler", None) is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         self.accelerator.print(f"resuming at update {self.update}")
 
-    def _log(self, terms: dict[str, Tensor], seconds: float) -> dict[str, str]:
-        values = {name: self.accelerator.reduce(value.float(), "mean").item() for name, value in terms.items()}
+    def _log(self, metrics: trackers.Metrics, seconds: float) -> dict[str, str]:
+        """Writes the means since the last line; the one place where the loop waits for the device."""
+        sums = {name: self.accelerator.reduce(pair, "sum").tolist() for name, pair in self._sums.items()}
+        self._sums = {}
+        values = {name: total / count for name, (total, count) in sums.items()}
         if not all(math.isfinite(v) for v in values.values()):
-            raise InputError(f"loss: got {values} at update {self.update}; the last checkpoint is kept; lower --learning-rate")
-        if self.accelerator.is_main_process and not self.config.dry_run:
-            row = {"update": self.update, **values, "learning_rate": learning_rate_at(self.update - 1, self.config),
-                   "seconds_per_update": round(seconds, 4)}  # fmt: skip
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            got = ", ".join(f"{k} = {v}" for k, v in values.items())
+            raise InputError(f"loss: got {got} at update {self.update}; the last checkpoint is kept; lower "
+                             "--learning-rate, or use --mixed-precision bf16 or no")  # fmt: skip
+        rate = learning_rate_at(self.update - 1, self.config)
+        metrics.log(self.update, values | {"learning_rate": rate, "seconds_per_update": round(seconds, 4)})
         return {name: f"{value:.4f}" for name, value in values.items()}
 
     def _validate(self) -> None:
         if self.accelerator.is_main_process and self.teacher is not None:
-            folder = self.out / "validation"
-            folder.mkdir(exist_ok=True)
-            grid(self.teacher, self.models.student, self.config, self.data.captions).save(folder / f"{self.update:08d}.png")
+            path = self.out / "validation"
+            path.mkdir(exist_ok=True)
+            with self.models.shown() as student:
+                picture = grid(self.method, self.teacher, student, self.config, self.data.captions)
+            picture.save(path / f"{self.update:08d}.png")
         self.accelerator.wait_for_everyone()
 
-    def _finish(self, seconds: float) -> Path:
+    def _finish(self) -> Path:
         target = self.out / "export"
-        self._save()
         if self.accelerator.is_main_process and self.teacher is not None:
             self.models.student.backbone = self.backbone
-            export(self.method, self.teacher, self.models, self.config, target, self.data.captions)
-            (self.out / "done.json").write_text(json.dumps({"update": self.update, "seconds": round(seconds, 1)}) + "\n")
+            with self.models.shown():
+                export(self.method, self.teacher, self.models, self.config, target, self.data.captions, self.seconds)
+            done = {"update": self.update, "seconds": round(self.seconds, 1)}
+            checkpoint.write(self.out / "done.json", json.dumps(done) + "\n")
+            if self.config.push_to_hub:
+                push(target, self.config.push_to_hub)
         self.accelerator.wait_for_everyone()
+        self.accelerator.print(f"done: {target}")
         return target
-
-    def _signals(self):
-        """Within, SIGTERM and SIGINT let the update end, save and stop."""
-        trainer = self
-
-        class Signals:
-            def __enter__(self) -> None:
-                def stop(*_: object) -> None:
-                    trainer._stop = True
-
-                self.previous = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
-
-            def __exit__(self, *_: object) -> None:
-                for number, handler in self.previous.items():
-                    signal.signal(number, handler)
-
-        return Signals()

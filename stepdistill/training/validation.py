@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
+from stepdistill.conditioning.base import to
 from stepdistill.denoiser.base import Denoiser
 from stepdistill.denoiser.load import Teacher
 from stepdistill.draws import Draws
-from stepdistill.sampling import sample_lcm
+from stepdistill.methods.base import Method
 from stepdistill.training.config import TrainConfig
 
 STEPS = (1, 2, 4, 8)
@@ -33,25 +34,27 @@ def tile(rows: list[list[Image.Image]], gap: int = 4) -> Image.Image:
 
 
 def to_pictures(images: torch.Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1] to PIL pictures."""
+    """(B, 3 or 1, H, W) in [-1, 1] to PIL pictures."""
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(p.squeeze() if p.shape[-1] == 1 else p) for p in pixels]
 
 
 @torch.no_grad()
-def grid(teacher: Teacher, student: Denoiser, config: TrainConfig, captions: list[str]) -> Image.Image:
-    """A row a prompt, a column for each of 1, 2, 4, 8 steps; the same noise in a row."""
+@torch.compiler.set_stance("force_eager")  # a few pictures are no reason to compile for another batch
+def grid(method: Method, teacher: Teacher, student: Denoiser, config: TrainConfig, captions: list[str]) -> Image.Image:
+    """A row a prompt, a column for each of 1, 2, 4, 8 steps; the same noise in a row.
+
+    Sampled as the method says, from the network as it is: adapters on, as `Models.shown` gives it.
+    """
     prompts = prompts_for(config, captions)
     device = next(student.parameters()).device
-    cond = teacher.conditioner.encode(prompts)
-    if getattr(student, "guidance_width", None):
-        cond["guidance"] = torch.full((len(prompts),), 1.0, device=device)
-    training = student.training
-    student.eval()
+    cond = to(teacher.conditioner.encode(prompts), device)
+    training = student.backbone.training
+    student.backbone.eval()
     columns = []
     for steps in STEPS:
         draws = Draws.at(config.seed, 0, len(prompts), device)
-        latents = sample_lcm(student, draws.normal(*student.sample_shape), cond, steps=steps, draws=draws)
+        latents = method.sample(student, draws.normal(*student.sample_shape), cond, steps=steps, draws=draws)
         columns.append(to_pictures(teacher.decode(latents)))
-    student.train(training)
+    student.backbone.train(training)
     return tile([list(row) for row in zip(*columns, strict=True)])

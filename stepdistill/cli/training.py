@@ -1,0 +1,29 @@
+"""How training scripts read their flags: defaults, then the YAML file of --config, then the command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+from stepdistill.cli._run import parse
+from stepdistill.training.config import TrainConfig, from_yaml
+
+C = TypeVar("C", bound=TrainConfig)
+
+
+def parse_training(kind: type[C], description: str | None, argv: list[str] | None = None) -> C:
+    """The configuration of a command line. --help prints and exits 0.
+
+    Raises:
+        InputError: an unknown flag or YAML key, or a value out of range.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    default = None
+    for i, word in enumerate(argv):
+        name, _, value = word.partition("=")
+        if name == "--config":
+            default = from_yaml(Path(value or (argv[i + 1] if i + 1 < len(argv) else "")), kind)
+    config = parse(kind, argv, description=description, default=default)
+    config.check()
+    return config

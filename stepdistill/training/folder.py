@@ -1,0 +1,64 @@
+"""A run's folder: whose it is, and whether the run is done.
+
+config.json      what the run was told              checkpoints/     the last two
+metrics.jsonl    a line every few updates           validation/      grids
+export/          the student                        done.json        written last
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from stepdistill.errors import InputError
+from stepdistill.training import checkpoint
+from stepdistill.training.config import FREE, TrainConfig
+
+
+def claim(config: TrainConfig, processes: int = 1, write: bool = True) -> None:
+    """Takes the folder for a run: writes config.json, or checks that the one there is of this run.
+
+    What only says how the work is split (batch, accumulation, processes) may change as long as their product does not.
+
+    Raises:
+        InputError: the folder holds another run, or cannot be written.
+    """
+    path = Path(config.out) / "config.json"
+    record = config.record()
+    record["samples_per_update"] = config.batch_size * config.gradient_accumulation * processes
+    if path.exists():
+        there = _read(path)
+        free = FREE | ({"max_train_steps"} if config.lr_scheduler == "constant" else set())
+        for key in record:
+            if key not in free and there.get(key, record[key]) != record[key]:
+                got = f"{config.out}, which holds a run with {key} = {there[key]} (now {record[key]})"
+                raise InputError(f"--out: got {got}; allowed: the same settings, to resume it; give another --out")
+    if not write:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write(path, json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(
+            f"--out: got {config.out} ({error.strerror}); allowed: a folder that can be written"
+        ) from error
+
+
+def finished(config: TrainConfig) -> Path | None:
+    """The export folder, if the run reached `max_train_steps` and its export is there."""
+    done, export = Path(config.out) / "done.json", Path(config.out) / "export"
+    if not done.exists() or not export.is_dir():
+        return None
+    return export if _read(done).get("update", 0) >= config.max_train_steps else None
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(
+            f"--out: got {path}, which cannot be read; allowed: what a run wrote; remove it, or give another --out"
+        )
+    return content

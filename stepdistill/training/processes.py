@@ -1,0 +1,73 @@
+"""What the processes of a run share: where they compute, when they stop, and what they say when there is no room."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+
+from stepdistill.errors import InputError
+
+
+def on_cpu() -> bool:
+    """Whether to compute on the CPU. accelerate must be told, or several processes on it do not find each other."""
+    forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")
+    return forced or not torch.accelerator.is_available()
+
+
+@contextmanager
+def room(out: Path, device: torch.device, batch_size: int) -> Iterator[None]:
+    """Within, a full disk or a full device is an InputError that says what to do; the last checkpoint is kept."""
+    kept = "the last checkpoint is kept"
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"memory of {device}: got no room for batch_size = {batch_size}; {kept}; lower --batch-size "
+                         "and raise --gradient-accumulation, or add --gradient-checkpointing") from error  # fmt: skip
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        fix = "free some and run the same command again"
+        raise InputError(f"disk: got no space left in {out}; {kept}; {fix}") from error
+
+
+class StopSignal:
+    """Within, SIGTERM and SIGINT only set a flag, so that the update ends and the run is saved; a second one stops at
+    once. `asked` says whether any process has seen one."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.seen = False
+        self.previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {s: signal.signal(s, self._see) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
+
+    def _see(self, number: int, frame: FrameType | None) -> None:
+        self.seen = True
+        self.__exit__()
+
+    def asked(self, agree: bool) -> bool:
+        """True once a signal came. Several processes must stop at one update: they ask each other where `agree` is set
+        (the same for all), and go on until then."""
+        if self.accelerator.num_processes == 1:
+            return self.seen
+        if not agree:
+            return False
+        seen = torch.tensor(float(self.seen), device=self.accelerator.device)
+        return self.accelerator.reduce(seen, "sum").item() > 0

@@ -1,0 +1,59 @@
+"""Where a run's numbers go: metrics.jsonl always, tensorboard and wandb where asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from stepdistill.errors import InputError
+from stepdistill.training import checkpoint
+
+
+def check(names: tuple[str, ...]) -> None:
+    """Raises InputError where a tracker's package is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(
+                f"trackers: got {name}, which is not installed; pip install 'stepdistill[trackers]', or leave it out"
+            )
+
+
+class Metrics:
+    """The log of a run. Only the main process writes.
+
+    Args:
+        out: the run's folder. accelerator: made with log_with, for the trackers besides the file.
+        update: where the run goes on from; later lines of a run that was cut are dropped.
+    """
+
+    def __init__(self, out: Path, accelerator: Accelerator, record: dict, update: int) -> None:
+        self.path, self.accelerator = out / "metrics.jsonl", accelerator
+        if accelerator.log_with:
+            flat = {k: v if isinstance(v, int | float | str | bool) else json.dumps(v) for k, v in record.items()}
+            accelerator.init_trackers("stepdistill", config=flat)
+        if accelerator.is_main_process and self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines() if _update_of(line) <= update]
+            checkpoint.write(self.path, "".join(line + "\n" for line in lines))
+
+    def log(self, update: int, values: dict[str, float]) -> None:
+        """One line, and the trackers."""
+        if self.accelerator.is_main_process:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"update": update, **values}) + "\n")
+        self.accelerator.log(values, step=update)
+
+    def close(self) -> None:
+        """Ends the trackers."""
+        if self.accelerator.log_with:
+            self.accelerator.end_training()
+
+
+def _update_of(line: str) -> float:
+    try:
+        return json.loads(line)["update"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line cut in the middle

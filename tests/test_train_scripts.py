@@ -1,0 +1,148 @@
+"""The training scripts from outside: help, flags, YAML files and the settings that ship."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stepdistill.cli.training import parse_training
+from stepdistill.errors import InputError
+from stepdistill.training.config import from_yaml
+from stepdistill.training.lcm import LCMConfig
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ("train_lcm", "train_lcm_lora")
+CONFIGS = sorted((ROOT / "train_scripts" / "configs").glob("*lcm*.yaml"))
+
+
+def script(name: str, folder: str = "train_scripts"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def flags_of(name: str) -> type[LCMConfig]:
+    return getattr(script(name), "FullConfig", LCMConfig)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_opens_with_the_command_and_says_what_every_flag_does(name, capsys):
+    module = script(name)
+    assert f"accelerate launch train_scripts/{name}.py --" in module.__doc__.split("\n\n")[1]
+    with pytest.raises(SystemExit) as stop:
+        parse_training(flags_of(name), module.__doc__, ["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "accelerate launch" in text and "resumes" in text
+    lines = [line.strip("│ ") for line in text.splitlines()]
+    for field in dataclasses.fields(flags_of(name)):
+        flag = "--" + field.name.replace("_", "-")
+        at = next(i for i, line in enumerate(lines) if line.startswith(flag))
+        said = " ".join(lines[at : at + 3]).replace(flag, "").split("(default")[0]
+        assert re.search(r"[A-Z]?[a-z]{4,}", re.sub(r"\{.*?\}|\[.*?\]|--\S+", "", said)), f"{flag}: {said}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_script_is_thin_and_an_unknown_flag_is_one_line_with_the_nearest(name):
+    file = ROOT / "train_scripts" / f"{name}.py"
+    assert len(file.read_text().splitlines()) < 45
+    done = subprocess.run(
+        [sys.executable, str(file), "--lerning-rate", "1"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert len(done.stderr.splitlines()) == 1 and "--learning-rate" in done.stderr
+
+
+def test_hyphens_and_underscores_are_the_same():
+    flags = ["--max-train-steps", "3", "--learning_rate", "1e-3", "--gradient_accumulation", "2", "--no-lora"]
+    config = parse_training(LCMConfig, None, flags)
+    assert (config.max_train_steps, config.learning_rate, config.gradient_accumulation) == (3, 1e-3, 2)
+    assert not config.lora
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)
+def test_shipped_settings_are_read_and_name_their_command(file):
+    kind = LCMConfig if "lora" in file.stem else script("train_lcm").FullConfig
+    config = from_yaml(file, kind)
+    config.check()
+    method = config.method()
+    text = file.read_text()
+    assert f"--config train_scripts/configs/{file.name}" in text
+    assert "estimate" in text
+    assert config.lora == ("lora" in file.stem) and method.embed_guidance == (not config.lora)
+    for key, value in yaml.safe_load(text).items():
+        got = getattr(config, key)
+        assert list(got) == value if isinstance(got, tuple) else got == pytest.approx(value)
+
+
+def test_there_are_settings_for_the_embedded_teacher_and_both_stable_diffusions():
+    assert {f.stem for f in CONFIGS} >= {"avatars_lcm_lora", "sd15_lcm_lora", "sdxl_lcm_lora"}
+
+
+def test_yaml_values_become_the_fields_types(tmp_path):
+    file = tmp_path / "run.yaml"
+    lines = ["learning-rate: 1e-3", "guidance: 4", "alpha: null", "mixed_precision: no", "out: a/b", "trackers: []"]
+    file.write_text("\n".join([*lines, "target_modules: [to_q]", "adam_betas: [0.9, 0.95]"]))
+    config = from_yaml(file, LCMConfig)
+    assert (config.learning_rate, config.guidance, config.alpha, config.mixed_precision) == (1e-3, (4.0,), None, "no")
+    assert (config.out, config.target_modules, config.adam_betas) == (Path("a/b"), ("to_q",), (0.9, 0.95))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rank: lots", "got rank: 'lots' in .*; allowed: a whole number"),
+        ("learning_rate: high", "got learning_rate: 'high' in .*; allowed: a number"),
+        ("compile: 3", "got compile: 3 in .*; allowed: true or false"),
+        ("loss: l1", "got loss: 'l1' in .*; allowed: huber, l2"),
+        ("adam_betas: [0.9]", "got adam_betas: .*; allowed: a list of 2"),
+        ("lerning-rate: 1", "got key 'lerning-rate' .*; did you mean 'learning_rate'"),
+        ("- rank", "holds no mapping"),
+        ("rank: [", "allowed: a readable YAML file"),
+    ],
+)
+def test_bad_yaml_is_named(tmp_path, text, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=message):
+        from_yaml(file, LCMConfig)
+
+
+def test_a_yaml_file_that_is_not_there_is_named():
+    with pytest.raises(InputError, match=r"--config: got .*nothing.yaml"):
+        parse_training(LCMConfig, None, ["--config", "nothing.yaml"])
+
+
+def test_the_speed_benchmark_measures_both_ways_and_writes_what_it_ran_on(tmp_path, monkeypatch, capsys):
+    speed = script("training_speed", "benchmarks")
+    shapes = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    network = shapes | blocks | {"cross_attention_dim": 16, "attention_head_dim": 2}
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setitem(speed.UNETS, "avatars", network)
+    monkeypatch.setitem(
+        speed.VAES, "avatars", {"block_out_channels": (8, 8), "latent_channels": 4, "norm_num_groups": 4}
+    )
+    monkeypatch.setitem(speed.TEXTS, "avatars", text | {"max_position_embeddings": 8, "vocab_size": 32})
+    out = tmp_path / "speed.json"
+    speed.main(speed.Config(batch=2, rank=2, rounds=2, memory=False, out=out))
+    record = json.loads(out.read_text())
+    figures = record["figures"]
+    for name in ("step", "teacher", "target", "student", "script", "pictures"):
+        assert figures[f"{name}_ms"] > 0
+    assert set(figures["script_over_step"]) == {"median", "quartiles"}
+    assert {"device", "commit", "versions", "command", "seed", "batch", "mixed_precision"} <= record.keys()
+    assert "the public scripts' way" in capsys.readouterr().out
