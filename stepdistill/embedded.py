@@ -21,4 +21,6 @@ def path(name: str) -> Path:
     for root in (package / "assets", package.parent / "assets"):
         if (root / name).is_dir():
             return root / name
-    raise InputError(f"embedded asset {name!r}: not in {package.parent / 'assets'}; reinstall stepdistill from a full checkout")
+    raise InputError(
+        f"embedded asset {name!r}: not in {package.parent / 'assets'}; reinstall stepdistill from a full checkout"
+    )

@@ -79,5 +79,7 @@ def _check_finite(on_x: Tensor, on_y: Tensor, t: Time, schedule: Schedule, src: 
     bad = ~(on_x.isfinite() & on_y.isfinite())
     if bad.any():
         got = torch.as_tensor(t, dtype=torch.float64).expand(bad.shape)[bad].flatten()[0].item()
-        raise InputError(f"convert {src} to {dst}: got t={got:g} on {schedule}, where {src} does not determine {dst} "
-                         "(delta = 0); allowed: any other t; move t off the end or predict v")
+        raise InputError(
+            f"convert {src} to {dst}: got t={got:g} on {schedule}, where {src} does not determine {dst} "
+            "(delta = 0); allowed: any other t; move t off the end or predict v"
+        )

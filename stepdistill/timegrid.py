@@ -82,8 +82,10 @@ def inference_times(
     end = schedule.t_min if clean_end else 0.0
     times = torch.cat([times, torch.tensor([end], dtype=torch.float64)])
     if (times[:-1].diff() >= 0).any():
-        raise InputError(f"time grid: got shift={shift:g} on {schedule}, whose noisy end has too little noise for it; "
-                         "allowed: shift=1.0 here, or a schedule of zero terminal SNR")
+        raise InputError(
+            f"time grid: got shift={shift:g} on {schedule}, whose noisy end has too little noise for it; "
+            "allowed: shift=1.0 here, or a schedule of zero terminal SNR"
+        )
     return times
 
 
@@ -109,8 +111,10 @@ def _continuous(schedule: Schedule, steps: int, spacing: str, shift: float) -> T
     if spacing == "linspace" and isinstance(schedule, RectifiedFlow):
         last = shifted(schedule, 1e-3, shift).item()  # diffusers shifts its smallest sigma twice; so does this grid
         return torch.linspace(1.0, last, steps, dtype=torch.float64)
-    raise InputError(f"spacing: got {spacing!r} on {schedule}; allowed: trailing, karras, logsnr"
-                     + (", linspace" if isinstance(schedule, RectifiedFlow) else ""))
+    raise InputError(
+        f"spacing: got {spacing!r} on {schedule}; allowed: trailing, karras, logsnr"
+        + (", linspace" if isinstance(schedule, RectifiedFlow) else "")
+    )
 
 
 def _even_in_noise(schedule: Schedule, steps: int, rho: float) -> Tensor:
@@ -118,8 +122,10 @@ def _even_in_noise(schedule: Schedule, steps: int, rho: float) -> Tensor:
     first = schedule.sigma_min if isinstance(schedule, EDM) else 0.0
     ends = -schedule.log_snr_half(torch.tensor([schedule.t_max, first], dtype=torch.float64))
     if not ends.isfinite().all():
-        raise InputError(f"spacing: got karras or logsnr on {schedule}, where sigma/alpha has no finite ends; "
-                         "allowed: EDM, AlphaBar without zero terminal SNR; use trailing")
+        raise InputError(
+            f"spacing: got karras or logsnr on {schedule}, where sigma/alpha has no finite ends; "
+            "allowed: EDM, AlphaBar without zero terminal SNR; use trailing"
+        )
     high, low = ends.tolist()
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     if math.isinf(rho):

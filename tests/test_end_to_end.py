@@ -38,18 +38,28 @@ x_T = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
 latents = pipe("a red cat with a blue hat", num_inference_steps=1, guidance_scale=1.0,
                latents=x_T, output_type="latent").images
 pipe.disable_lora()
-base_latents = pipe("a red cat with a blue hat", num_inference_steps=1, guidance_scale=1.0, latents=x_T, output_type="latent").images
+base_latents = pipe("a red cat with a blue hat", num_inference_steps=1, guidance_scale=1.0,
+                    latents=x_T, output_type="latent").images
 save_file({"latents": latents, "base": base_latents, **{"lora:" + k: v for k, v in lora.items()}}, result)
 print(json.dumps({"r": config.r, "alpha": config.lora_alpha}))
 """
 
 
 def train(tmp_path, teacher: str, data: str, **more):
-    settings = {"max_train_steps": 2, "batch_size": 2, "learning_rate": 1e-2, "rank": 4, "alpha": 6.0, "guidance": (2.0,)}
+    settings = {
+        "max_train_steps": 2,
+        "batch_size": 2,
+        "learning_rate": 1e-2,
+        "rank": 4,
+        "alpha": 6.0,
+        "guidance": (2.0,),
+    }
     return distil(LCMConfig(teacher=teacher, data=data, out=tmp_path / "run", **(settings | more)))
 
 
-def test_every_saved_tensor_loads_in_a_fresh_process_and_gives_the_trainers_output(tmp_path, family, pipelines, pictures):
+def test_every_saved_tensor_loads_in_a_fresh_process_and_gives_the_trainers_output(
+    tmp_path, family, pipelines, pictures
+):
     out = train(tmp_path, pipelines[family], pictures)
     saved = load_file(out / LORA_FILE)
     result = tmp_path / "result.safetensors"
@@ -95,9 +105,13 @@ def test_training_leaves_every_base_weight_bit_identical(tmp_path, family, pipel
 
     before = {k: v.clone() for k, v in load_teacher(pipelines[family]).denoiser.backbone.state_dict().items()}
     teacher = load_teacher(pipelines[family])
-    config = LCMConfig(teacher=pipelines[family], data=pictures, out=tmp_path / "run", max_train_steps=3, batch_size=2, rank=2)
+    config = LCMConfig(
+        teacher=pipelines[family], data=pictures, out=tmp_path / "run", max_train_steps=3, batch_size=2, rank=2
+    )
     Trainer(config.method(), teacher, open_data(pictures, teacher), config).fit()
-    after = {k.replace(".base_layer", ""): v for k, v in teacher.denoiser.backbone.state_dict().items() if ".lora_" not in k}
+    after = {
+        k.replace(".base_layer", ""): v for k, v in teacher.denoiser.backbone.state_dict().items() if ".lora_" not in k
+    }
     assert after.keys() == before.keys()
     assert all(torch.equal(after[k], before[k]) for k in before)
     moved = [layer.lora_B[ADAPTER].weight.abs().max().item() for layer in adapter_layers(teacher.denoiser.backbone)]

@@ -20,7 +20,10 @@ def truth(schedule, t, dtype=torch.float64):
     x0, eps = torch.randn(2, len(t), 3, 2, dtype=torch.float64, generator=generator)
     alpha, sigma, alpha_rate, sigma_rate = (c.reshape(-1, 1, 1) for c in (*schedule.coeffs(t), *schedule.rates(t)))
     kinds = {
-        "x0": x0, "eps": eps, "v": alpha * eps - sigma * x0, "flow": alpha_rate * x0 + sigma_rate * eps,
+        "x0": x0,
+        "eps": eps,
+        "v": alpha * eps - sigma * x0,
+        "flow": alpha_rate * x0 + sigma_rate * eps,
     }
     return (alpha * x0 + sigma * eps).to(dtype), {kind: y.to(dtype) for kind, y in kinds.items()}
 

@@ -56,9 +56,7 @@ def test_lcm_sampling_equals_the_pipeline_given_the_same_noise(family, kind, ste
     monkeypatch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *a, **k: queue.pop(0))
     theirs = pipe(tiny.PROMPTS, num_inference_steps=steps, guidance_scale=1.0, latents=x_T, output_type="latent").images
     cond = teacher.conditioner.encode(tiny.PROMPTS)
-    ours = sample_lcm(
-        teacher.denoiser, x_T, cond, steps=steps, noises=noises, original_steps=25, timestep_scaling=8.0
-    )
+    ours = sample_lcm(teacher.denoiser, x_T, cond, steps=steps, noises=noises, original_steps=25, timestep_scaling=8.0)
     assert not queue
     assert close(ours, theirs)
 

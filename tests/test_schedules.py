@@ -35,10 +35,15 @@ def test_alpha_bar_is_linear_between_indices_and_clean_at_minus_one():
     schedule = AlphaBar(torch.tensor([0.9, 0.5, 0.1]))
     table = torch.tensor([0.9, 0.5, 0.1]).double()
     alpha, sigma = schedule.coeffs(torch.tensor([-1.0, -0.5, 0.25, 1.5, 2.0]))
-    expected = torch.stack([
-        torch.ones((), dtype=torch.float64), (1 + table[0]) / 2, 0.75 * table[0] + 0.25 * table[1],
-        (table[1] + table[2]) / 2, table[2],
-    ])
+    expected = torch.stack(
+        [
+            torch.ones((), dtype=torch.float64),
+            (1 + table[0]) / 2,
+            0.75 * table[0] + 0.25 * table[1],
+            (table[1] + table[2]) / 2,
+            table[2],
+        ]
+    )
     torch.testing.assert_close(alpha**2, expected, atol=1e-15, rtol=0)
     torch.testing.assert_close(sigma**2, 1 - expected, atol=1e-15, rtol=0)
     assert (alpha[0], sigma[0]) == (1, 0)

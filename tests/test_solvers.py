@@ -51,8 +51,9 @@ def largest(difference):
 @each_count
 @pytest.mark.parametrize("kind", ["eps", "v"])
 @pytest.mark.parametrize(
-    "options", [{"timestep_spacing": "trailing"},
-                {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}], ids=["trailing", "sd"]
+    "options",
+    [{"timestep_spacing": "trailing"}, {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}],
+    ids=["trailing", "sd"],
 )
 def test_ddim_is_ddim_scheduler(options, kind, steps):
     prediction_type = {"eps": "epsilon", "v": "v_prediction"}[kind]
@@ -61,7 +62,10 @@ def test_ddim_is_ddim_scheduler(options, kind, steps):
     schedule = AlphaBar.from_scheduler(scheduler)
     network = teacher(schedule)
     times = timegrid.inference_times(
-        schedule, steps, spacing=options["timestep_spacing"], steps_offset=options.get("steps_offset", 0),
+        schedule,
+        steps,
+        spacing=options["timestep_spacing"],
+        steps_offset=options.get("steps_offset", 0),
         clean_end=options.get("set_alpha_to_one", True),
     )
     ours = solvers.integrate(solvers.ddim, bind(network), noise(), times)
@@ -77,7 +81,10 @@ def test_ddim_is_ddim_scheduler(options, kind, steps):
 @each_count
 def test_ddim_is_ddim_scheduler_at_zero_terminal_snr(steps):
     scheduler = DDIMScheduler(
-        **BETAS, clip_sample=False, prediction_type="v_prediction", timestep_spacing="trailing",
+        **BETAS,
+        clip_sample=False,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
         rescale_betas_zero_snr=True,
     )
     scheduler.set_timesteps(steps)

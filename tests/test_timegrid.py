@@ -37,9 +37,7 @@ def test_discrete_spacings_are_those_of_ddim_scheduler(spacing, steps):
 def test_stable_diffusions_grid_is_leading_with_offset_one_ending_at_index_zero(steps):
     scheduler = DDIMScheduler(**BETAS, timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False)
     scheduler.set_timesteps(steps)
-    times = timegrid.inference_times(
-        SCHEDULES["alpha_bar"], steps, spacing="leading", steps_offset=1, clean_end=False
-    )
+    times = timegrid.inference_times(SCHEDULES["alpha_bar"], steps, spacing="leading", steps_offset=1, clean_end=False)
     assert times.tolist() == [*scheduler.timesteps.tolist(), 0]
 
 

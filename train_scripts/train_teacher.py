@@ -193,7 +193,7 @@ def run_vae(config: Config, sizes: dict, budget: Budget, kl_weight: float) -> No
 
 
 def build_tokenizer(captions: list[str], max_length: int):
-    """A byte-level BPE in CLIP's own format, learned from the captions. As in CLIP, the end token has the highest id."""
+    """A byte-level BPE in CLIP's format, learned from the captions. As in CLIP, the end token has the highest id."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -240,7 +240,9 @@ class Heads(nn.Module):
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy over attributes: features (B, D), labels (B, attributes)."""
-        losses = [nn.functional.cross_entropy(h(features).float(), y) for h, y in zip(self.heads, labels.T, strict=True)]
+        losses = [
+            nn.functional.cross_entropy(h(features).float(), y) for h, y in zip(self.heads, labels.T, strict=True)
+        ]
         return torch.stack(losses).mean()
 
     def accuracy(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -261,13 +263,20 @@ def run_text(config: Config, max_length: int, sizes: dict, budget: Budget) -> No
 
     data = avatars.load("train")
     tokenizer = build_tokenizer(data.captions, max_length)
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     tower = CLIPTextModel(
         CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=max_length, **special, **sizes)
     )
     heads = Heads(sizes["hidden_size"], [len(values) + 1 for values in attribute_classes().values()])
     model = nn.ModuleDict({"tower": tower, "heads": heads}).to(config.device)
-    ids, labels = tokenize(tokenizer, data.captions, config.device), attribute_labels("train", mentioned_only=True).to(config.device)
+    ids, labels = (
+        tokenize(tokenizer, data.captions, config.device),
+        attribute_labels("train", mentioned_only=True).to(config.device),
+    )
 
     def loss(generator: torch.Generator) -> Tensor:
         index = torch.randint(len(ids), (budget.batch_size,), generator=generator)
@@ -297,9 +306,7 @@ def load_text(config: Config):
     return CLIPTokenizer.from_pretrained(config.out / "tokenizer"), tower
 
 
-def run_unet(
-    config: Config, sizes: dict, scheduler: dict, budget: Budget, caption_dropout: float, dtype: str
-) -> None:
+def run_unet(config: Config, sizes: dict, scheduler: dict, budget: Budget, caption_dropout: float, dtype: str) -> None:
     """v-prediction on cached latents and text states (Salimans and Ho 2022, eq. 10), then writes the whole pipeline."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
@@ -391,7 +398,9 @@ def run_scorer(
     folder = config.out / "scorer"
     folder.mkdir(parents=True, exist_ok=True)
     mean_std = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": mean_std}, indent=2))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": model_cfg, "preprocess_cfg": mean_std}, indent=2)
+    )
     save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, folder / "open_clip_model.safetensors")
     tokenizer.save_pretrained(folder)
     weights = {}

@@ -78,8 +78,9 @@ def find_export(folder: Path) -> Path:
         if (place / LORA_FILE).is_file() or (place / "model_index.json").is_file():
             return place
     if (folder / "checkpoints").is_dir():
-        raise InputError(f"folder: got {folder}, a run that has not ended; allowed: one with an export; run its "
-                         f"command again")
+        raise InputError(
+            f"folder: got {folder}, a run that has not ended; allowed: one with an export; run its command again"
+        )
     what = "which holds no export" if folder.exists() else "which does not exist"
     raise InputError(f"folder: got {folder}, {what}; allowed: a training run's folder or its export; check the path")
 

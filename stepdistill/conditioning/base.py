@@ -1,8 +1,8 @@
 """Conditions are dictionaries of tensors with canonical names; a conditioner makes them from prompts.
 
-    text (B, S, D)      token states           text_mask (B, S)   which tokens count
-    pooled (B, P)       pooled text            time_ids (B, 6)    SDXL's sizes and crops
-    labels (B,)         classes                guidance (B,)      w of a w-conditioned student
+text (B, S, D)      token states           text_mask (B, S)   which tokens count
+pooled (B, P)       pooled text            time_ids (B, 6)    SDXL's sizes and crops
+labels (B,)         classes                guidance (B,)      w of a w-conditioned student
 """
 
 from __future__ import annotations

@@ -85,8 +85,9 @@ class Plan:
         if limit is not None and limit < 1:
             raise InputError(f"limit: got {limit}; allowed: 1 or more; leave it out for all")
         if source.picture is None and (steps < 1 or not guidance >= 1):
-            raise InputError(f"painting: got {steps} steps, guidance {guidance:g}; allowed: 1 or more each; try 50 "
-                             f"and 2")
+            raise InputError(
+                f"painting: got {steps} steps, guidance {guidance:g}; allowed: 1 or more each; try 50 and 2"
+            )
         self.source, self.teacher, self.size = source, teacher, size
         self.seed, self.steps, self.guidance, self.half = seed, steps, guidance, half
         self.captions = source.captions[:limit]

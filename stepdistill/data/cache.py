@@ -161,5 +161,3 @@ def _made_for(teacher: Teacher, cache: LatentCache, spec: str, size: tuple[int, 
                          f"cache's own; "
                          "leave it out")  # fmt: skip
     return cache
-
-

@@ -1,10 +1,10 @@
 """Where training pictures and captions come from: captions in a fixed order, and each one's picture when asked for.
 
-    avatars              the embedded set
-    FOLDER               pictures with metadata.jsonl (file_name, text), or a .txt beside each picture
-    FOLDER/{0..9}.tar    webdataset shards: a picture and a .txt or .json member for each key; wildcards too
-    prompts.txt          a prompt a line and no pictures: the teacher paints them (data-free distillation)
-    owner/name           a `datasets` name, or a folder saved by `datasets`, with an image and a text column
+avatars              the embedded set
+FOLDER               pictures with metadata.jsonl (file_name, text), or a .txt beside each picture
+FOLDER/{0..9}.tar    webdataset shards: a picture and a .txt or .json member for each key; wildcards too
+prompts.txt          a prompt a line and no pictures: the teacher paints them (data-free distillation)
+owner/name           a `datasets` name, or a folder saved by `datasets`, with an image and a text column
 """
 
 from __future__ import annotations
@@ -120,8 +120,9 @@ def _listed(metadata: Path) -> list[tuple[Path, str]]:
         inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
         if not inside or not (metadata.parent / name).is_file():
             what = "which is not there" if inside else "which leads out of the folder"
-            raise InputError(f"{where}: got file_name {name}, {what}; allowed: files in {metadata.parent}; mend the "
-                             f"line")
+            raise InputError(
+                f"{where}: got file_name {name}, {what}; allowed: files in {metadata.parent}; mend the line"
+            )
         rows.append((metadata.parent / name, caption.strip()))
     return rows
 
@@ -266,8 +267,9 @@ def _table(name: str) -> Source:
         try:
             return upright(table[i]["image"])
         except Exception as error:
-            raise InputError(f"picture: got row {i} of {name}, which is broken ({str(error)[:60]}); remove "
-                             f"it") from error
+            raise InputError(
+                f"picture: got row {i} of {name}, which is broken ({str(error)[:60]}); remove it"
+            ) from error
 
     return Source(name, key_of("datasets", name, table._fingerprint), captions, picture)
 

@@ -79,8 +79,10 @@ class GaussianMixtureDenoiser(Denoiser):
         std = torch.as_tensor(std, dtype=torch.float64)
         weights = torch.ones(count) if weights is None else torch.as_tensor(weights)
         if std.shape not in ((), (count,), means.shape) or weights.shape != (count,):
-            raise InputError(f"mixture: got std {tuple(std.shape)}, weights {tuple(weights.shape)} for {count} means; "
-                             f"allowed: std (), ({count},) or {tuple(means.shape)}, weights ({count},)")
+            raise InputError(
+                f"mixture: got std {tuple(std.shape)}, weights {tuple(weights.shape)} for {count} means; "
+                f"allowed: std (), ({count},) or {tuple(means.shape)}, weights ({count},)"
+            )
         if not (std > 0).all() or not (weights > 0).all():
             raise InputError("mixture: got a std or weight of 0 or less; allowed: above 0; drop empty components")
         std = std.reshape(std.shape + (1,) * (means.ndim - std.ndim)).expand_as(means)
@@ -157,8 +159,10 @@ class GaussianMixtureDenoiser(Denoiser):
         x, alpha_t, sigma_t = self._flat(x_t, t)
         alpha_s, sigma_s = self.schedule.coeffs(batch_times(s, x_t))
         if len(self.means) == 1:
-            std_t, std_s = (((a[:, None] * self.std) ** 2 + b[:, None] ** 2).sqrt()
-                            for a, b in ((alpha_t, sigma_t), (alpha_s, sigma_s)))
+            std_t, std_s = (
+                ((a[:, None] * self.std) ** 2 + b[:, None] ** 2).sqrt()
+                for a, b in ((alpha_t, sigma_t), (alpha_s, sigma_s))
+            )
             x_s = alpha_s[:, None] * self.means + std_s / std_t * (x - alpha_t[:, None] * self.means)
         else:
             phi_t, phi_s = torch.atan2(sigma_t, alpha_t), torch.atan2(sigma_s, alpha_s)

@@ -26,8 +26,9 @@ def save_fused(folder: Path, out: Path, *, teacher: str) -> Path:
     state, _ = read_lora(folder)
     pipeline = open_pipeline(teacher)
     if not hasattr(pipeline, "load_lora_weights"):
-        raise InputError(f"teacher: got {type(pipeline).__name__}, which takes no LoRA; allowed: a text-to-image "
-                         f"pipeline")
+        raise InputError(
+            f"teacher: got {type(pipeline).__name__}, which takes no LoRA; allowed: a text-to-image pipeline"
+        )
     try:
         pipeline.load_lora_weights(str(folder))
         loaded = sum(".lora_" in name for name, _ in pipeline.unet.named_parameters())

@@ -29,8 +29,9 @@ def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     """
     file = Path(folder) / LORA_FILE
     if not file.is_file():
-        raise InputError(f"LoRA: got {folder}, which holds no {LORA_FILE}; allowed: the export folder of a LoRA "
-                         f"student")
+        raise InputError(
+            f"LoRA: got {folder}, which holds no {LORA_FILE}; allowed: the export folder of a LoRA student"
+        )
     try:
         with safe_open(file, "pt") as stored:
             state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (it is no dictionary)
@@ -38,8 +39,9 @@ def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     except (SafetensorError, ValueError) as error:
         raise InputError(f"LoRA: got {file}, which is broken ({str(error)[:60]}); export it again") from error
     if "unet.r" not in settings or "unet.lora_alpha" not in settings:
-        raise InputError(f"LoRA: got {file} without its rank and alpha; allowed: an export of stepdistill; export it "
-                         f"again")
+        raise InputError(
+            f"LoRA: got {file} without its rank and alpha; allowed: an export of stepdistill; export it again"
+        )
     return state, {key.removeprefix("unet."): value for key, value in settings.items() if key.startswith("unet.")}
 
 

@@ -136,7 +136,10 @@ def scene(rng: np.random.Generator, parts: Parts) -> tuple[np.ndarray, dict[str,
         figure, figure_shows, worn = person(rng, parts)
         down = np.minimum(np.arange(SIZE - top), TILE - 1)  # the last row goes on to the picture's foot
         first, last = max(left, 0), min(left + TILE, SIZE)
-        figure, figure_shows = figure[down][:, first - left : last - left], figure_shows[down][:, first - left : last - left]
+        figure, figure_shows = (
+            figure[down][:, first - left : last - left],
+            figure_shows[down][:, first - left : last - left],
+        )
         a = figure[..., 3:]
         region = picture[top:, first:last]
         region[:] = figure[..., :3] * a + region * (1 - a)
@@ -156,7 +159,9 @@ def scene(rng: np.random.Generator, parts: Parts) -> tuple[np.ndarray, dict[str,
 def caption(rng: np.random.Generator, attributes: dict[str, str], visible: list[str]) -> tuple[str, list[str]]:
     """A sentence that names two to five visible attributes, and which ones."""
     # What is absent is seldom worth a word.
-    weight = np.array([0.3 if attributes[n] == "no" or n == "taller" and attributes[n] == "same" else 1.0 for n in visible])
+    weight = np.array(
+        [0.3 if attributes[n] == "no" or (n == "taller" and attributes[n] == "same") else 1.0 for n in visible]
+    )
     count = int(rng.integers(2, 6))
     mentioned = [visible[i] for i in rng.choice(len(visible), count, replace=False, p=weight / weight.sum())]
     say = {name: attributes[name] for name in mentioned}
@@ -175,7 +180,9 @@ def caption(rng: np.random.Generator, attributes: dict[str, str], visible: list[
             if thing in own:
                 phrases.append(f"with {article}" if own[thing] == "yes" else f"without {article}")
         rng.shuffle(phrases)
-        who = rng.choice([f"the person on the {side}", f"the {side} person", f"the one on the {side}", f"on the {side} someone"])
+        who = rng.choice(
+            [f"the person on the {side}", f"the {side} person", f"the one on the {side}", f"on the {side} someone"]
+        )
         return f"{who} {' and '.join(phrases)}" if phrases else ""
 
     sentences = [p for p in (person_phrase("left"), person_phrase("right")) if p]
@@ -191,7 +198,9 @@ def caption(rng: np.random.Generator, attributes: dict[str, str], visible: list[
         if pattern and pattern != "plain":
             sentences.append(f"{rng.choice(['in front of', 'against'])} {f'{color} {pattern}'.strip()}")
         else:
-            sentences.append(f"{rng.choice(['on', 'against'])} a {' '.join(w for w in (pattern, color) if w)} background")
+            sentences.append(
+                f"{rng.choice(['on', 'against'])} a {' '.join(w for w in (pattern, color) if w)} background"
+            )
     rng.shuffle(sentences)
     opening = rng.choice(["", "two people, ", "a picture of two people, ", "pixel art, "])
     return f"{opening}{', '.join(sentences)}", sorted(mentioned)
