@@ -5,7 +5,7 @@ The public names, each imported when first used:
     schedules, prediction, timegrid, solvers, guidance    the core
     convert                                               any prediction kind to any other
     load_teacher, Teacher, methods, Trainer, TrainConfig  distillation
-    sample, evaluate, baselines                           sampling and measurement
+    sample, evaluate                                      sampling and measurement
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_MODULES = ("baselines", "guidance", "methods", "prediction", "schedules", "solvers", "timegrid")
+_MODULES = ("guidance", "methods", "prediction", "schedules", "solvers", "timegrid")
 _NAMES = {
     "InputError": "stepdistill.errors",
     "Teacher": "stepdistill.denoiser.load",

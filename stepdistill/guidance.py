@@ -36,8 +36,8 @@ def stack(cond: Cond | None, uncond: Cond | None) -> Cond:
     shapes, others = ({k: tuple(v.shape) for k, v in c.items()} for c in (cond, uncond))
     if shapes != others:
         raise InputError(
-            f"guidance: got cond {shapes} and uncond {others}; allowed: the same keys and shapes; "
-            "encode both with one conditioner and repeat uncond to the batch"
+            f"guidance: got cond {shapes} and uncond {others}; allowed: the same keys and shapes; encode both with one "
+            "conditioner and repeat uncond to the batch"
         )
     return {key: torch.cat([cond[key], uncond[key]]) for key in cond}
 

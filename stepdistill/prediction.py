@@ -80,6 +80,6 @@ def _check_finite(on_x: Tensor, on_y: Tensor, t: Time, schedule: Schedule, src: 
     if bad.any():
         got = torch.as_tensor(t, dtype=torch.float64).expand(bad.shape)[bad].flatten()[0].item()
         raise InputError(
-            f"convert {src} to {dst}: got t={got:g} on {schedule}, where {src} does not determine {dst} "
-            "(delta = 0); allowed: any other t; move t off the end or predict v"
+            f"convert {src} to {dst}: got t={got:g} on {schedule}, where {src} does not determine {dst} (delta = 0); "
+            "allowed: any other t; move t off the end or predict v"
         )

@@ -120,8 +120,8 @@ class AlphaBar(Schedule):
         table = torch.as_tensor(alphas_cumprod).detach().cpu().to(torch.float64)
         if table.ndim != 1 or len(table) == 0 or table.max() > 1 or table.min() < 0 or (table.diff() > 0).any():
             raise InputError(
-                f"alphas_cumprod: got shape {tuple(table.shape)}; allowed: (N,), falling, within [0, 1]; "
-                "pass scheduler.alphas_cumprod"
+                f"alphas_cumprod: got shape {tuple(table.shape)}; allowed: (N,), falling, within [0, 1]; pass "
+                "scheduler.alphas_cumprod"
             )
         self.t_max = len(table) - 1.0
         self._tables = {torch.device("cpu"): torch.cat([table.new_ones(1), table])}  # index i holds alpha_bar(i - 1)
@@ -136,8 +136,8 @@ class AlphaBar(Schedule):
         if not hasattr(scheduler, "alphas_cumprod"):
             name = type(scheduler).__name__
             raise InputError(
-                f"scheduler: got {name}, which has no alphas_cumprod; allowed: DDIM, DDPM, Euler, …; "
-                "use RectifiedFlow() for flow matching, EDM() for EDM"
+                f"scheduler: got {name}, which has no alphas_cumprod; allowed: DDIM, DDPM, Euler, …; use "
+                "RectifiedFlow() for flow matching, EDM() for EDM"
             )
         table = scheduler.alphas_cumprod
         if getattr(scheduler.config, "rescale_betas_zero_snr", False):

@@ -83,8 +83,8 @@ def inference_times(
     times = torch.cat([times, torch.tensor([end], dtype=torch.float64)])
     if (times[:-1].diff() >= 0).any():
         raise InputError(
-            f"time grid: got shift={shift:g} on {schedule}, whose noisy end has too little noise for it; "
-            "allowed: shift=1.0 here, or a schedule of zero terminal SNR"
+            f"time grid: got shift={shift:g} on {schedule}, whose noisy end has too little noise for it; allowed: "
+            "shift=1.0 here, or a schedule of zero terminal SNR"
         )
     return times
 
@@ -123,8 +123,8 @@ def _even_in_noise(schedule: Schedule, steps: int, rho: float) -> Tensor:
     ends = -schedule.log_snr_half(torch.tensor([schedule.t_max, first], dtype=torch.float64))
     if not ends.isfinite().all():
         raise InputError(
-            f"spacing: got karras or logsnr on {schedule}, where sigma/alpha has no finite ends; "
-            "allowed: EDM, AlphaBar without zero terminal SNR; use trailing"
+            f"spacing: got karras or logsnr on {schedule}, where sigma/alpha has no finite ends; allowed: EDM, "
+            "AlphaBar without zero terminal SNR; use trailing"
         )
     high, low = ends.tolist()
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)

@@ -15,7 +15,9 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ import tyro
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from stepdistill.cli._run import guard
@@ -110,6 +113,8 @@ def train(
         os.replace(path.with_suffix(".new"), path)
 
     model.train()
+    # On a CPU the fused kernel's backward takes a third of an update of the small UNet.
+    attention = partial(sdpa_kernel, SDPBackend.MATH) if config.device == "cpu" else nullcontext
     log = config.out / f"{name}.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(range(first, budget.updates), name, initial=first, total=budget.updates, dynamic_ncols=True)
@@ -118,7 +123,7 @@ def train(
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + update)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(update, budget)
-        with torch.autocast(torch.device(config.device).type, torch.bfloat16):
+        with torch.autocast(torch.device(config.device).type, torch.bfloat16), attention():
             value = loss(generator)
         value.backward()
         nn.utils.clip_grad_norm_(named.values(), budget.max_grad_norm)

@@ -18,7 +18,6 @@ COMMANDS = {
     "bench": "measure quality and latency of models by number of steps",
     "report": "turn a benchmark's folder into report.md and one report.html",
     "export": "convert a student: diffusers, kohya, or fused into its teacher",
-    "baselines": "distillation of classifiers, language models and architectures, to compare with",
 }
 HELP = """stepdistill {version}: turns a diffusion pipeline of 25-50 steps into one of 1-8, and measures what it cost
 

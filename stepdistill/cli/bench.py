@@ -45,6 +45,8 @@ class Config:
     """Timed calls; 0 leaves latency out."""
     floor: bool = True
     """Measure held-out real pictures and the autoencoder's reconstructions too."""
+    card: bool = False
+    """Write the figures into the model cards of export folders among the models."""
     dry_run: bool = False
     """Say what would be measured, and stop."""
 
@@ -80,6 +82,11 @@ def main(config: Config) -> int:
         from stepdistill.evaluation.summary import print_table
 
         print_table(results.rows)
+        if config.card:
+            from stepdistill.evaluation.cards import write_cards
+
+            for folder in write_cards(results.rows):
+                print(f"card: {folder / 'README.md'}")
         print(f"report: {write_report(config.out)}")
     for failure in results.failed:
         at = f" at {failure.steps} steps" if failure.steps else ""

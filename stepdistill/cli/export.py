@@ -38,9 +38,10 @@ def main(config: Config) -> int:
     folder = find_export(config.folder)
     whole = (folder / "model_index.json").is_file()
     if whole and config.format != "diffusers":
-        raise InputError(f"--format: got {config.format} for {folder}, a whole pipeline; allowed: diffusers; it "
-                         f"needs no "
-                         "LoRA and nothing fused")  # fmt: skip
+        raise InputError(
+            f"--format: got {config.format} for {folder}, a whole pipeline; allowed: diffusers; it needs no LoRA and "
+            "nothing fused"
+        )
     out = config.out or beside(folder, config.format)
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise InputError(f"--out: got {out}, which is there already; allowed: a new path; give another")
@@ -100,5 +101,6 @@ def teacher_of(folder: Path) -> str:
     try:
         return str(json.loads((folder / "config.json").read_text())["teacher"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"teacher: got no config.json that names it in {folder}; allowed: a pipeline; give it with "
-                         "--teacher") from error  # fmt: skip
+        raise InputError(
+            f"teacher: got no config.json that names it in {folder}; allowed: a pipeline; give it with --teacher"
+        ) from error

@@ -118,8 +118,9 @@ def draw(pipeline, prompts: list[str], config: Config, guidance: float) -> list:
                 pictures += pipeline([prompt for prompt, _ in batch], **options).images
             except (TypeError, ValueError) as error:
                 reason = " ".join(str(error).split())[:160]
-                raise InputError(f"model: got {config.model}, which does not draw that ({reason}); allowed: a "
-                                 f"text-to-image "
-                                 "pipeline, with steps and size it takes") from error  # fmt: skip
+                raise InputError(
+                    f"model: got {config.model}, which does not draw that ({reason}); allowed: a text-to-image "
+                    "pipeline, with steps and size it takes"
+                ) from error
             bar.update(len(batch))
     return pictures

@@ -12,8 +12,10 @@ from stepdistill.errors import InputError
 
 def _device(encoder) -> torch.device:
     if encoder is None:
-        raise InputError("text encoder: got a pipeline loaded without one; allowed: conditions from a cache; load the "
-                         "teacher with text=True")  # fmt: skip
+        raise InputError(
+            "text encoder: got a pipeline loaded without one; allowed: conditions from a cache; load the teacher with "
+            "text=True"
+        )
     return encoder.device
 
 

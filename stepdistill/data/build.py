@@ -60,9 +60,10 @@ def picture_size(teacher: Teacher, resolution: int | None) -> tuple[int, int]:
         raise InputError(f"resolution: got {resolution}; allowed: {height}, this pixel model's own; leave it out")
     if resolution < teacher.factor or resolution % teacher.factor:
         near = max(1, round(resolution / teacher.factor)) * teacher.factor
-        raise InputError(f"resolution: got {resolution}; allowed: multiples of {teacher.factor} with this teacher, "
-                         f"whose "
-                         f"own is {height}; try {near}")  # fmt: skip
+        raise InputError(
+            f"resolution: got {resolution}; allowed: multiples of {teacher.factor} with this teacher, whose own is "
+            f"{height}; try {near}"
+        )
     return resolution, resolution
 
 
@@ -117,13 +118,15 @@ class Plan:
                     beside.rename(folder)
         except (OSError, SafetensorError) as error:
             if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-                raise InputError(f"disk: got no space left while writing {beside}; what is done is kept; free some "
-                                 f"and run "
-                                 "the same command again") from error  # fmt: skip
+                raise InputError(
+                    f"disk: got no space left while writing {beside}; what is done is kept; free some and run the same "
+                    "command again"
+                ) from error
             if isinstance(error, PermissionError):
-                raise InputError(f"cache: got {folder.parent}, which cannot be written; allowed: a folder of yours; "
-                                 f"set "
-                                 "STEPDISTILL_CACHE") from error  # fmt: skip
+                raise InputError(
+                    f"cache: got {folder.parent}, which cannot be written; allowed: a folder of yours; set "
+                    "STEPDISTILL_CACHE"
+                ) from error
             raise
         return folder
 

@@ -56,9 +56,10 @@ class LatentCache:
                 raise ValueError("samples are missing")
             self.captions = [distinct[row] for row in self._row]
         except (OSError, ValueError, KeyError, IndexError, AttributeError, SafetensorError) as error:
-            raise InputError(f"cache: got {folder}, which is damaged or no cache ({str(error)[:80]}); allowed: a "
-                             f"folder "
-                             "made by `stepdistill cache`; remove it and make it again") from error  # fmt: skip
+            raise InputError(
+                f"cache: got {folder}, which is damaged or no cache ({str(error)[:80]}); allowed: a folder made by "
+                "`stepdistill cache`; remove it and make it again"
+            ) from error
         self._starts = list(itertools.accumulate((len(x0) for x0 in self._latents), initial=0))
         self._conditions = {key: [table[key] for table in tables] for key in tables[0]}
         self.key: str = self.manifest["key"]
@@ -145,19 +146,22 @@ def make_cache(
     out = Path(out)
     there = out / "manifest.json"
     if out.exists() and any(out.iterdir()) and not (there.is_file() and LatentCache(out).key == plan.key):
-        raise InputError(f"--out: got {out}, which holds something else; allowed: a new folder, or this very cache; "
-                         "give another")  # fmt: skip
+        raise InputError(
+            f"--out: got {out}, which holds something else; allowed: a new folder, or this very cache; give another"
+        )
     return LatentCache(plan.build(out))
 
 
 def _made_for(teacher: Teacher, cache: LatentCache, spec: str, size: tuple[int, int]) -> LatentCache:
     made = cache.manifest
     if made["teacher"] != teacher_key(teacher, painting=made["painted"]):
-        raise InputError(f"--data: got the cache {spec}, made with another teacher ({made['teacher_path']}); "
-                         f"allowed: one "
-                         "made with this one; run `stepdistill cache` again")  # fmt: skip
+        raise InputError(
+            f"--data: got the cache {spec}, made with another teacher ({made['teacher_path']}); allowed: one made with "
+            "this one; run `stepdistill cache` again"
+        )
     if tuple(made["size"]) != size and size != teacher.image_size:
-        raise InputError(f"resolution: got {size[0]} with the cache {spec} of {made['size'][0]}; allowed: the "
-                         f"cache's own; "
-                         "leave it out")  # fmt: skip
+        raise InputError(
+            f"resolution: got {size[0]} with the cache {spec} of {made['size'][0]}; allowed: the cache's own; leave it "
+            "out"
+        )
     return cache

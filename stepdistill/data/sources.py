@@ -133,9 +133,10 @@ def _beside(folder: Path) -> list[tuple[Path, str]]:
     for file in sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and f.is_file()):
         caption = file.with_suffix(".txt")
         if not caption.exists():
-            raise InputError(f"captions: got none for {file}; allowed: metadata.jsonl with file_name and text, or a "
-                             f".txt "
-                             "beside each picture; write one")  # fmt: skip
+            raise InputError(
+                f"captions: got none for {file}; allowed: metadata.jsonl with file_name and text, or a .txt beside "
+                "each picture; write one"
+            )
         rows.append((file, caption.read_text(encoding="utf-8").strip()))
     return rows
 
@@ -163,9 +164,10 @@ def _shards(pattern: str) -> Source:
                 continue
             if picture is None or caption is None:
                 missing = "picture" if picture is None else "caption"
-                raise InputError(f"shard {file}: got sample {key} without a {missing}; allowed: a picture with a "
-                                 f".txt, or "
-                                 "a .json with text; mend it")  # fmt: skip
+                raise InputError(
+                    f"shard {file}: got sample {key} without a {missing}; allowed: a picture with a .txt, or a .json "
+                    "with text; mend it"
+                )
             samples.append((file, *picture, key))
             captions.append(caption)
     if not samples:
@@ -181,20 +183,17 @@ def _shards(pattern: str) -> Source:
 
 def _expanded(pattern: str) -> list[Path]:
     if "{" in pattern:
-        try:
-            from braceexpand import braceexpand
-        except ImportError as error:
-            raise InputError(f"--data: got {pattern}; braces need the extra `data`: pip install 'stepdistill[data]'; "
-                             f"or use "
-                             "a wildcard") from error  # fmt: skip
+        from braceexpand import braceexpand
+
         names = list(braceexpand(pattern))
     else:
         names = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
     missing = [name for name in names if not Path(name).expanduser().is_file()]
     if missing or not names:
-        raise InputError(f"--data: got {pattern}, of which {(missing or ['nothing'])[0]} is not there; allowed: "
-                         f"local .tar "
-                         "files; check the pattern")  # fmt: skip
+        raise InputError(
+            f"--data: got {pattern}, of which {(missing or ['nothing'])[0]} is not there; allowed: local .tar files; "
+            "check the pattern"
+        )
     return [Path(name).expanduser() for name in names]
 
 
@@ -206,17 +205,20 @@ def _indexed(file: Path) -> dict[str, dict[str, tuple[int, int]]]:
             for member in tar:
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts:
-                    raise InputError(f"shard {file}: got member {member.name}, which leads out of the archive; "
-                                     f"allowed: "
-                                     "plain names; make it again")  # fmt: skip
+                    raise InputError(
+                        f"shard {file}: got member {member.name}, which leads out of the archive; allowed: plain "
+                        "names; make it again"
+                    )
                 stem, dot, extension = path.name.partition(".")
                 extension = (dot + extension).lower()
                 if member.isreg() and extension in (*PICTURES, ".txt", ".json"):
                     place = (member.offset_data, member.size)
                     index.setdefault(str(path.with_name(stem)), {})[extension] = place
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(f"shard {file}: got {str(error)[:60] or 'no archive'}; allowed: an uncompressed, whole .tar; "
-                         "fetch or unpack it again") from error  # fmt: skip
+        raise InputError(
+            f"shard {file}: got {str(error)[:60] or 'no archive'}; allowed: an uncompressed, whole .tar; fetch or "
+            "unpack it again"
+        ) from error
     return index
 
 
@@ -242,22 +244,23 @@ def _caption(file: Path, members: dict[str, tuple[int, int]]) -> str | None:
 
 
 def _table(name: str) -> Source:
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(f"--data: got {name}, taken for a datasets name, which needs the extra `data`: pip install "
-                         f"'stepdistill[data]'; allowed: {KINDS}") from error  # fmt: skip
+    import datasets
+
     try:
         table = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
         table = table["train"] if isinstance(table, dict) else table
     except Exception as error:  # datasets raises a dozen kinds; all mean that it cannot be had
         reason = next(iter(str(error).splitlines()), "")[:100]
-        raise InputError(f"--data: got {name}, which is no folder or file here and could not be loaded as a dataset "
-                         f"({reason}); allowed: {KINDS}; check the name or the network") from error  # fmt: skip
+        raise InputError(
+            f"--data: got {name}, which is no folder or file here and could not be loaded as a dataset ({reason}); "
+            f"allowed: {KINDS}; check the name or the network"
+        ) from error
     column = next((c for c in TEXT_COLUMNS if c in table.column_names), None)
     if column is None or "image" not in table.column_names:
-        raise InputError(f"--data: got columns {', '.join(table.column_names)} in {name}; allowed: image and one of "
-                         f"{', '.join(TEXT_COLUMNS)}; rename them")  # fmt: skip
+        raise InputError(
+            f"--data: got columns {', '.join(table.column_names)} in {name}; allowed: image and one of "
+            f"{', '.join(TEXT_COLUMNS)}; rename them"
+        )
     captions = list(table[column])
     if not captions or not all(isinstance(caption, str) for caption in captions):
         got = "no rows" if not captions else "rows without a caption"

@@ -80,8 +80,8 @@ class GaussianMixtureDenoiser(Denoiser):
         weights = torch.ones(count) if weights is None else torch.as_tensor(weights)
         if std.shape not in ((), (count,), means.shape) or weights.shape != (count,):
             raise InputError(
-                f"mixture: got std {tuple(std.shape)}, weights {tuple(weights.shape)} for {count} means; "
-                f"allowed: std (), ({count},) or {tuple(means.shape)}, weights ({count},)"
+                f"mixture: got std {tuple(std.shape)}, weights {tuple(weights.shape)} for {count} means; allowed: std "
+                f"(), ({count},) or {tuple(means.shape)}, weights ({count},)"
             )
         if not (std > 0).all() or not (weights > 0).all():
             raise InputError("mixture: got a std or weight of 0 or less; allowed: above 0; drop empty components")

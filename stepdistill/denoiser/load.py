@@ -267,8 +267,9 @@ def as_teacher(pipeline, path: str) -> Teacher:
     schedule = AlphaBar.from_scheduler(pipeline.scheduler)
     predicted = pipeline.scheduler.config.get("prediction_type", "epsilon")
     if predicted not in KINDS:
-        raise InputError(f"prediction_type: got {predicted!r} in {path}; allowed: {', '.join(KINDS)}; mend its "
-                         "scheduler_config.json")  # fmt: skip
+        raise InputError(
+            f"prediction_type: got {predicted!r} in {path}; allowed: {', '.join(KINDS)}; mend its scheduler_config.json"
+        )
     denoiser = (PixelDenoiser if FAMILIES[name] == "pixel" else UNetDenoiser)(pipeline.unet, schedule, KINDS[predicted])
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):

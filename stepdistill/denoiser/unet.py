@@ -50,8 +50,10 @@ class UNetDenoiser(Denoiser):
         if cond is None or not self.needs <= cond.keys():
             got = ", ".join(sorted(cond or ())) or "none"
             hint = "; add guidance = scale - 1" if self.guidance_width else ""
-            raise InputError(f"condition: got {got}; allowed: {', '.join(sorted(self.needs))} for this network; "
-                             f"encode the prompts with its conditioner{hint}")  # fmt: skip
+            raise InputError(
+                f"condition: got {got}; allowed: {', '.join(sorted(self.needs))} for this network; encode the prompts "
+                f"with its conditioner{hint}"
+            )
         added, embedding = None, None
         if self.sized:
             added = {"text_embeds": cond["pooled"].to(x_t.dtype), "time_ids": cond["time_ids"]}

@@ -109,8 +109,10 @@ def load_clip(
         )
     if not folder and not name.startswith("hf-hub:"):
         if name not in open_clip.list_models():
-            raise InputError(f"CLIP model: got {name!r}; allowed: avatars, local-dir:FOLDER, hf-hub:owner/name, or "
-                             "a name of open_clip.list_models(), as ViT-B-32")  # fmt: skip
+            raise InputError(
+                f"CLIP model: got {name!r}; allowed: avatars, local-dir:FOLDER, hf-hub:owner/name, or a name of "
+                "open_clip.list_models(), as ViT-B-32"
+            )
         if not pretrained:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)[:4]) or "a weights file"
             raise InputError(f"CLIP model {name}: got no `pretrained`, so it would be random; allowed: {tags}")

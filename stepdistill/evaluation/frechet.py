@@ -162,8 +162,8 @@ def frechet_interval(features: Tensor, reference: Moments, *, z: float = 1.96) -
 def _check(moments: Moments, reference: Moments) -> None:
     if moments.mean.shape != reference.mean.shape:
         raise InputError(
-            f"features: got length {len(moments.mean)} against a reference of {len(reference.mean)}; "
-            "allowed: both from one extractor"
+            f"features: got length {len(moments.mean)} against a reference of {len(reference.mean)}; allowed: both "
+            "from one extractor"
         )
 
 

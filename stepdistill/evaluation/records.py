@@ -71,9 +71,9 @@ class Book:
         for row in self.rows:
             if row["protocol_hash"] != protocol_hash:
                 raise InputError(
-                    f"--out {self.folder}: got rows of {row.get('protocol')} n={row.get('n')} "
-                    f"({row['protocol_hash']}) there, and {protocol} ({protocol_hash}) asked for; "
-                    "such rows cannot be compared; choose another folder"
+                    f"--out {self.folder}: got rows of {row.get('protocol')} n={row.get('n')} ({row['protocol_hash']}) "
+                    f"there, and {protocol} ({protocol_hash}) asked for; such rows cannot be compared; choose another "
+                    "folder"
                 )
 
     @property

@@ -6,7 +6,6 @@ write_report("out/bench")       # or: stepdistill report out/bench
 from __future__ import annotations
 
 import base64
-import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,17 @@ from typing import Any
 from stepdistill.errors import InputError
 from stepdistill.evaluation import plots
 from stepdistill.evaluation.records import grid_name
-from stepdistill.evaluation.summary import Cell, Row, cells, columns, floors, read_folder, verdicts
+from stepdistill.evaluation.summary import (
+    Cell,
+    Row,
+    cells,
+    columns,
+    escaped,
+    floors,
+    markdown_table,
+    read_folder,
+    verdicts,
+)
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -137,30 +146,26 @@ def _grids(folder: Path, rows: Sequence[Row]) -> list[tuple[int, list[tuple[str,
 
 
 def _markdown(title: str, rows: Sequence[Row], found: Sequence[Cell], prompts: Sequence[str], timed: bool) -> str:
-    def safe(text: object) -> str:
-        return html.escape(str(text)).replace("|", "\\|")
-
     first = rows[0]
-    names = list(columns(found[0]))
     lines = [
-        f"# {safe(title)}", "",
-        f"Protocol {safe(first.get('protocol'))} (`{safe(first['protocol_hash'])}`), n = {first.get('n')} a cell, "
-        f"FD-{safe(first.get('fd_extractor'))}; on {safe(first.get('device'))}.", "",
+        f"# {escaped(title)}", "",
+        f"Protocol {escaped(first.get('protocol'))} (`{escaped(first['protocol_hash'])}`), "
+        f"n = {first.get('n')} a cell, FD-{escaped(first.get('fd_extractor'))}; on {escaped(first.get('device'))}.", "",
     ]  # fmt: skip
     for said in verdicts(found):
         told = "; ".join(f"{big} {what}" for big, what in said["stats"])
-        lines += [f"**{safe(said['model'])}** at {said['steps']}: {safe(told)}.", ""]
-    lines += ["| model | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    for cell in found:
-        lines.append(f"| {safe(cell.model)} | " + " | ".join(columns(cell).values()) + " |")
+        lines += [f"**{escaped(said['model'])}** at {said['steps']}: {escaped(told)}.", ""]
+    lines.append(markdown_table(found, list(columns(found[0]))))
     lines += ["", "![quality by steps](quality.png)", *(["![quality by latency](latency.png)"] if timed else []), ""]
     lines += [
         "FD, CLIP and attributes by the protocol; ms a picture are medians of whole calls; per step is one call.",
         "",
     ]
     for cell in found:
-        lines.append(f"{safe(cell.model)}, {cell.steps} steps\n\n![{safe(cell.model)}](grids/{grid_name(cell.row)})\n")
-    lines += [f"{i}. {safe(prompt)}" for i, prompt in enumerate(prompts, 1)]
+        lines.append(
+            f"{escaped(cell.model)}, {cell.steps} steps\n\n![{escaped(cell.model)}](grids/{grid_name(cell.row)})\n"
+        )
+    lines += [f"{i}. {escaped(prompt)}" for i, prompt in enumerate(prompts, 1)]
     commands = dict.fromkeys(row.get("command") or "" for row in rows)
     lines += ["", "Made by:", "", *(f"    {' '.join(command.split())}" for command in commands), ""]
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,20 @@ def columns(cell: Cell) -> dict[str, str]:
         "guidance": "–" if cell.guidance is None else f"{cell.guidance:g}",
         "scheduler": (cell.scheduler or "–").removesuffix("Scheduler"),
     }
+
+
+def markdown_table(found: Sequence[Cell], names: Sequence[str]) -> str:
+    """The named columns as a Markdown table, a line a cell."""
+    lines = ["| model | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    for cell in found:
+        values = columns(cell)
+        lines.append(f"| {escaped(cell.model)} | " + " | ".join(values[name] for name in names) + " |")
+    return "\n".join(lines)
+
+
+def escaped(text: object) -> str:
+    """Text for Markdown: no HTML, no column ends."""
+    return html.escape(str(text)).replace("|", "\\|")
 
 
 def print_table(rows: Sequence[Row]) -> None:

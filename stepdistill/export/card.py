@@ -1,6 +1,10 @@
-"""The model card of an export."""
+"""The model card of an export, and the place in it where measured figures go."""
 
 from __future__ import annotations
+
+from pathlib import Path
+
+FIGURES_START, FIGURES_END = "<!-- figures -->", "<!-- /figures -->"
 
 USE_LORA = """```python
 import torch
@@ -45,9 +49,14 @@ def model_card(
 
 # {method} {kind} of {teacher}
 
-A few-step student distilled with [stepdistill](https://pypi.org/project/stepdistill/). No figures are given here that
-were not measured: `stepdistill bench` makes them.
+A few-step student distilled with stepdistill.
 {picture}
+## Figures
+
+{FIGURES_START}
+Not measured yet: `stepdistill bench --card` measures and writes them here.
+{FIGURES_END}
+
 ## Use
 
 {use}
@@ -58,3 +67,17 @@ were not measured: `stepdistill bench` makes them.
 |---|---|
 {rows}
 """
+
+
+def put_figures(folder: Path, text: str) -> bool:
+    """Replaces the figures in the card of an export folder; False where it has no card, or no place in it."""
+    card = Path(folder) / "README.md"
+    old = card.read_text() if card.is_file() else ""
+    before, start, rest = old.partition(FIGURES_START)
+    _, end, after = rest.partition(FIGURES_END)
+    if not start or not end:
+        return False
+    beside = card.with_name(card.name + ".partial")
+    beside.write_text(f"{before}{start}\n{text.strip()}\n{end}{after}")
+    beside.replace(card)
+    return True

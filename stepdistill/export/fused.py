@@ -36,9 +36,10 @@ def save_fused(folder: Path, out: Path, *, teacher: str) -> Path:
             raise ValueError(f"{loaded} of {len(state)} tensors fit")
     except (ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise InputError(f"teacher: got {teacher}, for which {folder} was not trained ({reason}); allowed: its own; "
-                         f"give it "
-                         "with --teacher") from error  # fmt: skip
+        raise InputError(
+            f"teacher: got {teacher}, for which {folder} was not trained ({reason}); allowed: its own; give it with "
+            "--teacher"
+        ) from error
     pipeline.fuse_lora(safe_fusing=True)
     pipeline.unload_lora_weights()
     config = folder / "scheduler" / "scheduler_config.json"

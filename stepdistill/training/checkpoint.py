@@ -69,8 +69,10 @@ def replacing(final: Path):
         shutil.rmtree(beside, ignore_errors=True)
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if full:
-            raise InputError(f"disk: got no space left while writing {final}; free some and run the same command "
-                             "again; what was there is kept") from error  # fmt: skip
+            raise InputError(
+                f"disk: got no space left while writing {final}; free some and run the same command again; what was "
+                "there is kept"
+            ) from error
         raise
 
 
@@ -143,6 +145,8 @@ def load_latest(folder: Path) -> tuple[int, dict] | None:
         except (OSError, ValueError, KeyError) as error:
             warnings.warn(f"checkpoint {path} is broken ({str(error)[:80]}); trying the one before", stacklevel=2)
     if found:
-        raise InputError(f"checkpoints: got {len(found)} in {folder}, all broken; allowed: a whole one; remove the "
-                         "folder to start again")  # fmt: skip
+        raise InputError(
+            f"checkpoints: got {len(found)} in {folder}, all broken; allowed: a whole one; remove the folder to start "
+            "again"
+        )
     return None

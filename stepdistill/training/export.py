@@ -64,5 +64,7 @@ def push(folder: Path, repository: str) -> None:
         api.upload_folder(repo_id=repository, folder_path=folder)
     except Exception as error:  # the hub's and the network's own dozen kinds
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise InputError(f"push_to_hub: got {repository}, which could not be uploaded to ({reason[:120]}); the export "
-                         f"is whole in {folder}; check `hf auth login` and upload that") from error  # fmt: skip
+        raise InputError(
+            f"push_to_hub: got {repository}, which could not be uploaded to ({reason[:120]}); the export is whole in "
+            f"{folder}; check `hf auth login` and upload that"
+        ) from error

@@ -30,8 +30,10 @@ def room(out: Path, device: torch.device, batch_size: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise InputError(f"memory of {device}: got no room for batch_size = {batch_size}; {kept}; lower --batch-size "
-                         "and raise --gradient-accumulation, or add --gradient-checkpointing") from error  # fmt: skip
+        raise InputError(
+            f"memory of {device}: got no room for batch_size = {batch_size}; {kept}; lower --batch-size and raise "
+            "--gradient-accumulation, or add --gradient-checkpointing"
+        ) from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -250,8 +250,10 @@ def full_models(
         missing, unexpected = student.load_state_dict(backbone.state_dict(), strict=False)
         new = "time_embedding.cond_proj.weight"
         if unexpected or missing != [new] * (backbone.config.time_cond_proj_dim is None):
-            raise InputError(f"embed_guidance: got a teacher whose weights do not fit ({missing[:2]}, "
-                             f"{unexpected[:2]}); allowed: one without time_cond_proj_dim; leave it out")  # fmt: skip
+            raise InputError(
+                f"embed_guidance: got a teacher whose weights do not fit ({missing[:2]}, {unexpected[:2]}); allowed: "
+                "one without time_cond_proj_dim; leave it out"
+            )
         if missing:
             nn.init.zeros_(student.get_parameter(new))  # starts as the teacher, whatever w
         backbone = student.to(next(backbone.parameters()).device)

@@ -232,8 +232,10 @@ class Trainer:
     def _save(self) -> None:
         weights = [p.detach().float().sum() for group in self.models.trained.values() for p in group.values()]
         if not math.isfinite(torch.stack(weights).sum().item()):
-            raise InputError(f"weights: got a value that is not finite at update {self.update}; the last checkpoint is "
-                             "kept; lower --learning-rate, or use --mixed-precision bf16 or no")  # fmt: skip
+            raise InputError(
+                f"weights: got a value that is not finite at update {self.update}; the last checkpoint is kept; lower "
+                "--learning-rate, or use --mixed-precision bf16 or no"
+            )
         if self.accelerator.is_main_process:
             checkpoint.save(self.out / "checkpoints", self.update, self._state())
         self.accelerator.wait_for_everyone()
@@ -267,8 +269,10 @@ class Trainer:
         values = {name: total / count for name, (total, count) in sums.items()}
         if not all(math.isfinite(v) for v in values.values()):
             got = ", ".join(f"{k} = {v}" for k, v in values.items())
-            raise InputError(f"loss: got {got} at update {self.update}; the last checkpoint is kept; lower "
-                             "--learning-rate, or use --mixed-precision bf16 or no")  # fmt: skip
+            raise InputError(
+                f"loss: got {got} at update {self.update}; the last checkpoint is kept; lower --learning-rate, or use "
+                "--mixed-precision bf16 or no"
+            )
         rate = learning_rate_at(self.update - 1, self.config)
         metrics.log(self.update, values | {"learning_rate": rate, "seconds_per_update": round(seconds, 4)})
         return {name: f"{value:.4f}" for name, value in values.items()}

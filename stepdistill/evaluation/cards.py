@@ -1,0 +1,37 @@
+"""Puts a benchmark's figures into the model cards of the students it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from stepdistill.evaluation.spec import parse
+from stepdistill.evaluation.summary import Row, cells, columns, markdown_table
+from stepdistill.export.card import put_figures
+
+SHOWN = ("steps", "NFE", "FD", "interval", "CLIP", "attributes", "ms", "guidance", "scheduler")
+
+
+def write_cards(rows: Sequence[Row]) -> list[Path]:
+    """Writes a table of student and teacher into the card of each export folder among the rows' models.
+
+    Returns:
+        The folders whose cards have changed.
+    """
+    found = cells(rows)
+    written = []
+    for model, row in {row["model"]: row for row in rows if row.get("spec")}.items():
+        spec = parse(row["spec"])
+        folder = Path(spec.lora or spec.path)
+        shown = [cell for cell in found if cell.model == model or cell.method in ("teacher", "floor")]
+        names = [name for name in columns(shown[0]) if name in SHOWN]
+        seeds = sorted({r["seed"] for r in rows if r["model"] == model and r.get("seed") is not None})
+        text = (
+            f"Protocol {row['protocol']} (`{row['protocol_hash']}`), n = {row['n']} a cell, "
+            f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, on {row['device']}. FD is a Frechet distance "
+            f"on {row['fd_extractor']} features with its 95 % interval; ms is the median of a whole call.\n\n"
+            + markdown_table(shown, names)
+        )
+        if put_figures(folder, text):
+            written.append(folder)
+    return written
