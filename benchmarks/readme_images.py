@@ -1,0 +1,89 @@
+"""Makes the README's two pictures from a benchmark's folder.
+
+    python benchmarks/readme_images.py benchmarks/results/avatars --out docs/images
+
+grid.png has a row for each model and number of steps, the same prompts and noise in each column; quality_latency.png
+has the report's two curves side by side.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from PIL import Image, ImageDraw, ImageFont
+
+from stepdistill.cli._run import guard, parse
+from stepdistill.errors import InputError
+from stepdistill.evaluation.records import grid_name
+from stepdistill.evaluation.report import write_report
+from stepdistill.evaluation.summary import cells, read_folder
+
+GAP, LABEL, INK, MUTE = 10, 170, "#1c2024", "#60646c"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of benchmarks/readme_images.py."""
+
+    folder: tyro.conf.Positional[Path]
+    """A folder that `stepdistill bench` or `stepdistill demo` wrote."""
+    out: Path = Path("docs/images")
+    """Where the pictures go."""
+    steps: tuple[int, ...] = (1, 2, 4, 50)
+    """Rows of the grid, where a model has them."""
+
+
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """matplotlib's own sans, which is there wherever the plots are."""
+    import matplotlib
+
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+
+
+def grid(folder: Path, steps: tuple[int, ...]) -> Image.Image:
+    """A labelled row for each cell: model, steps, and its distance."""
+    rows = []
+    for cell in cells(read_folder(folder)):
+        strip = folder / "grids" / grid_name(cell.row)
+        if cell.steps in steps and strip.is_file():
+            rows.append((cell, Image.open(strip).convert("RGB")))
+    if not rows:
+        raise InputError(f"grid: got {folder}, which has no pictures at {' '.join(map(str, steps))} steps; give others")
+    width, height = rows[0][1].size
+    sheet = Image.new("RGB", (LABEL + width + GAP, (height + GAP) * len(rows) + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (cell, strip) in enumerate(rows):
+        top = GAP + i * (height + GAP)
+        sheet.paste(strip, (LABEL, top))
+        middle = top + height // 2
+        steps_text = f"{cell.steps} step{'s' * (cell.steps > 1)}"
+        draw.text((GAP * 2, middle - 20), cell.model, INK, font(15, bold=True), anchor="lm")
+        draw.text((GAP * 2, middle + 2), steps_text, INK, font(14), anchor="lm")
+        draw.text((GAP * 2, middle + 23), f"FD {cell.fd:.0f}", MUTE, font(13), anchor="lm")
+    return sheet
+
+
+def curves(folder: Path) -> Image.Image:
+    """The report's two PNG plots, side by side."""
+    write_report(folder)
+    pictures = [Image.open(folder / name).convert("RGB") for name in ("quality.png", "latency.png")]
+    sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
+    sheet.paste(pictures[0], (0, 0))
+    sheet.paste(pictures[1], (pictures[0].width, 0))
+    return sheet
+
+
+def main(config: Config) -> None:
+    """Writes both pictures."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    grid(config.folder, config.steps).save(config.out / "grid.png", optimize=True)
+    curves(config.folder).save(config.out / "quality_latency.png", optimize=True)
+    print(f"{config.out / 'grid.png'}\n{config.out / 'quality_latency.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(guard(lambda: main(parse(Config, description=__doc__))))
