@@ -13,12 +13,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -31,8 +33,10 @@ from tqdm import tqdm
 from stepdistill.cli._run import guard
 from stepdistill.data import avatars
 from stepdistill.errors import InputError
+from stepdistill.evaluation import records
 
 CONFIG = Path(__file__).parent / "configs" / "avatars_teacher.yaml"
+Figures = dict[str, Any]
 STAGES = ("vae", "text", "unet", "scorer")
 
 
@@ -144,6 +148,11 @@ def train(
     return averages
 
 
+def last_loss(config: Config, name: str) -> float:
+    """The last smoothed loss in a stage's log."""
+    return json.loads((config.out / f"{name}.jsonl").read_text().splitlines()[-1])["loss"]
+
+
 def images_of(split: str, device: str) -> Tensor:
     """The split's pictures, (N, 3, 32, 32) uint8."""
     return torch.from_numpy(avatars.load(split).images).permute(0, 3, 1, 2).contiguous().to(device)
@@ -168,7 +177,7 @@ def build_vae(sizes: dict) -> nn.Module:
     )  # fmt: skip
 
 
-def run_vae(config: Config, sizes: dict, budget: Budget, kl_weight: float) -> None:
+def run_vae(config: Config, sizes: dict, budget: Budget, kl_weight: float) -> Figures:
     """L1 + 2 L2 reconstruction with a whisper of KL, so that latents stay near a unit normal and decode sharply."""
     vae = build_vae(sizes).to(config.device, memory_format=torch.channels_last)
     train_images = images_of("train", config.device)
@@ -191,7 +200,7 @@ def run_vae(config: Config, sizes: dict, budget: Budget, kl_weight: float) -> No
         mse = torch.stack([((vae(b).sample.clamp(-1, 1) - b) / 2).square().mean() for b in test.split(250)]).mean()
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     vae.save_pretrained(config.out / "vae")
-    print(f"vae: held-out PSNR {-10 * mse.log10().item():.2f} dB, scaling factor {vae.config.scaling_factor}")
+    return {"held_out_psnr_db": round(-10 * mse.log10().item(), 2), "scaling_factor": vae.config.scaling_factor}
 
 
 # --------------------------------------------------------------------------------------------------------------- text
@@ -262,7 +271,7 @@ def tokenize(tokenizer, captions: list[str], device: str) -> Tensor:
     return tokenizer(captions, return_tensors="pt", **options).input_ids.to(device)
 
 
-def run_text(config: Config, max_length: int, sizes: dict, budget: Budget) -> None:
+def run_text(config: Config, max_length: int, sizes: dict, budget: Budget) -> Figures:
     """Learns the text tower by reading captions: from its pooled state, which attributes are named, and which class."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -294,7 +303,7 @@ def run_text(config: Config, max_length: int, sizes: dict, budget: Budget) -> No
         accuracy = heads.accuracy(pooled, attribute_labels("test", mentioned_only=True).to(config.device)).mean()
     tower.save_pretrained(config.out / "text_encoder")
     tokenizer.save_pretrained(config.out / "tokenizer")
-    print(f"text: {100 * accuracy.item():.2f} % of named and open attributes read right from held-out captions")
+    return {"held_out_accuracy": round(accuracy.item(), 5)}  # of named and open attributes, read from the caption
 
 
 # --------------------------------------------------------------------------------------------------------------- unet
@@ -346,6 +355,7 @@ def run_unet(config: Config, sizes: dict, scheduler: dict, budget: Budget, capti
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.to(dtype=getattr(torch, dtype)).save_pretrained(config.out / "teacher")
+    return {"parameters": sum(p.numel() for p in unet.parameters()), "v_loss": last_loss(config, "unet")}
 
 
 # ------------------------------------------------------------------------------------------------------------- scorer
@@ -353,7 +363,7 @@ def run_unet(config: Config, sizes: dict, scheduler: dict, budget: Budget, capti
 
 def run_scorer(
     config: Config, model_cfg: dict, budget: Budget, attribute_weight: float, probe_weight_decay: float
-) -> None:
+) -> Figures:
     """An open_clip model trained on pictures and captions, image embeddings sharpened by the attributes; then probes.
 
     The probes are fitted afterwards on the frozen, normalised embedding of clean pictures, by L-BFGS.
@@ -413,11 +423,26 @@ def run_scorer(
         weights |= {f"{name}.weight": head.weight.detach(), f"{name}.bias": head.bias.detach()}
     save_file(weights, folder / "probes.safetensors")
     (folder / "probes.json").write_text(json.dumps(classes, indent=2) + "\n")
-    (folder / "accuracy.json").write_text(json.dumps({k: round(v, 4) for k, v in accuracy.items()}, indent=2) + "\n")
-    print("scorer: held-out probe accuracy " + ", ".join(f"{k} {v:.3f}" for k, v in accuracy.items()))
+    return {"held_out_accuracy": {name: round(share, 4) for name, share in accuracy.items()}}
 
 
 # --------------------------------------------------------------------------------------------------------------- main
+
+
+RUN = {"vae": run_vae, "text": run_text, "unet": run_unet, "scorer": run_scorer}
+
+
+def record(config: Config, stage: str, plan: dict, figures: Figures) -> None:
+    """Adds a stage to <out>/record.json: its plan, what came of it, and what made it."""
+    file = config.out / "record.json"
+    whole = json.loads(file.read_text()) if file.is_file() else {}
+    whole[stage] = {
+        "figures": figures, "plan": plan, "seed": config.seed, "device": records.device_name(config.device),
+        "commit": records.commit(), "versions": records.versions(), "command": " ".join(map(shlex.quote, sys.argv)),
+    }  # fmt: skip
+    file.with_suffix(".new").write_text(json.dumps(whole, indent=2) + "\n")
+    os.replace(file.with_suffix(".new"), file)
+    print(f"{stage}: {json.dumps(figures)}")
 
 
 def run(config: Config) -> None:
@@ -429,7 +454,8 @@ def run(config: Config) -> None:
     for stage in config.stages:
         section = dict(plan[stage])
         budget = Budget(**section.pop("budget"))
-        globals()[f"run_{stage}"](config, budget=budget, **section)
+        figures = RUN[stage](config, budget=budget, **section)
+        record(config, stage, plan[stage], figures)
 
 
 if __name__ == "__main__":
