@@ -273,7 +273,7 @@ def test_statistics_are_cached_by_content_and_rebuilt_when_damaged(pictures, tmp
     kept.write_bytes(kept.read_bytes()[:100])
     assert torch.equal(make().mean, first.mean) and told == [4, 2, 4, 2]
     other = dataclasses.replace(tools.extractor, resize="bilinear")
-    assert metrics.statistics_key(other, reference, 6) != metrics.statistics_key(tools.extractor, reference, 6)
+    assert metrics.statistics_name(other, reference, 6) != metrics.statistics_name(tools.extractor, reference, 6)
 
 
 def test_sets_that_are_none_are_refused(tmp_path):

@@ -3,9 +3,10 @@
     python train_scripts/train_teacher.py --out out/teacher              # all stages; run it again to resume
     python train_scripts/train_teacher.py --out out/teacher --stages vae text --config my.yaml
 
-Stages: `vae` (autoencoder), `text` (tokenizer and CLIP text tower), `unet` (the denoiser), `scorer` (an open_clip
-model with attribute probes). When all are done, `--out` holds `teacher/`, a StableDiffusionPipeline folder, and
-`scorer/`; copy both to assets/. The one config is train_scripts/configs/avatars_teacher.yaml.
+Stages: `vae` (autoencoder), `decoder` (its second half again, on noisy latents), `text` (tokenizer and CLIP text
+tower), `unet` (the denoiser), `scorer` (an open_clip model with attribute probes). When all are done, `--out` holds
+`teacher/`, a StableDiffusionPipeline folder, and `scorer/`; copy both to assets/. The one config is
+train_scripts/configs/avatars_teacher.yaml.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from stepdistill.evaluation import records
 
 CONFIG = Path(__file__).parent / "configs" / "avatars_teacher.yaml"
 Figures = dict[str, Any]
-STAGES = ("vae", "text", "unet", "scorer")
+STAGES = ("vae", "decoder", "text", "unet", "scorer")
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def train(
         named.values(), lr=0.0, betas=budget.betas, weight_decay=budget.weight_decay, fused=True
     )
     averages = {key: parameter.detach().clone() for key, parameter in named.items()}
+    buffers = dict(model.named_buffers())
     first = 0
     if path.exists():
         saved = load_file(path, device=config.device)
@@ -106,12 +108,15 @@ def train(
                 part: saved[f"{part}.{key}"].cpu() if part == "step" else saved[f"{part}.{key}"]
                 for part in ("step", "exp_avg", "exp_avg_sq")
             }
+        for key, buffer in buffers.items():
+            buffer.copy_(saved[f"buffer.{key}"])
 
     def save(update: int) -> None:
         tensors = {"update": torch.tensor(update)}
         for key, parameter in named.items():
             tensors[f"model.{key}"], tensors[f"average.{key}"] = parameter.data, averages[key]
             tensors |= {f"{part}.{key}": value for part, value in optimizer.state[parameter].items()}
+        tensors |= {f"buffer.{key}": buffer for key, buffer in buffers.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, path.with_suffix(".new"))
         os.replace(path.with_suffix(".new"), path)
@@ -177,8 +182,13 @@ def build_vae(sizes: dict) -> nn.Module:
     )  # fmt: skip
 
 
+def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
+    """L1 + 2 L2."""
+    return (y.float() - x).abs().mean() + 2 * (y.float() - x).square().mean()
+
+
 def run_vae(config: Config, sizes: dict, budget: Budget, kl_weight: float) -> Figures:
-    """L1 + 2 L2 reconstruction with a whisper of KL, so that latents stay near a unit normal and decode sharply."""
+    """Reconstruction with a whisper of KL, so that latents stay near a unit normal and decode sharply."""
     vae = build_vae(sizes).to(config.device, memory_format=torch.channels_last)
     train_images = images_of("train", config.device)
 
@@ -187,20 +197,69 @@ def run_vae(config: Config, sizes: dict, budget: Budget, kl_weight: float) -> Fi
         x = to_unit(train_images[index]).to(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
-        y = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+        y = vae.decode(posterior.mean + posterior.std * noise).sample
         mean, log_variance = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        return (y - x).abs().mean() + 2 * (y - x).square().mean() + kl_weight * kl
+        return reconstruction_loss(y, x) + kl_weight * kl
 
     vae.load_state_dict(train("vae", vae, loss, budget, config))
     vae.eval()
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(to_unit(b)).latent_dist.mean for b in train_images[:4000].split(250)])
-        test = to_unit(images_of("test", config.device)[:1000])
-        mse = torch.stack([((vae(b).sample.clamp(-1, 1) - b) / 2).square().mean() for b in test.split(250)]).mean()
+    latents = latents_of(vae, train_images[:4000])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     vae.save_pretrained(config.out / "vae")
-    return {"held_out_psnr_db": round(-10 * mse.log10().item(), 2), "scaling_factor": vae.config.scaling_factor}
+    return {"scaling_factor": vae.config.scaling_factor} | reconstruction_figures(vae, config)
+
+
+def run_decoder(config: Config, budget: Budget, noise: float) -> Figures:
+    """Teaches the decoder to forgive a sampler's small errors: latents shaken by up to `noise`, the encoder fixed."""
+    vae = load_vae(config)
+    images = images_of("train", config.device)
+    latents = latents_of(vae, images)
+    decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+    decoder.to(memory_format=torch.channels_last).requires_grad_(True)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(images), (budget.batch_size,), generator=generator)
+        level = noise * torch.rand(budget.batch_size, 1, 1, 1, generator=generator)
+        shaken = level * torch.randn(budget.batch_size, *latents.shape[1:], generator=generator)
+        z = latents[index] + shaken.to(config.device) / vae.config.scaling_factor
+        y = vae.decode(z.contiguous(memory_format=torch.channels_last)).sample
+        return reconstruction_loss(y, to_unit(images[index]))
+
+    decoder.load_state_dict(train("decoder", decoder, loss, budget, config))
+    vae.eval().save_pretrained(config.out / "vae")
+    return reconstruction_figures(vae, config)
+
+
+def load_vae(config: Config) -> nn.Module:
+    """The autoencoder of the `vae` stage, and of the `decoder` stage once that is done."""
+    from diffusers import AutoencoderKL
+
+    if not (config.out / "vae").is_dir():
+        raise InputError(f"{config.out / 'vae'}: not there; run the stage vae first")
+    return AutoencoderKL.from_pretrained(config.out / "vae").to(config.device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def latents_of(vae: nn.Module, images: Tensor) -> Tensor:
+    """(N, C, h, w) posterior means of uint8 pictures."""
+    batches = tqdm(images.split(250), "latents", dynamic_ncols=True)
+    return torch.cat([vae.encode(to_unit(batch)).latent_dist.mean for batch in batches])
+
+
+@torch.no_grad()
+def reconstruction_figures(vae: nn.Module, config: Config) -> Figures:
+    """PSNR in dB of 1,000 held-out pictures, from exact latents and from ones shaken by 0.1."""
+    test = to_unit(images_of("test", config.device)[:1000])
+    figures = {}
+    for name, level in (("held_out_psnr_db", 0.0), ("held_out_psnr_db_at_noise_0.1", 0.1)):
+        errors = []
+        for batch in test.split(250):
+            z = vae.encode(batch).latent_dist.mean
+            z = z + level / vae.config.scaling_factor * torch.randn(z.shape).to(z.device)
+            errors.append(((vae.decode(z).sample.clamp(-1, 1) - batch) / 2).square().mean())
+        figures[name] = round(-10 * torch.stack(errors).mean().log10().item(), 2)
+    return figures
 
 
 # --------------------------------------------------------------------------------------------------------------- text
@@ -322,18 +381,15 @@ def load_text(config: Config):
 
 def run_unet(config: Config, sizes: dict, scheduler: dict, budget: Budget, caption_dropout: float, dtype: str) -> None:
     """v-prediction on cached latents and text states (Salimans and Ho 2022, eq. 10), then writes the whole pipeline."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-    if not (config.out / "vae").is_dir():
-        raise InputError(f"{config.out / 'vae'}: not there; run the stage vae first")
-    vae = AutoencoderKL.from_pretrained(config.out / "vae").to(config.device).eval()
+    vae = load_vae(config)
     tokenizer, tower = load_text(config)
     noise_scheduler = DDIMScheduler(**scheduler)
     alpha_bar = noise_scheduler.alphas_cumprod.to(config.device)
     unet = UNet2DConditionModel(cross_attention_dim=tower.config.hidden_size, **sizes).to(config.device)
+    latents = latents_of(vae, images_of("train", config.device)) * vae.config.scaling_factor
     with torch.no_grad():
-        batches = tqdm(images_of("train", config.device).split(250), "latents", dynamic_ncols=True)
-        latents = torch.cat([vae.encode(to_unit(b)).latent_dist.mean for b in batches]) * vae.config.scaling_factor
         ids = tokenize(tokenizer, ["", *avatars.load("train").captions], config.device)
         states = torch.cat([tower(b).last_hidden_state.to(torch.bfloat16) for b in ids.split(500)])
     empty, states = states[:1], states[1:]
@@ -381,20 +437,25 @@ def run_scorer(
     heads = Heads(model_cfg["embed_dim"], [len(values) for values in classes.values()])
     model = nn.ModuleDict({"clip": clip, "heads": heads}).to(config.device)
     ids, images = tokenize(tokenizer, data.captions, config.device), images_of("train", config.device)
+    size = (model_cfg["vision_cfg"]["image_size"],) * 2
+
+    def pixels(pictures: Tensor) -> Tensor:
+        return nn.functional.interpolate(to_unit(pictures), size, mode="bicubic").clamp(-1, 1)
+
     labels = attribute_labels("train", mentioned_only=False).to(config.device)
     criterion = open_clip.ClipLoss()
 
     def loss(generator: torch.Generator) -> Tensor:
         index = torch.randint(len(ids), (budget.batch_size,), generator=generator)
-        image, text, scale = clip(to_unit(images[index]), ids[index])
+        image, text, scale = clip(pixels(images[index]), ids[index])
         return criterion(image.float(), text.float(), scale) + attribute_weight * heads.loss(10 * image, labels[index])
 
     model.load_state_dict(train("scorer", model, loss, budget, config), strict=False)
     model.eval().requires_grad_(False)
 
     def embed(split: str) -> Tensor:
-        pictures = images_of(split, config.device)
-        return torch.cat([clip.encode_image(to_unit(b), normalize=True).float() for b in pictures.split(500)])
+        batches = images_of(split, config.device).split(500)
+        return torch.cat([clip.encode_image(pixels(batch), normalize=True).float() for batch in batches])
 
     features, held_out = embed("train"), embed("test")
     test_labels = attribute_labels("test", mentioned_only=False).to(config.device)
@@ -429,7 +490,7 @@ def run_scorer(
 # --------------------------------------------------------------------------------------------------------------- main
 
 
-RUN = {"vae": run_vae, "text": run_text, "unet": run_unet, "scorer": run_scorer}
+RUN = {"vae": run_vae, "decoder": run_decoder, "text": run_text, "unet": run_unet, "scorer": run_scorer}
 
 
 def record(config: Config, stage: str, plan: dict, figures: Figures) -> None:

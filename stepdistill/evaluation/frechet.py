@@ -81,12 +81,12 @@ class Moments:
         values, vectors = torch.linalg.eigh(self.covariance)
         return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
-    def save(self, file: str | Path) -> None:
-        """Writes a safetensors file, whole or not at all. The lower triangle of the scatter is kept."""
+    def save(self, file: str | Path, dtype: torch.dtype = torch.float64) -> None:
+        """Writes a safetensors file, whole or not at all. The lower triangle of the scatter is kept, in `dtype`."""
         from safetensors.torch import save_file
 
         rows, columns = torch.tril_indices(len(self.mean), len(self.mean))
-        tensors = {"mean": self.mean, "scatter": self.scatter[rows, columns].contiguous()}
+        tensors = {"mean": self.mean, "scatter": self.scatter[rows, columns].to(dtype).contiguous()}
         file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(file.name + ".partial")

@@ -50,9 +50,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("STEPDISTILL_CACHE") or Path.home() / ".cache" / "stepdistill")
 
 
-def statistics_key(extractor: Extractor, reference: EvalSet, count: int) -> str:
-    """16 hex digits of the extractor, its weights and resize, and the pictures themselves."""
-    return hashlib.sha256(f"moments-1 {extractor.identity} {reference.key} {count}".encode()).hexdigest()[:16]
+def statistics_name(extractor: Extractor, reference: EvalSet, count: int) -> str:
+    """The file of these moments, named by a hash of the extractor, its weights and resize, and the pictures."""
+    key = hashlib.sha256(f"moments-1 {extractor.identity} {reference.key} {count}".encode()).hexdigest()[:16]
+    return f"statistics-{key}.safetensors"
 
 
 def reference_statistics(
@@ -65,7 +66,7 @@ def reference_statistics(
         folder: to keep them in; the cache where not given. progress: told how many are done.
     """
     count = count or reference.count
-    name = f"statistics-{statistics_key(extractor, reference, count)}.safetensors"
+    name = statistics_name(extractor, reference, count)
     kept = (folder or cache_folder() / "statistics") / name
     shipped = embedded.path("avatars") / name if reference.name.startswith("avatars") and folder is None else kept
     for file in (shipped, kept):

@@ -1,0 +1,47 @@
+"""Computes the statistics of a protocol's reference pictures and puts them among the assets, in half their size.
+
+    python benchmarks/ship_statistics.py --protocol avatars-2k
+
+They are found again by a hash of the pictures, the extractor's weights, the resize and the size; after a change of any
+of these, run this again and remove the old file.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from stepdistill import embedded
+from stepdistill.cli._run import guard, parse
+from stepdistill.evaluation.features import load_extractor
+from stepdistill.evaluation.metrics import reference_statistics, statistics_name
+from stepdistill.evaluation.progress import ReferenceBar
+from stepdistill.evaluation.protocols import load_protocol
+from stepdistill.evaluation.sets import open_set
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of benchmarks/ship_statistics.py."""
+
+    protocol: str = "avatars-2k"
+    """A protocol by name, or a .yaml file."""
+
+
+def main(config: Config) -> None:
+    """Computes, or takes from the cache, and writes."""
+    protocol = load_protocol(config.protocol)
+    reference = open_set(protocol.reference)
+    settings = protocol.extractor
+    extractor = load_extractor(settings.name, size=settings.size, resize=settings.resize)
+    count = protocol.reference_n or reference.count
+    moments = reference_statistics(extractor, reference, count=count, progress=ReferenceBar(True))
+    file = embedded.path("avatars") / statistics_name(extractor, reference, count)
+    moments.save(file, torch.float32)
+    print(file)
+
+
+if __name__ == "__main__":
+    sys.exit(guard(lambda: main(parse(Config, description=__doc__))))
