@@ -143,6 +143,14 @@ def test_a_folder_with_a_broken_configuration_is_named(settings, content):
         folder.claim(settings)
 
 
+def test_a_run_that_never_began_leaves_its_folder_free(settings):
+    folder.claim(dataclasses.replace(settings, rank=settings.rank + 1))
+    folder.claim(settings)
+    (settings.out / "metrics.jsonl").write_text("{}")
+    with pytest.raises(InputError, match=r"--out: got .*, which holds a run with rank = "):
+        folder.claim(dataclasses.replace(settings, rank=settings.rank + 1))
+
+
 def test_a_folder_that_cannot_be_made_is_named(settings, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--out: got .*file/run \(.*\); allowed: a folder that can be written"):

@@ -18,6 +18,8 @@ from stepdistill.training.config import FREE, TrainConfig
 def claim(config: TrainConfig, processes: int = 1, write: bool = True) -> None:
     """Takes the folder for a run: writes config.json, or checks that the one there is of this run.
 
+    A folder whose run never logged anything, say for a flag that was refused, is free to take.
+
     What only says how the work is split (batch, accumulation, processes) may change as long as their product does not.
 
     Raises:
@@ -28,6 +30,7 @@ def claim(config: TrainConfig, processes: int = 1, write: bool = True) -> None:
     record["samples_per_update"] = config.batch_size * config.gradient_accumulation * processes
     if path.exists():
         there = _read(path)
+    if path.exists() and any((path.parent / name).exists() for name in ("metrics.jsonl", "checkpoints")):
         free = FREE | ({"max_train_steps"} if config.lr_scheduler == "constant" else set())
         for key in record:
             if key not in free and there.get(key, record[key]) != record[key]:
