@@ -106,15 +106,16 @@ def background(rng: np.random.Generator) -> tuple[np.ndarray, dict[str, str]]:
     shade = base * rng.uniform(0.62, 0.8) if rng.random() < 0.5 else base + (1 - base) * rng.uniform(0.4, 0.65)
     if color == "white":
         shade = base * rng.uniform(0.7, 0.85)
-    period, phase_x, phase_y = int(rng.integers(3, 7)), int(rng.integers(12)), int(rng.integers(12))
+    # Even widths and phases fall on the grid of an autoencoder that halves the picture.
+    width, phase_x, phase_y = int(rng.choice((2, 4))), 2 * int(rng.integers(4)), 2 * int(rng.integers(4))
     y, x = np.mgrid[:SIZE, :SIZE]
-    columns, rows = (x + phase_x) // period % 2, (y + phase_y) // period % 2
+    columns, rows = (x + phase_x) // width % 2, (y + phase_y) // width % 2
     second = {
         "plain": np.zeros_like(x),
         "vertical stripes": columns,
         "horizontal stripes": rows,
         "checks": columns ^ rows,
-        "dots": ((x + phase_x) % period < 2) & ((y + phase_y) % period < 2),
+        "dots": ((x + phase_x) % (2 * width) < 2) & ((y + phase_y) % (2 * width) < 2),
     }[pattern]
     picture = np.where(second[..., None] == 1, shade, base).clip(0, 1).astype(np.float32)
     return picture, {"pattern": pattern, "background": color}

