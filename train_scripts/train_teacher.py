@@ -477,12 +477,13 @@ def run_scorer(
     (folder / "open_clip_config.json").write_text(
         json.dumps({"model_cfg": model_cfg, "preprocess_cfg": mean_std}, indent=2)
     )
-    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, folder / "open_clip_model.safetensors")
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in clip.state_dict().items()}
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "open_clip_model.safetensors")
     tokenizer.save_pretrained(folder)
-    weights = {}
+    fitted = {}
     for name, head in zip(classes, probes.heads, strict=True):
-        weights |= {f"{name}.weight": head.weight.detach(), f"{name}.bias": head.bias.detach()}
-    save_file(weights, folder / "probes.safetensors")
+        fitted |= {f"{name}.weight": head.weight.detach(), f"{name}.bias": head.bias.detach()}
+    save_file(fitted, folder / "probes.safetensors")
     (folder / "probes.json").write_text(json.dumps(classes, indent=2) + "\n")
     return {"held_out_accuracy": {name: round(share, 4) for name, share in accuracy.items()}}
 
