@@ -189,7 +189,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
 
 def test_another_run_in_the_folder_is_refused_by_name(tmp_path, pipelines, pictures):
-    trainer(tmp_path / "run", pipelines["sd"], pictures)
+    trainer(tmp_path / "run", pipelines["sd"], pictures).fit()
     with pytest.raises(InputError, match=r"holds a run with rank = 2 \(now 3\); .*give another --out"):
         trainer(tmp_path / "run", pipelines["sd"], pictures, rank=3)
 
