@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -13,6 +14,9 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+
+if TYPE_CHECKING:
+    from stepdistill.training.lcm import LCMConfig
 
 torch.set_num_threads(1)
 PROMPTS = ("a red cat with a blue hat", "the green dog")
@@ -48,3 +52,14 @@ def pictures(tmp_path_factory) -> str:
         lines.append(json.dumps({"file_name": f"{i}.png", "text": PROMPTS[i % 2]}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return str(folder)
+
+
+@pytest.fixture
+def settings(tmp_path, pipelines, pictures) -> LCMConfig:
+    """A run of four updates on a tiny pipeline."""
+    from stepdistill.training.lcm import LCMConfig
+
+    return LCMConfig(
+        teacher=pipelines["sd"], data=pictures, out=tmp_path / "run", batch_size=2, rank=2, guidance=(2.0,),
+        learning_rate=1e-3, max_train_steps=4, checkpoint_every=2, log_every=1,
+    )  # fmt: skip

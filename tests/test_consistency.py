@@ -49,8 +49,9 @@ def batch(n: int = 6, dim: int = 2, label: float = 0.3, seed: int = 0) -> Batch:
     return Batch(x0, cond, {"labels": torch.zeros(n)}, Draws.at(seed, 0, n))
 
 
-def test_the_loss_equals_a_hand_computation():
-    method = LatentConsistency(guidance_min=2.0, guidance_max=6.0, huber_c=1e-3)
+@pytest.mark.parametrize("loss_type", ["huber", "l2"])
+def test_the_loss_equals_a_hand_computation(loss_type):
+    method = LatentConsistency(guidance_min=2.0, guidance_max=6.0, huber_c=1e-3, loss_type=loss_type)
     teacher, student, target = (Affine(ALPHA_BAR, w) for w in (0.8, 0.5, 0.6))
     loss = method.loss("student", batch(), Trio(teacher, student, target), CLOCK).total.item()
 
@@ -72,7 +73,7 @@ def test_the_loss_equals_a_hand_computation():
             return 0.25 / (tau**2 + 0.25) * x + tau / math.sqrt(tau**2 + 0.25) * x0
 
         d = f(0.5, x_t, t, a_t, s_t) - f(0.6, x_s, s, a_s, s_s)
-        total += (torch.sqrt(d.float() ** 2 + 1e-6) - 1e-3).sum().item()
+        total += (d**2 if loss_type == "l2" else torch.sqrt(d**2 + 1e-6) - 1e-3).sum().item()
     assert loss == pytest.approx(total / 12, rel=2e-6)
 
 
@@ -240,6 +241,8 @@ def test_huber_is_quadratic_near_zero_and_linear_far_away():
         ({"solver_steps": 1}, "solver_steps: got 1; allowed: 2 or more"),
         ({"loss_type": "l1"}, "loss: got 'l1'; allowed: huber, l2"),
         ({"huber_c": 0.0}, "huber_c: got 0"),
+        ({"timestep_scaling": 0.0}, "timestep_scaling: got 0; allowed: above 0"),
+        ({"guidance_max": math.inf}, "guidance: got 4 to inf"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

@@ -6,21 +6,24 @@ import errno
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from stepdistill.conditioning.base import expand
 from stepdistill.data import avatars, build
 from stepdistill.data.build import picture_size, teacher_key
 from stepdistill.data.cache import LatentCache, make_cache, open_data
-from stepdistill.data.sources import open_source, to_tensor
+from stepdistill.data.sources import open_picture, open_source, to_tensor
 from stepdistill.denoiser.load import as_teacher, load_teacher
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
@@ -191,6 +194,35 @@ def test_a_broken_picture_is_named(tmp_path, teacher):
     assert len(open_data(str(folder), teacher, cache_dir=tmp_path / "cache")) == 2
 
 
+@pytest.mark.parametrize("error", [struct.error("unpack requires 8 bytes"), EOFError(), zlib.error("incorrect header")])
+def test_whatever_a_decoder_raises_the_picture_is_named(error, monkeypatch):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(
+        InputError, match=r"picture: got a.png, which is broken \(\w+.*\); replace or remove it"
+    ) as said:
+        open_picture(io.BytesIO(), "a.png")
+    one_line(said)
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "a.txt", "prompts.txt"])
+def test_text_that_is_not_utf_8_is_named(tmp_path, name):
+    picture().save(tmp_path / "a.png")
+    (tmp_path / name).write_bytes('{"file_name": "a.png", "text": "caf\xe9"}'.encode("latin-1"))
+    with pytest.raises(InputError, match=rf"text: got .*{name}, whose byte \d+ is 0xe9; allowed: UTF-8") as error:
+        open_source(str(tmp_path / name if name == "prompts.txt" else tmp_path))
+    one_line(error)
+
+
+def test_a_caption_may_be_empty(tmp_path, teacher):
+    (tmp_path / "set").mkdir()
+    picture().save(tmp_path / "set" / "a.png")
+    (tmp_path / "set" / "a.txt").write_text("")
+    assert open_data(str(tmp_path / "set"), teacher, cache_dir=tmp_path / "cache").captions == [""]
+
+
 @pytest.mark.parametrize("name", ["../a.png", "/a.png", "x/../../a.txt"])
 def test_a_shard_whose_members_lead_out_is_refused(tmp_path, name):
     file = shard(tmp_path / "s.tar", {name: png()})
@@ -288,7 +320,15 @@ def test_an_adapter_does_not_change_the_teachers_key():
     assert teacher_key(teacher, painting=True) != keys[1]
 
 
-def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path, pictures, teacher, monkeypatch):
+@pytest.mark.parametrize(
+    "full_disk",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        SafetensorError("Error while serializing: I/O error: Disk quota exceeded (os error 122)"),
+    ],
+)
+def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path, pictures, teacher, monkeypatch, full_disk):
     whole = open_data(pictures, teacher, cache_dir=tmp_path / "whole")
     monkeypatch.setattr(build, "SHARD", 2)
     monkeypatch.setattr("stepdistill.data.cache.SHARD", 2)
@@ -297,7 +337,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path, pictures, teach
     def full(tensors, file):
         if "shards-00002" in str(file) and not made.count("full"):
             made.append("full")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise full_disk
         made.append(file.name)
         own(tensors, file)
 

@@ -34,6 +34,13 @@ def test_the_demo_goes_from_teacher_to_report_and_resumes(tmp_path, monkeypatch,
     assert "done already" in capsys.readouterr().out and results.read_bytes() == before
 
 
+def test_a_dry_run_says_what_it_would_do_and_does_nothing(tmp_path, capsys):
+    demo.main(demo.Config(out=tmp_path / "demo", dry_run=True))
+    said = capsys.readouterr().out
+    assert "would train lcm-lora for 800 updates on 6000 pictures" in said and "400 pictures a cell" in said
+    assert not (tmp_path / "demo").exists()
+
+
 def test_an_unknown_method_is_named(tmp_path):
     with pytest.raises(InputError, match="--methods: got magic; allowed: lcm-lora"):
         demo.main(demo.Config(out=tmp_path, methods=("magic",)))

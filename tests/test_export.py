@@ -9,13 +9,15 @@ import sys
 import pytest
 import tiny
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import LCMScheduler
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from stepdistill.denoiser.load import load_teacher
 from stepdistill.errors import InputError
+from stepdistill.evaluation.spec import parse, training_record
+from stepdistill.export.card import model_card
 from stepdistill.export.fused import save_fused
 from stepdistill.export.kohya import read_lora, save_kohya, to_kohya
 from stepdistill.export.lora import LORA_FILE, lcm_scheduler, save_lora
@@ -68,7 +70,12 @@ def student(request, tmp_path_factory):
     teacher = load_teacher(base)
     adapter = trained(teacher)
     scheduler = lcm_scheduler(teacher, solver_steps=50, timestep_scaling=10.0)
-    out = save_lora(teacher, root / "export", scheduler=scheduler, config={"teacher": str(base)}, card="---\n---\n")
+    card = model_card(
+        method="lcm-lora", teacher=str(base), out="OUT", scheduler="LCMScheduler", lora=True, prompt="a hat",
+        settings={"rank": RANK}, grid=None,
+    )  # fmt: skip
+    record = {"teacher": str(base), "method": "lcm-lora", "train_seconds": 2.5}
+    out = save_lora(teacher, root / "export", scheduler=scheduler, config=record, card=card)
     x_T = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     ours = sample_lcm(teacher.denoiser, x_T, teacher.conditioner.encode(tiny.PROMPTS), steps=1)
     return {"family": request.param, "base": base, "out": out, "adapter": adapter, "x_T": x_T, "ours": ours,
@@ -123,6 +130,8 @@ def test_the_kohya_file_loads_back_whole_with_an_equal_output(student):
         assert opened.metadata()["ss_network_dim"] == str(RANK)
         assert float(opened.metadata()["ss_network_alpha"]) == ALPHA
     check_loaded(student, loaded_elsewhere(student, file))
+    record = training_record(parse(f"{student['base']},lora={file}"))
+    assert record == {"teacher": str(student["base"]), "method": "lcm-lora", "train_seconds": 2.5}
 
 
 def test_layers_of_another_alpha_keep_it_in_kohyas_file():
@@ -134,7 +143,15 @@ def test_layers_of_another_alpha_keep_it_in_kohyas_file():
 
 def test_the_fused_folder_is_a_whole_pipeline_with_an_equal_output(student):
     out = save_fused(student["out"], student["root"] / "fused", teacher=str(student["base"]))
-    pipe = DiffusionPipeline.from_pretrained(out)
+    assert training_record(parse(str(out))) == {
+        "teacher": str(student["base"]), "method": "lcm-lora", "train_seconds": 2.5,
+    }  # fmt: skip
+    card = (out / "README.md").read_text()
+    use = card.partition("```python\n")[2].partition("```")[0]
+    assert "load_lora_weights" not in card and "LoRA fused into" in card and "- lora\n" not in card
+    scope: dict = {}
+    exec(use.rpartition("image = ")[0], scope)
+    pipe = scope["pipe"]
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe.scheduler, LCMScheduler)
     assert not any("lora" in name for name in pipe.unet.state_dict())

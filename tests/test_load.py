@@ -82,6 +82,37 @@ def test_a_half_autoencoder_that_overflows_is_run_in_float32_and_left_in_half(fo
     assert pipe.vae.dtype == torch.float16
 
 
+def test_a_pixel_denoiser_may_have_its_network_wrapped():
+    """As DistributedDataParallel does, whose wrapper has no config."""
+    denoiser = as_teacher(tiny.pixel(), "tiny").denoiser
+    x_t = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = denoiser(x_t, 500.0)
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    denoiser.backbone = Wrapper(denoiser.backbone)
+    assert torch.equal(denoiser(x_t, 500.0), plain)
+
+
+def test_text_encoders_and_autoencoder_are_on_the_device_only_while_they_are_needed(pipelines, family, monkeypatch):
+    teacher = load_teacher(pipelines[family])
+    moved = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: moved.append((module, device)) or module)
+    coders = [part for part in teacher.source.components.values() if isinstance(part, torch.nn.Module)]
+    coders.remove(teacher.source.unet)
+    with pytest.raises(KeyError), teacher.coders_on("cuda"):
+        assert moved == [(part, "cuda") for part in coders]
+        moved.clear()
+        raise KeyError
+    assert moved == [(part, "cpu") for part in coders] and len(coders) >= 2
+
+
 def test_a_pixel_model_works_on_the_pictures_themselves(tmp_path):
     teacher = load_teacher(tiny.save(tmp_path / "pixel", "pixel", classes=3))
     assert teacher.vae is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -127,6 +128,22 @@ def test_the_headline_is_the_students_best_few_steps_against_the_teachers_longes
     ]
 
 
+def test_without_a_teacher_nothing_is_compared_and_with_two_each_student_is_held_against_its_own(tmp_path):
+    students = [row("a", 4, 30.0, 8.0, method="lora"), row("b", 4, 20.0, 8.0, method="lcm")]
+    assert verdicts(cells(students)) == []
+    book = Book(tmp_path, "abc123", "tiny")
+    for each in students:
+        book.add(each)
+    page = write_report(tmp_path).read_text()
+    assert "the teacher" not in page and 'class="stats"' not in page
+    teachers = [row("sd", 50, 10.0, 400.0, method="teacher", spec="sd,scheduler=ddim"),
+                row("xl", 50, 5.0, 800.0, method="teacher", spec="xl")]  # fmt: skip
+    mine = [row("of-xl", 4, 10.0, 80.0, method="lcm", teacher="xl"), row("of-none", 4, 20.0, 80.0, method="lcm")]
+    said = {each["model"]: each["stats"] for each in verdicts(cells(teachers + mine))}
+    assert said["of-xl"][0] == ("10.0", "FD, where xl has 5.0 at 50 steps")
+    assert said["of-none"][-1] == ("5.0×", "faster than sd at 50 steps")
+
+
 def test_seeds_are_averaged_into_one_cell():
     found = cells([row("m", 4, 10.0, 5.0), row("m", 4, 20.0, 5.0, seed=1)])
     assert len(found) == 1 and found[0].fd == 15.0 and found[0].seeds == 2
@@ -164,7 +181,9 @@ def test_folders_that_are_no_benchmark_are_refused_in_one_line(tmp_path, capsys)
         read_folder(tmp_path)
 
 
-def test_the_report_command_prints_the_table_and_where_the_page_is(folder, capsys):
-    assert cli.main(["report", str(folder)]) == 0
-    said = capsys.readouterr().out
-    assert "report.html" in said and "teacher" in said and "FD-Pools" in said
+def test_the_report_command_prints_the_table_and_where_the_page_is(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "bench")  # as in a demo's folder
+    for place, page in ((folder, folder), (tmp_path, tmp_path / "bench")):
+        assert cli.main(["report", str(place)]) == 0
+        said = capsys.readouterr().out
+        assert str(page / "report.html") in said.replace("\n", "") and "teacher" in said and "FD-Pools" in said

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,17 +16,8 @@ from safetensors.torch import load_file
 from stepdistill.data.cache import open_data
 from stepdistill.denoiser.load import load_teacher
 from stepdistill.errors import InputError
-from stepdistill.training import folder, trackers
 from stepdistill.training.lcm import LCMConfig, distil
 from stepdistill.training.trainer import Trainer
-
-
-@pytest.fixture
-def settings(tmp_path, pipelines, pictures) -> LCMConfig:
-    return LCMConfig(
-        teacher=pipelines["sd"], data=pictures, out=tmp_path / "run", batch_size=2, rank=2, guidance=(2.0,),
-        learning_rate=1e-3, max_train_steps=4, checkpoint_every=2, log_every=1,
-    )  # fmt: skip
 
 
 def trainer(config: LCMConfig, **changes) -> Trainer:
@@ -83,6 +76,38 @@ def test_a_full_student_with_averages_resumes_bit_identically(settings):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize("update", [1, 3])
+def test_dropout_goes_on_after_a_validation_and_after_a_cut(settings, update):
+    """Grids are drawn without dropout; a run that was cut draws them at other moments of the process."""
+    drops = {"lora_dropout": 0.5, "validate_every": 2}
+    stop_at(trainer(settings, **drops), update)
+    trainer(settings, **drops).fit()
+    trainer(settings, out=settings.out / "whole", **drops).fit()
+    never = trainer(settings, out=settings.out / "never", lora_dropout=0.5)
+    never.fit()
+    a, b, c = (weights(run) for run in (settings.out, settings.out / "whole", settings.out / "never"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(torch.equal(a[k], c[k]) for k in a), "a grid changed the training"
+
+
+@pytest.mark.parametrize("damage", ["truncate", "list"])
+def test_a_broken_newest_checkpoint_is_passed_over_in_one_line(settings, capsys, damage):
+    stop_at(trainer(settings, max_train_steps=6, checkpoint_every=2), 5)
+    newest = settings.out / "checkpoints" / "step-00000004"
+    if damage == "truncate":
+        content = (newest / "state.safetensors").read_bytes()
+        (newest / "state.safetensors").write_bytes(content[: len(content) // 2])
+    else:
+        (newest / "state.json").write_text("[]")
+    capsys.readouterr()
+    trainer(settings, max_train_steps=6).fit()
+    said = capsys.readouterr().out.splitlines()
+    assert f"checkpoint {newest} is broken" in said[0] and said[1] == "resuming at update 2"
+    trainer(settings, max_train_steps=6, out=settings.out / "whole").fit()
+    a, b = weights(settings.out), weights(settings.out / "whole")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_half_precision_resumes_bit_identically(settings):
     stop_at(trainer(settings, mixed_precision="bf16"), 3)
     trainer(settings, mixed_precision="bf16").fit()
@@ -135,41 +160,6 @@ def test_the_folder_may_be_named_otherwise_and_options_of_convenience_may_change
     assert (settings.out / "validation" / "00000004.png").exists()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", ""])
-def test_a_folder_with_a_broken_configuration_is_named(settings, content):
-    settings.out.mkdir(parents=True)
-    (settings.out / "config.json").write_text(content)
-    with pytest.raises(InputError, match=r"--out: got .*config.json, which cannot be read"):
-        folder.claim(settings)
-
-
-def test_a_run_that_never_began_leaves_its_folder_free(settings):
-    folder.claim(dataclasses.replace(settings, rank=settings.rank + 1))
-    folder.claim(settings)
-    (settings.out / "metrics.jsonl").write_text("{}")
-    with pytest.raises(InputError, match=r"--out: got .*, which holds a run with rank = "):
-        folder.claim(dataclasses.replace(settings, rank=settings.rank + 1))
-
-
-def test_a_folder_that_cannot_be_made_is_named(settings, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"--out: got .*file/run \(.*\); allowed: a folder that can be written"):
-        folder.claim(dataclasses.replace(settings, out=tmp_path / "file" / "run"))
-
-
-def test_a_full_disk_leaves_the_configuration_as_it_was(settings, monkeypatch):
-    folder.claim(settings)
-    before = (settings.out / "config.json").read_text()
-
-    def full(path: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("stepdistill.training.checkpoint.sync", full)
-    with pytest.raises(InputError, match=r"--out: got .* \(No space left on device\)"):
-        folder.claim(dataclasses.replace(settings, log_every=7))
-    assert (settings.out / "config.json").read_text() == before
-
-
 def test_activations_computed_twice_give_the_same_weights(settings):
     trainer(settings, learning_rate=1e-4).fit()
     trainer(settings, learning_rate=1e-4, out=settings.out / "twice", gradient_checkpointing=True).fit()
@@ -184,22 +174,53 @@ def test_a_dry_run_prints_the_settings_and_leaves_nothing(settings, capsys):
     assert not settings.out.exists()
 
 
-def test_a_tracker_that_is_not_installed_is_named(settings, monkeypatch):
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        InputError, match=r"trackers: got wandb, which is not installed; pip install 'stepdistill\[trackers\]'"
-    ):
-        trainer(settings, trackers=("wandb",))
-    assert not settings.out.exists()
+def test_a_dry_run_of_the_command_encodes_a_few_samples_and_leaves_nothing(settings, tmp_path, monkeypatch, capsys):
+    """Nor does it upload anything, or draw on a cache that a real run would find."""
+    from stepdistill.denoiser.load import Teacher
+
+    cache, encoded, encode = tmp_path / "cache", [], Teacher.encode
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(cache))
+    monkeypatch.setattr(Teacher, "encode", lambda teacher, x: encoded.append(len(x)) or encode(teacher, x))
+    distil(dataclasses.replace(settings, dry_run=True, push_to_hub="me/mine"))
+    assert encoded == [4]
+    assert not settings.out.exists() and not cache.exists()
+    assert json.loads(capsys.readouterr().out)["max_train_steps"] == 4
 
 
-def test_a_full_disk_is_one_line(settings, monkeypatch):
+def test_a_push_that_failed_is_all_that_the_same_command_does_again(settings, monkeypatch, capsys):
+    import huggingface_hub
+
+    config, uploads = dataclasses.replace(settings, push_to_hub="me/student"), []
+
+    class Hub:
+        def create_repo(self, name, exist_ok):
+            pass
+
+        def upload_folder(self, repo_id, folder_path):
+            uploads.append(repo_id)
+            if len(uploads) == 1:
+                raise ConnectionError("the network is gone")
+            assert (folder_path / "README.md").is_file()
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    with pytest.raises(InputError, match=r"push_to_hub: got me/student, .*the network is gone.*the same command again"):
+        distil(config)
+    monkeypatch.setattr("stepdistill.denoiser.load.load_teacher", lambda *_, **__: pytest.fail("loaded"))
+    for _ in range(2):
+        assert distil(config) == settings.out / "export"
+    assert uploads == ["me/student"] * 2
+    assert json.loads((settings.out / "done.json").read_text())["pushed"] == "me/student"
+    assert distil(dataclasses.replace(config, push_to_hub="me/other")) and uploads[2:] == ["me/other"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line(settings, monkeypatch, number):
     run = trainer(settings)
     step = run.step
 
     def full():
         if run.update == 3:
-            raise OSError(28, "No space left on device")
+            raise OSError(number, os.strerror(number))
         return step()
 
     run.step = full

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import tiny
 import torch
+from diffusers import LCMScheduler, StableDiffusionPipeline
+from safetensors.torch import save_file
 
 from stepdistill.errors import InputError
 from stepdistill.evaluation import spec
+from stepdistill.evaluation.generate import Sampler
+from stepdistill.evaluation.latency import Stages
 from stepdistill.evaluation.spec import ModelSpec, as_models, fingerprint, guidance_of, load, parse
+from stepdistill.export.adapters import load_whole
 
 
 def lora(folder, pipe, *, alpha: int = 2, scheduler: bool = True):
     """An export folder: a LoRA with rank 4, a scheduler and the record of its training."""
-    from diffusers import LCMScheduler
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -31,6 +36,17 @@ def lora(folder, pipe, *, alpha: int = 2, scheduler: bool = True):
         )
     (folder / "config.json").write_text(json.dumps({"method": "lcm", "teacher": "T", "train_seconds": 7.5, "rank": 4}))
     return folder
+
+
+def adapted(pipe, targets: list[str], part: str = "unet") -> dict[str, torch.Tensor]:
+    """Gives a part of a pipeline an adapter, and returns its tensors under peft's own names."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    module = getattr(pipe, part)
+    module.add_adapter(LoraConfig(r=2, target_modules=targets))
+    tiny.stir_adapter(module, "default")
+    return get_peft_model_state_dict(module)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +128,72 @@ def test_guidance_is_the_specs_then_the_protocols_then_the_pipelines(base):
     assert guidance_of(parse(str(base)), pipe, 3.0) == 3.0
     assert guidance_of(parse(str(base)), pipe) == 7.5
     assert guidance_of(parse("x"), tiny.pixel(), 3.0) == 1.0
+
+
+def test_a_student_told_its_guidance_gets_the_middle_of_its_range_and_no_second_call(tmp_path):
+    told = tiny.sd(unet_options={"time_cond_proj_dim": 8})
+    told.scheduler = LCMScheduler.from_config(told.scheduler.config)
+    told.save_pretrained(tmp_path / "run" / "export")
+    asked = parse(str(tmp_path / "run"))  # the run's folder stands for its export
+    assert asked == ModelSpec(str(tmp_path / "run" / "export"), "run")
+    pipe = load(asked)
+    assert guidance_of(asked, pipe, 3.0) == 3.0 and guidance_of(asked, pipe) == 7.5
+    for recorded, scale in (([4.0, 16.0], 10.0), ([6.0], 6.0), (5.0, 5.0)):
+        (tmp_path / "run" / "export" / "config.json").write_text(json.dumps({"guidance": recorded}))
+        assert guidance_of(asked, pipe, 3.0) == scale
+    assert guidance_of(parse(f"{asked},guidance=8"), pipe, 3.0) == 8.0
+
+    def drawn(guidance):
+        sampler = Sampler(pipe, guidance)
+        condition = sampler.encode(["a red cat"])
+        assert "negative_prompt_embeds" not in condition
+        with Stages(pipe) as stages:
+            pictures = sampler(condition, first=0, count=1, steps=2)
+        assert stages.evaluations == 2
+        return pictures
+
+    assert not torch.equal(drawn(1.0), drawn(10.0))
+
+
+def test_a_runs_folder_stands_for_its_export(base, student, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(student, run / "export")
+    (run / "config.json").write_text("{}")
+    asked = parse(f"{base},lora={run}")
+    assert asked == ModelSpec(str(base), "run", str(run / "export"))
+    assert spec.training_record(asked)["train_seconds"] == 7.5
+    assert fingerprint(load(asked)) == fingerprint(load(parse(f"{base},lora={student}")))
+    assert parse(f"{base},lora={run / 'export'}").lora == str(run / "export")
+    (tmp_path / "cut" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match="allowed: a run that has ended"):
+        load(parse(f"{base},lora={tmp_path / 'cut'}"))
+
+
+def test_a_lora_of_which_a_part_loads_is_refused(base, tmp_path):
+    """Attention under diffusers' old names, the rest under peft's: diffusers drops one half without a word."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    state = adapted(tiny.sd(), ["to_q", "to_v", "proj_in"])
+    mixed = {k: v for k, v in state.items() if "proj_in" in k}
+    mixed |= convert_state_dict_to_diffusers({k: v for k, v in state.items() if "proj_in" not in k})
+    assert len(mixed) == len(state)
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=mixed)
+    few = sum("proj_in" in k for k in state)
+    with pytest.raises(InputError, match=f"{few} of {len(state)} tensors"):
+        load(parse(f"{base},lora={tmp_path}"))
+
+
+def test_tensors_of_text_encoders_and_kohyas_alphas_are_counted_for_what_they_are(base, tmp_path):
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    pipe = tiny.sd()
+    denoiser, text = adapted(pipe, ["to_q", "conv1"]), adapted(pipe, ["q_proj", "v_proj"], "text_encoder")
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=denoiser, text_encoder_lora_layers=text)
+    assert load_whole(tiny.sd(), tmp_path) == len(denoiser) + len(text)
+    kohya = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in denoiser.items()})
+    assert len(kohya) == len(denoiser) // 2 * 3
+    save_file({k: v.contiguous() for k, v in kohya.items()}, tmp_path / "kohya.safetensors")
+    assert load_whole(load(parse(str(base))), tmp_path / "kohya.safetensors") == len(denoiser)
 
 
 def test_the_fingerprint_changes_with_weights_adapter_and_scheduler(base, student):

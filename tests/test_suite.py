@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -161,12 +164,12 @@ def test_a_second_run_measures_nothing_again_and_a_cut_one_gets_the_same_figures
 
 
 def test_a_model_that_fails_is_reported_and_the_others_finish(base, protocol, tools, tmp_path, monkeypatch):
-    results = run(
-        [f"bad={tmp_path / 'nowhere'}", f"good={base},scheduler=ddim"], protocol, tools, tmp_path / "out", (1,)
-    )
-    assert [(f.model, f.steps) for f in results.failed] == [("bad", None)] and "does not exist" in results.failed[
-        0
-    ].reason
+    shutil.copytree(base, tmp_path / "bad")
+    (tmp_path / "bad" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
+    models = [f"bad={tmp_path / 'bad'}", f"good={base},scheduler=ddim"]
+    results = run(models, protocol, tools, tmp_path / "out", (1,))
+    assert [(f.model, f.steps) for f in results.failed] == [("bad", None)]
+    assert "could not be loaded" in results.failed[0].reason
     assert [r["model"] for r in results.rows] == ["real", "reconstruction", "good"]
 
 
@@ -174,6 +177,23 @@ def test_a_cell_that_fails_is_reported_and_the_other_steps_finish(protocol, tool
     results = run({"p": tiny.sd()}, protocol, tools, None, steps=(1, 2000))
     assert [f.steps for f in results.failed] == [2000] and "1000" in results.failed[0].reason
     assert [r["steps"] for r in results.rows] == [0, 0, 1]
+
+
+def test_a_disk_that_is_full_or_closed_ends_the_run_and_is_no_models_failure(protocol, tools, tmp_path, monkeypatch):
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+
+        def refuse(*_, code=code):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(suite.records.Book, "add", refuse)
+        with pytest.raises(OSError, match=os.strerror(code)):
+            run({"p": tiny.sd()}, protocol, tools, tmp_path, (1,))
+
+
+def test_a_student_told_its_guidance_is_no_teacher_and_costs_one_call_a_step(protocol, tools):
+    pipe = tiny.sd(unet_options={"time_cond_proj_dim": 8})
+    row = run({"s": pipe}, protocol, tools, None, (2,)).rows[-1]
+    assert (row["method"], row["nfe"], row["guidance"]) == ("student", 2, 2.0)
 
 
 def test_nan_pictures_fail_their_cell_with_a_clear_line(protocol, tools):
@@ -282,5 +302,5 @@ def test_sets_that_are_none_are_refused(tmp_path):
     with pytest.raises(InputError, match="no pictures"):
         open_set(str(tmp_path))
     (tmp_path / "a.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match="could not be read"):
+    with pytest.raises(InputError, match="which is broken"):
         open_set(str(tmp_path)).pictures(0, 1)

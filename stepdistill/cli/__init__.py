@@ -31,15 +31,20 @@ Start here, with nothing to download:
 Train a student of your own, look at it, measure it:
   accelerate launch train_scripts/train_lcm_lora.py --teacher FOLDER --data IMAGES --out student
   stepdistill sample --model FOLDER,lora=student --prompt "a red hat" --steps 4 --out grid.png
-  stepdistill bench --model teacher=FOLDER,scheduler=ddim --model student=FOLDER,lora=student --out bench
+  stepdistill bench --model teacher=FOLDER,scheduler=ddim --model student=FOLDER,lora=student --data IMAGES
 
-A model is a SPEC: a diffusers folder, a hub id, or avatars (the embedded teacher), with options behind commas:
+A model is a SPEC: a diffusers folder, a hub id, or avatars (the embedded teacher), with options behind commas; a
+training run's folder stands for the student in it:
 lora=DIR scheduler=ddim|lcm|tcd|dpmpp|euler|euler-a|heun|unipc guidance=1.5 variant=fp16 dtype=bf16 name=NAME
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line (without the program's name); returns the exit code: 0, 2 for bad input, 130 for Ctrl-C."""
+    """Runs a command line, without the program's name.
+
+    Returns:
+        The exit code: 0; 2 for what was refused or failed; 130 for Ctrl-C.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         commands = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())

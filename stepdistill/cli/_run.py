@@ -16,18 +16,36 @@ T = TypeVar("T")
 
 
 def guard(command: Callable[[], int | None]) -> int:
-    """Runs a command; returns its exit code, 2 with one line on stderr for an InputError, 130 for Ctrl-C."""
+    """Runs a command; returns its exit code.
+
+    2, with one line on stderr, for an InputError and for a disk that is full or closed; 130 for Ctrl-C.
+    """
     try:
         return command() or 0
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _refuse(error)
     except BrokenPipeError:  # the reader, head say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         print("interrupted; the same command resumes where it stopped", file=sys.stderr)
         return 130
+    except Exception as error:
+        from stepdistill.files import disk_full, unwritable
+
+        if not unwritable(error):
+            raise
+        place = getattr(error, "filename", None)
+        if disk_full(error):
+            where = f" while writing {place}" if place else ""
+            return _refuse(f"disk: got no space left{where}; free some and run the same command again")
+        what = f"{place} ({error.strerror}); allowed: a place that can be read and written"
+        return _refuse(f"file: got {what}; choose another, or mend its permissions")
+
+
+def _refuse(why: object) -> int:
+    print(f"error: {' '.join(str(why).split())}", file=sys.stderr)
+    return 2
 
 
 def parse(

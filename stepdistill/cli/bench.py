@@ -1,22 +1,31 @@
 """Measures models at several step counts: Frechet distance, CLIP score, attribute accuracy, latency by stage, NFE.
 
     stepdistill bench --model teacher=avatars,scheduler=ddim --model student=avatars,lora=out/lcm --out out/bench
+    stepdistill bench --model teacher=FOLDER,scheduler=ddim --model student=FOLDER,lora=STUDENT --data IMAGES
 
-Every model sees the same prompts and the same noise. Rows go to results.jsonl as they are made: the same command takes
-up an interrupted run where it stopped, and measures only what is new. report.md and report.html come at the end.
+The first is on the embedded pictures of 32 pixels, the second on your own: IMAGES is a folder with metadata.jsonl, as
+for training. Every model sees the same prompts and the same noise. Rows go to results.jsonl as they are made: the same
+command takes up an interrupted run where it stopped, and measures only what is new. report.md and report.html come at
+the end.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from stepdistill.errors import InputError
+
+if TYPE_CHECKING:
+    from stepdistill.evaluation.protocols import Protocol
+    from stepdistill.evaluation.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -24,15 +33,18 @@ class Config:
     """Flags of `stepdistill bench`."""
 
     model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A model, as SPEC or NAME=SPEC; once for each. A SPEC is path[,lora=DIR][,scheduler=..][,guidance=..]."""
-    protocol: str = "avatars-2k"
-    """A protocol by name, or a .yaml file."""
+    """A model, as SPEC or NAME=SPEC; once for each. A SPEC is path[,lora=DIR][,scheduler=..][,guidance=..]; see
+    stepdistill --help."""
+    data: Path | None = None
+    """Folder of your own pictures with captions (metadata.jsonl, or a .txt beside each): prompts and reference."""
+    protocol: str | None = None
+    """A protocol by name, or a .yaml file; imagefolder with --data, else avatars-2k, where not given."""
     steps: tuple[int, ...] = (1, 2, 4, 8, 50)
     """Step counts."""
     out: Path = Path("out/bench")
     """Folder for results.jsonl, the grids and the report."""
     n: int | None = None
-    """Pictures a cell, in place of the protocol's; it makes another protocol, with another hash."""
+    """Pictures a cell, in place of the protocol's; thousands give steady figures, and only equal n compare."""
     seed: int | None = None
     """Seed of the pictures' noise, in place of the protocol's."""
     batch: int = 64
@@ -44,7 +56,7 @@ class Config:
     latency_repeats: int = 10
     """Timed calls; 0 leaves latency out."""
     floor: bool = True
-    """Measure held-out real pictures and the autoencoder's reconstructions too."""
+    """Measure real pictures that were held out, where there are some, and the autoencoder's reconstructions too."""
     card: bool = False
     """Write the figures into the model cards of export folders among the models."""
     dry_run: bool = False
@@ -52,18 +64,11 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Runs the benchmark; 1 where a cell failed."""
-    from stepdistill.evaluation import protocols, spec, suite
+    """Runs the benchmark; 2 where a cell failed. What can be wrong is looked for before anything is measured."""
+    from stepdistill import files
+    from stepdistill.evaluation import places, records, spec, suite
 
     models, steps = spec.as_models(config.model), suite.check_steps(config.steps)
-    protocol = protocols.load_protocol(config.protocol)
-    if config.n is not None:
-        protocol = dataclasses.replace(protocol, n=config.n)
-    if config.dry_run:
-        print(f"{protocol.name}: {protocol.n} pictures a cell, {len(models) * len(steps)} cells, into {config.out}")
-        for name, model in models.items():
-            print(f"  {name}: {model} at {' '.join(map(str, steps))} steps")
-        return 0
     device = device_of(config.device)
     settings = suite.Settings(
         batch=config.batch,
@@ -72,11 +77,20 @@ def main(config: Config) -> int:
         latency_repeats=config.latency_repeats,
         floor=config.floor,
     )
+    for model in models.values():
+        places.check(model.path, model.lora, remote=not config.dry_run)
+    records.check_folder(config.out)
+    protocol = protocol_of(config, models)
+    if config.dry_run:
+        print(f"{protocol.name}: {protocol.n} pictures a cell, {len(models) * len(steps)} cells, into {config.out}")
+        for name, model in models.items():
+            print(f"  {name}: {model} at {' '.join(map(str, steps))} steps")
+        return 0
     results = suite.evaluate(models, protocol, steps, out=config.out, seed=config.seed, settings=settings)
     resolved = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()} | {
         "device": device
     }
-    (config.out / "config.json").write_text(json.dumps(resolved, indent=2) + "\n")
+    files.write(config.out / "bench.json", json.dumps(resolved, indent=2) + "\n")
     if results.rows:
         from stepdistill.evaluation.report import write_report
         from stepdistill.evaluation.summary import print_table
@@ -91,7 +105,72 @@ def main(config: Config) -> int:
     for failure in results.failed:
         at = f" at {failure.steps} steps" if failure.steps else ""
         print(f"failed: {failure.model}{at}: {failure.reason}", file=sys.stderr)
-    return 1 if results.failed else 0
+    return 2 if results.failed else 0
+
+
+def protocol_of(config: Config, models: dict[str, ModelSpec]) -> Protocol:
+    """The protocol of a command line, on the user's own pictures where it names some.
+
+    Raises:
+        InputError: there is none, it does not go with --data, or its pictures are of another size than the models'.
+    """
+    from stepdistill.data.avatars import SIZE
+    from stepdistill.evaluation import features, places, protocols
+
+    protocol = protocols.load_protocol(config.protocol or ("imagefolder" if config.data else "avatars-2k"))
+    if config.data is not None:
+        size = common_size(models, remote=not config.dry_run)
+        protocol, captioned = protocols.on_folder(protocol, config.data, size)
+        if not captioned and not config.dry_run and any(map(takes_prompts, models.values())):
+            raise InputError(
+                f"--data: got {config.data}, which has no captions, for a text-to-image model; allowed: metadata.jsonl "
+                "with file_name and text, or a .txt beside each picture; write one"
+            )
+        if config.protocol is None and not config.dry_run:
+            extractor = protocols.ExtractorSpec(features.best_to_be_had())
+            protocol = dataclasses.replace(protocol, extractor=extractor)
+    elif protocol.prompts == protocols.DATA:
+        raise InputError(f"protocol {protocol.name}: got no pictures; allowed: a folder of them; give --data FOLDER")
+    elif config.protocol is None:
+        for name, model in models.items():
+            side = places.picture_size(model.path, remote=not config.dry_run)
+            if side not in (SIZE, None):
+                raise InputError(
+                    f"--model {name}: got a model of {side} pixels, and {protocol.name}, the default, has {SIZE}; "
+                    "allowed: your own pictures with --data FOLDER, or another --protocol; give one"
+                )
+    return dataclasses.replace(protocol, n=config.n) if config.n is not None else protocol
+
+
+def common_size(models: dict[str, ModelSpec], remote: bool) -> int | None:
+    """Side in pixels of what the models draw; None where none of them says, and the hub is not asked.
+
+    Raises:
+        InputError: they draw several sizes, or the hub is asked and none says.
+    """
+    from stepdistill.evaluation import places
+
+    sizes = {name: places.picture_size(model.path, remote=remote) for name, model in models.items()}
+    found = {size for size in sizes.values() if size}
+    said = ", ".join(f"{name} {size or 'unknown'}" for name, size in sizes.items())
+    if len(found) > 1:
+        raise InputError(f"--model: got pictures of several sizes ({said}); allowed: one; measure them apart")
+    if not found and remote:
+        raise InputError(
+            f"--model: got pipelines that do not say how large they draw ({said}); allowed: a sample_size in the "
+            "config.json of the unet or transformer; add it"
+        )
+    return next(iter(found), None)
+
+
+def takes_prompts(model: ModelSpec) -> bool:
+    """Whether a SPEC's pipeline is text-to-image."""
+    import diffusers
+
+    from stepdistill.denoiser.load import class_of
+
+    kind = getattr(diffusers, class_of(model.path), None)
+    return kind is not None and "prompt" in inspect.signature(kind.__call__).parameters
 
 
 def device_of(name: str) -> str:

@@ -30,6 +30,8 @@ class Config:
     """Which families to distil with."""
     seed: int = 0
     """Seed of everything drawn."""
+    dry_run: bool = False
+    """Say what would be trained and measured, and stop."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,15 @@ def main(config: Config) -> None:
         raise InputError(f"--methods: got {', '.join(unknown)}; allowed: {', '.join(METHODS)}")
     out = config.out or Path("out/demo-quick" if config.quick else "out/demo")
     size = QUICK if config.quick else FULL
+    if config.dry_run:
+        for method in config.methods:
+            print(f"would train {method} for {size.updates} updates on {size.pictures} pictures into {out / method}")
+        at = f"{' '.join(map(str, FEW))} steps, the teacher at {' '.join(map(str, MANY))} too"
+        print(f"would measure teacher and students at {at}, {size.measured} pictures a cell, into {out / 'bench'}")
+        return
     students = {method: train(method, out / method, size, config.seed) for method in config.methods}
     measure(students, out, size, config.seed)
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), default=str, indent=2) + "\n")
+    (out / "demo.json").write_text(json.dumps(dataclasses.asdict(config), default=str, indent=2) + "\n")
 
 
 def train(method: str, out: Path, size: Size, seed: int) -> Path:

@@ -56,7 +56,7 @@ def main(config: Config) -> int:
         print(save_fused(folder, out, teacher=config.teacher or teacher_of(folder)))
         return 0
     from stepdistill.export.kohya import read_lora
-    from stepdistill.training.checkpoint import replacing
+    from stepdistill.files import replacing
 
     if not whole:
         read_lora(folder)  # it is whole, with rank and alpha

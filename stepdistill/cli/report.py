@@ -1,6 +1,7 @@
 """Turns the folder of a benchmark into report.md and one self-contained report.html.
 
 stepdistill report out/bench
+stepdistill report out/demo
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ class Config:
     """Flags of `stepdistill report`."""
 
     folder: tyro.conf.Positional[Path]
-    """A folder that `stepdistill bench` or `stepdistill demo` wrote: it holds results.jsonl."""
+    """A folder that `stepdistill bench` or `stepdistill demo` wrote: it, or its bench/, holds results.jsonl."""
     title: str = "Quality and latency by number of steps"
     """Heading of the page."""
 
@@ -26,5 +27,8 @@ def main(config: Config) -> None:
     from stepdistill.evaluation.report import write_report
     from stepdistill.evaluation.summary import print_table, read_folder
 
-    print_table(read_folder(config.folder))
-    print(f"report: {write_report(config.folder, title=config.title)}")
+    folder = config.folder
+    if not (folder / "results.jsonl").is_file() and (folder / "bench" / "results.jsonl").is_file():
+        folder = folder / "bench"  # a demo's
+    print_table(read_folder(folder))
+    print(f"report: {write_report(folder, title=config.title)}")

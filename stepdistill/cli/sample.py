@@ -1,9 +1,9 @@
 """Draws a grid of pictures: a row for each prompt, a column for each noise.
 
-    stepdistill sample --model avatars,lora=out/student/export --prompt "a red hat" --steps 4 --out grid.png
+    stepdistill sample --model avatars,lora=out/student --prompt "a red hat" --steps 4 --out grid.png
 
-The model is a SPEC: path[,lora=DIR][,scheduler=lcm][,guidance=1.5]. The same seed gives each column the same noise
-whatever the model, so grids of two models can be laid side by side.
+The model is a SPEC: path[,lora=DIR][,scheduler=lcm][,guidance=1.5]; see stepdistill --help. The same seed gives each
+column the same noise whatever the model, so grids of two models can be laid side by side.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Config:
     count: int = 4
     """Pictures for each prompt."""
     guidance: float | None = None
-    """Guidance scale; 1 is none. What the SPEC or the sampler says where not given."""
+    """Guidance scale; 1 is none. Where not given: the SPEC's, else a student's own, else the pipeline's."""
     seed: int = 0
     """Seed of the noise; column i has seed + i."""
     batch: int = 16
@@ -60,6 +60,7 @@ def main(config: Config) -> int:
         raise InputError(f"--out: got {config.out}; allowed: a .png, .jpg or .webp; name one")
     from stepdistill.cli.bench import device_of
     from stepdistill.evaluation import spec as specs
+    from stepdistill.evaluation.progress import quiet
     from stepdistill.training.validation import tile
 
     spec, device = specs.parse(config.model), device_of(config.device)
@@ -68,7 +69,8 @@ def main(config: Config) -> int:
         return 0
     pipeline = specs.load(spec, device=device)
     guidance = config.guidance if config.guidance is not None else specs.guidance_of(spec, pipeline)
-    pictures = draw(pipeline, prompts, config, guidance)
+    with quiet():
+        pictures = draw(pipeline, prompts, config, guidance)
     grid = tile([pictures[i : i + config.count] for i in range(0, len(pictures), config.count)])
     record = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
     record |= {"prompt": prompts, "guidance": guidance, "device": device}

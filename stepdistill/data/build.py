@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 from pathlib import Path
@@ -18,6 +17,7 @@ from stepdistill.data.sources import Source, key_of, to_tensor
 from stepdistill.denoiser.load import Teacher
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
+from stepdistill.files import disk_full
 
 FORMAT = 2
 SHARD = 512  # samples, or distinct captions, to a file: what an interrupted build loses at most
@@ -117,7 +117,7 @@ class Plan:
                         folder.rmdir()  # it is empty
                     beside.rename(folder)
         except (OSError, SafetensorError) as error:
-            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            if disk_full(error):
                 raise InputError(
                     f"disk: got no space left while writing {beside}; what is done is kept; free some and run the same "
                     "command again"

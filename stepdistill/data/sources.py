@@ -105,7 +105,7 @@ def _folder(folder: Path) -> Source:
 def _listed(metadata: Path) -> list[tuple[Path, str]]:
     """The pictures and captions that metadata.jsonl lists. No name leads out of its folder."""
     rows = []
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(metadata).splitlines(), 1):
         if not line.strip():
             continue
         where = f"{metadata} line {number}"
@@ -137,12 +137,23 @@ def _beside(folder: Path) -> list[tuple[Path, str]]:
                 f"captions: got none for {file}; allowed: metadata.jsonl with file_name and text, or a .txt beside "
                 "each picture; write one"
             )
-        rows.append((file, caption.read_text(encoding="utf-8").strip()))
+        rows.append((file, _text(caption).strip()))
     return rows
 
 
+def _text(file: Path) -> str:
+    """What a text file says."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start} is {error.object[error.start]:#04x}"
+        raise InputError(f"text: got {file}, whose {byte}; allowed: UTF-8; save it as such") from error
+    except OSError as error:
+        raise InputError(f"text: got {file} ({error.strerror}); allowed: a file that can be read") from error
+
+
 def _prompts(path: Path) -> Source:
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = [line.strip() for line in _text(path).splitlines() if line.strip()]
     if not prompts:
         raise InputError(f"--data: got {path}, which has no prompts; allowed: a prompt a line; write some")
     return Source(str(path), key_of("prompts", *prompts), prompts, None)
@@ -293,8 +304,11 @@ def open_picture(file: Path | io.BytesIO, name: str) -> Image.Image:
     """
     try:
         return upright(Image.open(file))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"picture: got {name}, which is broken ({str(error)[:60]}); replace or remove it") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen kinds (struct.error, EOFError, ...); all mean the same
+        reason = str(error)[:60] or type(error).__name__
+        raise InputError(f"picture: got {name}, which is broken ({reason}); replace or remove it") from error
 
 
 def to_tensor(picture: Picture, size: tuple[int, int], channels: int = 3) -> Tensor:

@@ -124,6 +124,22 @@ class Teacher:
         self.source.to(device)
         return self
 
+    @contextmanager
+    def coders_on(self, device: torch.device | str) -> Iterator[None]:
+        """Within, text encoders and autoencoder are on a device; afterwards on the CPU, where they take no room."""
+        try:
+            move_coders(self, device)
+            yield
+        finally:
+            move_coders(self, "cpu")
+
+
+def move_coders(teacher: Teacher, device: torch.device | str) -> None:
+    """Moves all of a teacher but its denoiser."""
+    for part in teacher.source.components.values():
+        if isinstance(part, torch.nn.Module) and part is not teacher.source.unet:
+            part.to(device)
+
 
 @contextmanager
 def _quiet() -> Iterator[None]:

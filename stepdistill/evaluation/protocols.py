@@ -20,6 +20,7 @@ from typing import Any
 from stepdistill.errors import InputError
 
 PACKAGE = Path(__file__).parents[1]
+DATA = "--data"  # in a protocol's file, as its prompts and reference: the folder is the user's to name
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Protocol:
         name, version: of the protocol. description: for people; not hashed.
         n: pictures in a cell. prompts: the set they are drawn for (see `sets.open_set`).
         reference: the set they are compared with. reference_n: how many of it; all where None.
+        size: side in pixels that a folder's pictures are brought to; as they are where None.
         extractor: of the Frechet distance. scorer: of the CLIP score; None for a set without prompts.
         guidance: of models that say nothing of their own. seed: of the pictures' own noise.
     """
@@ -61,6 +63,7 @@ class Protocol:
     version: int = 1
     reference_n: int | None = None
     guidance: float | None = None
+    size: int | None = None
     seed: int = 0
     description: str = field(default="", compare=False)
 
@@ -71,13 +74,13 @@ class Protocol:
             raise InputError(f"protocol {self.name}: got guidance={self.guidance}; allowed: 1.0 (none) or more")
 
     def hash(self, content: Mapping[str, str]) -> str:
-        """16 hex digits of the settings and of what they name.
+        """16 hex digits of the settings and of what they name, wherever it lies.
 
         Args:
             content: hashes of the prompts, the reference and the networks, by name.
         """
         settings = dataclasses.asdict(self)
-        del settings["description"], settings["seed"]
+        del settings["description"], settings["seed"], settings["prompts"], settings["reference"]
         text = json.dumps([settings, dict(content)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -110,6 +113,31 @@ def load_protocol(name: str | Path) -> Protocol:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"protocol: got {file}, which is no YAML ({str(error).splitlines()[0]}); mend it") from error
     return _build(Protocol, fields, str(file))
+
+
+def on_folder(protocol: Protocol, folder: str | Path, size: int | None) -> tuple[Protocol, bool]:
+    """A protocol that leaves its pictures to the user, as `imagefolder` does, on a folder of them.
+
+    Args:
+        size: side in pixels they are brought to; as they are where None.
+
+    Returns:
+        The protocol, of as many pictures as there are at most, and whether they have captions.
+
+    Raises:
+        InputError: the protocol has pictures of its own, or the folder holds none.
+    """
+    from stepdistill.evaluation.sets import listing
+
+    if protocol.prompts != DATA:
+        raise InputError(
+            f"--data: got {folder} with the protocol {protocol.name}, which has pictures of its own; allowed: one of "
+            "the two; leave --protocol out"
+        )
+    files, captions = listing(folder)
+    place = str(Path(folder).expanduser())
+    changes = {"prompts": place, "reference": place, "size": size, "n": min(protocol.n, len(files))}
+    return dataclasses.replace(protocol, **changes), captions is not None
 
 
 def _build(kind: type, fields: Any, where: str) -> Any:

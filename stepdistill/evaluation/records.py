@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill import files
 from stepdistill.errors import InputError
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "timm", "stepdistill")
@@ -25,6 +26,7 @@ FIELDS = (
     "fd", "fd_low", "fd_high", "fd_extractor", "clip_score", "clip_model", "attribute_accuracy", "attributes",
     "latency_ms", "peak_memory_mb", "batch", "dtype", "device", "versions", "commit", "command", "train_seconds",
 )  # fmt: skip
+FOREIGN = ("config.json", "model_index.json", "manifest.json", "metrics.jsonl", "checkpoints", "export")
 TILE = 96  # pixels a picture in a grid has at least
 
 
@@ -48,11 +50,30 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def check_folder(folder: str | Path) -> None:
+    """Looks whether a folder is free for a benchmark: not there yet, empty, a benchmark's, or of no known kind.
+
+    Raises:
+        InputError: it is a training run's, an export, a pipeline, a cache, or no folder.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out: got {folder}, which is a file; allowed: a folder; give another")
+    if (folder / "results.jsonl").is_file():
+        return
+    held = [name for name in FOREIGN if (folder / name).exists()] + sorted(f.name for f in folder.glob("*.safetensors"))
+    if held:
+        raise InputError(
+            f"--out: got {folder}, which holds something else ({held[0]}); allowed: a new folder, or a benchmark's; "
+            "give another"
+        )
+
+
 class Book:
     """The rows of a folder, or of memory where there is no folder.
 
     Raises:
-        InputError: the folder holds rows of another protocol, or cannot be written.
+        InputError: the folder holds something else, or rows of another protocol, or cannot be written.
     """
 
     def __init__(self, folder: str | Path | None, protocol_hash: str, protocol: str) -> None:
@@ -60,6 +81,7 @@ class Book:
         self.rows: list[dict[str, Any]] = []
         if self.folder is None:
             return
+        check_folder(self.folder)
         try:
             (self.folder / "grids").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -93,15 +115,13 @@ class Book:
         row = {name: row.get(name) for name in FIELDS}
         self.rows.append(row)
         if self.folder is not None:
-            partial = self.file.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
-            partial.replace(self.file)
+            files.write(self.file, "".join(json.dumps(r) + "\n" for r in self.rows))
         return row
 
     def prompts(self, prompts: list[str]) -> None:
         """Keeps the prompts of the grids' pictures."""
         if self.folder is not None:
-            (self.folder / "grids" / "prompts.json").write_text(json.dumps(prompts, indent=1) + "\n")
+            files.write(self.folder / "grids" / "prompts.json", json.dumps(prompts, indent=1) + "\n")
 
     def grid(self, row: dict[str, Any], pictures: Tensor | None) -> None:
         """Keeps pictures (B, 3, H, W) uint8 as one strip, small ones enlarged pixel by pixel."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stepdistill import files
 from stepdistill.errors import InputError
 from stepdistill.evaluation import plots
 from stepdistill.evaluation.records import grid_name
@@ -67,14 +68,9 @@ def write_report(folder: str | Path, *, title: str = "Quality and latency by num
         make = figures.get("FD by steps" if name == "quality" else "FD by latency")
         if make is not None:
             plots.png(make, folder / f"{name}.png")
-    _write(folder / "report.md", _markdown(title, rows, found, prompts, "FD by latency" in figures))
-    return _write(folder / "report.html", page)
-
-
-def _write(file: Path, text: str) -> Path:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text)
-    return partial.replace(file)
+    files.write(folder / "report.md", _markdown(title, rows, found, prompts, "FD by latency" in figures))
+    files.write(folder / "report.html", page)
+    return folder / "report.html"
 
 
 def _models(found: Sequence[Cell]) -> list[tuple[str, int, list[Cell]]]:

@@ -1,7 +1,7 @@
 """The prompts that are drawn and the real pictures that are compared with, by name.
 
 avatars:train, avatars:test    the embedded set
-FOLDER                         pictures; with metadata.jsonl (file_name, text) they have prompts too
+FOLDER                         pictures; with metadata.jsonl (file_name, text), or a .txt beside each, prompts too
 FILE.txt                       a prompt a line, no pictures
 """
 
@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stepdistill.data import sources
 from stepdistill.errors import InputError
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,11 @@ class EvalSet:
             yield first, self.pictures(first, min(first + size, count))
 
 
-def open_set(name: str) -> EvalSet:
+def open_set(name: str, size: int | None = None) -> EvalSet:
     """A set by name.
+
+    Args:
+        size: side in pixels that a folder's pictures are brought to (shorter side, Lanczos, centre crop).
 
     Raises:
         InputError: no such set, or one that is empty or broken.
@@ -66,7 +68,7 @@ def open_set(name: str) -> EvalSet:
         prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
         return EvalSet(name, _hash("\n".join(prompts)), len(prompts), prompts)
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, size)
     raise InputError(
         f"set: got {name!r}; allowed: avatars:train, avatars:test, a folder of pictures, or a file.txt of prompts"
     )
@@ -91,36 +93,40 @@ def _avatars(split: str) -> EvalSet:
     return EvalSet(f"avatars:{split}", key, len(data), data.captions, pictures, data.attributes, data.mentioned)
 
 
-def _folder(folder: Path) -> EvalSet:
+def listing(folder: str | Path) -> tuple[list[Path], list[str] | None]:
+    """The pictures of a folder and their captions, None where there are none; read as training reads them.
+
+    Raises:
+        InputError: it is no folder, holds no pictures, or some of them lack a caption that others have.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"set: got {folder}, which is no folder; allowed: a folder of pictures; check the path")
     metadata = folder / "metadata.jsonl"
-    prompts = None
-    if metadata.is_file():
-        try:
-            rows = [json.loads(line) for line in metadata.read_text().splitlines() if line.strip()]
-            files, prompts = [folder / row["file_name"] for row in rows], [row["text"] for row in rows]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{metadata}: got a line that is not a file_name and a text ({error}); mend it") from error
-    else:
-        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES)
-    if not files or (missing := next((f for f in files if not f.is_file()), None)):
-        got = f"{missing.name}, which is not there" if files else "no pictures"
-        raise InputError(f"set {folder}: got {got}; allowed: {', '.join(PICTURES)} files")
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in sources.PICTURES and f.is_file())
+    captions = None
+    if metadata.is_file() or any(f.with_suffix(".txt").is_file() for f in files):
+        rows = sources._listed(metadata) if metadata.is_file() else sources._beside(folder)
+        files, captions = [file for file, _ in rows], [caption for _, caption in rows]
+    if not files:
+        raise InputError(f"set {folder}: got no pictures; allowed: {', '.join(sources.PICTURES)} files")
+    return files, captions
+
+
+def _folder(folder: Path, size: int | None) -> EvalSet:
+    files, prompts = listing(folder)
 
     def pictures(first: int, last: int) -> Tensor:
-        batch = [_open(file) for file in files[first:last]]
+        batch = [_open(file, size) for file in files[first:last]]
         if len({tuple(picture.shape) for picture in batch}) > 1:
-            raise InputError(f"set {folder}: got pictures of several sizes; allowed: one size; resize them first")
+            raise InputError(f"set {folder}: got pictures of several sizes; allowed: one; give the protocol a size")
         return torch.stack(batch)
 
-    key = _hash(*(part for file in files for part in (file.name, file.read_bytes())), *(prompts or []))
+    key = _hash(*(part for file in files for part in (file.name, file.read_bytes())), *(prompts or []), f"size {size}")
     return EvalSet(str(folder), key, len(files), prompts, pictures)
 
 
-def _open(file: Path) -> Tensor:
-    import numpy as np
-    from PIL import Image
-
-    try:
-        return torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"picture {file}: could not be read ({str(error)[:80]}); replace or remove it") from error
+def _open(file: Path, size: int | None) -> Tensor:
+    picture = sources.open_picture(file, str(file))
+    side = (size, size) if size else picture.size[::-1]
+    return sources.to_tensor(picture, side).add(1).mul(127.5).round().to(torch.uint8)

@@ -2,7 +2,8 @@
 
     path,lora=DIR,scheduler=lcm,guidance=1.5,variant=fp16,dtype=bf16,name=student     or     student=path,lora=DIR,...
 
-The path is a diffusers folder, a hub id, or avatars. What is built is a plain diffusers pipeline.
+The path is a diffusers folder, a hub id, or avatars; for it, and for the LoRA, a training run's folder stands for the
+export in it. What is built is a plain diffusers pipeline.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.errors import InputError
+from stepdistill.evaluation import hashes
+from stepdistill.evaluation.generate import told_guidance
+from stepdistill.evaluation.places import check_lora, export_in
 
 DTYPES = ("fp32", "fp16", "bf16")
 # name: (diffusers class, what is set on top of the pipeline's own scheduler configuration).
@@ -98,7 +102,9 @@ def parse(text: str) -> ModelSpec:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InputError(f"--model {text}: got {key}={values[key]}; allowed: {', '.join(allowed)}{hint}")
     values.setdefault("name", Path(values.get("lora") or first).name)
-    return ModelSpec(path=first, **values)
+    if values.get("lora"):
+        values["lora"] = export_in(values["lora"])
+    return ModelSpec(path=first if first == "avatars" else export_in(first), **values)
 
 
 def as_models(pipeline: Any) -> dict[str, Any]:
@@ -154,32 +160,14 @@ def load(spec: ModelSpec, *, device: str = "cpu"):
 
 
 def _load_lora(pipeline, lora: str) -> None:
-    folder = Path(lora)
-    if not folder.exists() and (lora.startswith((".", "/", "~")) or lora.count("/") != 1):
-        raise InputError(
-            f"lora: got {lora}, which does not exist; allowed: an export folder, a .safetensors file, or a hub id"
-        )
-    if folder.is_dir() and not list(folder.glob("*.safetensors")):
-        raise InputError(f"lora: got {lora}, which holds no .safetensors file; allowed: the folder an export wrote")
+    from stepdistill.export.adapters import load_whole
+
+    check_lora(lora)
     if not hasattr(pipeline, "load_lora_weights"):
         raise InputError(
             f"lora: got {lora} for a {type(pipeline).__name__}, which takes none; allowed: a text-to-image pipeline"
         )
-    before = dict(pipeline.components)
-    file = (
-        {"pretrained_model_name_or_path_or_dict": str(folder.parent), "weight_name": folder.name}
-        if folder.is_file()
-        else None
-    )
-    try:
-        pipeline.load_lora_weights(**(file or {"pretrained_model_name_or_path_or_dict": lora}))
-    except Exception as error:  # files, keys, shapes and the hub each raise their own kinds
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(
-            f"lora: got {lora}, which could not be loaded ({reason}); was it trained for this pipeline?"
-        ) from error
-    if not any(getattr(module, "peft_config", None) for module in before.values()):
-        raise InputError(f"lora: got {lora}, of which no tensor fits this pipeline; was it trained for another one?")
+    load_whole(pipeline, lora)
 
 
 def _scheduler(pipeline, spec: ModelSpec):
@@ -202,12 +190,21 @@ def _scheduler(pipeline, spec: ModelSpec):
 
 
 def guidance_of(spec: ModelSpec, pipeline, default: float | None = None) -> float:
-    """What a model is guided with: the SPEC's; none for consistency schedulers; the protocol's; the pipeline's own."""
+    """What a model is guided with.
+
+    The SPEC's guidance, where it says one. Of a student that is told its guidance (LCM's w), the middle of the range it
+    was trained on, then `default`, the protocol's. Of other consistency students, none. Else `default`, then the
+    pipeline's own.
+    """
     import inspect
 
     if spec.guidance is not None:
         return spec.guidance
-    if type(pipeline.scheduler).__name__ in UNGUIDED:
+    told = told_guidance(pipeline)
+    if told and (trained := _record(spec).get("guidance")):
+        ends = trained if isinstance(trained, list) else [trained]
+        return (float(ends[0]) + float(ends[-1])) / 2
+    if type(pipeline.scheduler).__name__ in UNGUIDED and not told:
         return 1.0
     parameter = inspect.signature(type(pipeline).__call__).parameters.get("guidance_scale")
     if parameter is None:
@@ -225,28 +222,26 @@ def fingerprint(pipeline) -> str:
             continue
         for adapter, config in sorted((getattr(module, "peft_config", None) or {}).items()):
             digest.update(f"{name}.{adapter} r={config.r} alpha={config.lora_alpha}".encode())
-        for key, tensor in module.state_dict().items():
-            digest.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(
-                tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-                if tensor.ndim
-                else str(tensor.item()).encode()
-            )
+        digest.update(f"{name} {hashes.of_module(module)}".encode())
     scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     digest.update(json.dumps([type(pipeline.scheduler).__name__, scheduler], sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
 
 
 def training_record(spec: ModelSpec) -> dict[str, Any]:
-    """What an export's config.json says of its making: method, teacher, train_seconds. Empty where there is none."""
-    for folder in (spec.lora, spec.path):
-        file = Path(folder or "") / "config.json"
-        if folder and file.is_file():
-            try:
-                record = json.loads(file.read_text())
-            except ValueError:
-                return {}
-            return (
-                {k: record.get(k) for k in ("method", "teacher", "train_seconds")} if isinstance(record, dict) else {}
-            )
-    return {}
+    """What an export says of its making: method, teacher, train_seconds. Empty where it says nothing."""
+    record = _record(spec)
+    return {k: record.get(k) for k in ("method", "teacher", "train_seconds")} if record else {}
+
+
+def _record(spec: ModelSpec) -> dict[str, Any]:
+    """The config.json of the LoRA's folder, of a pipeline's without one; of a kohya file, the one in its header."""
+    if spec.lora and Path(spec.lora).is_file():
+        from stepdistill.export.kohya import kohya_record
+
+        return kohya_record(Path(spec.lora))
+    try:
+        record = json.loads((Path(spec.lora or spec.path) / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from stepdistill.errors import InputError
-from stepdistill.evaluation import generate, latency, records
+from stepdistill.evaluation import generate, hashes, latency, records
 from stepdistill.evaluation.metrics import Instruments, Pass, prepare
+from stepdistill.evaluation.places import check
 from stepdistill.evaluation.progress import ReferenceBar, progress_bar, quiet
 from stepdistill.evaluation.protocols import Protocol, load_protocol
 from stepdistill.evaluation.spec import ModelSpec, as_models, fingerprint, guidance_of, load, training_record
+from stepdistill.files import unwritable
 
 STEPS = (1, 2, 4, 8, 50)
 EMBEDDINGS_LIMIT = 1 << 30  # bytes of prompt embeddings kept from one step count to the next
@@ -58,9 +60,12 @@ class Settings:
     """How a benchmark is run; none of it changes a quality figure.
 
     Attributes:
-        batch: pictures drawn at a time. device: where. latency_batch, latency_repeats: of the timing, 0 is
+        batch: pictures drawn at a time. device: where. latency_batch, latency_repeats: of the timing, 0 repeats are
             none.
         floor: measure real pictures and reconstructions too. grid: pictures kept of each cell. progress: show a bar.
+
+    Raises:
+        InputError: a number out of range.
     """
 
     batch: int = 64
@@ -70,6 +75,11 @@ class Settings:
     floor: bool = True
     grid: int = 8
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("latency_batch", 1), ("latency_repeats", 0), ("grid", 0)):
+            if (value := getattr(self, name)) < least:
+                raise InputError(f"{name}: got {value}; allowed: {least} or more")
 
 
 def evaluate(
@@ -95,16 +105,20 @@ def evaluate(
         instruments: in place of those the protocol names. command: what to record; the process's own where not given.
 
     Raises:
-        InputError: bad steps, an unknown protocol, too few prompts, a bad SPEC, or a folder with rows of
-            another protocol.
+        InputError: bad steps, an unknown protocol, too few prompts, a bad SPEC, a pipeline or LoRA that is not there,
+            or a folder with something else or with rows of another protocol.
+        OSError: the results cannot be written, for want of room or permission. What is done is kept.
     """
     settings = settings or Settings(device="cuda" if torch.cuda.is_available() else "cpu")
     protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)
     changes = {k: v for k, v in {"n": n, "seed": seed}.items() if v is not None}
     protocol = dataclasses.replace(protocol, **changes)
     steps, models = check_steps(steps), as_models(pipeline)
-    if settings.batch < 1:
-        raise InputError(f"batch: got {settings.batch}; allowed: 1 or more")
+    for model in models.values():
+        if isinstance(model, ModelSpec):
+            check(model.path, model.lora)
+    if out is not None:
+        records.check_folder(out)
     # The bar counts network evaluations, guidance's included, and a few for the metrics: pictures cost unlike much.
     weight = 4
     total = protocol.n * len(models) * sum(2 * s + weight for s in steps)
@@ -146,7 +160,9 @@ class _Bench:
         }  # fmt: skip
         self.book = records.Book(out, self.facts["protocol_hash"], protocol.name)
         self.book.prompts(list((tools.prompts.prompts or [])[: settings.grid]))
-        if settings.floor and tools.prompts.pictures is not None:
+        content = dict(tools.content)
+        held_out = "reference" not in content or content["reference"] != content.get("prompts")
+        if settings.floor and tools.prompts.pictures is not None and held_out:
             self._floor("real", tools.prompts.key[:16], lambda pictures: pictures)
 
     def _floor(self, name: str, weights: str, change) -> None:
@@ -182,7 +198,8 @@ class _Bench:
         ):
             self._reconstruction(name, pipeline)
         record = training_record(spec)
-        made = "lora" if spec.lora else "student" if record.get("teacher") else "teacher"
+        student = record.get("teacher") or generate.told_guidance(pipeline)
+        made = "lora" if spec.lora else "student" if student else "teacher"
         facts = {
             "model": name, "method": record.get("method") or made, "spec": str(spec),
             "teacher": record.get("teacher") or (spec.path if spec.lora else None),
@@ -202,7 +219,7 @@ class _Bench:
             self.bar.update(self.protocol.n * (2 * count + weight) - (self.bar.n - before))
 
     def _reconstruction(self, name: str, pipeline) -> None:
-        key = fingerprint(_Only(pipeline.vae))
+        key = hashes.of_module(pipeline.vae)[:16]
         done = [row for row in self.rows if row["model"].startswith("reconstruction")]
         if any(row["weights"] == key for row in done):
             return
@@ -256,15 +273,10 @@ class _Bench:
         return {"latency_ms": timing.row(), "peak_memory_mb": timing.peak_memory_mb}
 
     def _fail(self, name: str, steps: int | None, error: Exception) -> None:
+        """Notes what could not be measured; a disk that is full or closed is no model's fault, and ends the run."""
+        if unwritable(error):
+            raise error
         reason = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, InputError):
             reason = f"{type(error).__name__}: {reason}"
         self.failed.append(Failure(name, steps, reason[:300]))
-
-
-class _Only:
-    """One module dressed as a pipeline, for `fingerprint`."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.components = {"vae": module}
-        self.scheduler = type("NoScheduler", (), {"config": {}})()

@@ -81,30 +81,35 @@ def floors(found: Sequence[Cell]) -> list[Cell]:
 
 
 def verdicts(found: Sequence[Cell]) -> list[dict[str, Any]]:
-    """For each student, its best cell of at most 8 steps against the teacher's longest: the page's headline.
+    """For each student, its best cell of at most 8 steps against its teacher's longest: the page's headline.
+
+    The teacher is the one it was made from, or else the first that was measured; without a teacher nothing is said.
 
     Returns:
         model, steps, and stats: (figure, what it is) pairs.
     """
     measured = [cell for cell in found if cell.steps > 0 and cell.fd is not None]
     teachers = [cell for cell in measured if cell.method == "teacher"]
-    teachers = [cell for cell in teachers if cell.model == teachers[0].model]
+    several = len({cell.model for cell in teachers}) > 1
     said = []
     for model in dict.fromkeys(c.model for c in measured if teachers and c.model != teachers[0].model):
         few = [c for c in measured if c.model == model and c.steps <= 8]
         if not few:
             continue
-        best, last = min(few, key=lambda c: c.fd), teachers[-1]
+        best = min(few, key=lambda c: c.fd)
+        own = next((c for c in teachers if str(c.spec).split(",")[0] == best.teacher), teachers[0])
+        baseline = [c for c in teachers if c.model == own.model]
+        last, who = baseline[-1], own.model if several else "the teacher"
         at = f"{best.steps} step{'s' * (best.steps > 1)}"
-        stats = [(figure(best.fd, 1), f"FD, where the teacher has {figure(last.fd, 1)} at {last.steps} steps")]
+        stats = [(figure(best.fd, 1), f"FD, where {who} has {figure(last.fd, 1)} at {last.steps} steps")]
         if last.fd > 0:
-            stats.append((f"{figure(best.fd / last.fd, 2)}×", f"the teacher’s distance at {last.steps} steps"))
-        same = next((c for c in teachers if c.steps == best.steps), None)
+            stats.append((f"{figure(best.fd / last.fd, 2)}×", f"{who}’s distance at {last.steps} steps"))
+        same = next((c for c in baseline if c.steps == best.steps), None)
         if same is not None and same.fd > 0:
-            stats.append((f"{figure(best.fd / same.fd, 2)}×", f"the teacher’s distance at the same {at}"))
+            stats.append((f"{figure(best.fd / same.fd, 2)}×", f"{who}’s distance at the same {at}"))
         if best.latency and last.latency:
             faster = figure(last.latency / best.latency, 1)
-            stats.append((f"{faster}×", f"faster than the teacher at {last.steps} steps"))
+            stats.append((f"{faster}×", f"faster than {who} at {last.steps} steps"))
         said.append({"model": model, "steps": at, "stats": stats})
     return said
 

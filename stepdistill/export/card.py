@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 FIGURES_START, FIGURES_END = "<!-- figures -->", "<!-- /figures -->"
@@ -10,18 +12,23 @@ USE_LORA = """```python
 import torch
 from diffusers import DiffusionPipeline, {scheduler}
 
-pipe = DiffusionPipeline.from_pretrained("{teacher}")
+pipe = DiffusionPipeline.from_pretrained("{base}")
 pipe.load_lora_weights("{out}")
 pipe.scheduler = {scheduler}.from_pretrained("{out}", subfolder="scheduler")
-image = pipe("{prompt}", num_inference_steps=4, guidance_scale=1.0).images[0]
+image = pipe({call}).images[0]
 ```"""
 
 USE_PIPELINE = """```python
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{out}")
-image = pipe("{prompt}", num_inference_steps=4).images[0]
+image = pipe({call}).images[0]
 ```"""
+
+
+def hub_id(teacher: str) -> bool:
+    """Whether this is an id of the hub, owner/name, and no path of this machine."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", teacher)) and not Path(teacher).exists()
 
 
 def model_card(
@@ -31,17 +38,26 @@ def model_card(
     out: str,
     scheduler: str,
     lora: bool,
-    prompt: str,
+    prompt: str | None,
     settings: dict,
     grid: str | None,
+    guidance: float = 1.0,
+    base: str | None = None,
 ) -> str:
-    """Markdown with the hub's front matter: what it is, how to load it, how it was trained."""
+    """Markdown with the hub's front matter: what it is, how to load it, how it was trained.
+
+    Args:
+        prompt: of the example; None for a pipeline that takes none, nor a guidance.
+        guidance: the guidance_scale the student is used with; diffusers' own default would be 7.5.
+        base: where diffusers loads the teacher from; `teacher` where not given.
+    """
     tags = ["diffusers", "step-distillation", method, *(["lora"] if lora else [])]
-    head = ["---", f"base_model: {teacher}", "library_name: diffusers", "tags:"]
+    head = ["---", *([f"base_model: {teacher}"] if hub_id(teacher) else []), "library_name: diffusers", "tags:"]
     front = "\n".join([*head, *(f"- {tag}" for tag in tags), "---"])
-    use = (USE_LORA if lora else USE_PIPELINE).format(
-        scheduler=scheduler, teacher=teacher, out=out, prompt=prompt.replace('"', "'")
-    )
+    call = "num_inference_steps=4"
+    if prompt is not None:
+        call = f"{json.dumps(prompt, ensure_ascii=False)}, {call}, guidance_scale={float(guidance)}"
+    use = (USE_LORA if lora else USE_PIPELINE).format(scheduler=scheduler, base=base or teacher, out=out, call=call)
     kind = "LoRA" if lora else "pipeline"
     rows = "\n".join(f"| {key} | {str(value).replace('|', '/')} |" for key, value in settings.items())
     picture = f"\n![samples of the student, four steps]({grid})\n" if grid else ""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 from stepdistill.denoiser.load import open_pipeline
 from stepdistill.errors import InputError
+from stepdistill.export.adapters import load_whole
 from stepdistill.export.kohya import read_lora
-from stepdistill.training.checkpoint import replacing
+from stepdistill.files import replacing
 
 
 def save_fused(folder: Path, out: Path, *, teacher: str) -> Path:
-    """Writes the pipeline W + (alpha / rank) B A for every adapted W, with the student's own scheduler.
+    """Writes the pipeline W + (alpha / rank) B A for every adapted W, with the student's scheduler, record and card.
 
     Args:
         folder: the export folder of a LoRA student. teacher: the pipeline it was trained from.
@@ -23,19 +26,16 @@ def save_fused(folder: Path, out: Path, *, teacher: str) -> Path:
     import diffusers
 
     folder = Path(folder)
-    state, _ = read_lora(folder)
+    read_lora(folder)  # it is whole, with rank and alpha
     pipeline = open_pipeline(teacher)
     if not hasattr(pipeline, "load_lora_weights"):
         raise InputError(
             f"teacher: got {type(pipeline).__name__}, which takes no LoRA; allowed: a text-to-image pipeline"
         )
     try:
-        pipeline.load_lora_weights(str(folder))
-        loaded = sum(".lora_" in name for name, _ in pipeline.unet.named_parameters())
-        if loaded != len(state):
-            raise ValueError(f"{loaded} of {len(state)} tensors fit")
-    except (ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:120]
+        load_whole(pipeline, folder)
+    except InputError as error:
+        reason = str(error).removeprefix(f"lora: got {folder}, ")[:120]
         raise InputError(
             f"teacher: got {teacher}, for which {folder} was not trained ({reason}); allowed: its own; give it with "
             "--teacher"
@@ -48,4 +48,19 @@ def save_fused(folder: Path, out: Path, *, teacher: str) -> Path:
         pipeline.scheduler = kind.from_pretrained(folder, subfolder="scheduler")
     with replacing(Path(out)) as new:
         pipeline.save_pretrained(new)
+        for name in ("config.json", "grid.png"):
+            if (folder / name).is_file():
+                shutil.copy(folder / name, new)
+        if (folder / "README.md").is_file():
+            (new / "README.md").write_text(fused_card((folder / "README.md").read_text(), str(out)))
     return Path(out)
+
+
+def fused_card(card: str, out: str) -> str:
+    """The card of a LoRA as that of the pipeline it was fused into, which loads by itself."""
+    load = "pipe = DiffusionPipeline.from_pretrained("
+    card = re.sub(rf"(?m)^{re.escape(load)}.*$", lambda _: f'{load}"{out}")', card)
+    card = re.sub(r"(?m)^pipe\.(load_lora_weights\(|scheduler = ).*\n", "", card)
+    card = re.sub(r"(?m)^(from diffusers import DiffusionPipeline), \w+$", r"\1", card)
+    card = re.sub(r"(?m)^(# \S+) LoRA of ", r"\1 LoRA fused into ", card)
+    return card.replace("\n- lora\n", "\n", 1)

@@ -6,7 +6,6 @@ back from the adapter's metadata.
 
 from __future__ import annotations
 
-import errno
 import json
 from pathlib import Path
 
@@ -17,8 +16,10 @@ from torch import Tensor
 
 from stepdistill.errors import InputError
 from stepdistill.export.lora import LORA_FILE
+from stepdistill.files import disk_full
 
 METADATA = "lora_adapter_metadata"
+RECORD = "stepdistill"  # the run's record, in the header of a kohya file
 
 
 def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -43,6 +44,16 @@ def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
             f"LoRA: got {file} without its rank and alpha; allowed: an export of stepdistill; export it again"
         )
     return state, {key.removeprefix("unet."): value for key, value in settings.items() if key.startswith("unet.")}
+
+
+def kohya_record(file: Path) -> dict[str, object]:
+    """The run's record in the header of a kohya file; empty where there is none."""
+    try:
+        with safe_open(file, "pt") as stored:
+            record = json.loads((stored.metadata() or {}).get(RECORD, "{}"))
+    except (OSError, SafetensorError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def to_kohya(state: dict[str, Tensor], settings: dict[str, object]) -> dict[str, Tensor]:
@@ -70,7 +81,7 @@ def to_kohya(state: dict[str, Tensor], settings: dict[str, object]) -> dict[str,
 
 
 def save_kohya(folder: Path, out: Path) -> Path:
-    """Writes the LoRA of an export folder as one .safetensors file under kohya's names.
+    """Writes the LoRA of an export folder as one .safetensors file under kohya's names, the run's record in its header.
 
     Raises:
         InputError: see `read_lora`; or the disk is full.
@@ -82,12 +93,14 @@ def save_kohya(folder: Path, out: Path) -> Path:
         "format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(settings["r"]),
         "ss_network_alpha": str(settings["lora_alpha"]), "modelspec.title": out.stem,
     }  # fmt: skip
+    if (record := Path(folder) / "config.json").is_file():
+        header[RECORD] = record.read_text()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(to_kohya(state, settings), beside, metadata=header)
         beside.rename(out)
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        if disk_full(error):
             raise InputError(f"disk: got no space left while writing {out}; free some and run it again") from error
         raise
     finally:

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from stepdistill.denoiser.load import Teacher
 from stepdistill.errors import InputError
-from stepdistill.training.checkpoint import replacing
+from stepdistill.files import replacing
 from stepdistill.training.roles import ADAPTER
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -62,11 +62,17 @@ def save_lora(
 def save_pipeline(
     teacher: Teacher, backbone, out: Path, *, scheduler, config: dict, card: str, extra: dict[str, bytes] | None = None
 ) -> Path:
-    """Writes a whole pipeline folder with the student in the teacher's place."""
+    """Writes a whole pipeline folder with the student in the teacher's place.
+
+    A DDIMPipeline would put a DDIMScheduler in the place of the student's own; it is written as a DDPMPipeline.
+    """
+    from diffusers import DDIMPipeline, DDPMPipeline
+
+    kind = DDPMPipeline if isinstance(teacher.source, DDIMPipeline) else type(teacher.source)
     parts = dict(teacher.source.components) | {"unet": backbone, "scheduler": scheduler}
     options = {"requires_safety_checker": False} if teacher.family == "StableDiffusionPipeline" else {}
     with replacing(Path(out)) as folder:
-        type(teacher.source)(**parts, **options).save_pretrained(folder)
+        kind(**parts, **options).save_pretrained(folder)
         _finish(folder, scheduler, config, card, extra)
     return Path(out)
 

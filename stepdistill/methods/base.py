@@ -76,6 +76,7 @@ class Method(Protocol):
 
     name: str
     roles: Mapping[str, Role]
+    guidance_scale: float  # what users pass when they sample the student; 1.0 where guidance is in its weights
 
     def phases(self, clock: Clock) -> tuple[str, ...]:
         """The roles trained in this update, in order."""

@@ -12,6 +12,7 @@ with f(x, t) = c_skip x + c_out x0_hat, which is x itself at the clean end.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
@@ -95,7 +96,7 @@ class LatentConsistency:
     roles: ClassVar[dict[str, Role]] = {"teacher": Role.FROZEN, "student": Role.TRAINED, "target": Role.TARGET}
 
     def __post_init__(self) -> None:
-        if not 1 <= self.guidance_min <= self.guidance_max:
+        if not 1 <= self.guidance_min <= self.guidance_max < math.inf:
             got = f"{self.guidance_min:g} to {self.guidance_max:g}"
             raise InputError(f"guidance: got {got}; allowed: 1 or more, rising; 1 means no guidance, try 2")
         if self.solver_steps < 2:
@@ -104,6 +105,13 @@ class LatentConsistency:
             raise InputError(f"loss: got {self.loss_type!r}; allowed: huber, l2")
         if not self.huber_c > 0:
             raise InputError(f"huber_c: got {self.huber_c:g}; allowed: above 0; the papers use 0.001")
+        if not self.timestep_scaling > 0:
+            raise InputError(f"timestep_scaling: got {self.timestep_scaling:g}; allowed: above 0; the papers use 10")
+
+    @property
+    def guidance_scale(self) -> float:
+        """What the student is sampled at: the middle of the range where it is told, else 1.0."""
+        return (self.guidance_min + self.guidance_max) / 2 if self.embed_guidance else 1.0
 
     def phases(self, clock: Clock) -> tuple[str, ...]:
         """The student alone."""
@@ -147,8 +155,7 @@ class LatentConsistency:
     def sample(self, student: Denoiser, x_T: Tensor, cond: dict[str, Tensor], *, steps: int, draws: Draws) -> Tensor:
         """Multistep consistency sampling; a student that is told its guidance, at the middle of the range."""
         if self.embed_guidance:
-            w = (self.guidance_min + self.guidance_max) / 2 - 1
-            cond = cond | {"guidance": torch.full((len(x_T),), w, device=x_T.device)}
+            cond = cond | {"guidance": torch.full((len(x_T),), self.guidance_scale - 1, device=x_T.device)}
         from stepdistill.sampling import sample_lcm
 
         own = {"original_steps": self.solver_steps, "timestep_scaling": self.timestep_scaling}

@@ -6,19 +6,18 @@ state to keep) and `state.json` (the update, and the SHA-256 of the tensors). No
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import shutil
-import warnings
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.errors import InputError
+from stepdistill.files import replacing
 
 KEEP = 2
 
@@ -30,58 +29,6 @@ def digest(path: Path) -> str:
         while block := file.read(1 << 22):
             found.update(block)
     return found.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def replacing(final: Path):
-    """A folder to write in; on leaving without an error it takes the place of `final` in one rename.
-
-    Raises:
-        InputError: the disk is full. What was at `final` is still there.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    beside = final.with_name(f".{final.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        beside.mkdir()
-        yield beside
-        for file in [*beside.rglob("*"), beside]:
-            sync(file)
-        if final.exists():
-            old = final.with_name(f".{final.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            final.rename(old)
-            beside.rename(final)
-            shutil.rmtree(old)
-        else:
-            beside.rename(final)
-        sync(final.parent)
-    except Exception as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if full:
-            raise InputError(
-                f"disk: got no space left while writing {final}; free some and run the same command again; what was "
-                "there is kept"
-            ) from error
-        raise
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all: what was there stays until the new one is on the disk."""
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text)
-    sync(beside)
-    beside.replace(path)
 
 
 def flatten(tree: object, prefix: str, tensors: dict[str, Tensor]) -> object:
@@ -126,15 +73,16 @@ def save(folder: Path, update: int, state: dict) -> None:
             shutil.rmtree(path)
 
 
-def load_latest(folder: Path) -> tuple[int, dict] | None:
+def load_latest(folder: Path, say: Callable[[str], object] = print) -> tuple[int, dict] | None:
     """The newest whole checkpoint: its update and its state; None where there is none yet.
 
-    A broken one is passed over with a warning.
+    A broken one is passed over, and `say` is told so in one line.
 
     Raises:
         InputError: there are checkpoints and all are broken.
     """
     found = sorted(folder.glob("step-*"), reverse=True)
+    broken = (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, SafetensorError)
     for path in found:
         try:
             record = json.loads((path / "state.json").read_text())
@@ -142,8 +90,9 @@ def load_latest(folder: Path) -> tuple[int, dict] | None:
                 raise ValueError("its hash does not fit")
             state = unflatten(record["tree"], load_file(path / "state.safetensors"))
             return record["update"], state
-        except (OSError, ValueError, KeyError) as error:
-            warnings.warn(f"checkpoint {path} is broken ({str(error)[:80]}); trying the one before", stacklevel=2)
+        except broken as error:
+            reason = " ".join(str(error).split())[:80]
+            say(f"checkpoint {path} is broken ({reason}); trying the one before")
     if found:
         raise InputError(
             f"checkpoints: got {len(found)} in {folder}, all broken; allowed: a whole one; remove the folder to start "

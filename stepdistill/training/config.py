@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import json
-from dataclasses import dataclass
+import math
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -17,6 +20,11 @@ from stepdistill.training.roles import LORA_TARGETS
 FREE = {"config", "out", "checkpoint_every", "validate_every", "validation_prompts", "log_every", "trackers",
         "push_to_hub", "dry_run", "batch_size", "gradient_accumulation", "gradient_checkpointing",
         "compile"}  # fmt: skip
+
+
+def launcher_precision() -> str:
+    """What `accelerate launch --mixed_precision` was told; "no" without it."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
 
 
 @dataclass(frozen=True)
@@ -78,8 +86,9 @@ class TrainConfig:
     export_ema: float = 0.0
     """Decay of the average that is shown and exported; 0 for the trained weights themselves."""
 
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Of the networks; frozen weights are kept in it. Losses, adapters and optimizer stay float32."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = field(default_factory=launcher_precision)
+    """Of the networks; frozen weights are kept in it. Losses, adapters and optimizer stay float32. That of `accelerate
+    launch` where not given."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them."""
     compile: bool = False
@@ -98,24 +107,43 @@ class TrainConfig:
     push_to_hub: str | None = None
     """Hub repository to upload the export to."""
     dry_run: bool = False
-    """Print the resolved configuration, do one update without saving, and stop."""
+    """Print the resolved configuration, do one update on a few samples without saving, and stop."""
 
     def check(self) -> None:
-        """Raises InputError where a number is out of range."""
+        """Raises InputError where a setting is out of range, or needs a package that is not installed."""
         positive = ("max_train_steps", "batch_size", "gradient_accumulation", "learning_rate", "checkpoint_every",
                     "log_every", "max_grad_norm")  # fmt: skip
         for name in positive:
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}: got {getattr(self, name)}; allowed: above 0; raise it")
-        for name in ("lr_warmup", "validate_every", "weight_decay"):
-            if getattr(self, name) < 0:
+        for name in ("lr_warmup", "validate_every", "weight_decay", "adam_epsilon"):
+            if not getattr(self, name) >= 0:
                 raise InputError(f"{name}: got {getattr(self, name)}; allowed: 0 or more; 0 is none")
+        below_one = {"target_ema": self.target_ema, "export_ema": self.export_ema, "lora_dropout": self.lora_dropout}
+        for name, value in (below_one | {"adam_betas": self.adam_betas}).items():
+            if not all(0 <= v < 1 for v in (value if isinstance(value, tuple) else (value,))):
+                raise InputError(f"{name}: got {value}; allowed: 0 to below 1; try {getattr(type(self), name)}")
         if self.lora and self.rank < 1:
             raise InputError(f"rank: got {self.rank}; allowed: 1 or more; the papers use 64")
+        if self.lora and self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise InputError(f"alpha: got {self.alpha:g}; allowed: above 0; leave it out for alpha = rank")
+        if self.mixed_precision not in ("no", "fp16", "bf16"):
+            got = f"{self.mixed_precision}, from `accelerate launch`"
+            raise InputError(f"mixed_precision: got {got}; allowed: no, fp16, bf16; give --mixed-precision")
+        for tracker in self.trackers:
+            _check_installed("trackers", tracker, tracker, "trackers")
+        if self.optimizer == "adamw8bit":
+            _check_installed("optimizer", "adamw8bit", "bitsandbytes", "quant")
 
     def record(self) -> dict:
         """The configuration as JSON holds it."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+def _check_installed(flag: str, value: str, package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        fix = f"pip install 'stepdistill[{extra}]', or leave it out"
+        raise InputError(f"{flag}: got {value}, but {package} is not installed; {fix}")
 
 
 C = TypeVar("C", bound=TrainConfig)
@@ -131,7 +159,7 @@ def from_yaml(path: Path, kind: type[C]) -> C:
 
     try:
         values = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(
             f"--config: got {path} ({str(error).splitlines()[0]}); allowed: a readable YAML file"
         ) from error

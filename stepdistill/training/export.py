@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
+from stepdistill import embedded, files
 from stepdistill.denoiser.load import Teacher
 from stepdistill.errors import InputError
 from stepdistill.export.card import model_card
@@ -42,12 +44,28 @@ def export(
     grid(method, teacher, models.student, config, captions).save(picture, "png")
     card = model_card(
         method=name, teacher=config.teacher, out=str(out), scheduler=type(scheduler).__name__, lora=config.lora,
-        prompt=prompts_for(config, captions)[0], settings={k: record[k] for k in SHOWN}, grid="grid.png",
+        prompt=None if teacher.vae is None else prompts_for(config, captions)[0], guidance=method.guidance_scale,
+        settings={k: record[k] for k in SHOWN}, grid="grid.png",
+        base=str(embedded.path("teacher")) if config.teacher == "avatars" else config.teacher,
     )  # fmt: skip
     common = {"scheduler": scheduler, "config": record, "card": card, "extra": {"grid.png": picture.getvalue()}}
     if config.lora:
         return save_lora(teacher, out, **common)
     return save_pipeline(teacher, models.student.backbone, out, **common)
+
+
+def push_rest(config: TrainConfig) -> None:
+    """Uploads a finished run's export where that is asked for and not done yet.
+
+    Raises:
+        InputError: see `push`. The same command tries again.
+    """
+    file = Path(config.out) / "done.json"
+    done = json.loads(file.read_text())
+    if config.dry_run or config.push_to_hub in (None, done.get("pushed")):
+        return
+    push(Path(config.out) / "export", config.push_to_hub)
+    files.write(file, json.dumps(done | {"pushed": config.push_to_hub}) + "\n")
 
 
 def push(folder: Path, repository: str) -> None:
@@ -66,5 +84,5 @@ def push(folder: Path, repository: str) -> None:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise InputError(
             f"push_to_hub: got {repository}, which could not be uploaded to ({reason[:120]}); the export is whole in "
-            f"{folder}; check `hf auth login` and upload that"
+            f"{folder}; check `hf auth login` and run the same command again, which uploads it alone"
         ) from error

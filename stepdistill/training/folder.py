@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from stepdistill import files
 from stepdistill.errors import InputError
-from stepdistill.training import checkpoint
 from stepdistill.training.config import FREE, TrainConfig
+
+MARK = "samples_per_update"  # in every run's config.json, and in no other
 
 
 def claim(config: TrainConfig, processes: int = 1, write: bool = True) -> None:
@@ -23,13 +25,16 @@ def claim(config: TrainConfig, processes: int = 1, write: bool = True) -> None:
     What only says how the work is split (batch, accumulation, processes) may change as long as their product does not.
 
     Raises:
-        InputError: the folder holds another run, or cannot be written.
+        InputError: the folder holds another run, or a config.json of something else, or cannot be written.
     """
     path = Path(config.out) / "config.json"
     record = config.record()
-    record["samples_per_update"] = config.batch_size * config.gradient_accumulation * processes
-    if path.exists():
-        there = _read(path)
+    record[MARK] = config.batch_size * config.gradient_accumulation * processes
+    if path.exists() and MARK not in (there := _read(path)):
+        raise InputError(
+            f"--out: got {config.out}, whose config.json is no training run's; allowed: a new folder, or a run's; give "
+            "another --out"
+        )
     if path.exists() and any((path.parent / name).exists() for name in ("metrics.jsonl", "checkpoints")):
         free = FREE | ({"max_train_steps"} if config.lr_scheduler == "constant" else set())
         for key in record:
@@ -40,7 +45,7 @@ def claim(config: TrainConfig, processes: int = 1, write: bool = True) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write(path, json.dumps(record, indent=2) + "\n")
+        files.write(path, json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise InputError(
             f"--out: got {config.out} ({error.strerror}); allowed: a folder that can be written"

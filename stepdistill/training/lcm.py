@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from stepdistill.errors import InputError
 from stepdistill.methods.consistency import LatentConsistency
 from stepdistill.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from stepdistill.denoiser.load import Teacher
+
+DRY = 4  # samples of a dry run
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,32 @@ class LCMConfig(TrainConfig):
         )  # fmt: skip
 
 
+def check_teacher(config: LCMConfig, method: LatentConsistency, teacher: Teacher) -> None:
+    """Raises InputError where a teacher cannot be distilled as the flags say; called before its data are encoded."""
+    import torch
+
+    from stepdistill.training.roles import adaptable, tellable
+
+    if config.lora:
+        adaptable(teacher.denoiser.backbone, config.target_modules)
+    elif method.embed_guidance:
+        tellable(teacher.denoiser.backbone)
+    if teacher.vae is None and method.guidance_max > 1:
+        raise InputError(
+            f"guidance: got {method.guidance_max:g} with {teacher.path}, a pixel model without text; allowed: 1; give "
+            "--guidance 1"
+        )
+    method.times(torch.zeros(1, dtype=torch.long), teacher.denoiser.schedule)
+
+
 def distil(config: LCMConfig) -> Path:
     """Loads the teacher and the data, trains and exports; a finished run returns at once.
 
     Returns:
         The export folder.
+
+    Raises:
+        InputError: a flag, the teacher, the data or the folder will not do.
     """
     config.check()
     method = config.method()
@@ -54,18 +81,25 @@ def distil(config: LCMConfig) -> Path:
     from stepdistill.data.cache import open_data
     from stepdistill.denoiser.load import load_teacher
     from stepdistill.training import folder
-    from stepdistill.training.processes import on_cpu
+    from stepdistill.training.export import push_rest
+    from stepdistill.training.processes import on_cpu, refuse_sharding
     from stepdistill.training.trainer import Trainer
 
+    refuse_sharding()
     state = PartialState(cpu=on_cpu())
     folder.claim(config, state.num_processes, write=False)  # before hours of encoding, not after
     if (done := folder.finished(config)) is not None:
         state.print(f"done already: {done}")
+        if state.is_main_process:
+            push_rest(config)
         return done
     teacher = load_teacher(config.teacher, variant=config.variant, revision=config.revision, device=state.device)
-    with state.local_main_process_first():
-        guidance = (config.guidance[0] + config.guidance[-1]) / 2
-        data = open_data(
-            config.data, teacher, resolution=config.resolution, seed=config.seed, synthetic_guidance=guidance
-        )
+    check_teacher(config, method, teacher)
+    guidance = (config.guidance[0] + config.guidance[-1]) / 2
+    settings = {"resolution": config.resolution, "seed": config.seed, "synthetic_guidance": guidance}
+    if config.dry_run:
+        with tempfile.TemporaryDirectory() as beside:
+            data = open_data(config.data, teacher, limit=DRY, cache_dir=beside, **settings)
+            return Trainer(method, teacher, data, config).fit()
+    data = open_data(config.data, teacher, **settings)  # one process builds; the others wait at its lock, for any time
     return Trainer(method, teacher, data, config).fit()

@@ -7,7 +7,6 @@ import math
 import torch
 from torch import nn
 
-from stepdistill.errors import InputError
 from stepdistill.training.config import TrainConfig
 
 
@@ -18,12 +17,8 @@ def build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torc
         "weight_decay": config.weight_decay,
     }  # fmt: skip
     if config.optimizer == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise InputError(
-                "optimizer: got adamw8bit; that needs the extra `quant`: pip install 'stepdistill[quant]'"
-            ) from error
+        from bitsandbytes.optim import AdamW8bit
+
         return AdamW8bit(parameters, **options)
     return torch.optim.AdamW(parameters, fused=True, **options)
 

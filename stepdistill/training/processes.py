@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import threading
@@ -15,12 +14,25 @@ import torch
 from accelerate import Accelerator
 
 from stepdistill.errors import InputError
+from stepdistill.files import disk_full
+
+YES = ("1", "true", "yes", "on")
 
 
 def on_cpu() -> bool:
     """Whether to compute on the CPU. accelerate must be told, or several processes on it do not find each other."""
-    forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")
+    forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in YES
     return forced or not torch.accelerator.is_available()
+
+
+def refuse_sharding() -> None:
+    """Raises InputError where `accelerate launch` asks for a way of splitting that this trainer does not know."""
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in YES:
+            raise InputError(
+                f"accelerate: got {name} from its launcher or configuration; allowed: one process, or several with "
+                "all weights each; run `accelerate config` again, or launch with --multi_gpu"
+            )
 
 
 @contextmanager
@@ -35,7 +47,7 @@ def room(out: Path, device: torch.device, batch_size: int) -> Iterator[None]:
             "--gradient-accumulation, or add --gradient-checkpointing"
         ) from error
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if not disk_full(error):
             raise
         fix = "free some and run the same command again"
         raise InputError(f"disk: got no space left in {out}; {kept}; {fix}") from error

@@ -160,6 +160,31 @@ def keep_in(dtype: torch.dtype | None, module: nn.Module) -> None:
             tensor.data = tensor.data.to(dtype)
 
 
+def adaptable(backbone: nn.Module, endings: tuple[str, ...]) -> list[str]:
+    """What `matching` says of a network that can take an adapter.
+
+    Raises:
+        InputError: it cannot, or has one already; or see `matching`.
+    """
+    if not hasattr(backbone, "add_adapter"):
+        raise InputError(
+            f"lora: got a teacher with a {type(backbone).__name__}, to which diffusers adds no adapter; allowed: a "
+            "full student; give --no-lora, or use train_lcm.py"
+        )
+    if adapter_layers(backbone):
+        raise InputError("teacher: got one that carries an adapter already; allowed: a plain one; load it again")
+    return matching(backbone, endings)
+
+
+def tellable(backbone: nn.Module) -> None:
+    """Raises InputError where a copy of a network cannot be told its guidance."""
+    if "time_cond_proj_dim" not in backbone.config:
+        raise InputError(
+            f"embed_guidance: got a teacher with a {type(backbone).__name__}; allowed: UNet2DConditionModel; give "
+            "--no-embed-guidance"
+        )
+
+
 def matching(backbone: nn.Module, endings: tuple[str, ...]) -> list[str]:
     """Those of `endings` that some linear or convolution layer's name ends in.
 
@@ -198,7 +223,7 @@ def lora_models(
         dtype: that the frozen weights are kept in from now on; None leaves them. The adapter is float32.
 
     Raises:
-        InputError: rank below 1, alpha or dropout out of range, a name that matches no layer, an adapter already there.
+        InputError: rank below 1, alpha or dropout out of range; or see `adaptable`.
     """
     from peft import LoraConfig
 
@@ -209,9 +234,7 @@ def lora_models(
     if not 0 <= dropout < 1:
         raise InputError(f"lora_dropout: got {dropout:g}; allowed: 0 to below 1")
     backbone = teacher.backbone
-    if adapter_layers(backbone):
-        raise InputError("teacher: got one that carries an adapter already; allowed: a plain one; load it again")
-    known = matching(backbone, target_modules)
+    known = adaptable(backbone, target_modules)
     keep_in(dtype, backbone.requires_grad_(False))
     backbone.add_adapter(
         LoraConfig(
@@ -240,10 +263,7 @@ def full_models(
     """
     backbone = copy.deepcopy(teacher.backbone)
     if embed_guidance:
-        if "time_cond_proj_dim" not in backbone.config:
-            raise InputError(
-                f"embed_guidance: got {type(backbone).__name__}; allowed: UNet2DConditionModel; leave it out"
-            )
+        tellable(backbone)
         # "_use_default_values" in it would win over the new width
         config = {k: v for k, v in backbone.config.items() if not k.startswith("_")}
         student = type(backbone).from_config(config | {"time_cond_proj_dim": GUIDANCE_WIDTH})

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
 
+import numpy as np
 from accelerate import Accelerator
+from PIL import Image
 
-from stepdistill.errors import InputError
-from stepdistill.training import checkpoint
-
-
-def check(names: tuple[str, ...]) -> None:
-    """Raises InputError where a tracker's package is not installed."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise InputError(
-                f"trackers: got {name}, which is not installed; pip install 'stepdistill[trackers]', or leave it out"
-            )
+from stepdistill.files import write
 
 
 class Metrics:
@@ -37,7 +28,7 @@ class Metrics:
             accelerator.init_trackers("stepdistill", config=flat)
         if accelerator.is_main_process and self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if _update_of(line) <= update]
-            checkpoint.write(self.path, "".join(line + "\n" for line in lines))
+            write(self.path, "".join(line + "\n" for line in lines))
 
     def log(self, update: int, values: dict[str, float]) -> None:
         """One line, and the trackers."""
@@ -46,10 +37,18 @@ class Metrics:
                 file.write(json.dumps({"update": update, **values}) + "\n")
         self.accelerator.log(values, step=update)
 
+    def picture(self, update: int, name: str, picture: Image.Image) -> None:
+        """A picture, to the trackers alone. Called by the main process."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: np.asarray(picture)[None]}, step=update, dataformats="NHWC")
+            else:
+                tracker.log_images({name: [picture]}, step=update)
+
     def close(self) -> None:
-        """Ends the trackers."""
-        if self.accelerator.log_with:
-            self.accelerator.end_training()
+        """Ends the trackers. Not by `end_training`, which ends what the processes talk through as well."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 def _update_of(line: str) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -19,17 +20,18 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from stepdistill import files
 from stepdistill.conditioning.base import Cond, expand, to
-from stepdistill.denoiser.load import Teacher
+from stepdistill.denoiser.load import Teacher, move_coders
 from stepdistill.draws import Draws, mix
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Batch, Clock, Method
 from stepdistill.training import checkpoint, folder, trackers
 from stepdistill.training.config import TrainConfig
-from stepdistill.training.export import export, push
+from stepdistill.training.export import export, push_rest
 from stepdistill.training.optim import build_optimizer, learning_rate_at
 from stepdistill.training.order import sample_indices
-from stepdistill.training.processes import StopSignal, on_cpu, room
+from stepdistill.training.processes import StopSignal, on_cpu, refuse_sharding, room
 from stepdistill.training.roles import Models, full_models, lora_models
 from stepdistill.training.validation import grid
 
@@ -41,7 +43,8 @@ class Trainer:
 
     Args:
         method: the loss and its roles.
-        teacher: what it learns from. A LoRA is added to it in place; with mixed precision its backbone is cast.
+        teacher: what it learns from. A LoRA is added to it in place; with mixed precision its backbone is cast. Its
+            text encoders and autoencoder wait on the CPU: text and latents are cached.
         data: a LatentCache, or anything with len, batch(indices) -> (x0, cond), uncond and captions.
         config: see TrainConfig.
         models: the networks, on their device; made from the teacher by `config.lora` where not given.
@@ -54,7 +57,7 @@ class Trainer:
         self, method: Method, teacher: Teacher, data, config: TrainConfig, models: Models | None = None
     ) -> None:
         config.check()
-        trackers.check(config.trackers)
+        refuse_sharding()
         if len(data) < 1:
             raise InputError("data: got no samples; allowed: one or more")
         self.method, self.teacher, self.data, self.config = method, teacher, data, config
@@ -69,7 +72,8 @@ class Trainer:
         folder.claim(config, self.accelerator.num_processes, write=main and not config.dry_run)
         torch.manual_seed(config.seed)
         if teacher is not None:
-            teacher.to(self.device)
+            teacher.denoiser.to(self.device)
+            move_coders(teacher, "cpu")
         self.models = models or self._build_models()
         self.backbone = self.models.student.backbone  # as it is, before it is wrapped
         if config.gradient_checkpointing:
@@ -112,10 +116,6 @@ class Trainer:
         for role, module in self.models.others.items():
             self.models.others[role] = self.accelerator.prepare(module)
         self.optimizers = {role: self.accelerator.prepare(optimizer) for role, optimizer in self.optimizers.items()}
-        if self.teacher is not None and self.device.type != "cpu":  # the conditions are cached
-            for name, part in self.teacher.source.components.items():
-                if name.startswith("text_encoder") and part is not None:
-                    part.to("cpu")
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
@@ -131,6 +131,8 @@ class Trainer:
         """
         if (done := folder.finished(self.config)) is not None:
             self.accelerator.print(f"done already: {done}")
+            if self.accelerator.is_main_process:
+                push_rest(self.config)
             return done
         with room(self.out, self.device, self.config.batch_size):
             return self._fit()
@@ -148,7 +150,7 @@ class Trainer:
             total=config.max_train_steps, initial=first, desc=type(self.method).__name__, dynamic_ncols=True,
             disable=not self.accelerator.is_local_main_process,
         )  # fmt: skip
-        with StopSignal(self.accelerator) as stop, bar:
+        with closing(metrics), StopSignal(self.accelerator) as stop, bar:
             while self.update < config.max_train_steps and not stop.asked(agree=self.update % config.log_every == 0):
                 self.step()
                 bar.update()
@@ -156,15 +158,13 @@ class Trainer:
                 if self.update % config.log_every == 0 or self.update == config.max_train_steps:
                     bar.set_postfix(self._log(metrics, (self.seconds - before) / (self.update - first)))
                 if config.validate_every and self.update % config.validate_every == 0:
-                    self._validate()
+                    self._validate(metrics)
                 if self.update % config.checkpoint_every == 0 or self.update == config.max_train_steps:
                     self._save()
         if self.update < config.max_train_steps:
             self._save()
-            metrics.close()
             self.accelerator.print(f"stopped at update {self.update}; the same command resumes")
             raise KeyboardInterrupt
-        metrics.close()
         return self._finish()
 
     def step(self) -> dict[str, Tensor]:
@@ -242,7 +242,7 @@ class Trainer:
 
     @torch.no_grad()
     def _resume(self) -> None:
-        found = checkpoint.load_latest(self.out / "checkpoints")
+        found = checkpoint.load_latest(self.out / "checkpoints", self.accelerator.print)
         if found is None:
             return
         self.update, state = found
@@ -277,13 +277,14 @@ class Trainer:
         metrics.log(self.update, values | {"learning_rate": rate, "seconds_per_update": round(seconds, 4)})
         return {name: f"{value:.4f}" for name, value in values.items()}
 
-    def _validate(self) -> None:
+    def _validate(self, metrics: trackers.Metrics) -> None:
         if self.accelerator.is_main_process and self.teacher is not None:
             path = self.out / "validation"
             path.mkdir(exist_ok=True)
             with self.models.shown() as student:
                 picture = grid(self.method, self.teacher, student, self.config, self.data.captions)
             picture.save(path / f"{self.update:08d}.png")
+            metrics.picture(self.update, "validation", picture)
         self.accelerator.wait_for_everyone()
 
     def _finish(self) -> Path:
@@ -293,9 +294,9 @@ class Trainer:
             with self.models.shown():
                 export(self.method, self.teacher, self.models, self.config, target, self.data.captions, self.seconds)
             done = {"update": self.update, "seconds": round(self.seconds, 1)}
-            checkpoint.write(self.out / "done.json", json.dumps(done) + "\n")
-            if self.config.push_to_hub:
-                push(target, self.config.push_to_hub)
+            files.write(self.out / "done.json", json.dumps(done) + "\n")
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"done: {target}")
+        if self.accelerator.is_main_process and self.teacher is not None:
+            push_rest(self.config)
         return target

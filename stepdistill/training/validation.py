@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from PIL import Image
+from torch import nn
 
 from stepdistill.conditioning.base import to
 from stepdistill.denoiser.base import Denoiser
@@ -39,6 +43,18 @@ def to_pictures(images: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(p.squeeze() if p.shape[-1] == 1 else p) for p in pixels]
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Within, eval mode; afterwards each part is in its own mode again: of an adapter, the dropout alone trains."""
+    modes = {part: part.training for part in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # a few pictures are no reason to compile for another batch
 def grid(method: Method, teacher: Teacher, student: Denoiser, config: TrainConfig, captions: list[str]) -> Image.Image:
@@ -48,13 +64,11 @@ def grid(method: Method, teacher: Teacher, student: Denoiser, config: TrainConfi
     """
     prompts = prompts_for(config, captions)
     device = next(student.parameters()).device
-    cond = to(teacher.conditioner.encode(prompts), device)
-    training = student.backbone.training
-    student.backbone.eval()
     columns = []
-    for steps in STEPS:
-        draws = Draws.at(config.seed, 0, len(prompts), device)
-        latents = method.sample(student, draws.normal(*student.sample_shape), cond, steps=steps, draws=draws)
-        columns.append(to_pictures(teacher.decode(latents)))
-    student.backbone.train(training)
+    with teacher.coders_on(device), evaluating(student.backbone):
+        cond = to(teacher.conditioner.encode(prompts), device)
+        for steps in STEPS:
+            draws = Draws.at(config.seed, 0, len(prompts), device)
+            latents = method.sample(student, draws.normal(*student.sample_shape), cond, steps=steps, draws=draws)
+            columns.append(to_pictures(teacher.decode(latents)))
     return tile([list(row) for row in zip(*columns, strict=True)])

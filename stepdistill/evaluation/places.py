@@ -1,0 +1,85 @@
+"""What a SPEC names, on the disk or the hub, looked at without loading any weights."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from stepdistill.errors import InputError
+
+
+def export_in(folder: str) -> str:
+    """A training run's folder, which has no weights of its own, to the export in it; anything else as it is."""
+    place = Path(folder).expanduser()
+
+    def weights(where: Path) -> bool:
+        return (where / "model_index.json").is_file() or any(where.glob("*.safetensors"))
+
+    if place.is_dir() and not weights(place) and weights(place / "export"):
+        return str(place / "export")
+    return str(place) if folder.startswith("~") else folder
+
+
+def check(path: str, lora: str | None = None, *, remote: bool = True) -> None:
+    """Looks whether a pipeline and a LoRA are there.
+
+    Args:
+        remote: ask the hub too, for a pipeline that is not here.
+
+    Raises:
+        InputError: one of them is not, or is something else.
+    """
+    from stepdistill.denoiser.load import class_of, find
+
+    if remote or Path(find(path)).exists():
+        class_of(path)
+    if lora:
+        check_lora(lora)
+
+
+def check_lora(lora: str) -> None:
+    """Looks whether a LoRA's folder or file is there; a hub id is taken as it is.
+
+    Raises:
+        InputError: it is not, or holds no weights.
+    """
+    folder = Path(lora)
+    if not folder.exists() and (lora.startswith((".", "/")) or lora.count("/") != 1):
+        raise InputError(
+            f"lora: got {lora}, which does not exist; allowed: an export folder, a .safetensors file, or a hub id"
+        )
+    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+        cut = (folder / "checkpoints").is_dir()
+        hint = "a run that has ended; run its command again" if cut else "the folder of a run, or the export in it"
+        raise InputError(f"lora: got {lora}, which holds no .safetensors file; allowed: {hint}")
+
+
+def picture_size(path: str, *, remote: bool = True) -> int | None:
+    """Side in pixels of the pictures a pipeline draws when it is not told; None where its configuration does not say.
+
+    Args:
+        remote: ask the hub too, for a pipeline that is not here.
+
+    Raises:
+        InputError: the path is no pipeline.
+    """
+    from stepdistill.denoiser.load import find
+
+    path = find(path)
+    sides = [_config(path, part, remote).get("sample_size") for part in ("unet", "transformer")]
+    side = next((side for side in sides if isinstance(side, int)), None)
+    blocks = _config(path, "vae", remote).get("block_out_channels")
+    return side and side * 2 ** (len(blocks) - 1 if blocks else 0)
+
+
+def _config(path: str, part: str, remote: bool) -> dict:
+    from diffusers import UNet2DConditionModel
+
+    for cached in (True, False) if remote else (True,):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return UNet2DConditionModel.load_config(path, subfolder=part, local_files_only=cached)
+        except (OSError, ValueError):
+            continue
+    return {}

@@ -1,0 +1,75 @@
+"""Files and folders that are whole or not there, and what a full disk says."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stepdistill.errors import InputError
+
+FULL = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded"}
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error says that the disk, or the user's share of it, is full. safetensors' says so in words only."""
+    return getattr(error, "errno", None) in FULL or any(words in str(error) for words in FULL.values())
+
+
+def unwritable(error: BaseException) -> bool:
+    """Whether an error says that nothing can be written here: a full disk, or one that is closed to the user."""
+    return disk_full(error) or (isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS))
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replacing(final: Path) -> Iterator[Path]:
+    """A folder to write in; on leaving without an error it takes the place of `final` in one rename.
+
+    Raises:
+        InputError: the disk is full. What was at `final` is still there.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    beside = final.with_name(f".{final.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir()
+        yield beside
+        for file in [*beside.rglob("*"), beside]:
+            sync(file)
+        if final.exists():
+            old = final.with_name(f".{final.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+            beside.rename(final)
+            shutil.rmtree(old)
+        else:
+            beside.rename(final)
+        sync(final.parent)
+    except Exception as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if disk_full(error):
+            raise InputError(
+                f"disk: got no space left while writing {final}; free some and run the same command again; what was "
+                "there is kept"
+            ) from error
+        raise
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all: what was there stays until the new one is on the disk."""
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text)
+    sync(beside)
+    beside.replace(path)

@@ -1,0 +1,237 @@
+"""bench, report and export say what is wrong before they work, in one line and with exit code 2, and spoil nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from test_suite import Pools
+
+from stepdistill.cli import _run, main
+from stepdistill.errors import InputError
+from stepdistill.evaluation import features, metrics, sets
+from stepdistill.export.lora import LORA_FILE
+
+
+def run(capsys, *argv: object) -> tuple[int, str, list[str]]:
+    """The exit code, what was printed, and the lines on stderr without the bars."""
+    code = main([str(word) for word in argv])
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    return code, said.out, [line for line in said.err.splitlines() if line and "elapsed" not in line]
+
+
+def refused(capsys, *argv: object) -> str:
+    """The one line of a command that must exit with 2."""
+    code, _, lines = run(capsys, *argv)
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+@pytest.fixture
+def pools(monkeypatch):
+    """Twelve features in the place of EfficientNet's, and no Inception."""
+    monkeypatch.setitem(features.EXTRACTORS, "efficientnet_lite2", ("Pools", 12, 32, lambda: (Pools(), "w")))
+    monkeypatch.setattr(features, "best_to_be_had", lambda: "efficientnet_lite2")
+
+
+@pytest.fixture
+def nothing_is_measured(monkeypatch):
+    """What follows the checks must not be reached."""
+
+    def never(*_, **__):
+        raise AssertionError("measured before it was checked")
+
+    monkeypatch.setattr(metrics, "open_set", never)
+
+
+@pytest.fixture
+def full(tmp_path):
+    """A disk of 64 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], check=False).returncode:
+        pytest.skip("needs the right to mount")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Seven captioned pictures of several sizes; one stands on its side and says so in its EXIF."""
+    folder = tmp_path_factory.mktemp("mixed")
+    rng = np.random.default_rng(1)
+    lines = []
+    for i, (width, height) in enumerate([(32, 32), (48, 32), (32, 64), (40, 40), (100, 33), (16, 16), (32, 48)]):
+        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        exif = picture.getexif()
+        exif[0x0112] = 6 if i == 6 else 1
+        picture.save(folder / f"{i}.png", exif=exif)
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": tiny.PROMPTS[i % 2]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.usefixtures("nothing_is_measured")
+def test_bench_refuses_what_cannot_be_measured_before_it_measures(tmp_path, pipelines, capsys):
+    good, out = f"good={pipelines['sd']}", ["--out", tmp_path / "out"]
+    (tmp_path / "cut" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    for flags, words in (
+        (["--model", f"bad={tmp_path / 'empty'}"], "no model_index.json"),
+        (["--model", f"bad={tmp_path / 'nowhere'}"], "does not exist"),
+        (["--model", "bad=nobody/no-such-model"], "the hub cannot be reached"),
+        (["--model", f"bad={pipelines['sd']},lora={tmp_path / 'nowhere'}"], "does not exist"),
+        (["--model", f"bad={pipelines['sd']},lora={tmp_path / 'empty'}"], "no .safetensors"),
+        (["--model", f"bad={pipelines['sd']},lora={tmp_path / 'cut'}"], "a run that has ended"),
+        (["--model", f"bad={pipelines['sd']},guidance=0.5"], "guidance: got 0.5; allowed: 1.0"),
+        (["--steps", "0"], "steps: got 0"),
+        (["--n", "1"], "n=1; allowed: 2 or more"),
+        (["--batch", "0"], "batch: got 0; allowed: 1"),
+        (["--latency-batch", "0"], "latency_batch: got 0; allowed: 1"),
+        (["--latency-repeats", "-1"], "latency_repeats: got -1; allowed: 0"),
+        (["--protocol", "imagefolder"], "give --data FOLDER"),
+        (["--protocol", "avatars-2k", "--data", tmp_path], "pictures of its own"),
+        (["--data", tmp_path / "nowhere"], "which is no folder"),
+        (["--data", tmp_path / "empty"], "got no pictures"),
+    ):
+        assert words in refused(capsys, "bench", "--model", good, *flags, *out)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("nothing_is_measured")
+def test_bench_leaves_what_is_no_benchmark_alone(tmp_path, pipelines, capsys):
+    student = tmp_path / "student"
+    (student / "checkpoints").mkdir(parents=True)
+    (student / "config.json").write_text("mine")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / LORA_FILE).write_bytes(b"")
+    (tmp_path / "file").write_text("")
+    bench = ["bench", "--model", pipelines["sd"], "--out"]
+    for place, held in (
+        (student, "config.json"),
+        (pipelines["sd"], "model_index.json"),
+        (tmp_path / "lora", LORA_FILE),
+    ):
+        assert f"which holds something else ({held})" in refused(capsys, *bench, place)
+    assert "which is a file" in refused(capsys, *bench, tmp_path / "file")
+    assert (student / "config.json").read_text() == "mine" and not (student / "grids").exists()
+
+
+@pytest.mark.usefixtures("nothing_is_measured")
+def test_models_of_another_size_are_not_measured_against_the_embedded_pictures(tmp_path, capsys):
+    large = tiny.sd()
+    large.unet.register_to_config(sample_size=16)
+    large.save_pretrained(tmp_path / "large")
+    small = tiny.save(tmp_path / "small")
+    capsys.readouterr()  # diffusers' bars of saving
+    line = refused(capsys, "bench", "--model", tmp_path / "large", "--out", tmp_path / "out")
+    assert "got a model of 64 pixels, and avatars-2k, the default, has 32" in line and "--data FOLDER" in line
+    line = refused(capsys, "bench", "--model", tmp_path / "large", "--model", small, "--data", tmp_path)
+    assert "several sizes (large 64, small 32)" in line
+
+
+@pytest.mark.usefixtures("pools")
+def test_bench_on_ones_own_pictures(tmp_path, pipelines, mixed, capsys):
+    out = tmp_path / "out"
+    command = ["bench", "--model", f"t={pipelines['sd']}", "--steps", "1", "--latency-repeats", "1", "--out", out]
+    code, said, lines = run(capsys, *command, "--data", mixed, "--dry-run")
+    assert code == 0 and "imagefolder: 7 pictures a cell, 1 cells" in said and not lines and not out.exists()
+    code, said, lines = run(capsys, *command, "--data", mixed)
+    assert (code, lines) == (0, []) and "FD-Pools" in said
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    # the pictures that are drawn for are those that are compared with, so they are no held-out floor
+    assert [row["model"] for row in rows] == ["reconstruction", "t"]
+    assert {(row["protocol"], row["n"], row["clip_score"]) for row in rows} == {("imagefolder", 7, None)}
+    assert rows[1]["guidance"] == 7.5  # the pipeline's own
+    assert json.loads((out / "bench.json").read_text())["data"] == str(mixed) and not (out / "config.json").exists()
+    before = (out / "results.jsonl").read_text()
+    shutil.copytree(mixed, tmp_path / "moved")
+    assert run(capsys, *command, "--data", tmp_path / "moved")[0] == 0  # the same pictures elsewhere: nothing is new
+    assert (out / "results.jsonl").read_text() == before
+    assert "n=5" in refused(capsys, *command, "--data", mixed, "--n", "5").replace("n=7", "n=5")
+
+
+@pytest.mark.usefixtures("pools")
+def test_pictures_without_captions_do_for_models_without_prompts(tmp_path, pipelines, mixed, capsys):
+    plain = tmp_path / "plain"
+    shutil.copytree(mixed, plain, ignore=shutil.ignore_patterns("metadata.jsonl"))
+    pixel = tiny.save(tmp_path / "pixel", "pixel")
+    command = ["bench", "--steps", "1", "--latency-repeats", "0", "--data", plain, "--out", tmp_path / "out", "--model"]
+    assert "which has no captions, for a text" in refused(capsys, *command, pipelines["sd"])
+    assert run(capsys, *command, pixel)[0] == 0
+
+
+def test_a_folders_pictures_are_brought_to_a_size_as_training_brings_them(mixed, tmp_path):
+    found = sets.open_set(str(mixed), 24)
+    pictures = found.pictures(0, 7)
+    assert pictures.shape == (7, 3, 24, 24) and pictures.dtype == torch.uint8 and found.prompts[1] == tiny.PROMPTS[1]
+    upright = np.asarray(Image.open(mixed / "6.png").transpose(Image.Transpose.ROTATE_270))
+    crop = upright[:, 8:40]  # 48 x 32 pixels that stand on their side, cut in the centre
+    assert np.array_equal(sets.open_set(str(mixed), 32).pictures(6, 7)[0].permute(1, 2, 0).numpy(), crop)
+    assert sets.open_set(str(mixed), 32).key != found.key
+    with pytest.raises(InputError, match=r"several sizes.*give the protocol a size"):
+        sets.open_set(str(mixed)).pictures(0, 7)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "../x.png", "text": "a"}\n')
+    with pytest.raises(InputError, match="leads out of the folder"):
+        sets.open_set(str(tmp_path))
+
+
+@pytest.mark.usefixtures("pools")
+def test_a_model_that_fails_later_is_told_and_the_others_finish_with_exit_code_2(tmp_path, pipelines, mixed, capsys):
+    shutil.copytree(pipelines["sd"], tmp_path / "bad")
+    (tmp_path / "bad" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")
+    models = ["--model", tmp_path / "bad", "--model", f"good={pipelines['sd']}"]
+    out = tmp_path / "out"
+    code, _, lines = run(capsys, "bench", *models, "--data", mixed, "--steps", 1, "--latency-repeats", 0, "--out", out)
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("failed: bad: ")
+    assert '"model": "good"' in (out / "results.jsonl").read_text() and (out / "report.html").is_file()
+
+
+@pytest.mark.usefixtures("pools")
+def test_a_full_disk_ends_a_benchmark_in_one_line_and_fails_no_model(tmp_path, pipelines, mixed, full, capsys):
+    command = ["bench", "--model", pipelines["sd"], "--data", mixed, "--steps", 1, "--latency-repeats", 0, "--out"]
+    (full / "filler").write_bytes(bytes(48 << 10))
+    line = refused(capsys, *command, full / "bench")
+    assert "got no space left" in line and "run the same command again" in line
+    assert run(capsys, *command, tmp_path / "bench")[0] == 0
+    shutil.rmtree(full / "bench")
+    shutil.copy(tmp_path / "bench" / "results.jsonl", full)
+    assert "got no space left" in refused(capsys, "report", full)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "fused"])
+def test_a_full_disk_ends_an_export_in_one_line(tmp_path, pipelines, full, form, capsys):
+    pipe = tiny.sd()
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    settings = LoraConfig(r=64, lora_alpha=2, target_modules=["to_q", "conv1"])
+    pipe.unet.add_adapter(settings)
+    state, metadata = get_peft_model_state_dict(pipe.unet), settings.to_dict()
+    type(pipe).save_lora_weights(tmp_path / "export", unet_lora_layers=state, unet_lora_adapter_metadata=metadata)
+    command = ["export", tmp_path, "--format", form, "--teacher", pipelines["sd"], "--out"]
+    assert "got no space left" in refused(capsys, *command, full / "student")
+    assert not (full / "student").exists()
+
+
+def test_a_place_closed_to_the_user_is_told_in_one_line_and_other_faults_are_not_hidden(capsys):
+    def closed():
+        raise PermissionError(13, "Permission denied", "/root/x")
+
+    def broken():
+        raise FileNotFoundError(2, "No such file", "/root/x")
+
+    assert _run.guard(closed) == 2
+    assert capsys.readouterr().err == (
+        "error: file: got /root/x (Permission denied); allowed: a place that can be read and written; choose another, "
+        "or mend its permissions\n"
+    )
+    with pytest.raises(FileNotFoundError):
+        _run.guard(broken)

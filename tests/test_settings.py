@@ -1,0 +1,152 @@
+"""What a run is told: what is refused, when, and in which words; and whose a folder is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import stop_at, trainer
+
+from stepdistill.errors import InputError
+from stepdistill.training import config, folder
+from stepdistill.training.lcm import LCMConfig, distil
+
+
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_a_folder_with_a_broken_configuration_is_named(settings, content):
+    settings.out.mkdir(parents=True)
+    (settings.out / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"--out: got .*config.json, which cannot be read"):
+        folder.claim(settings)
+
+
+def test_a_run_that_never_began_leaves_its_folder_free(settings):
+    folder.claim(dataclasses.replace(settings, rank=settings.rank + 1))
+    folder.claim(settings)
+    (settings.out / "metrics.jsonl").write_text("{}")
+    with pytest.raises(InputError, match=r"--out: got .*, which holds a run with rank = "):
+        folder.claim(dataclasses.replace(settings, rank=settings.rank + 1))
+
+
+@pytest.mark.parametrize("content", ['{"_class_name": "UNet2DConditionModel"}', '{"teacher": "t", "method": "lcm"}'])
+def test_a_configuration_of_something_else_is_left_alone(settings, content):
+    settings.out.mkdir(parents=True)
+    (settings.out / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"--out: got .*, whose config.json is no training run's; .*another --out"):
+        trainer(settings)
+    assert (settings.out / "config.json").read_text() == content
+
+
+def test_an_export_is_no_place_for_another_run(settings):
+    export = trainer(settings).fit()
+    with pytest.raises(InputError, match=r"whose config.json is no training run's"):
+        trainer(settings, out=export)
+
+
+def test_a_folder_that_cannot_be_made_is_named(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--out: got .*file/run \(.*\); allowed: a folder that can be written"):
+        folder.claim(dataclasses.replace(settings, out=tmp_path / "file" / "run"))
+
+
+def test_a_full_disk_leaves_the_configuration_as_it_was(settings, monkeypatch):
+    folder.claim(settings)
+    before = (settings.out / "config.json").read_text()
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("stepdistill.files.sync", full)
+    with pytest.raises(InputError, match=r"--out: got .* \(No space left on device\)"):
+        folder.claim(dataclasses.replace(settings, log_every=7))
+    assert (settings.out / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "package", "message"),
+    [
+        ({"trackers": ("wandb",)}, "wandb", r"trackers: got wandb, .*; pip install 'stepdistill\[trackers\]'"),
+        (
+            {"optimizer": "adamw8bit"},
+            "bitsandbytes",
+            r"optimizer: got adamw8bit, .*; pip install 'stepdistill\[quant\]'",
+        ),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named(settings, monkeypatch, flags, package, message):
+    find = config.importlib.util.find_spec
+    monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(settings, **flags).check()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"max_train_steps": 0}, "max_train_steps: got 0; allowed: above 0"),
+        ({"alpha": 0.0}, "alpha: got 0; allowed: above 0"),
+        ({"target_ema": 1.0}, "target_ema: got 1.0; allowed: 0 to below 1; try 0.95"),
+        ({"export_ema": -0.1}, "export_ema: got -0.1; allowed: 0 to below 1"),
+        ({"lora_dropout": 1.0}, "lora_dropout: got 1.0; allowed: 0 to below 1"),
+        ({"adam_betas": (0.9, 1.0)}, r"adam_betas: got \(0.9, 1.0\); allowed: 0 to below 1"),
+        ({"adam_epsilon": -1e-8}, "adam_epsilon: got -1e-08; allowed: 0 or more"),
+        ({"learning_rate": float("nan")}, "learning_rate: got nan; allowed: above 0"),
+        ({"guidance": (0.5,)}, "guidance: got 0.5 to 0.5; allowed: 1 or more"),
+        ({"solver_steps": 1}, "solver_steps: got 1; allowed: 2 or more"),
+        ({"timestep_scaling": 0.0}, "timestep_scaling: got 0; allowed: above 0"),
+    ],
+)
+def test_what_needs_no_teacher_is_refused_before_one_is_loaded(settings, monkeypatch, flags, message):
+    monkeypatch.setattr("stepdistill.denoiser.load.load_teacher", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(InputError, match=message):
+        distil(dataclasses.replace(settings, **flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"target_modules": ("to_z",)}, "target modules: got to_z, which match no layer"),
+        ({"solver_steps": 1001}, "solver_steps: got 1001; allowed: 2 to 1000"),
+    ],
+)
+def test_what_does_not_fit_the_teacher_is_refused_before_data_are_encoded(settings, monkeypatch, flags, message):
+    monkeypatch.setattr("stepdistill.data.cache.open_data", lambda *_, **__: pytest.fail("opened the data"))
+    with pytest.raises(InputError, match=message):
+        distil(dataclasses.replace(settings, **flags))
+
+
+def test_the_launchers_precision_is_the_default_and_part_of_the_run(settings, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    launched = LCMConfig(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)
+                            if f.name != "mixed_precision"})  # fmt: skip
+    assert launched.mixed_precision == "bf16" and LCMConfig(mixed_precision="no").mixed_precision == "no"
+    run = trainer(launched)
+    assert run.accelerator.mixed_precision == "bf16" and run.backbone.dtype == torch.bfloat16
+    stop_at(run, 2)
+    assert json.loads((settings.out / "config.json").read_text())["mixed_precision"] == "bf16"
+    with pytest.raises(InputError, match=r"holds a run with mixed_precision = bf16 \(now no\)"):
+        trainer(settings)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(
+        InputError, match=r"mixed_precision: got fp8, from `accelerate launch`; allowed: no, fp16, bf16"
+    ):
+        LCMConfig().check()
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_ways_of_splitting_that_are_not_known_are_refused(settings, monkeypatch, kind):
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(InputError, match=f"accelerate: got {kind} from its launcher"):
+        distil(settings)
+    with pytest.raises(InputError, match=f"accelerate: got {kind} from its launcher"):
+        trainer(settings)
+
+
+def test_what_only_encodes_and_decodes_waits_on_the_cpu(settings, monkeypatch):
+    moved = []
+    monkeypatch.setattr("stepdistill.training.trainer.move_coders", lambda teacher, device: moved.append(device))
+    trainer(settings)
+    assert moved == ["cpu"]

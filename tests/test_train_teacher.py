@@ -1,0 +1,88 @@
+"""The teacher's training loop: exact resume, checkpoints of another plan refused, the schedule it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from stepdistill.errors import InputError
+
+SCRIPTS = Path(__file__).parents[1] / "train_scripts"
+PLAN = {"dtype": "float16", "budget": {"updates": 12, "batch_size": 4, "learning_rate": 0.1, "warmup": 3}}
+
+
+@pytest.fixture
+def teacher(monkeypatch):
+    """The script's modules; scripts find each other from their own folder."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import train_teacher
+    from teacher import loop
+
+    return {"script": train_teacher, "loop": loop}
+
+
+def fit(loop, out: Path, *, plan=PLAN, seed: int = 0, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+    """Fits a line to y = 3 x - 1; with `stop_at`, is killed in that update."""
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(1, 1)
+    seen = []
+
+    def loss(generator: torch.Generator) -> torch.Tensor:
+        seen.append(None)
+        if len(seen) == stop_at:
+            raise KeyboardInterrupt
+        x = torch.randn(4, 1, generator=generator)
+        return (model(x).float() - (3 * x - 1)).square().mean()
+
+    run = loop.Run(out, seed, checkpoint_every=5, plan=plan)
+    return loop.train("line", model, loss, loop.Budget(**plan["budget"]), run)
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(teacher, tmp_path):
+    whole = fit(teacher["loop"], tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(teacher["loop"], tmp_path / "cut", stop_at=8)
+    again = fit(teacher["loop"], tmp_path / "cut")
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    saved = [load_file(tmp_path / name / "checkpoints" / "line.safetensors") for name in ("whole", "cut")]
+    assert saved[0].keys() == saved[1].keys() and all(torch.equal(saved[0][k], saved[1][k]) for k in saved[0])
+
+
+def test_a_checkpoint_of_another_plan_or_seed_is_refused_and_kept(teacher, tmp_path):
+    fit(teacher["loop"], tmp_path)
+    file = tmp_path / "checkpoints" / "line.safetensors"
+    before = file.read_bytes()
+    for change in ({"plan": PLAN | {"dtype": "float32"}}, {"seed": 1}):
+        with pytest.raises(InputError, match="of another plan or seed; allowed: the same, to resume"):
+            fit(teacher["loop"], tmp_path, **change)
+    assert file.read_bytes() == before
+    fit(teacher["loop"], tmp_path, plan=PLAN | {"budget": PLAN["budget"] | {"updates": 14}})  # longer is the same plan
+    assert int(load_file(file)["update"]) == 14
+    file.write_bytes(before[:100])
+    with pytest.raises(InputError, match="which is broken"):
+        fit(teacher["loop"], tmp_path)
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_zero(teacher):
+    loop = teacher["loop"]
+    budget = loop.Budget(updates=100, batch_size=1, learning_rate=2.0, warmup=10, decay=0.5)
+    rates = [loop.learning_rate_at(update, budget) for update in (0, 4, 9, 30, 50, 75, 99)]
+    assert rates == pytest.approx([0.2, 1.0, 2.0, 2.0, 2.0, 1.0, 0.04])
+
+
+def test_a_plan_that_cannot_be_read_is_named(teacher, tmp_path):
+    script = teacher["script"]
+    with pytest.raises(InputError, match=r"--stages: got foo; allowed: vae, decoder, text, unet, scorer"):
+        script.read_plan(script.Config(out=tmp_path, stages=("foo",)))
+    with pytest.raises(InputError, match=r"--config: got .*missing.yaml"):
+        script.read_plan(script.Config(out=tmp_path, config=tmp_path / "missing.yaml"))
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump({"text": {"budget": {"update": 3}}}))
+    with pytest.raises(InputError, match=r"unexpected keyword argument 'update'.*allowed: YAML"):
+        script.read_plan(script.Config(out=tmp_path, config=wrong, stages=("text",)))
+    shipped = script.read_plan(script.Config(out=tmp_path))
+    assert list(shipped) == ["vae", "decoder", "text", "unet", "scorer"]
