@@ -1,0 +1,141 @@
+"""Is the embedded teacher a worthy problem, and does LCM-LoRA solve it? Several students, and every claim checked.
+
+    python benchmarks/lcm_lora.py --out out/lcm-lora --results benchmarks/results/avatars
+    python benchmarks/lcm_lora.py --out out/lcm-lora --seeds 1        # one seed alone, say on another core
+
+Seed s trains a student by train_scripts/configs/avatars_lcm_lora.yaml and draws the pictures of teacher and student.
+What is done is not done again. When all seeds are there, their rows are put together under --results, with the report
+and claims.json: each ratio seed by seed, its goal, and whether all seeds meet it.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stepdistill.cli._run import guard, parse
+from stepdistill.evaluation.records import commit, device_name, read_rows, versions
+
+PLAN = Path(__file__).parents[1] / "train_scripts" / "configs" / "avatars_lcm_lora.yaml"
+STUDENT, TEACHER = "lcm-lora", "teacher"
+Rows = dict[tuple[str, int], dict]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of benchmarks/lcm_lora.py."""
+
+    out: Path = Path("out/lcm-lora")
+    """Students and the benchmark of each seed."""
+    results: Path | None = None
+    """Where the rows of all seeds, the report and claims.json go; nowhere if not given."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of training and of the pictures."""
+    n: int | None = None
+    """Pictures a cell, in place of the protocol's 2,000."""
+
+
+def fd(rows: Rows, model: str, steps: int) -> float:
+    """The distance of a cell."""
+    return rows[model, steps]["fd"]
+
+
+def obeys(rows: Rows, model: str, steps: int) -> float:
+    """The attribute accuracy of a cell."""
+    return rows[model, steps]["attribute_accuracy"]
+
+
+# what is claimed, its value for the rows of a seed, and the bound it must not exceed
+CLAIMS: tuple[tuple[str, Callable[[Rows], float], float], ...] = (
+    ("reconstructions / teacher at 1 step", lambda r: fd(r, "reconstruction", 0) / fd(r, TEACHER, 1), 0.1),
+    ("teacher at 50 steps / at 1", lambda r: fd(r, TEACHER, 50) / fd(r, TEACHER, 1), 0.25),
+    ("teacher at 50 steps / at 2", lambda r: fd(r, TEACHER, 50) / fd(r, TEACHER, 2), 0.5),
+    ("teacher at 50 steps / at 4", lambda r: fd(r, TEACHER, 50) / fd(r, TEACHER, 4), 0.75),
+    ("real pictures' attributes / teacher's at 50", lambda r: obeys(r, "real", 0) / obeys(r, TEACHER, 50), 1 / 0.9),
+    ("student at 1 step / teacher at 1", lambda r: fd(r, STUDENT, 1) / fd(r, TEACHER, 1), 0.5),
+    ("student at 2 steps / teacher at 2", lambda r: fd(r, STUDENT, 2) / fd(r, TEACHER, 2), 0.5),
+    ("student at 4 steps / teacher at 50", lambda r: fd(r, STUDENT, 4) / fd(r, TEACHER, 50), 1.25),
+    ("teacher's attributes at 50 - student's at 4", lambda r: obeys(r, TEACHER, 50) - obeys(r, STUDENT, 4), 0.05),
+)
+
+
+def train(out: Path, seed: int) -> Path:
+    """A student; its export folder."""
+    from stepdistill.cli.training import parse_training
+    from stepdistill.training.lcm import LCMConfig, distil
+
+    return distil(parse_training(LCMConfig, "", ["--config", str(PLAN), "--out", str(out), "--seed", str(seed)]))
+
+
+def measure(student: Path, out: Path, seed: int, n: int | None) -> None:
+    """Teacher and student at 1, 2 and 4 steps, the teacher at 50."""
+    from stepdistill.evaluation.suite import Settings, evaluate
+
+    bench = {"protocol": "avatars-2k", "out": out, "seed": seed, "n": n, "settings": Settings()}
+    teacher = {TEACHER: "avatars,scheduler=ddim"}
+    models = teacher | {STUDENT: f"avatars,lora={student}"}
+    for result in (evaluate(models, steps=(1, 2, 4), **bench), evaluate(teacher, steps=(50,), **bench)):
+        for failure in result.failed:
+            raise RuntimeError(f"{failure.model} at {failure.steps} steps: {failure.reason}")
+
+
+def claims(by_seed: dict[int, Rows]) -> list[dict]:
+    """Every claim with its value for each seed."""
+    said = []
+    for text, value, bound in CLAIMS:
+        values = {seed: round(value(rows), 4) for seed, rows in by_seed.items()}
+        said.append(
+            {"claim": text, "at_most": round(bound, 4), "seeds": values, "holds": max(values.values()) <= bound}
+        )
+    return said
+
+
+def gather(config: Config) -> None:
+    """Puts the seeds' rows, grids and verdict under `config.results`."""
+    from stepdistill.evaluation.cards import write_cards
+    from stepdistill.evaluation.report import write_report
+    from stepdistill.evaluation.summary import print_table
+
+    folders = {seed: config.out / f"bench-{seed}" for seed in config.seeds}
+    rows = {seed: read_rows(folder / "results.jsonl") for seed, folder in folders.items()}
+    config.results.mkdir(parents=True, exist_ok=True)
+    floors, lines = set(), []
+    for row in (row for seed in config.seeds for row in rows[seed]):
+        if row["steps"] == 0 and row["model"] in floors:  # pictures and reconstructions are the same for every seed
+            continue
+        floors.add(row["model"] if row["steps"] == 0 else None)
+        lines.append(json.dumps(row))
+    (config.results / "results.jsonl").write_text("\n".join(lines) + "\n")
+    shutil.copytree(folders[config.seeds[0]] / "grids", config.results / "grids", dirs_exist_ok=True)
+    said = claims({seed: {(row["model"], row["steps"]): row for row in rows[seed]} for seed in config.seeds})
+    record = {
+        "what": "ratios of Frechet distances, and attribute accuracies; goals of issue 2", "claims": said,
+        "n": rows[config.seeds[0]][0]["n"], "device": device_name("cpu"), "commit": commit(), "versions": versions(),
+        "command": " ".join(map(shlex.quote, sys.argv)),
+    }  # fmt: skip
+    (config.results / "claims.json").write_text(json.dumps(record, indent=2) + "\n")
+    whole = [json.loads(line) for line in lines]
+    write_cards(whole)
+    print_table(whole)
+    for claim in said:
+        values = ", ".join(f"{v:.3f}" for v in claim["seeds"].values())
+        print(f"{'holds ' if claim['holds'] else 'MISSED'} {claim['claim']}: {values} (at most {claim['at_most']:.3g})")
+    print(f"report: {write_report(config.results)}")
+
+
+def main(config: Config) -> None:
+    """Trains and measures the seeds; gathers them where asked to."""
+    for seed in config.seeds:
+        student = train(config.out / f"student-{seed}", seed)
+        measure(student, config.out / f"bench-{seed}", seed, config.n)
+    if config.results:
+        gather(config)
+
+
+if __name__ == "__main__":
+    sys.exit(guard(lambda: main(parse(Config, description=__doc__))))
