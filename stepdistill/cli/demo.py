@@ -76,7 +76,8 @@ def train(method: str, out: Path, size: Size, seed: int) -> Path:
     print(f"{method}: training for {size.updates} updates")
     run = LCMConfig(
         out=out, seed=seed, guidance=(load_protocol("avatars-2k").guidance,), max_train_steps=size.updates,
-        batch_size=16, learning_rate=1e-3, lr_scheduler="linear", lr_warmup=20, rank=32, checkpoint_every=100,
+        batch_size=16, learning_rate=1e-3, lr_scheduler="linear", lr_warmup=20, rank=32, solver_steps=20,
+        checkpoint_every=100,
     )  # fmt: skip
     teacher = load_teacher("avatars")
     data = open_data("avatars", teacher, limit=size.pictures)

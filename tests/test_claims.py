@@ -1,0 +1,33 @@
+"""The verdict of benchmarks/lcm_lora.py, on rows made by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROWS = {
+    ("real", 0): (10.0, 0.98), ("reconstruction", 0): (12.0, 0.98),
+    ("teacher", 1): (400.0, 0.5), ("teacher", 2): (200.0, 0.8), ("teacher", 4): (120.0, 0.89),
+    ("teacher", 50): (80.0, 0.9),
+    ("lcm-lora", 1): (150.0, 0.8), ("lcm-lora", 2): (110.0, 0.84), ("lcm-lora", 4): (90.0, 0.86),
+}  # fmt: skip
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import lcm_lora
+
+    return lcm_lora
+
+
+def test_every_claim_is_a_ratio_of_the_rows_and_holds_where_all_seeds_hold(script):
+    rows = {cell: {"fd": fd, "attribute_accuracy": obeys} for cell, (fd, obeys) in ROWS.items()}
+    better = rows | {("lcm-lora", 2): {"fd": 90.0, "attribute_accuracy": 0.9}}
+    said = script.claims({0: better, 1: rows})
+    values = [claim["seeds"][1] for claim in said]
+    assert values == pytest.approx([0.03, 0.2, 0.4, 0.6667, 1.0889, 0.375, 0.55, 1.125, 0.04], abs=1e-4)
+    assert said[6]["seeds"] == {0: 0.45, 1: 0.55} and not said[6]["holds"]  # one seed of two is not enough
+    assert [claim["holds"] for claim in said] == [True] * 6 + [False] + [True] * 2
