@@ -56,7 +56,8 @@ def guided(
 
     Args:
         x_t: (B, ...). t: a float, () or (B,). cond, uncond: conditions of batch B.
-        scale: a float or (B,). The float 1.0 is a plain forward of batch B, and needs no `uncond`.
+        scale: a float or (B,). The float 1.0 is a plain forward of batch B, and needs no `uncond`; nor does a network
+            that is told its guidance, which is called once with it.
         kind: the kind returned.
 
     Returns:
@@ -65,6 +66,9 @@ def guided(
     Raises:
         InputError: a scale other than 1.0 without both conditions, or conditions that differ in keys or shapes.
     """
+    if denoiser.takes_guidance:
+        w = torch.as_tensor(scale, dtype=torch.float32, device=x_t.device).expand(len(x_t)) - 1
+        return denoiser(x_t, t, (cond or {}) | {"guidance": w}, kind=kind)
     if isinstance(scale, int | float) and scale == 1:
         return denoiser(x_t, t, cond, kind=kind)
     both = stack(cond, uncond)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,6 +33,18 @@ def shifted(schedule: Schedule, t: Tensor | float, shift: float) -> Tensor:
     if shift == 1:
         return torch.as_tensor(t, dtype=torch.float64)
     return schedule.time_at(schedule.log_snr_half(t) - math.log(shift))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a pipeline spaces the times it visits: see `inference_times`."""
+
+    spacing: str | None = None
+    shift: float = 1.0
+
+    def times(self, schedule: Schedule, steps: int) -> Tensor:
+        """(steps + 1,) float64 on the CPU, falling to the clean end."""
+        return inference_times(schedule, steps, spacing=self.spacing, shift=self.shift)
 
 
 def inference_times(

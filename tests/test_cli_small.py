@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from stepdistill.cli import main
 from stepdistill.data.cache import open_data
 from stepdistill.denoiser.load import load_teacher
-from stepdistill.export.lora import LORA_FILE, lcm_scheduler, save_lora
+from stepdistill.export.lora import LORA_FILE, save_lora
+from stepdistill.methods.schedulers import lcm_scheduler
 from stepdistill.training.roles import ADAPTER
 
 

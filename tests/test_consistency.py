@@ -17,6 +17,7 @@ from stepdistill.methods import get
 from stepdistill.methods.base import Batch, Clock, huber
 from stepdistill.methods.consistency import LatentConsistency, boundary_scalings, consistency
 from stepdistill.schedules import EDM, AlphaBar, Cosine, RectifiedFlow
+from stepdistill.timegrid import Grid
 
 ALPHA_BAR = AlphaBar.from_scheduler(DDIMScheduler(**BETAS))
 CLOCK = Clock(0, 1)
@@ -95,7 +96,7 @@ def test_the_loss_is_zero_at_the_exact_consistency_function(schedule):
     class ExactStep:
         """A teacher whose DDIM step lands on the exact path: x0 solved from x_s."""
 
-        kind = "x0"
+        kind, grid, takes_guidance = "x0", Grid(), False
 
         def __init__(self, s_of) -> None:
             self.schedule, self.s_of = schedule, s_of
@@ -201,6 +202,7 @@ def test_a_student_is_told_the_papers_w_which_is_one_less_and_its_teacher_is_tol
         def __init__(self, role: str) -> None:
             super().__init__(ALPHA_BAR, 0.5)
             self.role = role
+            self.takes_guidance = role != "teacher"
 
         def raw(self, x_t, t, cond=None, *, t_end=None):
             told[self.role].append(cond.get("guidance"))

@@ -18,7 +18,7 @@ from stepdistill.denoiser.load import load_teacher
 from stepdistill.errors import InputError
 from stepdistill.export.card import model_card
 from stepdistill.export.lora import LORA_FILE
-from stepdistill.sampling import sample_lcm
+from stepdistill.methods.consistency import sample_lcm
 from stepdistill.training.lcm import LCMConfig, distil
 from stepdistill.training.roles import ADAPTER, adapter_layers
 from stepdistill.training.trainer import Trainer
@@ -145,7 +145,6 @@ def test_a_full_student_of_a_pixel_model_is_a_pipeline_with_the_trainers_output(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({}, r"lora: got a teacher with a UNet2DModel, .*; allowed: a full student; give --no-lora"),
         ({"lora": False, "embed_guidance": True}, r"embed_guidance: got a teacher with a UNet2DModel; .*--no-embed"),
         ({"lora": False, "guidance": (2.0,)}, r"guidance: got 2 with .*, a pixel model without text; allowed: 1"),
     ],

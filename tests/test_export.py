@@ -20,8 +20,9 @@ from stepdistill.evaluation.spec import parse, training_record
 from stepdistill.export.card import model_card
 from stepdistill.export.fused import save_fused
 from stepdistill.export.kohya import read_lora, save_kohya, to_kohya
-from stepdistill.export.lora import LORA_FILE, lcm_scheduler, save_lora
-from stepdistill.sampling import sample_lcm
+from stepdistill.export.lora import LORA_FILE, save_lora
+from stepdistill.methods.consistency import sample_lcm
+from stepdistill.methods.schedulers import lcm_scheduler
 from stepdistill.training.roles import ADAPTER, LORA_TARGETS
 
 RANK, ALPHA = 4, 6.0

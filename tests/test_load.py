@@ -187,7 +187,7 @@ def test_a_hub_id_without_a_network_says_so_at_once(capfd):
     assert said.out + said.err == ""
 
 
-@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "NoSuchPipeline", ["mine", "Custom"]])
+@pytest.mark.parametrize("name", ["AuraFlowPipeline", "NoSuchPipeline", ["mine", "Custom"]])
 def test_a_pipeline_class_without_a_denoiser_is_refused_before_its_weights_are_read(tmp_path, monkeypatch, name):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
     monkeypatch.setattr(load, "open_pipeline", lambda *a, **k: pytest.fail("weights were read"))

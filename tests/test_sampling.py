@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from diffusers import DDIMScheduler, LCMScheduler
+from diffusers import DDIMScheduler, FlowMatchLCMScheduler, LCMScheduler
 from oracle import BETAS
 
 from stepdistill.conditioning.base import expand
@@ -13,11 +13,11 @@ from stepdistill.denoiser.load import as_teacher
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.guidance import bind
-from stepdistill.methods.consistency import boundary_scalings
-from stepdistill.sampling import lcm_times, sample, sample_lcm
+from stepdistill.methods.consistency import boundary_scalings, lcm_times, sample_lcm
+from stepdistill.sampling import sample
 from stepdistill.schedules import AlphaBar, RectifiedFlow
 from stepdistill.solvers import SOLVERS, integrate
-from stepdistill.timegrid import inference_times
+from stepdistill.timegrid import Grid, inference_times
 
 FAMILIES = pytest.mark.parametrize("family", ["sd", "sdxl"])
 
@@ -38,9 +38,13 @@ def test_lcm_times_are_those_of_diffusers(steps, original):
     assert lcm_times(AlphaBar.from_scheduler(scheduler), steps, original) == scheduler.timesteps.tolist()
 
 
-def test_lcm_times_on_a_continuous_schedule_are_even_from_the_noisy_end():
-    assert lcm_times(RectifiedFlow(), 4) == pytest.approx([1.0, 0.76, 0.5, 0.26])
-    assert lcm_times(RectifiedFlow(), 1) == [1.0]
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_lcm_times_on_a_flow_are_those_of_diffusers(steps, shift):
+    scheduler = FlowMatchLCMScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    ours = lcm_times(RectifiedFlow(), steps, grid=Grid("linspace", shift))
+    assert ours == pytest.approx(scheduler.sigmas[:-1].tolist(), abs=1e-6)
 
 
 @FAMILIES

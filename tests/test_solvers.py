@@ -70,7 +70,8 @@ def test_ddim_is_ddim_scheduler(options, kind, steps):
     )
     ours = solvers.integrate(solvers.ddim, bind(network), noise(), times)
     theirs = diffusers_sample(scheduler, lambda x, t: network(x, float(t), kind=kind), noise())
-    assert largest(ours - theirs) < TOLERANCE
+    # stock coefficients are float32, and machines round their roots and powers in the last digit: of the noise's size
+    assert largest(ours - theirs) < TOLERANCE * largest(noise())
     # with the table in float64 nothing is left but rounding
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     scheduler.final_alpha_cumprod = scheduler.final_alpha_cumprod.double()

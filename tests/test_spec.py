@@ -105,13 +105,24 @@ def test_ddim_is_trailing_and_lands_at_the_clean_end(base):
     assert pipe.scheduler.final_alpha_cumprod == 1 and not pipe.scheduler.config.clip_sample
 
 
-@pytest.mark.parametrize("name", sorted(spec.SCHEDULERS))
+@pytest.mark.parametrize("name", sorted(set(spec.SCHEDULERS) - set(spec.FLOWS)))
 def test_every_scheduler_keeps_the_models_own_noise_and_samples(base, name):
     pipe = load(parse(f"{base},scheduler={name}"))
     assert type(pipe.scheduler).__name__ == spec.SCHEDULERS[name][0]
     assert pipe.scheduler.config.beta_end == 0.012 and pipe.scheduler.config.prediction_type == "epsilon"
     images = pipe("a cat", num_inference_steps=4, guidance_scale=1.0, output_type="pt").images
     assert torch.isfinite(images).all()
+
+
+@pytest.mark.parametrize("name", spec.FLOWS)
+def test_flow_schedulers_are_for_flows_and_keep_their_shift(base, tmp_path, name):
+    with pytest.raises(InputError, match=f"scheduler: got {name} .*; allowed: ddim, lcm"):
+        load(parse(f"{base},scheduler={name}"))
+    flow = tiny.save(tmp_path / "sd3", "sd3")
+    scheduler = load(parse(f"{flow},scheduler={name}")).scheduler
+    assert type(scheduler).__name__ == spec.SCHEDULERS[name][0] and scheduler.config.shift == 3.0
+    with pytest.raises(InputError, match=r"scheduler: got ddim .*; allowed: flow-euler, flow-lcm"):
+        load(parse(f"{flow},scheduler=ddim"))
 
 
 def test_an_export_brings_its_scheduler_and_no_guidance(base, student):

@@ -158,12 +158,147 @@ def pixel(kind: str = "epsilon", seed: int = 0, *, classes: int | None = None, l
     return pipe
 
 
-MAKERS = {"sd": sd, "sdxl": sdxl, "pixel": pixel}
+def word_tokenizer(max_length: int = 16):
+    """A tokenizer of whole words, in the place of T5's and Gemma's."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<pad>", "</s>", "<unk>", "<bos>", *WORDS]
+    words = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", bos_token="<bos>",
+        model_max_length=max_length,
+    )  # fmt: skip
+
+
+def t5(width: int = 16):
+    """A T5 encoder of two layers."""
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(
+        T5Config(vocab_size=4 + len(WORDS), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=2)
+    )
+
+
+def flow_scheduler(**options):
+    """A FlowMatchEulerDiscreteScheduler, shifted as SD3's."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(**({"shift": 3.0} | options))
+
+
+def _awake(parts: dict[str, nn.Module], seed: int) -> dict[str, nn.Module]:
+    for index, module in enumerate(parts.values()):
+        awaken(module.eval(), seed + index)
+    return parts
+
+
+def sd3(seed: int = 0):
+    """A StableDiffusion3Pipeline with both CLIP towers and T5."""
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    words = tokenizer()
+    parts = _awake({
+        "vae": autoencoder(scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+        "text_encoder": text_tower(words, 16, projection=16),
+        "text_encoder_2": text_tower(words, 16, projection=16),
+        "text_encoder_3": t5(32),
+        "transformer": SD3Transformer2DModel(
+            sample_size=LATENT, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+            joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, out_channels=4,
+            pos_embed_max_size=LATENT, qk_norm="rms_norm", dual_attention_layers=(0,),
+        ),
+    }, 2000 + 10 * seed)  # fmt: skip
+    pipe = StableDiffusion3Pipeline(
+        **parts, tokenizer=words, tokenizer_2=words, tokenizer_3=word_tokenizer(), scheduler=flow_scheduler()
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def flux(seed: int = 0, *, guidance_embeds: bool = True):
+    """A FluxPipeline; with `guidance_embeds` as dev, without as schnell."""
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    words = tokenizer()
+    parts = _awake({
+        "vae": autoencoder(scaling_factor=0.36, shift_factor=0.12, use_quant_conv=False, use_post_quant_conv=False),
+        "text_encoder": text_tower(words, 16),
+        "text_encoder_2": t5(16),
+        "transformer": FluxTransformer2DModel(
+            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8,
+            num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 2, 2),
+            guidance_embeds=guidance_embeds,
+        ),
+    }, 3000 + 10 * seed)  # fmt: skip
+    scheduler = flow_scheduler(use_dynamic_shifting=True)
+    pipe = FluxPipeline(**parts, tokenizer=words, tokenizer_2=word_tokenizer(), scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pixart(seed: int = 0, *, sized: bool = False):
+    """A PixArtSigmaPipeline; with `sized` a PixArtAlphaPipeline that is told the picture's size."""
+    from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
+
+    parts = _awake({
+        "vae": autoencoder(),
+        "text_encoder": t5(16),
+        "transformer": PixArtTransformer2DModel(
+            sample_size=LATENT, patch_size=2, in_channels=4, out_channels=8, num_layers=2, attention_head_dim=12,
+            num_attention_heads=2, cross_attention_dim=24, caption_channels=16, use_additional_conditions=sized,
+        ),
+    }, 4000 + 10 * seed)  # fmt: skip
+    kind = PixArtAlphaPipeline if sized else PixArtSigmaPipeline
+    pipe = kind(**parts, tokenizer=word_tokenizer(), scheduler=scheduler("epsilon"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sana(seed: int = 0):
+    """A SanaPipeline with a two-layer Gemma 2 and an AutoencoderDC."""
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+    from transformers import Gemma2Config, Gemma2Model
+
+    blocks = {
+        "encoder_block_types": ("ResBlock",) * 3, "decoder_block_types": ("ResBlock",) * 3,
+        "encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8),
+        "encoder_layers_per_block": (1, 1, 1), "decoder_layers_per_block": (1, 1, 1),
+        "encoder_qkv_multiscales": ((), (), ()), "decoder_qkv_multiscales": ((), (), ()),
+        "decoder_norm_types": "rms_norm", "decoder_act_fns": "silu", "upsample_block_type": "interpolate",
+    }  # fmt: skip
+    parts = _awake({
+        "vae": AutoencoderDC(in_channels=3, latent_channels=4, attention_head_dim=2, scaling_factor=0.41407, **blocks),
+        "text_encoder": Gemma2Model(Gemma2Config(
+            vocab_size=4 + len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=2, head_dim=8, pad_token_id=0, eos_token_id=1, bos_token_id=3,
+        )),
+        "transformer": SanaTransformer2DModel(
+            sample_size=LATENT, patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+            num_attention_heads=2, num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16,
+            caption_channels=16,
+        ),
+    }, 5000 + 10 * seed)  # fmt: skip
+    flow = DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
+    pipe = SanaPipeline(**parts, tokenizer=word_tokenizer(), scheduler=flow)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+MAKERS = {"sd": sd, "sdxl": sdxl, "pixel": pixel, "sd3": sd3, "flux": flux, "pixart": pixart, "sana": sana}
+
+
+def make(family: str, kind: str = "epsilon", seed: int = 0, **options):
+    """A pipeline of `family`; `kind` is asked by the families that predict more than one."""
+    asked = {"kind": kind} if family in ("sd", "sdxl", "pixel") else {}
+    return MAKERS[family](seed=seed, **asked, **options)
 
 
 def save(folder: Path, family: str = "sd", kind: str = "epsilon", seed: int = 0, **options) -> Path:
-    """Writes a pipeline of `family` (sd, sdxl or pixel) as a folder of safetensors, and returns it."""
-    MAKERS[family](kind, seed, **options).save_pretrained(folder, safe_serialization=True)
+    """Writes a pipeline of `family` as a folder of safetensors, and returns it."""
+    make(family, kind, seed, **options).save_pretrained(folder, safe_serialization=True)
     return Path(folder)
 
 

@@ -72,11 +72,11 @@ def find_export(folder: Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    from stepdistill.export.lora import LORA_FILE
+    from stepdistill.export.lora import LORA_FILE, PEFT_FILE
 
     folder = Path(folder)
     for place in (folder, folder / "export"):
-        if (place / LORA_FILE).is_file() or (place / "model_index.json").is_file():
+        if any((place / name).is_file() for name in (LORA_FILE, PEFT_FILE, "model_index.json")):
             return place
     if (folder / "checkpoints").is_dir():
         raise InputError(

@@ -8,13 +8,14 @@ __all__ = ["Cond", "Conditioner", "concat", "expand", "from_pipeline", "stack", 
 
 
 def from_pipeline(pipeline) -> Conditioner:
-    """The conditioner of a diffusers pipeline: Stable Diffusion, SDXL, or a pixel model with or without classes.
+    """The conditioner of a diffusers pipeline: text for its family, or classes, or nothing, for a pixel model.
 
     Raises:
         InputError: a pipeline of another class.
     """
     from stepdistill.conditioning.clip_text import StableDiffusionConditioner, StableDiffusionXLConditioner
     from stepdistill.conditioning.labels import LabelConditioner
+    from stepdistill.conditioning.transformer_text import FluxConditioner, MaskedTextConditioner, SD3Conditioner
     from stepdistill.errors import InputError
 
     makers = {
@@ -22,6 +23,11 @@ def from_pipeline(pipeline) -> Conditioner:
         "StableDiffusionXLPipeline": StableDiffusionXLConditioner,
         "DDPMPipeline": LabelConditioner.of,
         "DDIMPipeline": LabelConditioner.of,
+        "StableDiffusion3Pipeline": SD3Conditioner,
+        "FluxPipeline": FluxConditioner,
+        "PixArtAlphaPipeline": MaskedTextConditioner,
+        "PixArtSigmaPipeline": MaskedTextConditioner,
+        "SanaPipeline": MaskedTextConditioner,
     }
     name = type(pipeline).__name__
     if name not in makers:

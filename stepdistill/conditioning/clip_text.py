@@ -10,7 +10,8 @@ from stepdistill.conditioning.base import Cond
 from stepdistill.errors import InputError
 
 
-def _device(encoder) -> torch.device:
+def device_of(encoder) -> torch.device:
+    """The device of a text encoder; InputError where the pipeline was loaded without one."""
     if encoder is None:
         raise InputError(
             "text encoder: got a pipeline loaded without one; allowed: conditions from a cache; load the teacher with "
@@ -28,7 +29,7 @@ class StableDiffusionConditioner:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, size: tuple[int, int] | None = None) -> Cond:
         """text (B, S, D)."""
-        device = _device(self.pipeline.text_encoder)
+        device = device_of(self.pipeline.text_encoder)
         text, _ = self.pipeline.encode_prompt(list(prompts), device, 1, do_classifier_free_guidance=False)
         return {"text": text}
 
@@ -51,7 +52,7 @@ class StableDiffusionXLConditioner:
     def encode(self, prompts: Sequence[str], *, size: tuple[int, int] | None = None) -> Cond:
         """text (B, S, D), pooled (B, P), time_ids (B, 6) float32: original size, crop (0, 0), target size, all `size`;
         the pipeline's own size where none is given."""
-        device = _device(self.pipeline.text_encoder_2)
+        device = device_of(self.pipeline.text_encoder_2)
         text, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )

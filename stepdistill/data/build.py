@@ -34,7 +34,7 @@ def teacher_key(teacher: Teacher, *, painting: bool = False) -> str:
     """
     digest = hashlib.sha256(teacher.family.encode())
     for name, part in sorted(teacher.source.components.items()):
-        if not painting and name in ("unet", "scheduler"):
+        if not painting and name in (teacher.part, "scheduler"):
             continue
         config = {k: v for k, v in dict(getattr(part, "config", None) or {}).items() if not k.startswith("_")} if (
             name in ("vae", "scheduler")) else {}  # fmt: skip
@@ -58,10 +58,11 @@ def picture_size(teacher: Teacher, resolution: int | None) -> tuple[int, int]:
         return height, width
     if teacher.vae is None:
         raise InputError(f"resolution: got {resolution}; allowed: {height}, this pixel model's own; leave it out")
-    if resolution < teacher.factor or resolution % teacher.factor:
-        near = max(1, round(resolution / teacher.factor)) * teacher.factor
+    step = teacher.factor * teacher.denoiser.patch
+    if resolution < step or resolution % step:
+        near = max(1, round(resolution / step)) * step
         raise InputError(
-            f"resolution: got {resolution}; allowed: multiples of {teacher.factor} with this teacher, whose own is "
+            f"resolution: got {resolution}; allowed: multiples of {step} with this teacher, whose own is "
             f"{height}; try {near}"
         )
     return resolution, resolution

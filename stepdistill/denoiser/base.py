@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stepdistill.errors import InputError
 from stepdistill.prediction import Kind, check_kind, convert
 from stepdistill.schedules import Schedule, Time, working_dtype
+from stepdistill.timegrid import Grid
 
 Cond = dict[str, Tensor]
 
@@ -33,9 +34,18 @@ class Denoiser(nn.Module):
 
     Attributes:
         sample_shape: (C, H, W) of one sample; set by the subclass.
+        needs: the names of the conditions it must be given.
+        takes_guidance: it is told the guidance weight as the condition `guidance` (B,), scale - 1, and so is guided in
+            one call.
+        patch: sides of a sample are multiples of it.
+        grid: the times its pipeline visits.
     """
 
     sample_shape: tuple[int, ...]
+    needs: frozenset[str] = frozenset()
+    takes_guidance: bool = False
+    patch: int = 1
+    grid: Grid = Grid()
 
     def __init__(self, backbone: nn.Module | None, schedule: Schedule, kind: Kind) -> None:
         super().__init__()
@@ -53,6 +63,21 @@ class Denoiser(nn.Module):
     def network_time(self, t: Tensor) -> Tensor:
         """What the backbone's own clock reads at t (B,): the index itself on AlphaBar. Subclasses override."""
         return t
+
+    def check(self, cond: Cond | None) -> Cond:
+        """The conditions, if all the network needs are there.
+
+        Raises:
+            InputError: some are missing.
+        """
+        if cond is None or not self.needs <= cond.keys():
+            got = ", ".join(sorted(cond or ())) or "none"
+            hint = "; add guidance = scale - 1" if self.takes_guidance else ""
+            raise InputError(
+                f"condition: got {got}; allowed: {', '.join(sorted(self.needs))} for this network; encode the prompts "
+                f"with its conditioner{hint}"
+            )
+        return cond
 
     def evaluate(self, x_t: Tensor, clock: Tensor, cond: Cond | None) -> Tensor:
         """Calls the backbone: x_t (B, ...) in the dtype of the weights, clock (B,) float32. Subclasses implement."""

@@ -17,18 +17,8 @@ from torch import Tensor
 from stepdistill import embedded
 from stepdistill.conditioning.base import Conditioner
 from stepdistill.denoiser.base import Denoiser
+from stepdistill.denoiser.families import FAMILIES, family_of, grid_of, process_of
 from stepdistill.errors import InputError
-from stepdistill.schedules import AlphaBar
-
-KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-FAMILIES = {
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionXLPipeline": "sdxl",
-    "DDPMPipeline": "pixel",
-    "DDIMPipeline": "pixel",
-}
-SUPPORTED = tuple(FAMILIES)
-TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
 
 @dataclass
@@ -51,6 +41,11 @@ class Teacher:
     def family(self) -> str:
         """The name of the pipeline's class."""
         return type(self.source).__name__
+
+    @property
+    def part(self) -> str:
+        """The name of the network among the pipeline's components: unet or transformer."""
+        return family_of(self.source).backbone
 
     @property
     def vae(self):
@@ -87,7 +82,7 @@ class Teacher:
             return images
         with self._autoencoder() as vae:
             encoded = vae.encode(images.to(vae.dtype))
-            latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
+            latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded[0]
         gain, shift = self._affine(latents)
         return (latents.float() - shift) / gain
 
@@ -119,6 +114,13 @@ class Teacher:
         mean, std = (torch.tensor(v, dtype=torch.float32, device=like.device).view(1, -1, 1, 1) for v in (mean, std))
         return std / config.scaling_factor, mean
 
+    def resize(self, size: tuple[int, int]) -> Teacher:
+        """Works at pictures of another (height, width) in pixels from now on."""
+        height, width = (side // self.factor for side in size)
+        self.denoiser.sample_shape = (self.sample_shape[0], height, width)
+        self.denoiser.grid = grid_of(self.source, self.denoiser)
+        return self
+
     def to(self, device: torch.device | str) -> Teacher:
         """Moves every module."""
         self.source.to(device)
@@ -137,7 +139,7 @@ class Teacher:
 def move_coders(teacher: Teacher, device: torch.device | str) -> None:
     """Moves all of a teacher but its denoiser."""
     for part in teacher.source.components.values():
-        if isinstance(part, torch.nn.Module) and part is not teacher.source.unet:
+        if isinstance(part, torch.nn.Module) and part is not teacher.denoiser.backbone:
             part.to(device)
 
 
@@ -252,8 +254,8 @@ def open_pipeline(
     if not Path(path).exists():
         options["revision"] = revision
     if not text:
-        parts = {"sd": TEXT_PARTS[:2], "sdxl": TEXT_PARTS}.get(FAMILIES.get(class_of(path, revision), ""), ())
-        options |= dict.fromkeys(parts)
+        family = FAMILIES.get(class_of(path, revision))
+        options |= dict.fromkeys(family.text if family else ())
     try:
         with _quiet():
             return DiffusionPipeline.from_pretrained(path, **options)
@@ -263,11 +265,6 @@ def open_pipeline(
         raise _cannot_load(path, error) from error
 
 
-def _check_class(name: str, path: str) -> None:
-    if name not in SUPPORTED:
-        raise InputError(f"pipeline class: got {name} in {path}; allowed: {', '.join(SUPPORTED)}; give one of these")
-
-
 def as_teacher(pipeline, path: str) -> Teacher:
     """A loaded pipeline as a teacher.
 
@@ -275,18 +272,11 @@ def as_teacher(pipeline, path: str) -> Teacher:
         InputError: a pipeline class, or a prediction_type, without a denoiser here.
     """
     from stepdistill.conditioning import from_pipeline
-    from stepdistill.denoiser.pixel import PixelDenoiser
-    from stepdistill.denoiser.unet import UNetDenoiser
 
-    name = type(pipeline).__name__
-    _check_class(name, path)
-    schedule = AlphaBar.from_scheduler(pipeline.scheduler)
-    predicted = pipeline.scheduler.config.get("prediction_type", "epsilon")
-    if predicted not in KINDS:
-        raise InputError(
-            f"prediction_type: got {predicted!r} in {path}; allowed: {', '.join(KINDS)}; mend its scheduler_config.json"
-        )
-    denoiser = (PixelDenoiser if FAMILIES[name] == "pixel" else UNetDenoiser)(pipeline.unet, schedule, KINDS[predicted])
+    family = family_of(pipeline)
+    schedule, kind = process_of(pipeline.scheduler, path)
+    denoiser = family.denoiser(getattr(pipeline, family.backbone), schedule, kind)
+    denoiser.grid = grid_of(pipeline, denoiser)
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
@@ -316,7 +306,7 @@ def load_teacher(
     Raises:
         InputError: what is there is no pipeline, cannot be reached, or is of a class not supported.
     """
-    _check_class(class_of(path, revision), str(path))
+    family_of(class_of(path, revision))
     pipeline = open_pipeline(path, variant=variant, revision=revision, dtype=dtype, text=text)
     pipeline.set_progress_bar_config(disable=True)
     return as_teacher(pipeline, str(path)).to(device)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.denoiser.base import Cond, Denoiser
-from stepdistill.errors import InputError
 from stepdistill.prediction import Kind
 from stepdistill.schedules import Schedule
 
@@ -41,19 +40,13 @@ class UNetDenoiser(Denoiser):
         self.sample_shape = (config.in_channels, height, width)
         self.guidance_width = config.time_cond_proj_dim
         self.sized = config.addition_embed_type == "text_time"
-        self.needs = {"text"} | ({"pooled", "time_ids"} if self.sized else set())
-        if self.guidance_width:
-            self.needs.add("guidance")
+        self.takes_guidance = bool(self.guidance_width)
+        added = {"pooled", "time_ids"} if self.sized else set()
+        self.needs = frozenset({"text"} | added | ({"guidance"} if self.takes_guidance else set()))
 
     def evaluate(self, x_t: Tensor, clock: Tensor, cond: Cond | None) -> Tensor:
         """The UNet's output, first half where it also predicts variances; x_t (B, C, H, W), clock (B,)."""
-        if cond is None or not self.needs <= cond.keys():
-            got = ", ".join(sorted(cond or ())) or "none"
-            hint = "; add guidance = scale - 1" if self.guidance_width else ""
-            raise InputError(
-                f"condition: got {got}; allowed: {', '.join(sorted(self.needs))} for this network; encode the prompts "
-                f"with its conditioner{hint}"
-            )
+        cond = self.check(cond)
         added, embedding = None, None
         if self.sized:
             added = {"text_embeds": cond["pooled"].to(x_t.dtype), "time_ids": cond["time_ids"]}

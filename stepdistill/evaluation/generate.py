@@ -37,8 +37,9 @@ def backbone(pipeline) -> torch.nn.Module:
 
 
 def told_guidance(pipeline) -> bool:
-    """Whether the backbone takes its guidance as an input (LCM's w), and so is never run twice for it."""
-    return getattr(backbone(pipeline).config, "time_cond_proj_dim", None) is not None
+    """Whether the backbone takes its guidance as an input (LCM's w, Flux-dev's scale): it is never run twice for it."""
+    config = backbone(pipeline).config
+    return config.get("time_cond_proj_dim") is not None or bool(config.get("guidance_embeds"))
 
 
 @dataclass(frozen=True)
@@ -119,5 +120,5 @@ def reconstruct(pipeline, images: Tensor) -> Tensor:
     vae = pipeline.vae
     pixels = images.to(device=vae.device, dtype=vae.dtype) / 127.5 - 1
     encoded = vae.encode(pixels)
-    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
     return to_uint8(vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5)

@@ -33,9 +33,12 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", TRAILING),
     "euler-a": ("EulerAncestralDiscreteScheduler", TRAILING),
     "heun": ("HeunDiscreteScheduler", TRAILING),
+    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "flow-lcm": ("FlowMatchLCMScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", TRAILING | {"final_sigmas_type": "zero"}),
 }
-UNGUIDED = ("LCMScheduler", "TCDScheduler")
+FLOWS = ("flow-euler", "flow-lcm")
+UNGUIDED = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 
 
 @dataclass(frozen=True)
@@ -163,15 +166,13 @@ def _load_lora(pipeline, lora: str) -> None:
     from stepdistill.export.adapters import load_whole
 
     check_lora(lora)
-    if not hasattr(pipeline, "load_lora_weights"):
-        raise InputError(
-            f"lora: got {lora} for a {type(pipeline).__name__}, which takes none; allowed: a text-to-image pipeline"
-        )
     load_whole(pipeline, lora)
 
 
 def _scheduler(pipeline, spec: ModelSpec):
     import diffusers
+
+    from stepdistill.denoiser.families import is_flow
 
     own = Path(spec.lora or "") / "scheduler"
     exported = (
@@ -182,6 +183,12 @@ def _scheduler(pipeline, spec: ModelSpec):
         return getattr(diffusers, exported["_class_name"]).from_pretrained(own)
     if not spec.scheduler:
         return pipeline.scheduler
+    flow = is_flow(pipeline.scheduler)
+    if (spec.scheduler in FLOWS) != flow:
+        allowed = ", ".join(FLOWS if flow else (name for name in SCHEDULERS if name not in FLOWS))
+        raise InputError(
+            f"scheduler: got {spec.scheduler} for a model of {'a flow' if flow else 'no flow'}; allowed: {allowed}"
+        )
     name, options = SCHEDULERS[spec.scheduler]
     config = {k: v for k, v in pipeline.scheduler.config.items() if k not in ("timestep_spacing", "final_sigmas_type")}
     if wanted == type(pipeline.scheduler).__name__ and wanted in UNGUIDED:

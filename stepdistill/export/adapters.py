@@ -5,21 +5,33 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+from safetensors import safe_open
+
 from stepdistill.errors import InputError
 from stepdistill.evaluation.progress import quiet
 
 
-def load_whole(pipeline, lora: str | Path) -> int:
+def load_whole(pipeline, lora: str | Path, *, fuse: bool = False) -> int:
     """Loads the LoRA of a folder, a .safetensors file or a hub id into a pipeline that has none; returns its tensors.
 
     diffusers passes over tensors whose names it does not know, and says no word. So those that arrive are counted
     against those of the file, once its own conversions have given them one name for each tensor: a kohya file's alphas
     are settings, not tensors, and a text encoder's are counted like the denoiser's.
 
+    Args:
+        fuse: fold it into the pipeline's weights, so that no adapter is left.
+
     Raises:
         InputError: the file cannot be read, does not fit the pipeline, or fits it in part.
     """
     path = Path(lora)
+    if (path / "adapter_config.json").is_file():
+        return _load_with_peft(pipeline, path, fuse)
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise InputError(
+            f"lora: got {lora} for a {type(pipeline).__name__}, which loads none; allowed: a folder of peft's, with "
+            "adapter_config.json"
+        )
     source = {"pretrained_model_name_or_path_or_dict": str(path.parent if path.is_file() else lora)}
     if path.is_file():
         source["weight_name"] = path.name
@@ -44,6 +56,32 @@ def load_whole(pipeline, lora: str | Path) -> int:
             f"lora: got {lora}, {what} this pipeline; allowed: all; was it trained for another one, or do its names "
             "mix two formats?"
         )
+    if fuse:
+        pipeline.fuse_lora(safe_fusing=True)
+        pipeline.unload_lora_weights()
+    return loaded
+
+
+def _load_with_peft(pipeline, folder: Path, fuse: bool) -> int:
+    """Loads a folder of peft's onto the pipeline's network, whose layers it wraps in place."""
+    from peft import PeftModel
+
+    part = "transformer" if getattr(pipeline, "transformer", None) is not None else "unet"
+    try:
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            held = len(file.keys())
+        with quiet():
+            adapted = PeftModel.from_pretrained(getattr(pipeline, part), str(folder))
+    except Exception as error:  # files, keys and shapes each raise their own kinds
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"lora: got {folder}, which could not be loaded ({reason}); was it trained for this pipeline?"
+        ) from error
+    setattr(pipeline, part, adapted.base_model.model)
+    if (loaded := count(pipeline)) != held:
+        raise InputError(f"lora: got {folder}, of which {loaded} of {held} tensors fit this pipeline; allowed: all")
+    if fuse:
+        setattr(pipeline, part, adapted.merge_and_unload(safe_merge=True))
     return loaded
 
 

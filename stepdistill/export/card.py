@@ -18,6 +18,17 @@ pipe.scheduler = {scheduler}.from_pretrained("{out}", subfolder="scheduler")
 image = pipe({call}).images[0]
 ```"""
 
+USE_PEFT = """```python
+import torch
+from diffusers import DiffusionPipeline, {scheduler}
+from peft import PeftModel
+
+pipe = DiffusionPipeline.from_pretrained("{base}")
+pipe.{part} = PeftModel.from_pretrained(pipe.{part}, "{out}")
+pipe.scheduler = {scheduler}.from_pretrained("{out}", subfolder="scheduler")
+image = pipe({call}).images[0]
+```"""
+
 USE_PIPELINE = """```python
 from diffusers import DiffusionPipeline
 
@@ -43,6 +54,7 @@ def model_card(
     grid: str | None,
     guidance: float = 1.0,
     base: str | None = None,
+    peft_part: str | None = None,
 ) -> str:
     """Markdown with the hub's front matter: what it is, how to load it, how it was trained.
 
@@ -50,6 +62,7 @@ def model_card(
         prompt: of the example; None for a pipeline that takes none, nor a guidance.
         guidance: the guidance_scale the student is used with; diffusers' own default would be 7.5.
         base: where diffusers loads the teacher from; `teacher` where not given.
+        peft_part: the network that peft puts a LoRA on, where the pipeline loads none.
     """
     tags = ["diffusers", "step-distillation", method, *(["lora"] if lora else [])]
     head = ["---", *([f"base_model: {teacher}"] if hub_id(teacher) else []), "library_name: diffusers", "tags:"]
@@ -57,7 +70,8 @@ def model_card(
     call = "num_inference_steps=4"
     if prompt is not None:
         call = f"{json.dumps(prompt, ensure_ascii=False)}, {call}, guidance_scale={float(guidance)}"
-    use = (USE_LORA if lora else USE_PIPELINE).format(scheduler=scheduler, base=base or teacher, out=out, call=call)
+    template = USE_PIPELINE if not lora else USE_PEFT if peft_part else USE_LORA
+    use = template.format(scheduler=scheduler, base=base or teacher, out=out, call=call, part=peft_part)
     kind = "LoRA" if lora else "pipeline"
     rows = "\n".join(f"| {key} | {str(value).replace('|', '/')} |" for key, value in settings.items())
     picture = f"\n![samples of the student, four steps]({grid})\n" if grid else ""

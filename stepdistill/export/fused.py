@@ -28,20 +28,14 @@ def save_fused(folder: Path, out: Path, *, teacher: str) -> Path:
     folder = Path(folder)
     read_lora(folder)  # it is whole, with rank and alpha
     pipeline = open_pipeline(teacher)
-    if not hasattr(pipeline, "load_lora_weights"):
-        raise InputError(
-            f"teacher: got {type(pipeline).__name__}, which takes no LoRA; allowed: a text-to-image pipeline"
-        )
     try:
-        load_whole(pipeline, folder)
+        load_whole(pipeline, folder, fuse=True)
     except InputError as error:
         reason = str(error).removeprefix(f"lora: got {folder}, ")[:120]
         raise InputError(
             f"teacher: got {teacher}, for which {folder} was not trained ({reason}); allowed: its own; give it with "
             "--teacher"
         ) from error
-    pipeline.fuse_lora(safe_fusing=True)
-    pipeline.unload_lora_weights()
     config = folder / "scheduler" / "scheduler_config.json"
     if config.is_file():
         kind = getattr(diffusers, json.loads(config.read_text())["_class_name"])
@@ -60,7 +54,7 @@ def fused_card(card: str, out: str) -> str:
     """The card of a LoRA as that of the pipeline it was fused into, which loads by itself."""
     load = "pipe = DiffusionPipeline.from_pretrained("
     card = re.sub(rf"(?m)^{re.escape(load)}.*$", lambda _: f'{load}"{out}")', card)
-    card = re.sub(r"(?m)^pipe\.(load_lora_weights\(|scheduler = ).*\n", "", card)
+    card = re.sub(r"(?m)^(from peft|pipe\.(load_lora_weights\(|scheduler = |\w+ = PeftModel)).*\n", "", card)
     card = re.sub(r"(?m)^(from diffusers import DiffusionPipeline), \w+$", r"\1", card)
     card = re.sub(r"(?m)^(# \S+) LoRA of ", r"\1 LoRA fused into ", card)
     return card.replace("\n- lora\n", "\n", 1)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepdistill.errors import InputError
-from stepdistill.export.lora import LORA_FILE
+from stepdistill.export.lora import LORA_FILE, PEFT_FILE
 from stepdistill.files import disk_full
 
 METADATA = "lora_adapter_metadata"
@@ -28,8 +28,9 @@ def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     Raises:
         InputError: there is no LoRA, it is broken, or it lacks the adapter's configuration.
     """
-    file = Path(folder) / LORA_FILE
-    if not file.is_file():
+    folder = Path(folder)
+    file = next((folder / name for name in (LORA_FILE, PEFT_FILE) if (folder / name).is_file()), None)
+    if file is None:
         raise InputError(
             f"LoRA: got {folder}, which holds no {LORA_FILE}; allowed: the export folder of a LoRA student"
         )
@@ -37,13 +38,18 @@ def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
         with safe_open(file, "pt") as stored:
             state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (it is no dictionary)
             settings = json.loads((stored.metadata() or {}).get(METADATA, "{}"))
-    except (SafetensorError, ValueError) as error:
+        if file.name == PEFT_FILE:
+            own = json.loads((folder / "adapter_config.json").read_text())
+            settings = {f"base_model.{key}": value for key, value in own.items()}
+    except (OSError, SafetensorError, ValueError) as error:
         raise InputError(f"LoRA: got {file}, which is broken ({str(error)[:60]}); export it again") from error
-    if "unet.r" not in settings or "unet.lora_alpha" not in settings:
+    part = next(iter(state), "").partition(".")[0]
+    own = {key.removeprefix(f"{part}."): value for key, value in settings.items() if key.startswith(f"{part}.")}
+    if not {"r", "lora_alpha"} <= own.keys():
         raise InputError(
             f"LoRA: got {file} without its rank and alpha; allowed: an export of stepdistill; export it again"
         )
-    return state, {key.removeprefix("unet."): value for key, value in settings.items() if key.startswith("unet.")}
+    return state, own
 
 
 def kohya_record(file: Path) -> dict[str, object]:
@@ -84,9 +90,13 @@ def save_kohya(folder: Path, out: Path) -> Path:
     """Writes the LoRA of an export folder as one .safetensors file under kohya's names, the run's record in its header.
 
     Raises:
-        InputError: see `read_lora`; or the disk is full.
+        InputError: see `read_lora`; or it is of a transformer, or the disk is full.
     """
     state, settings = read_lora(folder)
+    if not all(name.startswith("unet.") for name in state):
+        raise InputError(
+            f"kohya: got {folder}, a LoRA of a transformer; allowed: one of a UNet; ComfyUI reads {LORA_FILE} as it is"
+        )
     out = Path(out)
     beside = out.with_name(f".{out.name}.new")
     header = {

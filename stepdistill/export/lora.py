@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors.torch import save_file
 
 from stepdistill.denoiser.load import Teacher
 from stepdistill.errors import InputError
@@ -13,17 +13,7 @@ from stepdistill.files import replacing
 from stepdistill.training.roles import ADAPTER
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-
-
-def lcm_scheduler(teacher: Teacher, *, solver_steps: int, timestep_scaling: float):
-    """diffusers' LCMScheduler for a student of this teacher."""
-    from diffusers import LCMScheduler
-
-    own = {"original_inference_steps": solver_steps, "timestep_scaling": timestep_scaling}
-    config = {**teacher.source.scheduler.config, **own}
-    for unused in ("timestep_spacing", "steps_offset", "clip_sample", "set_alpha_to_one"):
-        config.pop(unused, None)
-    return LCMScheduler.from_config(config, timestep_spacing="leading", clip_sample=False, set_alpha_to_one=False)
+PEFT_FILE = "adapter_model.safetensors"
 
 
 def save_lora(
@@ -32,7 +22,8 @@ def save_lora(
     """Writes the adapter on the teacher's backbone to an export folder.
 
     `pytorch_lora_weights.safetensors` holds every adapter tensor under diffusers' own names, and the adapter's
-    configuration, so that `load_lora_weights` restores rank and alpha.
+    configuration, so that `load_lora_weights` restores rank and alpha. For a pipeline that loads no LoRA (PixArt, pixel
+    models) it is a folder that `peft.PeftModel.from_pretrained(pipe.transformer, out)` loads instead.
 
     Args:
         scheduler: a diffusers scheduler, written to `scheduler/`.
@@ -49,12 +40,13 @@ def save_lora(
         raise InputError(f"export: got {len(state)} tensors for {trained} trained ones; please report this")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with replacing(Path(out)) as folder:
-        type(teacher.source).save_lora_weights(
-            folder,
-            unet_lora_layers=state,
-            weight_name=LORA_FILE,
-            unet_lora_adapter_metadata=backbone.peft_config[ADAPTER].to_dict(),
-        )
+        settings = backbone.peft_config[ADAPTER]
+        if hasattr(teacher.source, "save_lora_weights"):
+            named = {f"{teacher.part}_lora_layers": state, f"{teacher.part}_lora_adapter_metadata": settings.to_dict()}
+            type(teacher.source).save_lora_weights(folder, weight_name=LORA_FILE, **named)
+        else:
+            save_file({f"base_model.model.{name}": tensor for name, tensor in state.items()}, folder / PEFT_FILE)
+            settings.save_pretrained(folder)
         _finish(folder, scheduler, config, card, extra)
     return Path(out)
 
@@ -69,7 +61,7 @@ def save_pipeline(
     from diffusers import DDIMPipeline, DDPMPipeline
 
     kind = DDPMPipeline if isinstance(teacher.source, DDIMPipeline) else type(teacher.source)
-    parts = dict(teacher.source.components) | {"unet": backbone, "scheduler": scheduler}
+    parts = dict(teacher.source.components) | {teacher.part: backbone, "scheduler": scheduler}
     options = {"requires_safety_checker": False} if teacher.family == "StableDiffusionPipeline" else {}
     with replacing(Path(out)) as folder:
         kind(**parts, **options).save_pretrained(folder)
@@ -83,9 +75,3 @@ def _finish(folder: Path, scheduler, config: dict, card: str, extra: dict[str, b
     (folder / "README.md").write_text(card)
     for name, content in (extra or {}).items():
         (folder / name).write_bytes(content)
-
-
-def tensor_names(folder: Path) -> list[str]:
-    """The names of the tensors in an export's LoRA file."""
-    with safe_open(Path(folder) / LORA_FILE, "pt") as file:
-        return list(file.keys())

@@ -76,13 +76,15 @@ class Method(Protocol):
 
     name: str
     roles: Mapping[str, Role]
-    guidance_scale: float  # what users pass when they sample the student; 1.0 where guidance is in its weights
 
     def phases(self, clock: Clock) -> tuple[str, ...]:
         """The roles trained in this update, in order."""
 
     def loss(self, phase: str, batch: Batch, models: Models, clock: Clock) -> Loss:
         """The loss of one phase."""
+
+    def guidance_scale(self, student: Denoiser) -> float:
+        """What users pass when they sample the student; 1.0 where guidance is in its weights."""
 
     def sample(self, student: Denoiser, x_T: Tensor, cond: Cond, *, steps: int, draws: Draws) -> Tensor:
         """The student's samples (B, C, H, W) from unit noise x_T, as users will sample it."""

@@ -13,6 +13,7 @@ with f(x, t) = c_skip x + c_out x0_hat, which is x itself at the clean end.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
@@ -20,14 +21,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from stepdistill.denoiser.base import Denoiser
+from stepdistill.denoiser.base import Cond, Denoiser
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.guidance import guided
 from stepdistill.methods.base import Batch, Clock, Loss, Models, Role, huber
-from stepdistill.schedules import AlphaBar, Schedule, match
+from stepdistill.methods.schedulers import lcm_scheduler
+from stepdistill.schedules import AlphaBar, RectifiedFlow, Schedule, match
 from stepdistill.solvers import ddim_step
-from stepdistill.timegrid import inference_times
+from stepdistill.timegrid import Grid, inference_times
 
 if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
@@ -41,12 +43,16 @@ def boundary_scalings(
         c_skip = sigma_data² / (tau² + sigma_data²),    c_out = tau / sqrt(tau² + sigma_data²).
 
     On AlphaBar t is the timestep index, as in diffusers' LCMScheduler; elsewhere tau is measured from the clean end, in
-    thousandths of the schedule's range, so that the two agree.
+    thousandths of the schedule's range, so that the two agree. On RectifiedFlow x0_hat = x_t - t flow is x_t at the
+    clean end by itself, and FlowMatchLCMScheduler scales nothing: c_out is 1 everywhere else.
 
     Returns:
         float64, the shape of t.
     """
     t = t.to(torch.float64)
+    if isinstance(schedule, RectifiedFlow):
+        c_skip = (t <= schedule.t_min).to(torch.float64)
+        return c_skip, 1 - c_skip
     if isinstance(schedule, AlphaBar):
         index = t.clamp(min=0)
     else:
@@ -55,16 +61,83 @@ def boundary_scalings(
     return sigma_data**2 / (tau**2 + sigma_data**2), tau / (tau**2 + sigma_data**2).sqrt()
 
 
-def consistency(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], timestep_scaling: float) -> Tensor:
+def consistency(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, timestep_scaling: float) -> Tensor:
     """f(x_t, t) = c_skip x_t + c_out x0_hat: (B, ...) float32 (float64 as x_t)."""
     c_skip, c_out = boundary_scalings(t, denoiser.schedule, timestep_scaling=timestep_scaling)
     return match(c_skip, x_t) * x_t + match(c_out, x_t) * denoiser(x_t, t, cond, kind="x0")
 
 
+def lcm_times(schedule: Schedule, steps: int, original_steps: int = 50, grid: Grid | None = None) -> list[float]:
+    """The times of diffusers' LCMScheduler: of the `original_steps` points, `steps` even ones from the noisy end.
+
+    On other schedules they are those of the pipeline's own grid, as its FlowMatchLCMScheduler visits them.
+
+    Args:
+        original_steps: the points on the teacher's path the student was trained at.
+        grid: of the pipeline; not asked on AlphaBar.
+
+    Raises:
+        InputError: more steps than points, or more points than AlphaBar has timesteps.
+    """
+    if isinstance(schedule, AlphaBar) and not 1 <= original_steps <= schedule.t_max + 1:
+        count = int(schedule.t_max) + 1
+        raise InputError(f"original_steps: got {original_steps}; allowed: 1 to {count} on {schedule}; try 50")
+    if not 1 <= steps <= original_steps:
+        points = f"1 to {original_steps}, the points the student was trained at"
+        raise InputError(f"steps: got {steps}; allowed: {points}; try 4")
+    if isinstance(schedule, AlphaBar):
+        k = (int(schedule.t_max) + 1) // original_steps
+        origin = [(i + 1) * k - 1 for i in range(original_steps)]
+        return [origin[::-1][i * original_steps // steps] for i in range(steps)]
+    return (grid or Grid()).times(schedule, steps)[:-1].tolist()
+
+
+@torch.no_grad()
+def sample_lcm(
+    denoiser: Denoiser,
+    x_T: Tensor,
+    cond: Cond,
+    *,
+    steps: int,
+    draws: Draws | None = None,
+    noises: Sequence[Tensor] | None = None,
+    original_steps: int = 50,
+    timestep_scaling: float = 10.0,
+) -> Tensor:
+    """Multistep consistency sampling (Luo et al. 2023a, algorithm 3): to the clean end, noise again, repeat.
+
+    Args:
+        x_T: (B, C, H, W) unit normal.
+        cond: of batch B; with `guidance` (B,) = scale - 1 for a w-conditioned student.
+        draws: the samples' own random numbers for re-noising; or `noises`, one (B, C, H, W) for each step but the last.
+        original_steps, timestep_scaling: as the student was trained (`solver_steps`, `timestep_scaling`).
+
+    Returns:
+        x0 (B, C, H, W) float32.
+
+    Raises:
+        InputError: steps out of range, or several steps and nothing to noise again with.
+    """
+    schedule = denoiser.schedule
+    times = lcm_times(schedule, steps, original_steps, denoiser.grid)
+    if steps > 1 and draws is None and (noises is None or len(noises) < steps - 1):
+        got = f"{len(noises or ())} noises for {steps} steps"
+        raise InputError(f"noise: got {got}; allowed: {steps - 1}, or draws; pass draws")
+    x = x_T
+    for i, t in enumerate(times):
+        t_batch = torch.full((len(x),), float(t), dtype=torch.float64, device=x.device)
+        x0 = consistency(denoiser, x, t_batch, cond, timestep_scaling)
+        if i + 1 == steps:
+            break
+        eps = noises[i] if noises is not None else draws.normal(*x.shape[1:])
+        x = schedule.add_noise(x0, eps, float(times[i + 1]))
+    return x0
+
+
 @lru_cache(maxsize=8)
-def _points(schedule: Schedule, steps: int) -> Tensor:
+def _points(schedule: Schedule, steps: int, shift: float) -> Tensor:
     """The clean end and the points of the teacher's path, (steps + 1,) rising."""
-    return inference_times(schedule, steps).flip(0)
+    return inference_times(schedule, steps, shift=shift).flip(0)
 
 
 @dataclass(frozen=True)
@@ -108,20 +181,20 @@ class LatentConsistency:
         if not self.timestep_scaling > 0:
             raise InputError(f"timestep_scaling: got {self.timestep_scaling:g}; allowed: above 0; the papers use 10")
 
-    @property
-    def guidance_scale(self) -> float:
+    def guidance_scale(self, student: Denoiser) -> float:
         """What the student is sampled at: the middle of the range where it is told, else 1.0."""
-        return (self.guidance_min + self.guidance_max) / 2 if self.embed_guidance else 1.0
+        return (self.guidance_min + self.guidance_max) / 2 if student.takes_guidance else 1.0
 
     def phases(self, clock: Clock) -> tuple[str, ...]:
         """The student alone."""
         return ("student",)
 
-    def times(self, index: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    def times(self, index: Tensor, schedule: Schedule, shift: float = 1.0) -> tuple[Tensor, Tensor]:
         """t and its neighbour s below for path points 0 to solver_steps - 1, (B,) float64 each.
 
         On AlphaBar with T = 1000 and k = 20: t = 19, 39, ..., 999 and s = max(t - 20, 0). Elsewhere the points are
-        those of the schedule's own sampling grid (even in t; Karras's on EDM) and s of the first is the clean end.
+        those of the schedule's own sampling grid (even in t, then moved by the teacher's resolution shift; Karras's on
+        EDM) and s of the first is the clean end.
         """
         if isinstance(schedule, AlphaBar):
             count = int(schedule.t_max) + 1
@@ -130,16 +203,16 @@ class LatentConsistency:
             k = count // self.solver_steps
             t = (index.to(torch.float64) + 1) * k - 1
             return t, (t - k).clamp(min=0)
-        points = _points(schedule, self.solver_steps).to(index.device, non_blocking=True)
+        points = _points(schedule, self.solver_steps, shift).to(index.device, non_blocking=True)
         return points[index + 1], points[index]
 
     def loss(self, phase: str, batch: Batch, models: Models, clock: Clock) -> Loss:
         """mean Huber or L2 distance between the ends that student and target see from x_t and x_s."""
         schedule, draws = models.teacher.schedule, batch.draws
-        t, s = self.times(draws.integers(self.solver_steps), schedule)
+        t, s = self.times(draws.integers(self.solver_steps), schedule, models.teacher.grid.shift)
         scale = self.guidance_min + (self.guidance_max - self.guidance_min) * draws.uniform()
         x_t = schedule.add_noise(batch.x0, draws.normal(*batch.x0.shape[1:]).to(batch.x0.dtype), t)
-        cond = batch.cond | {"guidance": scale - 1} if self.embed_guidance else batch.cond
+        cond = batch.cond | {"guidance": scale - 1} if models.student.takes_guidance else batch.cond
 
         with torch.no_grad():
             fixed = self.guidance_min == self.guidance_max == 1
@@ -152,17 +225,14 @@ class LatentConsistency:
         total = huber(difference, self.huber_c) if self.loss_type == "huber" else difference.float().square().mean()
         return Loss(total, {"consistency": total.detach()})
 
-    def sample(self, student: Denoiser, x_T: Tensor, cond: dict[str, Tensor], *, steps: int, draws: Draws) -> Tensor:
+    def sample(self, student: Denoiser, x_T: Tensor, cond: Cond, *, steps: int, draws: Draws) -> Tensor:
         """Multistep consistency sampling; a student that is told its guidance, at the middle of the range."""
-        if self.embed_guidance:
-            cond = cond | {"guidance": torch.full((len(x_T),), self.guidance_scale - 1, device=x_T.device)}
-        from stepdistill.sampling import sample_lcm
-
+        if student.takes_guidance:
+            w = self.guidance_scale(student) - 1
+            cond = cond | {"guidance": torch.full((len(x_T),), w, device=x_T.device)}
         own = {"original_steps": self.solver_steps, "timestep_scaling": self.timestep_scaling}
         return sample_lcm(student, x_T, cond, steps=min(steps, self.solver_steps), draws=draws, **own)
 
     def scheduler(self, teacher: Teacher):
-        """diffusers' LCMScheduler on the teacher's betas."""
-        from stepdistill.export.lora import lcm_scheduler
-
+        """diffusers' LCMScheduler on the teacher's betas, or FlowMatchLCMScheduler with its shift."""
         return lcm_scheduler(teacher, solver_steps=self.solver_steps, timestep_scaling=self.timestep_scaling)

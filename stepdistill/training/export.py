@@ -44,9 +44,10 @@ def export(
     grid(method, teacher, models.student, config, captions).save(picture, "png")
     card = model_card(
         method=name, teacher=config.teacher, out=str(out), scheduler=type(scheduler).__name__, lora=config.lora,
-        prompt=None if teacher.vae is None else prompts_for(config, captions)[0], guidance=method.guidance_scale,
-        settings={k: record[k] for k in SHOWN}, grid="grid.png",
+        prompt=None if teacher.vae is None else prompts_for(config, captions)[0],
+        guidance=method.guidance_scale(models.student), settings={k: record[k] for k in SHOWN}, grid="grid.png",
         base=str(embedded.path("teacher")) if config.teacher == "avatars" else config.teacher,
+        peft_part=None if hasattr(teacher.source, "load_lora_weights") else teacher.part,
     )  # fmt: skip
     common = {"scheduler": scheduler, "config": record, "card": card, "extra": {"grid.png": picture.getvalue()}}
     if config.lora:

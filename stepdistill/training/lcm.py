@@ -78,6 +78,7 @@ def distil(config: LCMConfig) -> Path:
     method = config.method()
     from accelerate import PartialState
 
+    from stepdistill.data.build import picture_size
     from stepdistill.data.cache import open_data
     from stepdistill.denoiser.load import load_teacher
     from stepdistill.training import folder
@@ -95,6 +96,7 @@ def distil(config: LCMConfig) -> Path:
         return done
     teacher = load_teacher(config.teacher, variant=config.variant, revision=config.revision, device=state.device)
     check_teacher(config, method, teacher)
+    teacher.resize(picture_size(teacher, config.resolution))
     guidance = (config.guidance[0] + config.guidance[-1]) / 2
     settings = {"resolution": config.resolution, "seed": config.seed, "synthetic_guidance": guidance}
     if config.dry_run:

@@ -21,9 +21,11 @@ from stepdistill.training.averages import Averages
 from stepdistill.training.lora import Switch, make_lean
 
 ADAPTER = "default"
-LORA_TARGETS = (
+LORA_TARGETS = (  # what of these a UNet, an MMDiT or a linear DiT has
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+    "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp",
+    "conv_inverted", "conv_point",
 )  # fmt: skip
 GUIDANCE_WIDTH = 256
 
@@ -39,7 +41,8 @@ class View:
     def __init__(self, denoiser: Denoiser, context: Context = nullcontext) -> None:
         self._denoiser = denoiser
         self._context = context
-        self.schedule, self.kind, self.sample_shape = denoiser.schedule, denoiser.kind, denoiser.sample_shape
+        for name in ("schedule", "kind", "sample_shape", "needs", "takes_guidance", "grid"):
+            setattr(self, name, getattr(denoiser, name))
 
     @torch.no_grad()
     def raw(self, x_t: Tensor, t: Time, cond: Cond | None = None) -> Tensor:
@@ -161,16 +164,11 @@ def keep_in(dtype: torch.dtype | None, module: nn.Module) -> None:
 
 
 def adaptable(backbone: nn.Module, endings: tuple[str, ...]) -> list[str]:
-    """What `matching` says of a network that can take an adapter.
+    """What `matching` says of a network that has no adapter yet.
 
     Raises:
-        InputError: it cannot, or has one already; or see `matching`.
+        InputError: it has one; or see `matching`.
     """
-    if not hasattr(backbone, "add_adapter"):
-        raise InputError(
-            f"lora: got a teacher with a {type(backbone).__name__}, to which diffusers adds no adapter; allowed: a "
-            "full student; give --no-lora, or use train_lcm.py"
-        )
     if adapter_layers(backbone):
         raise InputError("teacher: got one that carries an adapter already; allowed: a plain one; load it again")
     return matching(backbone, endings)
@@ -225,7 +223,7 @@ def lora_models(
     Raises:
         InputError: rank below 1, alpha or dropout out of range; or see `adaptable`.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     if rank < 1:
         raise InputError(f"rank: got {rank}; allowed: 1 or more; the papers use 64")
@@ -236,12 +234,13 @@ def lora_models(
     backbone = teacher.backbone
     known = adaptable(backbone, target_modules)
     keep_in(dtype, backbone.requires_grad_(False))
-    backbone.add_adapter(
-        LoraConfig(
-            r=rank, lora_alpha=alpha or rank, target_modules=known, lora_dropout=dropout, init_lora_weights="gaussian"
-        ),
-        adapter_name=ADAPTER,
+    settings = LoraConfig(
+        r=rank, lora_alpha=alpha or rank, target_modules=known, lora_dropout=dropout, init_lora_weights="gaussian"
     )
+    if hasattr(backbone, "add_adapter"):
+        backbone.add_adapter(settings, adapter_name=ADAPTER)
+    else:  # PixArt and pixel UNets, whose pipelines load no LoRA: peft does
+        inject_adapter_in_model(settings, backbone, adapter_name=ADAPTER)
     for parameter in trainable(backbone).values():
         parameter.data = parameter.data.float()
     switch = make_lean(adapter_layers(backbone), ADAPTER)
@@ -279,5 +278,6 @@ def full_models(
         backbone = student.to(next(backbone.parameters()).device)
     backbone.float().requires_grad_(True).train()
     student = type(teacher)(backbone, teacher.schedule, teacher.kind)
+    student.sample_shape, student.grid = teacher.sample_shape, teacher.grid
     keep_in(dtype, teacher.backbone.requires_grad_(False))
     return Models(teacher, student, target_decay=target_decay, export_decay=export_decay)

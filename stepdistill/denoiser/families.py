@@ -1,0 +1,106 @@
+"""The pipeline classes that can be teachers: which part is the network, and what wraps it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from stepdistill.denoiser.base import Denoiser
+from stepdistill.denoiser.pixel import PixelDenoiser
+from stepdistill.denoiser.transformers import FluxDenoiser, PixArtDenoiser, SanaDenoiser, SD3Denoiser
+from stepdistill.denoiser.unet import UNetDenoiser
+from stepdistill.errors import InputError
+from stepdistill.prediction import Kind
+from stepdistill.schedules import AlphaBar, RectifiedFlow, Schedule
+from stepdistill.timegrid import Grid
+
+KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A pipeline class.
+
+    Attributes:
+        backbone: the name of its network among the pipeline's components.
+        denoiser: what wraps it: denoiser(backbone, schedule, kind).
+        text: the components that `text=False` leaves out.
+        flow_spacing: how the pipeline asks a flow-matching scheduler for its times.
+    """
+
+    backbone: str
+    denoiser: Callable[[Any, Schedule, Kind], Denoiser]
+    text: tuple[str, ...] = ()
+    flow_spacing: str = "linspace"
+
+
+CLIP = ("text_encoder", "tokenizer")
+TWO = (*CLIP, "text_encoder_2", "tokenizer_2")
+THREE = (*TWO, "text_encoder_3", "tokenizer_3")
+
+FAMILIES: dict[str, Family] = {
+    "StableDiffusionPipeline": Family("unet", UNetDenoiser, CLIP),
+    "StableDiffusionXLPipeline": Family("unet", UNetDenoiser, TWO),
+    "DDPMPipeline": Family("unet", PixelDenoiser),
+    "DDIMPipeline": Family("unet", PixelDenoiser),
+    "StableDiffusion3Pipeline": Family("transformer", SD3Denoiser, THREE),
+    "FluxPipeline": Family("transformer", FluxDenoiser, TWO, "trailing"),
+    "PixArtAlphaPipeline": Family("transformer", PixArtDenoiser, CLIP),
+    "PixArtSigmaPipeline": Family("transformer", PixArtDenoiser, CLIP),
+    "SanaPipeline": Family("transformer", SanaDenoiser, CLIP),
+}
+
+
+def family_of(pipeline) -> Family:
+    """The family of a loaded pipeline, or of a class name.
+
+    Raises:
+        InputError: another class.
+    """
+    name = pipeline if isinstance(pipeline, str) else type(pipeline).__name__
+    if name not in FAMILIES:
+        raise InputError(f"pipeline class: got {name}; allowed: {', '.join(FAMILIES)}; give one of these")
+    return FAMILIES[name]
+
+
+def is_flow(scheduler) -> bool:
+    """Whether a diffusers scheduler walks the straight paths of a rectified flow."""
+    config = scheduler.config
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
+
+
+def process_of(scheduler, path: str) -> tuple[Schedule, Kind]:
+    """The process a network was trained on, and what it predicts, from its scheduler.
+
+    Raises:
+        InputError: a prediction_type without a kind.
+    """
+    if is_flow(scheduler):
+        return RectifiedFlow(), "flow"
+    predicted = scheduler.config.get("prediction_type", "epsilon")
+    if predicted not in KINDS:
+        raise InputError(
+            f"prediction_type: got {predicted!r} in {path}; allowed: {', '.join(KINDS)}; mend its scheduler_config.json"
+        )
+    return AlphaBar.from_scheduler(scheduler), KINDS[predicted]
+
+
+def grid_of(pipeline, denoiser: Denoiser) -> Grid:
+    """The times a few-step student's pipeline visits: a flow's spacing and resolution shift; else the default.
+
+    With `use_dynamic_shifting` log(shift) is linear in the number of patches (Flux).
+    """
+    scheduler = pipeline.scheduler
+    if not is_flow(scheduler):
+        return Grid()
+    config = scheduler.config
+    shift = config.get("flow_shift", config.get("shift")) or 1.0
+    if config.get("use_dynamic_shifting"):
+        _, height, width = denoiser.sample_shape
+        patches = (height // denoiser.patch) * (width // denoiser.patch)
+        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        shift = math.exp(low + (high - low) * (patches - few) / (many - few))
+    return Grid(family_of(pipeline).flow_spacing, shift)

@@ -1,0 +1,173 @@
+"""Every method on every backbone, as LoRA and full: two updates, and plain diffusers paints what the trainer paints.
+
+One fresh process, which knows nothing of us, loads and samples all the exports.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from stepdistill.data.cache import open_data
+from stepdistill.denoiser.load import load_teacher
+from stepdistill.errors import InputError
+from stepdistill.export.fused import save_fused
+from stepdistill.export.kohya import save_kohya
+from stepdistill.export.lora import LORA_FILE, PEFT_FILE
+from stepdistill.methods.consistency import sample_lcm
+from stepdistill.training.lcm import LCMConfig
+from stepdistill.training.trainer import Trainer
+from stepdistill.training.validation import evaluating
+
+PROMPT = "a red cat with a blue hat"
+FAMILIES = ("sd", "sdxl", "sd3", "flux", "pixart", "sana", "pixel")
+CASES = [(family, lora) for family in FAMILIES for lora in (True, False)]
+BINNED = ("pixart", "sana")  # pipelines that would round the picture's size to one of their own
+RANK, ALPHA, STEPS = 4, 6.0, (1, 4)
+
+FRESH = """
+import json, sys, torch, diffusers
+from safetensors.torch import save_file
+for case in json.load(open(sys.argv[1])):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(case["base"])
+    pipe.set_progress_bar_config(disable=True)
+    network = pipe.components[case["part"]]
+    if case["lora"] and hasattr(pipe, "load_lora_weights"):
+        pipe.load_lora_weights(case["export"])
+    elif case["lora"]:
+        from peft import PeftModel
+        network = PeftModel.from_pretrained(network, case["export"]).base_model.model
+        setattr(pipe, case["part"], network)
+    if case["lora"]:
+        scheduler = json.load(open(case["export"] + "/scheduler/scheduler_config.json"))["_class_name"]
+        pipe.scheduler = getattr(diffusers, scheduler).from_pretrained(case["export"], subfolder="scheduler")
+    got = {k: p.detach().contiguous() for k, p in network.named_parameters() if ".lora_" in k}
+    got = {"lora:" + k.replace(".default_0.", ".").replace(".default.", "."): p for k, p in got.items()}
+    if case["lora"]:
+        config = next(iter(network.peft_config.values()))
+        got["r_alpha"] = torch.tensor([config.r, config.lora_alpha])
+    for steps in case["steps"]:
+        torch.manual_seed(3)
+        if case["prompt"] is None:
+            drawn = pipe(1, num_inference_steps=steps, output_type="np").images
+            got[str(steps)] = torch.from_numpy(drawn).contiguous()
+        else:
+            x_T = torch.randn(case["noise"])
+            got[str(steps)] = pipe(case["prompt"], num_inference_steps=steps, latents=x_T, output_type="latent",
+                                   **case["options"]).images
+    save_file(got, case["result"])
+assert "stepdistill" not in sys.modules
+"""
+
+
+def packed(x: torch.Tensor) -> torch.Tensor:
+    """Latents as FluxPipeline holds them."""
+    from diffusers import FluxPipeline
+
+    return FluxPipeline._pack_latents(x, *x.shape)
+
+
+def unpacked(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    from diffusers import FluxPipeline
+
+    return FluxPipeline._unpack_latents(x, 8 * shape[1], 8 * shape[2], 8)
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory, pictures):
+    """What the trainer painted and what plain diffusers does, by case."""
+    root = tmp_path_factory.mktemp("matrix")
+    teachers = {f: str(tiny.save(root / f, f, **({"kind": "sample"} if f == "pixel" else {}))) for f in FAMILIES}
+    cases, ours = [], {}
+    for family, lora in CASES:
+        name = f"{family}-{'lora' if lora else 'full'}"
+        config = LCMConfig(
+            teacher=teachers[family], data=pictures, out=root / name, max_train_steps=2, batch_size=2,
+            learning_rate=1e-2 if lora else 1e-3, rank=RANK, alpha=ALPHA, lora=lora,
+            guidance=(1.0,) if family == "pixel" else (2.0,),
+        )  # fmt: skip
+        teacher = load_teacher(teachers[family])
+        side = teacher.sample_shape[1] if family == "pixel" else tiny.LATENT * tiny.FACTOR
+        teacher.resize((side, side))
+        run = Trainer(config.method(), teacher, open_data(pictures, teacher, resolution=side), config)
+        export = run.fit()
+        cond = {} if family == "pixel" else teacher.conditioner.encode([PROMPT])
+        shape = (1, *teacher.sample_shape)
+        with run.models.shown() as student, evaluating(student.backbone):
+            if student.takes_guidance:
+                cond["guidance"] = torch.ones(1)
+            for steps in STEPS:
+                torch.manual_seed(3)
+                like = packed(torch.zeros(shape)) if family == "flux" else torch.zeros(shape)
+                noises = [torch.randn(like.shape) for _ in range(steps)]
+                if family == "flux":
+                    noises = [unpacked(noise, shape[1:]) for noise in noises]
+                ours[name, steps] = sample_lcm(student, noises[0], cond, steps=steps, noises=noises[1:])
+        options = {"guidance_scale": 2.0 if family == "flux" else 1.0, "height": side, "width": side}
+        options |= {"use_resolution_binning": False} if family in BINNED else {}
+        cases.append({
+            "base": teachers[family] if lora else str(export), "export": str(export), "lora": lora,
+            "part": teacher.part, "prompt": None if family == "pixel" else PROMPT, "steps": STEPS, "options": options,
+            "noise": list(like.shape), "result": str(root / f"{name}.safetensors"),
+        })  # fmt: skip
+        ours[name, "trained"] = {k: p.detach().clone() for k, p in run.models.trained["student"].items()}
+        ours[name, "shape"], ours[name, "noise"], ours[name, "cond"] = shape, noises[0], cond
+        with torch.no_grad():
+            ours[name, "base"] = sample_lcm(load_teacher(teachers[family]).denoiser, noises[0], cond, steps=1)
+    spec = root / "cases.json"
+    spec.write_text(json.dumps(cases))
+    done = subprocess.run([sys.executable, "-c", FRESH, str(spec)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = {Path(case["result"]).stem: load_file(case["result"]) for case in cases}
+    return ours, theirs, root
+
+
+@pytest.mark.parametrize(("family", "lora"), CASES)
+def test_plain_diffusers_paints_what_the_trainer_paints(matrix, family, lora):
+    ours, theirs, root = matrix
+    name = f"{family}-{'lora' if lora else 'full'}"
+    for steps in STEPS:
+        mine, drawn = ours[name, steps], theirs[name][str(steps)]
+        if family == "flux":
+            drawn = unpacked(drawn, ours[name, "shape"][1:])
+        if family == "pixel":
+            mine, drawn = (mine / 2 + 0.5).clamp(0, 1), drawn.permute(0, 3, 1, 2)
+            assert ((mine > 0) & (mine < 1)).float().mean() > 0.1
+        assert (mine - drawn).abs().max() < 1e-4 * mine.abs().max().clamp(min=1)
+    assert (ours[name, 1] - ours[name, "base"]).abs().max() > 1e-3
+    if not lora:
+        return
+    export = root / name / "export"
+    saved = load_file(export / (LORA_FILE if (export / LORA_FILE).is_file() else PEFT_FILE))
+    loaded = {k.removeprefix("lora:"): v for k, v in theirs[name].items() if k.startswith("lora:")}
+    plain = {k.removeprefix("base_model.model.").split(".", 1 if k.startswith(("unet.", "transformer.")) else 0)[-1]: v
+             for k, v in saved.items()}  # fmt: skip
+    assert loaded.keys() == plain.keys() and len(loaded) == len(ours[name, "trained"]) > 0
+    assert all(torch.equal(loaded[k], plain[k]) for k in loaded)
+    assert theirs[name]["r_alpha"].tolist() == [RANK, ALPHA]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lora_fused_into_its_teacher_paints_the_same(matrix, tmp_path, family):
+    ours, _, root = matrix
+    name = f"{family}-lora"
+    out = save_fused(root / name / "export", tmp_path / "fused", teacher=str(root / family))
+    student = load_teacher(out).resize((tiny.LATENT * (1 if family == "pixel" else tiny.FACTOR),) * 2)
+    assert not any(".lora_" in key for key in student.denoiser.backbone.state_dict())
+    drawn = sample_lcm(student.denoiser, ours[name, "noise"], ours[name, "cond"], steps=1)
+    assert (drawn - ours[name, 1]).abs().max() < 1e-4 * drawn.abs().max().clamp(min=1)
+    card = (out / "README.md").read_text()
+    assert "load_lora_weights" not in card and "PeftModel" not in card and str(out) in card
+
+
+def test_a_transformers_lora_has_no_kohya_form(matrix, tmp_path):
+    with pytest.raises(InputError, match=r"kohya: got .*, a LoRA of a transformer; allowed: one of a UNet"):
+        save_kohya(matrix[2] / "flux-lora" / "export", tmp_path / "out.safetensors")
+    assert not list(tmp_path.iterdir())
