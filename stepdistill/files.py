@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,6 +25,15 @@ def unwritable(error: BaseException) -> bool:
     return disk_full(error) or (isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS))
 
 
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            found.update(block)
+    return found.hexdigest()
+
+
 def sync(path: Path) -> None:
     """Waits until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -35,7 +45,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(final: Path) -> Iterator[Path]:
-    """A folder to write in; on leaving without an error it takes the place of `final` in one rename.
+    """A folder to write in; on leaving without an error it takes the place of `final`.
 
     Raises:
         InputError: the disk is full. What was at `final` is still there.

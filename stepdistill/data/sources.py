@@ -93,7 +93,7 @@ def _avatars() -> Source:
 
 def _folder(folder: Path) -> Source:
     metadata = folder / "metadata.jsonl"
-    rows = _listed(metadata) if metadata.exists() else _beside(folder)
+    rows = listed(metadata) if metadata.exists() else beside_pictures(folder)
     if not rows:
         raise InputError(f"--data: got {folder}, which holds no pictures; allowed: {', '.join(PICTURES)} with captions")
     stamps = [(f.relative_to(folder), f.stat().st_size, f.stat().st_mtime_ns, caption) for f, caption in rows]
@@ -102,7 +102,7 @@ def _folder(folder: Path) -> Source:
     return Source(str(folder), key_of("folder", *stamps), captions, lambda i: open_picture(files[i], str(files[i])))
 
 
-def _listed(metadata: Path) -> list[tuple[Path, str]]:
+def listed(metadata: Path) -> list[tuple[Path, str]]:
     """The pictures and captions that metadata.jsonl lists. No name leads out of its folder."""
     rows = []
     for number, line in enumerate(_text(metadata).splitlines(), 1):
@@ -127,7 +127,7 @@ def _listed(metadata: Path) -> list[tuple[Path, str]]:
     return rows
 
 
-def _beside(folder: Path) -> list[tuple[Path, str]]:
+def beside_pictures(folder: Path) -> list[tuple[Path, str]]:
     """Every picture below the folder with the .txt beside it."""
     rows = []
     for file in sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and f.is_file()):

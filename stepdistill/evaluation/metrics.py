@@ -24,6 +24,7 @@ from stepdistill.evaluation.features import Extractor, load_extractor
 from stepdistill.evaluation.frechet import Moments, frechet_interval
 from stepdistill.evaluation.protocols import Protocol
 from stepdistill.evaluation.sets import EvalSet, open_set
+from stepdistill.files import sha256
 
 Progress = Callable[[int, int], None]  # pictures just done, of how many
 
@@ -126,7 +127,7 @@ def prepare(
         content["scorer"] = hashes.of_module(clip.model)
         if prompts.attributes is not None and clip.folder and (clip.folder / "probes.json").is_file():
             probes = load_probes(clip.folder)
-            content["probes"] = hashes.of_file(clip.folder / "probes.safetensors")
+            content["probes"] = sha256(clip.folder / "probes.safetensors")
     moments = reference_statistics(extractor, reference, count=protocol.reference_n, batch=batch, progress=progress)
     return Instruments(prompts, extractor, moments, clip, probes, tuple(sorted(content.items())))
 

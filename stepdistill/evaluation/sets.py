@@ -106,7 +106,7 @@ def listing(folder: str | Path) -> tuple[list[Path], list[str] | None]:
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in sources.PICTURES and f.is_file())
     captions = None
     if metadata.is_file() or any(f.with_suffix(".txt").is_file() for f in files):
-        rows = sources._listed(metadata) if metadata.is_file() else sources._beside(folder)
+        rows = sources.listed(metadata) if metadata.is_file() else sources.beside_pictures(folder)
         files, captions = [file for file, _ in rows], [caption for _, caption in rows]
     if not files:
         raise InputError(f"set {folder}: got no pictures; allowed: {', '.join(sources.PICTURES)} files")

@@ -6,7 +6,6 @@ state to keep) and `state.json` (the update, and the SHA-256 of the tensors). No
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -17,18 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepdistill.errors import InputError
-from stepdistill.files import replacing
+from stepdistill.files import replacing, sha256
 
 KEEP = 2
-
-
-def digest(path: Path) -> str:
-    """The SHA-256 of a file."""
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            found.update(block)
-    return found.hexdigest()
 
 
 def flatten(tree: object, prefix: str, tensors: dict[str, Tensor]) -> object:
@@ -65,7 +55,7 @@ def save(folder: Path, update: int, state: dict) -> None:
     tree = flatten(state, "s", tensors)
     with replacing(folder / f"step-{update:08d}") as path:
         save_file(tensors, path / "state.safetensors")
-        record = {"update": update, "sha256": digest(path / "state.safetensors"), "tree": tree}
+        record = {"update": update, "sha256": sha256(path / "state.safetensors"), "tree": tree}
         (path / "state.json").write_text(json.dumps(record))
     whole = [path for path in sorted(folder.glob("step-*")) if path.name <= f"step-{update:08d}"]
     for path in folder.glob("step-*"):
@@ -86,7 +76,7 @@ def load_latest(folder: Path, say: Callable[[str], object] = print) -> tuple[int
     for path in found:
         try:
             record = json.loads((path / "state.json").read_text())
-            if digest(path / "state.safetensors") != record["sha256"]:
+            if sha256(path / "state.safetensors") != record["sha256"]:
                 raise ValueError("its hash does not fit")
             state = unflatten(record["tree"], load_file(path / "state.safetensors"))
             return record["update"], state
