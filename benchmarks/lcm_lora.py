@@ -67,7 +67,8 @@ CLAIMS: tuple[tuple[str, Callable[[Rows], float], float], ...] = (
 def train(out: Path, seed: int) -> Path:
     """A student; its export folder."""
     from stepdistill.cli.training import parse_training
-    from stepdistill.training.lcm import LCMConfig, distil
+    from stepdistill.training.lcm import LCMConfig
+    from stepdistill.training.run import distil
 
     return distil(parse_training(LCMConfig, "", ["--config", str(PLAN), "--out", str(out), "--seed", str(seed)]))
 

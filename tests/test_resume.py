@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from stepdistill.data.cache import open_data
 from stepdistill.denoiser.load import load_teacher
 from stepdistill.errors import InputError
-from stepdistill.training.lcm import LCMConfig, distil
+from stepdistill.training.lcm import LCMConfig
+from stepdistill.training.run import distil
 from stepdistill.training.trainer import Trainer
 
 

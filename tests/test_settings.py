@@ -12,7 +12,8 @@ from test_resume import stop_at, trainer
 
 from stepdistill.errors import InputError
 from stepdistill.training import config, folder
-from stepdistill.training.lcm import LCMConfig, distil
+from stepdistill.training.lcm import LCMConfig
+from stepdistill.training.run import distil
 
 
 @pytest.mark.parametrize("content", ["{", "[]", ""])

@@ -29,7 +29,7 @@ class FullConfig(LCMConfig):
 def main() -> None:
     """Reads the flags and trains."""
     from stepdistill.cli.training import parse_training
-    from stepdistill.training.lcm import distil
+    from stepdistill.training.run import distil
 
     distil(parse_training(FullConfig, __doc__))
 

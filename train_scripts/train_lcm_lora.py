@@ -16,7 +16,8 @@ from stepdistill.cli._run import guard
 def main() -> None:
     """Reads the flags and trains."""
     from stepdistill.cli.training import parse_training
-    from stepdistill.training.lcm import LCMConfig, distil
+    from stepdistill.training.lcm import LCMConfig
+    from stepdistill.training.run import distil
 
     distil(parse_training(LCMConfig, __doc__))
 

@@ -6,16 +6,20 @@ from the clock, and every random number comes from the batch's draws.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill.denoiser.base import Denoiser
 from stepdistill.draws import Draws
+from stepdistill.prediction import Kind
+from stepdistill.schedules import Schedule, Time
+from stepdistill.timegrid import Grid
 
 if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
@@ -63,32 +67,70 @@ class Loss:
     terms: Mapping[str, Tensor]
 
 
+class FrozenDenoiser(Protocol):
+    """A denoiser that is not trained: `raw` and a call answer without gradients."""
+
+    schedule: Schedule
+    kind: Kind
+    grid: Grid
+    takes_guidance: bool
+
+    def raw(self, x_t: Tensor, t: Time, cond: Cond | None = None) -> Tensor:
+        """See Denoiser.raw."""
+
+    def __call__(self, x_t: Tensor, t: Time, cond: Cond | None = None, *, kind: Kind = "x0") -> Tensor:
+        """See Denoiser.forward."""
+
+    def features(self, x_t: Tensor, t: Time, cond: Cond | None, blocks: Sequence[str]) -> list[Tensor]:
+        """Token maps of some blocks, through which gradients reach x_t. See features.read."""
+
+
 class Models(Protocol):
-    """The networks of a run by role. `teacher` and `target` answer without gradients."""
+    """The networks of a run by role. The method's own, from `Method.networks`, are attributes too."""
 
-    teacher: Denoiser
+    teacher: FrozenDenoiser
     student: Denoiser
-    target: Denoiser
+    target: FrozenDenoiser
 
 
-class Method(Protocol):
-    """A distillation method: a frozen dataclass with a pure loss, and how what it makes is sampled."""
+class Method(ABC):
+    """A distillation method: a frozen dataclass with a pure loss, and how what it makes is sampled.
 
-    name: str
-    roles: Mapping[str, Role]
+    Attributes:
+        name: in the registry, and of its exports.
+        roles: how each network takes part.
+        embed_guidance: a full student is told its guidance.
+    """
+
+    name: ClassVar[str]
+    roles: ClassVar[Mapping[str, Role]]
+    embed_guidance: bool = False
+
+    def student_kind(self, teacher_kind: Kind) -> Kind:
+        """What the student predicts; as its teacher where not overridden."""
+        return teacher_kind
+
+    def networks(self, teacher: Teacher) -> dict[str, nn.Module]:
+        """The networks besides teacher, student and target, by role: say a discriminator. Made anew at each call."""
+        return {}
 
     def phases(self, clock: Clock) -> tuple[str, ...]:
-        """The roles trained in this update, in order."""
+        """The roles trained in this update, in order; the student alone where not overridden."""
+        return ("student",)
 
+    @abstractmethod
     def loss(self, phase: str, batch: Batch, models: Models, clock: Clock) -> Loss:
         """The loss of one phase."""
 
     def guidance_scale(self, student: Denoiser) -> float:
         """What users pass when they sample the student; 1.0 where guidance is in its weights."""
+        return 1.0
 
+    @abstractmethod
     def sample(self, student: Denoiser, x_T: Tensor, cond: Cond, *, steps: int, draws: Draws) -> Tensor:
         """The student's samples (B, C, H, W) from unit noise x_T, as users will sample it."""
 
+    @abstractmethod
     def scheduler(self, teacher: Teacher):
         """The diffusers scheduler that is exported with a student of this teacher."""
 

@@ -25,7 +25,7 @@ from stepdistill.denoiser.base import Cond, Denoiser
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.guidance import guided
-from stepdistill.methods.base import Batch, Clock, Loss, Models, Role, huber
+from stepdistill.methods.base import Batch, Clock, Loss, Method, Models, Role, huber
 from stepdistill.methods.schedulers import lcm_scheduler
 from stepdistill.schedules import AlphaBar, RectifiedFlow, Schedule, match
 from stepdistill.solvers import ddim_step
@@ -141,7 +141,7 @@ def _points(schedule: Schedule, steps: int, shift: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LatentConsistency:
+class LatentConsistency(Method):
     """Latent consistency distillation.
 
     Args:
@@ -184,10 +184,6 @@ class LatentConsistency:
     def guidance_scale(self, student: Denoiser) -> float:
         """What the student is sampled at: the middle of the range where it is told, else 1.0."""
         return (self.guidance_min + self.guidance_max) / 2 if student.takes_guidance else 1.0
-
-    def phases(self, clock: Clock) -> tuple[str, ...]:
-        """The student alone."""
-        return ("student",)
 
     def times(self, index: Tensor, schedule: Schedule, shift: float = 1.0) -> tuple[Tensor, Tensor]:
         """t and its neighbour s below for path points 0 to solver_steps - 1, (B,) float64 each.

@@ -11,10 +11,14 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from stepdistill.errors import InputError
-from stepdistill.training.roles import LORA_TARGETS
+from stepdistill.training.roles import LORA_TARGETS, adaptable
+
+if TYPE_CHECKING:
+    from stepdistill.denoiser.load import Teacher
+    from stepdistill.methods.base import Method
 
 # What may change when a run is taken up again; batch size and accumulation as long as samples_per_update stays.
 FREE = {"config", "out", "checkpoint_every", "validate_every", "validation_prompts", "log_every", "trackers",
@@ -134,6 +138,24 @@ class TrainConfig:
             _check_installed("trackers", tracker, tracker, "trackers")
         if self.optimizer == "adamw8bit":
             _check_installed("optimizer", "adamw8bit", "bitsandbytes", "quant")
+
+    def method(self) -> Method:
+        """The method these flags describe; each method's flags say."""
+        raise NotImplementedError
+
+    @property
+    def data_guidance(self) -> float:
+        """The teacher's guidance scale where the data are its own pictures."""
+        return 1.0
+
+    def check_teacher(self, teacher: Teacher) -> None:
+        """Raises InputError where a teacher cannot be distilled as the flags say; called before its data are encoded."""
+        if self.lora:
+            adaptable(teacher.denoiser.backbone, self.target_modules)
+
+    def of(self, role: str) -> TrainConfig:
+        """The settings of a role's optimizer; methods with several may give each its own."""
+        return self
 
     def record(self) -> dict:
         """The configuration as JSON holds it."""

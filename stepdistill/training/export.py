@@ -55,8 +55,8 @@ def export(
     return save_pipeline(teacher, models.student.backbone, out, **common)
 
 
-def push_rest(config: TrainConfig) -> None:
-    """Uploads a finished run's export where that is asked for and not done yet.
+def push_rest(config: TrainConfig, export: Path) -> None:
+    """Uploads a finished run's export folder where that is asked for and not done yet.
 
     Raises:
         InputError: see `push`. The same command tries again.
@@ -65,7 +65,7 @@ def push_rest(config: TrainConfig) -> None:
     done = json.loads(file.read_text())
     if config.dry_run or config.push_to_hub in (None, done.get("pushed")):
         return
-    push(Path(config.out) / "export", config.push_to_hub)
+    push(export, config.push_to_hub)
     files.write(file, json.dumps(done | {"pushed": config.push_to_hub}) + "\n")
 
 

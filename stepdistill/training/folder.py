@@ -52,9 +52,9 @@ def claim(config: TrainConfig, processes: int = 1, write: bool = True) -> None:
         ) from error
 
 
-def finished(config: TrainConfig) -> Path | None:
-    """The export folder, if the run reached `max_train_steps` and its export is there."""
-    done, export = Path(config.out) / "done.json", Path(config.out) / "export"
+def finished(config: TrainConfig, export: Path | None = None) -> Path | None:
+    """The export folder, `<out>/export` where not given, if the run reached `max_train_steps` and it is there."""
+    done, export = Path(config.out) / "done.json", export or Path(config.out) / "export"
     if not done.exists() or not export.is_dir():
         return None
     return export if _read(done).get("update", 0) >= config.max_train_steps else None

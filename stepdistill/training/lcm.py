@@ -1,10 +1,8 @@
-"""A latent consistency run from its configuration: what train_lcm.py, train_lcm_lora.py and the demo share."""
+"""The flags of latent consistency distillation."""
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from stepdistill.errors import InputError
@@ -13,8 +11,6 @@ from stepdistill.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
-
-DRY = 4  # samples of a dry run
 
 
 @dataclass(frozen=True)
@@ -36,72 +32,48 @@ class LCMConfig(TrainConfig):
 
     def method(self) -> LatentConsistency:
         """The method these flags describe."""
-        if len(self.guidance) not in (1, 2):
-            raise InputError(f"guidance: got {len(self.guidance)} values; allowed: one, or two for a range")
-        if self.embed_guidance and self.lora:
-            raise InputError("embed_guidance: got it for a LoRA; allowed: a full student (--no-lora, or train_lcm.py)")
+        low, high = guidance_range(self)
         return LatentConsistency(
-            guidance_min=self.guidance[0], guidance_max=self.guidance[-1], solver_steps=self.solver_steps,
+            guidance_min=low, guidance_max=high, solver_steps=self.solver_steps,
             loss_type=self.loss, huber_c=self.huber_c, timestep_scaling=self.timestep_scaling,
             embed_guidance=self.embed_guidance,
         )  # fmt: skip
 
+    @property
+    def data_guidance(self) -> float:
+        """The middle of the range."""
+        return (self.guidance[0] + self.guidance[-1]) / 2
 
-def check_teacher(config: LCMConfig, method: LatentConsistency, teacher: Teacher) -> None:
-    """Raises InputError where a teacher cannot be distilled as the flags say; called before its data are encoded."""
-    import torch
+    def check_teacher(self, teacher: Teacher) -> None:
+        """Raises InputError where a teacher cannot be distilled as the flags say."""
+        import torch
 
-    from stepdistill.training.roles import adaptable, tellable
-
-    if config.lora:
-        adaptable(teacher.denoiser.backbone, config.target_modules)
-    elif method.embed_guidance:
-        tellable(teacher.denoiser.backbone)
-    if teacher.vae is None and method.guidance_max > 1:
-        raise InputError(
-            f"guidance: got {method.guidance_max:g} with {teacher.path}, a pixel model without text; allowed: 1; give "
-            "--guidance 1"
-        )
-    method.times(torch.zeros(1, dtype=torch.long), teacher.denoiser.schedule)
+        super().check_teacher(teacher)
+        check_guidance(self, teacher)
+        self.method().times(torch.zeros(1, dtype=torch.long), teacher.denoiser.schedule)
 
 
-def distil(config: LCMConfig) -> Path:
-    """Loads the teacher and the data, trains and exports; a finished run returns at once.
-
-    Returns:
-        The export folder.
+def guidance_range(config: TrainConfig) -> tuple[float, float]:
+    """The ends of --guidance.
 
     Raises:
-        InputError: a flag, the teacher, the data or the folder will not do.
+        InputError: more than two values, or a LoRA is to be told its guidance.
     """
-    config.check()
-    method = config.method()
-    from accelerate import PartialState
+    if len(config.guidance) not in (1, 2):
+        raise InputError(f"guidance: got {len(config.guidance)} values; allowed: one, or two for a range")
+    if config.embed_guidance and config.lora:
+        raise InputError("embed_guidance: got it for a LoRA; allowed: a full student (--no-lora)")
+    return config.guidance[0], config.guidance[-1]
 
-    from stepdistill.data.build import picture_size
-    from stepdistill.data.cache import open_data
-    from stepdistill.denoiser.load import load_teacher
-    from stepdistill.training import folder
-    from stepdistill.training.export import push_rest
-    from stepdistill.training.processes import on_cpu, refuse_sharding
-    from stepdistill.training.trainer import Trainer
 
-    refuse_sharding()
-    state = PartialState(cpu=on_cpu())
-    folder.claim(config, state.num_processes, write=False)  # before hours of encoding, not after
-    if (done := folder.finished(config)) is not None:
-        state.print(f"done already: {done}")
-        if state.is_main_process:
-            push_rest(config)
-        return done
-    teacher = load_teacher(config.teacher, variant=config.variant, revision=config.revision, device=state.device)
-    check_teacher(config, method, teacher)
-    teacher.resize(picture_size(teacher, config.resolution))
-    guidance = (config.guidance[0] + config.guidance[-1]) / 2
-    settings = {"resolution": config.resolution, "seed": config.seed, "synthetic_guidance": guidance}
-    if config.dry_run:
-        with tempfile.TemporaryDirectory() as beside:
-            data = open_data(config.data, teacher, limit=DRY, cache_dir=beside, **settings)
-            return Trainer(method, teacher, data, config).fit()
-    data = open_data(config.data, teacher, **settings)  # one process builds; the others wait at its lock, for any time
-    return Trainer(method, teacher, data, config).fit()
+def check_guidance(config: TrainConfig, teacher: Teacher) -> None:
+    """Raises InputError where a teacher cannot be guided, or its student cannot be told."""
+    from stepdistill.training.roles import tellable
+
+    if config.embed_guidance:
+        tellable(teacher.denoiser.backbone)
+    if teacher.vae is None and config.guidance[-1] > 1:
+        raise InputError(
+            f"guidance: got {config.guidance[-1]:g} with {teacher.path}, a pixel model without text; allowed: 1; give "
+            "--guidance 1"
+        )

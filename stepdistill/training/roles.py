@@ -7,12 +7,14 @@ full student is a copy. A target is the student's network with averaged weights 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from stepdistill import features
 from stepdistill.denoiser.base import Cond, Denoiser
 from stepdistill.errors import InputError
 from stepdistill.prediction import Kind
@@ -35,7 +37,8 @@ Context = Callable[[], AbstractContextManager]
 class View:
     """A denoiser seen through a context: the teacher with its adapter off, the target with averaged weights.
 
-    Answers without gradients, and as a Denoiser does: call it, or ask for `raw`.
+    Answers without gradients, and as a Denoiser does: call it, or ask for `raw`. Through `features` alone gradients
+    reach the input.
     """
 
     def __init__(self, denoiser: Denoiser, context: Context = nullcontext) -> None:
@@ -56,15 +59,21 @@ class View:
         with self._context():
             return self._denoiser(x_t, t, cond, kind=kind)
 
+    def features(self, x_t: Tensor, t: Time, cond: Cond | None, blocks: Sequence[str]) -> list[Tensor]:
+        """See features.read."""
+        with self._context():
+            return features.read(self._denoiser, x_t, t, cond, blocks)
+
 
 class Models:
     """Teacher, student and target of a run.
 
     Args:
         switch: of a LoRA student: off for the teacher.
+        from_adapter: the teacher is not the bare network but has the adapter that the student begins with.
         target_decay: of the target's moving average; 0 makes the student its own target.
         export_decay: of the average that is shown and exported in the student's place; 0 for the student itself.
-        others: further trained networks by role; each is an attribute of that name.
+        others: further networks by role, trained where they ask for gradients; each is an attribute of that name.
 
     Attributes:
         teacher, target: views without gradients.
@@ -72,6 +81,8 @@ class Models:
         trained: the trainable parameters by role, and by name.
         averages: what the target's weights are; None where the target is the student itself.
         exported: what the shown and exported weights are; None for the student's own.
+        wrapped: what the trainer made of `others` for several processes; called in the phase of that role alone, as
+            the wrapper waits for gradients of every parameter.
     """
 
     def __init__(
@@ -80,6 +91,7 @@ class Models:
         student: Denoiser,
         *,
         switch: Switch | None = None,
+        from_adapter: bool = False,
         target_decay: float = 0.95,
         export_decay: float = 0.0,
         others: dict[str, nn.Module] | None = None,
@@ -88,14 +100,17 @@ class Models:
             if not 0 <= decay < 1:
                 raise InputError(f"{flag}: got {decay:g}; allowed: 0 (no average) to below 1; try 0.95")
         self.student = student
-        self.others = others or {}
-        self.trained = {"student": trainable(student.backbone)} | {k: trainable(m) for k, m in self.others.items()}
+        self.others, self.wrapped, self._phase = others or {}, {}, "student"
+        self.trained = {"student": trainable(student.backbone)}
+        self.trained |= {role: own for role, module in self.others.items() if (own := trainable(module))}
         self.averages = Averages(self.trained["student"], target_decay) if target_decay else None
         self.exported = Averages(self.trained["student"], export_decay) if export_decay else None
         average = self.averages.in_place if self.averages else nullcontext
         self._average = self.exported.in_place if self.exported else nullcontext
         self._switch = switch or Switch()
-        self.teacher = View(teacher, self._switch.off)
+        first = Averages(self.trained["student"], 0.0) if from_adapter else None
+        before = (lambda: _both(first.in_place(), self._switch.quiet())) if first else self._switch.off
+        self.teacher = View(teacher, before)
         self.target = View(plain(student), lambda: _both(average(), self._switch.quiet()))
 
     def __getattr__(self, role: str) -> nn.Module:
@@ -104,19 +119,36 @@ class Models:
             raise AttributeError(
                 f"models: got role {role!r}; allowed: teacher, student, target{''.join(f', {o}' for o in others)}"
             )
-        return others[role]
+        return self.wrapped.get(role, others[role]) if role == self._phase else others[role]
 
     @contextmanager
     def only(self, role: str) -> Iterator[None]:
         """Within, gradients reach the parameters of one role and of no other."""
         rest = [p for name, group in self.trained.items() if name != role for p in group.values()]
+        self._phase = role
         for p in rest:
             p.requires_grad_(False)
         try:
             yield
         finally:
+            self._phase = "student"
             for p in rest:
                 p.requires_grad_(True)
+
+    def enable_checkpointing(self) -> None:
+        """The student's activations are computed twice instead of kept; the second time with the adapters as they were
+        the first: the backward may come when they are switched the other way."""
+
+        def run(function, *inputs):
+            on = self._switch.on
+
+            def once_more(*inputs):
+                with nullcontext() if on else self._switch.off():
+                    return function(*inputs)
+
+            return checkpoint(once_more, *inputs, use_reentrant=False)
+
+        self.student.backbone.enable_gradient_checkpointing(run)
 
     @contextmanager
     def shown(self) -> Iterator[Denoiser]:
@@ -209,13 +241,18 @@ def lora_models(
     alpha: float | None = None,
     target_modules: tuple[str, ...] = LORA_TARGETS,
     dropout: float = 0.0,
+    start: dict[str, Tensor] | None = None,
+    student_kind: Kind | None = None,
     target_decay: float = 0.95,
     export_decay: float = 0.0,
+    others: dict[str, nn.Module] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Models:
     """Adds a LoRA (Hu et al. 2021) to the teacher's backbone, in place, and returns the roles that share it.
 
     Args:
+        start: weights of an adapter, by parameter; student and teacher then both begin with it.
+        student_kind: what the student predicts; None is what the teacher does.
         alpha: scale of the adapter is alpha / rank; None is alpha = rank.
         target_modules: endings of module names.
         dtype: that the frozen weights are kept in from now on; None leaves them. The adapter is float32.
@@ -243,25 +280,52 @@ def lora_models(
         inject_adapter_in_model(settings, backbone, adapter_name=ADAPTER)
     for parameter in trainable(backbone).values():
         parameter.data = parameter.data.float()
+    if start is not None:
+        restore(trainable(backbone), start)
     switch = make_lean(adapter_layers(backbone), ADAPTER)
-    return Models(plain(teacher), teacher, switch=switch, target_decay=target_decay, export_decay=export_decay)
+    frozen = plain(teacher)
+    teacher.kind = student_kind or teacher.kind
+    return Models(
+        frozen, teacher, switch=switch, from_adapter=start is not None, others=others,
+        target_decay=target_decay, export_decay=export_decay,
+    )  # fmt: skip
+
+
+def restore(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> None:
+    """Copies weights into the parameters of their names.
+
+    Raises:
+        InputError: the names or the shapes differ.
+    """
+    shapes, others = ({name: tuple(v.shape) for name, v in group.items()} for group in (parameters, weights))
+    if shapes != others:
+        odd = next(name for name in sorted(shapes | others) if shapes.get(name) != others.get(name))
+        raise InputError(
+            f"adapter: got {odd} of shape {others.get(odd)}, wanted {shapes.get(odd)}; allowed: one made with the same "
+            "--rank and --target-modules"
+        )
+    for name, parameter in parameters.items():
+        parameter.data.copy_(weights[name])
 
 
 def full_models(
     teacher: Denoiser,
     *,
     embed_guidance: bool = False,
+    student_kind: Kind | None = None,
     target_decay: float = 0.95,
     export_decay: float = 0.0,
+    others: dict[str, nn.Module] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Models:
     """A student that is a copy of the teacher, all its weights trained in float32; with `embed_guidance`, told its w.
 
     Args:
+        student_kind: what the student predicts; None is what the teacher does.
         dtype: that the teacher's weights are kept in from now on; None leaves them.
     """
     backbone = copy.deepcopy(teacher.backbone)
-    if embed_guidance:
+    if embed_guidance and not teacher.takes_guidance:
         tellable(backbone)
         # "_use_default_values" in it would win over the new width
         config = {k: v for k, v in backbone.config.items() if not k.startswith("_")}
@@ -277,7 +341,7 @@ def full_models(
             nn.init.zeros_(student.get_parameter(new))  # starts as the teacher, whatever w
         backbone = student.to(next(backbone.parameters()).device)
     backbone.float().requires_grad_(True).train()
-    student = type(teacher)(backbone, teacher.schedule, teacher.kind)
+    student = type(teacher)(backbone, teacher.schedule, student_kind or teacher.kind)
     student.sample_shape, student.grid = teacher.sample_shape, teacher.grid
     keep_in(dtype, teacher.backbone.requires_grad_(False))
-    return Models(teacher, student, target_decay=target_decay, export_decay=export_decay)
+    return Models(teacher, student, others=others, target_decay=target_decay, export_decay=export_decay)

@@ -48,20 +48,23 @@ class Trainer:
         data: a LatentCache, or anything with len, batch(indices) -> (x0, cond), uncond and captions.
         config: see TrainConfig.
         models: the networks, on their device; made from the teacher by `config.lora` where not given.
+        target: the export folder; `<out>/export` where not given.
 
     Raises:
         InputError: `config.out` holds another run, or a setting is out of range.
     """
 
     def __init__(
-        self, method: Method, teacher: Teacher, data, config: TrainConfig, models: Models | None = None
-    ) -> None:
+        self, method: Method, teacher: Teacher, data, config: TrainConfig, models: Models | None = None,
+        target: Path | None = None,
+    ) -> None:  # fmt: skip
         config.check()
         refuse_sharding()
         if len(data) < 1:
             raise InputError("data: got no samples; allowed: one or more")
         self.method, self.teacher, self.data, self.config = method, teacher, data, config
         self.out = Path(config.out)
+        self.target = target or self.out / "export"
         AcceleratorState._reset_state()  # a second run in one process may have another precision
         self.accelerator = Accelerator(
             cpu=on_cpu(), mixed_precision=config.mixed_precision, log_with=list(config.trackers) or None,
@@ -74,14 +77,16 @@ class Trainer:
         if teacher is not None:
             teacher.denoiser.to(self.device)
             move_coders(teacher, "cpu")
-        self.models = models or self._build_models()
+        self.models = models or build_models(method, teacher, config)
+        for module in self.models.others.values():
+            module.to(self.device)
         self.backbone = self.models.student.backbone  # as it is, before it is wrapped
         if config.gradient_checkpointing:
-            self.backbone.enable_gradient_checkpointing()
+            self.models.enable_checkpointing()
         if config.compile:
             self.backbone.compile(dynamic=False)
         self.optimizers = {
-            role: build_optimizer(list(group.values()), config) for role, group in self.models.trained.items()
+            role: build_optimizer(list(group.values()), config.of(role)) for role, group in self.models.trained.items()
         }
         self._prepare()
         self.drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.backbone.modules())
@@ -89,32 +94,17 @@ class Trainer:
         self.update, self.seconds = 0, 0.0  # updates done, and the time they took, earlier runs of the command included
         self._sums: dict[str, Tensor] = {}
 
-    def _build_models(self) -> Models:
-        config = self.config
-        decays = {
-            "target_decay": config.target_ema,
-            "export_decay": config.export_ema,
-            "dtype": HALF[config.mixed_precision],
-        }
-        if config.lora:
-            return lora_models(
-                self.teacher.denoiser, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules,
-                dropout=config.lora_dropout, **decays,
-            )  # fmt: skip
-        return full_models(
-            self.teacher.denoiser, embed_guidance=getattr(self.method, "embed_guidance", False), **decays
-        )
-
     def _prepare(self) -> None:
         """Wraps networks and optimizers for the device, the processes and the precision.
 
         Autocast goes around each call of a network, not around the loss: it keeps its casts of weights until it ends,
         and would hand the student those of the averaged weights that the target was called with.
         """
-        student = self.models.student
-        student.backbone = self.accelerator.prepare(self.backbone)
-        for role, module in self.models.others.items():
-            self.models.others[role] = self.accelerator.prepare(module)
+        models = self.models
+        models.student.backbone = self.accelerator.prepare(self.backbone)
+        models.wrapped = {
+            role: self.accelerator.prepare(module) for role, module in models.others.items() if role in models.trained
+        }
         self.optimizers = {role: self.accelerator.prepare(optimizer) for role, optimizer in self.optimizers.items()}
 
     # ------------------------------------------------------------------------------------------------------- the loop
@@ -129,10 +119,10 @@ class Trainer:
             InputError: the loss is no longer finite; the disk or the device is full; all checkpoints are broken.
             KeyboardInterrupt: a stop signal came; the run is saved.
         """
-        if (done := folder.finished(self.config)) is not None:
+        if (done := folder.finished(self.config, self.target)) is not None:
             self.accelerator.print(f"done already: {done}")
             if self.accelerator.is_main_process:
-                push_rest(self.config)
+                push_rest(self.config, done)
             return done
         with room(self.out, self.device, self.config.batch_size):
             return self._fit()
@@ -143,7 +133,7 @@ class Trainer:
         if config.dry_run:
             self.step()
             self.accelerator.print(json.dumps(config.record(), indent=2))
-            return self.out / "export"
+            return self.target
         metrics = trackers.Metrics(self.out, self.accelerator, config.record(), self.update)
         first, before, started = self.update, self.seconds, time.time()
         bar = tqdm(
@@ -173,13 +163,13 @@ class Trainer:
         Nothing here waits for the device.
         """
         config, clock = self.config, Clock(self.update, self.config.max_train_steps)
-        for optimizer in self.optimizers.values():
+        for role, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(self.update, config)
+                group["lr"] = learning_rate_at(self.update, config.of(role))
         terms: dict[str, Tensor] = {}
         for micro in range(config.gradient_accumulation):
             batch = self.batch(self.update * config.gradient_accumulation + micro)
-            with self.accelerator.accumulate(self.models.student.backbone, *self.models.others.values()):
+            with self.accelerator.accumulate(self.models.student.backbone, *self.models.wrapped.values()):
                 for phase in self.method.phases(clock):
                     with self.models.only(phase):
                         loss = self.method.loss(phase, batch, self.models, clock)
@@ -224,6 +214,7 @@ class Trainer:
         return {
             "trained": {role: {k: p.detach() for k, p in group.items()} for role, group in self.models.trained.items()},
             "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
+            "buffers": {role: dict(self.models.others[role].named_buffers()) for role in self.models.wrapped},
             **{name: a.values if a else {} for name, a in averages.items()},
             "seconds": self.seconds,
             "scaler": scaler.state_dict() if scaler is not None else {},
@@ -248,6 +239,7 @@ class Trainer:
         self.update, state = found
         self.seconds = state["seconds"]
         places = [(group, state["trained"][role]) for role, group in self.models.trained.items()]
+        places += [(dict(self.models.others[r].named_buffers()), state["buffers"][r]) for r in self.models.wrapped]
         places += [
             (a.values, state[n])
             for n, a in (("averages", self.models.averages), ("exported", self.models.exported))
@@ -288,7 +280,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _finish(self) -> Path:
-        target = self.out / "export"
+        target = self.target
         if self.accelerator.is_main_process and self.teacher is not None:
             self.models.student.backbone = self.backbone
             with self.models.shown():
@@ -298,5 +290,26 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"done: {target}")
         if self.accelerator.is_main_process and self.teacher is not None:
-            push_rest(self.config)
+            push_rest(self.config, target)
         return target
+
+
+def build_models(
+    method: Method, teacher: Teacher, config: TrainConfig, start: dict[str, Tensor] | None = None
+) -> Models:
+    """The networks of a method as LoRA or full, from its teacher.
+
+    Args:
+        start: of a LoRA: see `lora_models`.
+    """
+    common = {
+        "student_kind": method.student_kind(teacher.denoiser.kind), "others": method.networks(teacher),
+        "target_decay": config.target_ema if "target" in method.roles else 0.0, "export_decay": config.export_ema,
+        "dtype": HALF[config.mixed_precision],
+    }  # fmt: skip
+    if config.lora:
+        return lora_models(
+            teacher.denoiser, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules,
+            dropout=config.lora_dropout, start=start, **common,
+        )  # fmt: skip
+    return full_models(teacher.denoiser, embed_guidance=method.embed_guidance, **common)

@@ -1,0 +1,100 @@
+"""Reads what a network thinks on the way: the token maps of chosen blocks, from any backbone.
+
+    maps = read(denoiser, x_t, t, cond, ["transformer_blocks.3", "transformer_blocks.7"])
+
+A block is a submodule by its name. What it returns is told apart by shape: a picture's features (B, C, h, w), a token
+sequence (B, N, C), or a tuple in which an MMDiT block keeps the text's tokens and the picture's, of which the picture's
+are taken.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.denoiser.base import Cond, Denoiser
+from stepdistill.errors import InputError
+from stepdistill.schedules import Time
+
+# where the blocks of each kind of backbone are, the first that is found
+BLOCKS = (
+    r"(transformer_blocks|single_transformer_blocks)\.\d+",  # MMDiT, DiT and linear DiT
+    r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+",  # UNet with attention
+    r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.resnets\.\d+",  # UNet without
+)
+TEXT_FIRST = ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
+
+
+def blocks_of(backbone: nn.Module) -> list[str]:
+    """The names of the blocks of a backbone, in the order they are called.
+
+    Raises:
+        InputError: there is none that is known.
+    """
+    names = [name for name, _ in backbone.named_modules()]
+    for pattern in BLOCKS:
+        if found := [name for name in names if re.fullmatch(pattern, name)]:
+            order = ("down", "mid", "up", "transformer", "single")
+            return sorted(found, key=lambda name: next(i for i, o in enumerate(order) if name.startswith(o)))
+    raise InputError(f"features: got a {type(backbone).__name__}, whose blocks are not known; name them")
+
+
+def check_blocks(backbone: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """The names, if all are blocks; four spread evenly over the depth where none is given.
+
+    Raises:
+        InputError: one names no block of this backbone.
+    """
+    known = blocks_of(backbone)
+    if not names:
+        count = min(4, len(known))
+        return tuple(known[((i + 1) * len(known)) // count - 1] for i in range(count))
+    if unknown := [name for name in names if name not in dict(backbone.named_modules())]:
+        shown = ", ".join(known if len(known) <= 6 else [*known[:3], "...", *known[-2:]])
+        raise InputError(f"features: got block {', '.join(unknown)}; allowed: names such as {shown}")
+    return tuple(names)
+
+
+@contextmanager
+def listening(backbone: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Within, each call of the backbone leaves the token maps (B, N, C) of these blocks in the dictionary."""
+    heard: dict[str, Tensor] = {}
+    modules = dict(backbone.named_modules())
+
+    def hear(name: str):
+        def hook(module: nn.Module, inputs: tuple, output: object) -> None:
+            heard[name] = tokens(module, output)
+
+        return hook
+
+    handles = [modules[name].register_forward_hook(hear(name)) for name in names]
+    try:
+        yield heard
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tokens(block: nn.Module, output: object) -> Tensor:
+    """The picture's tokens (B, N, C) in what a block returned."""
+    if isinstance(output, tuple | list):
+        output = output[1] if type(block).__name__ in TEXT_FIRST else output[0]
+    elif not isinstance(output, Tensor):
+        output = output.sample  # a Transformer2DModelOutput
+    return output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
+
+
+def read(denoiser: Denoiser, x_t: Tensor, t: Time, cond: Cond | None, blocks: Sequence[str]) -> list[Tensor]:
+    """One forward of the denoiser's backbone; the token maps (B, N, C) of the blocks, in float32 and in their order.
+
+    Args:
+        x_t: (B, ...). t: a float, () or (B,). cond: of batch B.
+    """
+    # a compiled network would not notice the hooks
+    with listening(denoiser.backbone, blocks) as heard, torch.compiler.set_stance("force_eager"):
+        denoiser.raw(x_t, t, cond)
+    return [heard[name].to(torch.promote_types(heard[name].dtype, torch.float32)) for name in blocks]
