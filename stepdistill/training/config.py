@@ -149,7 +149,7 @@ class TrainConfig:
         return 1.0
 
     def check_teacher(self, teacher: Teacher) -> None:
-        """Raises InputError where a teacher cannot be distilled as the flags say; called before its data are encoded."""
+        """Raises InputError where a teacher cannot be distilled as the flags say, before its data are encoded."""
         if self.lora:
             adaptable(teacher.denoiser.backbone, self.target_modules)
 
