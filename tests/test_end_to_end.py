@@ -20,8 +20,8 @@ from stepdistill.export.card import model_card
 from stepdistill.export.lora import LORA_FILE
 from stepdistill.methods.consistency import sample_lcm
 from stepdistill.training.lcm import LCMConfig
-from stepdistill.training.run import distil
 from stepdistill.training.roles import ADAPTER, adapter_layers
+from stepdistill.training.run import distil
 from stepdistill.training.trainer import Trainer
 from stepdistill.training.validation import evaluating
 
