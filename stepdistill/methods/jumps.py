@@ -1,0 +1,84 @@
+"""Students that jump from a few fixed times straight to the clean end, as adversarial distillation trains them.
+
+    t  in the N times that an N-step sampler visits, the noisiest always pure noise, as sampling begins
+    x0 = student(x_t, t),   and to go on:   x_s = alpha_s x0 + sigma_s eps   with new noise (Sauer et al. 2023, 2024)
+
+That is multistep consistency sampling with c_skip = 0, so diffusers' LCMScheduler and FlowMatchLCMScheduler sample it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stepdistill.denoiser.base import Cond, Denoiser
+from stepdistill.draws import Draws
+from stepdistill.errors import InputError
+from stepdistill.methods.base import Clock, Method
+from stepdistill.methods.consistency import lcm_times, sample_lcm
+from stepdistill.methods.schedulers import lcm_scheduler
+from stepdistill.schedules import Schedule, match
+from stepdistill.timegrid import Grid
+
+if TYPE_CHECKING:
+    from stepdistill.denoiser.load import Teacher
+
+ORIGIN = 40  # points of LCMScheduler's own grid: the times of 1, 2, 4, 5 and 8 steps are even parts of it
+SCALING = 10.0  # LCMScheduler's default: c_skip is below 1e-6 from t = 50 of 1000 on
+
+
+@dataclass(frozen=True)
+class Jumper(Method):
+    """What the adversarial methods share.
+
+    Args:
+        student_steps: N, how many times the student is trained at.
+        warm_share: the share of the run over which the noisiest time's weight rises (the student-time curriculum);
+            0 keeps all times alike.
+        last_weight: at the end of it, how likely the noisiest time is against each of the others.
+
+    Raises:
+        InputError: a setting out of range.
+    """
+
+    student_steps: int = 4
+    warm_share: float = 0.0
+    last_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.student_steps <= ORIGIN:
+            raise InputError(f"student_steps: got {self.student_steps}; allowed: 1 to {ORIGIN}; the papers use 4")
+        if not 0 <= self.warm_share <= 1:
+            raise InputError(f"warm_share: got {self.warm_share:g}; allowed: 0 to 1; 0 is no curriculum")
+        if not self.last_weight > 0:
+            raise InputError(f"last_weight: got {self.last_weight:g}; allowed: above 0; 1 is all times alike")
+
+    def times(self, schedule: Schedule, grid: Grid) -> Tensor:
+        """The student's times, falling, (N,) float64."""
+        return torch.tensor(lcm_times(schedule, self.student_steps, ORIGIN, grid), dtype=torch.float64)
+
+    def draw_times(self, draws: Draws, schedule: Schedule, grid: Grid, clock: Clock) -> Tensor:
+        """One of the student's times for each sample, (B,) float64."""
+        times = self.times(schedule, grid).to(draws.device, non_blocking=True)
+        risen = min(1.0, clock.update / (self.warm_share * clock.total)) if self.warm_share else 1.0
+        first = 1 + (self.last_weight - 1) * risen
+        u = draws.uniform().double() * (first + len(times) - 1)  # the noisiest has [0, first), each other one unit
+        return times[(u - first + 1).floor().clamp(0, len(times) - 1).long()]
+
+    def noised(self, schedule: Schedule, grid: Grid, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t = alpha x0 + sigma eps; eps alone at the noisiest time."""
+        top = t >= self.times(schedule, grid)[0].item()
+        return torch.where(match(top, x0) > 0, eps, schedule.add_noise(x0, eps, t))
+
+    def sample(self, student: Denoiser, x_T: Tensor, cond: Cond, *, steps: int, draws: Draws) -> Tensor:
+        """To the clean end, noise again, repeat."""
+        return sample_lcm(
+            student, x_T, cond, steps=min(steps, ORIGIN), draws=draws, original_steps=ORIGIN, timestep_scaling=SCALING
+        )
+
+    def scheduler(self, teacher: Teacher):
+        """diffusers' LCMScheduler on the teacher's betas, or FlowMatchLCMScheduler with its shift."""
+        return lcm_scheduler(teacher, solver_steps=ORIGIN, timestep_scaling=SCALING)
