@@ -3,9 +3,9 @@
     python benchmarks/lcm_lora.py --out out/lcm-lora --results benchmarks/results/avatars
     python benchmarks/lcm_lora.py --out out/lcm-lora --seeds 1        # one seed alone, say on another core
 
-Seed s trains a student by train_scripts/configs/avatars_lcm_lora.yaml and draws the pictures of teacher and student.
-What is done is not done again. When all seeds are there, their rows are put together under --results, with the report
-and claims.json: each ratio seed by seed, its goal, and whether all seeds meet it.
+Seed s trains a student by train_scripts/configs/avatars_lcm_lora.yaml. All are drawn from the same noise, the
+protocol's, as the teacher is. What is done is not done again. When all seeds are there, their rows are put together
+under --results, with the report and claims.json: each ratio seed by seed, its goal, and whether all seeds meet it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Config:
     """Flags of benchmarks/lcm_lora.py."""
 
     out: Path = Path("out/lcm-lora")
-    """Students and the benchmark of each seed."""
+    """Students, and the benchmarks of each and of the teacher."""
     results: Path | None = None
     """Where the rows of all seeds, the report and claims.json go; nowhere if not given."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of training and of the pictures."""
+    """Of training."""
     n: int | None = None
     """Pictures a cell, in place of the protocol's 2,000."""
 
@@ -73,16 +73,13 @@ def train(out: Path, seed: int) -> Path:
     return distil(parse_training(LCMConfig, "", ["--config", str(PLAN), "--out", str(out), "--seed", str(seed)]))
 
 
-def measure(student: Path, out: Path, seed: int, n: int | None) -> None:
-    """Teacher and student at 1, 2 and 4 steps, the teacher at 50."""
+def measure(models: dict[str, str], steps: tuple[int, ...], out: Path, n: int | None) -> None:
+    """The cells of some models. No latency: they may run side by side."""
     from stepdistill.evaluation.suite import Settings, evaluate
 
-    bench = {"protocol": "avatars-2k", "out": out, "seed": seed, "n": n, "settings": Settings()}
-    teacher = {TEACHER: "avatars,scheduler=ddim"}
-    models = teacher | {STUDENT: f"avatars,lora={student}"}
-    for result in (evaluate(models, steps=(1, 2, 4), **bench), evaluate(teacher, steps=(50,), **bench)):
-        for failure in result.failed:
-            raise RuntimeError(f"{failure.model} at {failure.steps} steps: {failure.reason}")
+    settings = Settings(latency_repeats=0)
+    for failure in evaluate(models, "avatars-2k", steps, out=out, n=n, settings=settings).failed:
+        raise RuntimeError(f"{failure.model} at {failure.steps} steps: {failure.reason}")
 
 
 def claims(by_seed: dict[int, Rows]) -> list[dict]:
@@ -97,44 +94,47 @@ def claims(by_seed: dict[int, Rows]) -> list[dict]:
 
 
 def gather(config: Config) -> None:
-    """Puts the seeds' rows, grids and verdict under `config.results`."""
+    """Puts the rows of teacher and students, grids and verdict under `config.results`."""
     from stepdistill.evaluation.cards import write_cards
     from stepdistill.evaluation.report import write_report
     from stepdistill.evaluation.summary import print_table
 
-    folders = {seed: config.out / f"bench-{seed}" for seed in config.seeds}
-    rows = {seed: read_rows(folder / "results.jsonl") for seed, folder in folders.items()}
     config.results.mkdir(parents=True, exist_ok=True)
-    floors, lines = set(), []
-    for row in (row for seed in config.seeds for row in rows[seed]):
-        if row["steps"] == 0 and row["model"] in floors:  # pictures and reconstructions are the same for every seed
-            continue
-        floors.add(row["model"] if row["steps"] == 0 else None)
-        lines.append(json.dumps(row))
-    (config.results / "results.jsonl").write_text("\n".join(lines) + "\n")
-    shutil.copytree(folders[config.seeds[0]] / "grids", config.results / "grids", dirs_exist_ok=True)
-    said = claims({seed: {(row["model"], row["steps"]): row for row in rows[seed]} for seed in config.seeds})
+    cells: dict[tuple[str, int], dict] = {}
+    for folder in (config.out / "bench-teacher", *(config.out / f"bench-{seed}" for seed in config.seeds)):
+        for row in read_rows(folder / "results.jsonl"):
+            cells.setdefault((row["model"], row["steps"]), row)  # real pictures are the same in every folder
+        shutil.copytree(folder / "grids", config.results / "grids", dirs_exist_ok=True)
+    rows = list(cells.values())
+    (config.results / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = claims({seed: of_seed(cells, seed) for seed in config.seeds})
     record = {
-        "what": "ratios of Frechet distances, and attribute accuracies; goals of issue 2", "claims": said,
-        "n": rows[config.seeds[0]][0]["n"], "device": device_name("cpu"), "commit": commit(), "versions": versions(),
+        "what": "ratios of Frechet distances, and attribute accuracies; goals of the embedded default", "claims": said,
+        "n": rows[0]["n"], "device": device_name("cpu"), "commit": commit(), "versions": versions(),
         "command": " ".join(map(shlex.quote, sys.argv)),
     }  # fmt: skip
     (config.results / "claims.json").write_text(json.dumps(record, indent=2) + "\n")
-    whole = [json.loads(line) for line in lines]
-    write_cards(whole)
-    print_table(whole)
+    write_cards(rows)
+    print_table(rows)
     for claim in said:
         values = ", ".join(f"{v:.3f}" for v in claim["seeds"].values())
         print(f"{'holds ' if claim['holds'] else 'MISSED'} {claim['claim']}: {values} (at most {claim['at_most']:.3g})")
     print(f"report: {write_report(config.results)}")
 
 
+def of_seed(cells: Rows, seed: int) -> Rows:
+    """The cells with the student of one seed under the common name."""
+    own = f"{STUDENT}-{seed}"
+    return {(STUDENT if model == own else model, steps): row for (model, steps), row in cells.items()}
+
+
 def main(config: Config) -> None:
-    """Trains and measures the seeds; gathers them where asked to."""
+    """Trains and measures the seeds; measures the teacher and gathers all where asked to."""
     for seed in config.seeds:
         student = train(config.out / f"student-{seed}", seed)
-        measure(student, config.out / f"bench-{seed}", seed, config.n)
+        measure({f"{STUDENT}-{seed}": f"avatars,lora={student}"}, (1, 2, 4), config.out / f"bench-{seed}", config.n)
     if config.results:
+        measure({TEACHER: "avatars,scheduler=ddim"}, (1, 2, 4, 50), config.out / "bench-teacher", config.n)
         gather(config)
 
 

@@ -31,3 +31,10 @@ def test_every_claim_is_a_ratio_of_the_rows_and_holds_where_all_seeds_hold(scrip
     assert values == pytest.approx([0.03, 0.2, 0.4, 0.6667, 1.0889, 0.375, 0.55, 1.125, 0.04], abs=1e-4)
     assert said[6]["seeds"] == {0: 0.45, 1: 0.55} and not said[6]["holds"]  # one seed of two is not enough
     assert [claim["holds"] for claim in said] == [True] * 6 + [False] + [True] * 2
+
+
+def test_each_seed_is_held_against_the_one_teacher(script):
+    cells = {("teacher", 1): {"fd": 4.0}, ("lcm-lora-0", 1): {"fd": 1.0}, ("lcm-lora-1", 1): {"fd": 2.0}}
+    ratios = [script.fd(rows, "lcm-lora", 1) / script.fd(rows, "teacher", 1)
+              for rows in (script.of_seed(cells, 0), script.of_seed(cells, 1))]  # fmt: skip
+    assert ratios == [0.25, 0.5]

@@ -50,9 +50,11 @@ def batch(n: int = 6, dim: int = 2, label: float = 0.3, seed: int = 0) -> Batch:
     return Batch(x0, cond, {"labels": torch.zeros(n)}, Draws.at(seed, 0, n))
 
 
+@pytest.mark.parametrize("weighting", ["x0", "v"])
 @pytest.mark.parametrize("loss_type", ["huber", "l2"])
-def test_the_loss_equals_a_hand_computation(loss_type):
-    method = LatentConsistency(guidance_min=2.0, guidance_max=6.0, huber_c=1e-3, loss_type=loss_type)
+def test_the_loss_equals_a_hand_computation(loss_type, weighting):
+    settings = {"loss_type": loss_type, "weighting": weighting}
+    method = LatentConsistency(guidance_min=2.0, guidance_max=6.0, huber_c=1e-3, **settings)
     teacher, student, target = (Affine(ALPHA_BAR, w) for w in (0.8, 0.5, 0.6))
     loss = method.loss("student", batch(), Trio(teacher, student, target), CLOCK).total.item()
 
@@ -73,7 +75,7 @@ def test_the_loss_equals_a_hand_computation(loss_type):
             x0 = (x - sigma * (weight * x + 0.3)) / alpha
             return 0.25 / (tau**2 + 0.25) * x + tau / math.sqrt(tau**2 + 0.25) * x0
 
-        d = f(0.5, x_t, t, a_t, s_t) - f(0.6, x_s, s, a_s, s_s)
+        d = (f(0.5, x_t, t, a_t, s_t) - f(0.6, x_s, s, a_s, s_s)) / (s_t if weighting == "v" else 1.0)
         total += (d**2 if loss_type == "l2" else torch.sqrt(d**2 + 1e-6) - 1e-3).sum().item()
     assert loss == pytest.approx(total / 12, rel=2e-6)
 

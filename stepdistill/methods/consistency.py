@@ -150,6 +150,9 @@ class LatentConsistency(Method):
         solver_steps: points on the teacher's path; k = T / solver_steps.
         loss: "huber" or "l2".
         huber_c: c of the pseudo-Huber loss.
+        weighting: "x0" compares the ends as they are, as the papers do; "v" over sigma_t / sqrt(alpha_t² + sigma_t²),
+            the share that a v-predicting network has in its x0. All times then move the network alike, and its answers
+            at low noise, which every multistep sample ends with, are not worn off by what it learns at high noise.
         timestep_scaling: how steeply the boundary condition is left.
         embed_guidance: tell the student its w through `time_cond_proj_dim` (a full student).
 
@@ -162,6 +165,7 @@ class LatentConsistency(Method):
     solver_steps: int = 50
     loss_type: str = "huber"
     huber_c: float = 1e-3
+    weighting: str = "x0"
     timestep_scaling: float = 10.0
     embed_guidance: bool = False
 
@@ -178,6 +182,8 @@ class LatentConsistency(Method):
             raise InputError(f"loss: got {self.loss_type!r}; allowed: huber, l2")
         if not self.huber_c > 0:
             raise InputError(f"huber_c: got {self.huber_c:g}; allowed: above 0; the papers use 0.001")
+        if self.weighting not in ("x0", "v"):
+            raise InputError(f"weighting: got {self.weighting!r}; allowed: x0, v")
         if not self.timestep_scaling > 0:
             raise InputError(f"timestep_scaling: got {self.timestep_scaling:g}; allowed: above 0; the papers use 10")
 
@@ -218,6 +224,9 @@ class LatentConsistency(Method):
         student_x0 = consistency(models.student, x_t, t, cond, self.timestep_scaling)
 
         difference = student_x0 - target_x0
+        if self.weighting == "v":
+            alpha, sigma = schedule.coeffs(t)
+            difference = difference * match((alpha.square() + sigma.square()).sqrt() / sigma, difference)
         total = huber(difference, self.huber_c) if self.loss_type == "huber" else difference.float().square().mean()
         return Loss(total, {"consistency": total.detach()})
 

@@ -25,6 +25,8 @@ class LCMConfig(TrainConfig):
     """Distance between the two ends."""
     huber_c: float = 1e-3
     """Below this difference the Huber loss is quadratic, above it linear."""
+    weighting: Literal["x0", "v"] = "x0"
+    """Compare ends as they are, or over the share that the network's output has in them: steadier at low noise."""
     timestep_scaling: float = 10.0
     """How steeply the boundary condition is left; LCMScheduler's 10."""
     embed_guidance: bool = False
@@ -35,7 +37,7 @@ class LCMConfig(TrainConfig):
         low, high = guidance_range(self)
         return LatentConsistency(
             guidance_min=low, guidance_max=high, solver_steps=self.solver_steps,
-            loss_type=self.loss, huber_c=self.huber_c, timestep_scaling=self.timestep_scaling,
+            loss_type=self.loss, huber_c=self.huber_c, weighting=self.weighting, timestep_scaling=self.timestep_scaling,
             embed_guidance=self.embed_guidance,
         )  # fmt: skip
 
