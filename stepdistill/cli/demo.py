@@ -69,15 +69,13 @@ def train(method: str, out: Path, size: Size, seed: int) -> Path:
     """Distils the embedded teacher; returns the export folder."""
     from stepdistill.data.cache import open_data
     from stepdistill.denoiser.load import load_teacher
-    from stepdistill.evaluation.protocols import load_protocol
     from stepdistill.training.lcm import LCMConfig
     from stepdistill.training.trainer import Trainer
 
     print(f"{method}: training for {size.updates} updates")
     run = LCMConfig(
-        out=out, seed=seed, guidance=(load_protocol("avatars-2k").guidance,), max_train_steps=size.updates,
-        batch_size=16, learning_rate=1e-3, lr_scheduler="linear", lr_warmup=20, rank=32, solver_steps=20,
-        checkpoint_every=100,
+        out=out, seed=seed, guidance=(3.0,), max_train_steps=size.updates, batch_size=16, learning_rate=1e-3,
+        lr_scheduler="linear", lr_warmup=20, rank=32, solver_steps=10, weighting="v", checkpoint_every=100,
     )  # fmt: skip
     teacher = load_teacher("avatars")
     data = open_data("avatars", teacher, limit=size.pictures)
