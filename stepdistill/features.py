@@ -3,8 +3,8 @@
     maps = read(denoiser, x_t, t, cond, ["transformer_blocks.3", "transformer_blocks.7"])
 
 A block is a submodule by its name. What it returns is told apart by shape: a picture's features (B, C, h, w), a token
-sequence (B, N, C), or a tuple in which an MMDiT block keeps the text's tokens and the picture's, of which the picture's
-are taken.
+sequence (B, N, C), one vector (B, C), or a tuple in which an MMDiT block keeps the text's tokens and the picture's, of
+which the picture's are taken.
 """
 
 from __future__ import annotations
@@ -40,22 +40,28 @@ def blocks_of(backbone: nn.Module) -> list[str]:
         if found := [name for name in names if re.fullmatch(pattern, name)]:
             order = ("down", "mid", "up", "transformer", "single")
             return sorted(found, key=lambda name: next(i for i, o in enumerate(order) if name.startswith(o)))
-    raise InputError(f"features: got a {type(backbone).__name__}, whose blocks are not known; name them")
+    raise InputError(
+        f"blocks: got none for a {type(backbone).__name__}; allowed: names of its submodules, as its blocks are "
+        "not known; name some"
+    )
 
 
 def check_blocks(backbone: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """The names, if all are blocks; four spread evenly over the depth where none is given.
+    """The names, if all are submodules; four blocks spread evenly over the depth where none is given.
 
     Raises:
-        InputError: one names no block of this backbone.
+        InputError: one names no submodule of this backbone, or none is given and its blocks are not known.
     """
-    known = blocks_of(backbone)
     if not names:
+        known = blocks_of(backbone)
         count = min(4, len(known))
         return tuple(known[((i + 1) * len(known)) // count - 1] for i in range(count))
-    if unknown := [name for name in names if name not in dict(backbone.named_modules())]:
+    modules = dict(backbone.named_modules())
+    if unknown := [name for name in names if not name or name not in modules]:
+        known = blocks_of(backbone)
         shown = ", ".join(known if len(known) <= 6 else [*known[:3], "...", *known[-2:]])
-        raise InputError(f"features: got block {', '.join(unknown)}; allowed: names such as {shown}")
+        got = ", ".join(map(repr, unknown))
+        raise InputError(f"blocks: got {got}, not in this {type(backbone).__name__}; allowed: names such as {shown}")
     return tuple(names)
 
 
@@ -63,7 +69,6 @@ def check_blocks(backbone: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
 def listening(backbone: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Within, each call of the backbone leaves the token maps (B, N, C) of these blocks in the dictionary."""
     heard: dict[str, Tensor] = {}
-    modules = dict(backbone.named_modules())
 
     def hear(name: str):
         def hook(module: nn.Module, inputs: tuple, output: object) -> None:
@@ -71,7 +76,7 @@ def listening(backbone: nn.Module, names: Sequence[str]) -> Iterator[dict[str, T
 
         return hook
 
-    handles = [modules[name].register_forward_hook(hear(name)) for name in names]
+    handles = [backbone.get_submodule(name).register_forward_hook(hear(name)) for name in names]
     try:
         yield heard
     finally:
@@ -80,11 +85,22 @@ def listening(backbone: nn.Module, names: Sequence[str]) -> Iterator[dict[str, T
 
 
 def tokens(block: nn.Module, output: object) -> Tensor:
-    """The picture's tokens (B, N, C) in what a block returned."""
+    """The picture's tokens (B, N, C) in what a block returned.
+
+    Raises:
+        InputError: it is of another shape.
+    """
     if isinstance(output, tuple | list):
         output = output[1] if type(block).__name__ in TEXT_FIRST else output[0]
     elif not isinstance(output, Tensor):
         output = output.sample  # a Transformer2DModelOutput
+    if output.ndim not in (2, 3, 4):
+        raise InputError(
+            f"blocks: got a {type(block).__name__} that returns shape {tuple(output.shape)}; allowed: (B, C, h, w), "
+            "(B, N, C) or (B, C); choose another"
+        )
+    if output.ndim == 2:
+        return output[:, None]
     return output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
 
 

@@ -5,39 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from plane import MODES, OneDraw, Plane, ring
 
-from stepdistill.denoiser.analytic import GaussianMixtureDenoiser
-from stepdistill.denoiser.base import Denoiser
-from stepdistill.draws import Draws
 from stepdistill.methods.base import Batch, Clock
 from stepdistill.methods.consistency import LatentConsistency, consistency
 from stepdistill.schedules import Cosine
 from stepdistill.training.roles import Models
-
-MODES = 8
-STD = 0.15
-
-
-class Plane(Denoiser):
-    """A small network on points of the plane, given sin and cos of its clock; predicts v."""
-
-    def __init__(self, schedule, width: int = 192) -> None:
-        layers = [nn.Linear(2 + 8, width), nn.SiLU()]
-        for _ in range(3):
-            layers += [nn.Linear(width, width), nn.SiLU()]
-        super().__init__(nn.Sequential(*layers, nn.Linear(width, 2)), schedule, "v")
-        self.sample_shape = (2,)
-
-    def evaluate(self, x_t, clock, cond):
-        angle = clock[:, None] * (math.pi / 2) * 2.0 ** torch.arange(4)
-        return self.backbone(torch.cat([x_t, angle.sin(), angle.cos()], 1))
-
-
-def ring(schedule) -> GaussianMixtureDenoiser:
-    angle = torch.arange(MODES) * 2 * math.pi / MODES
-    means = torch.stack([angle.cos(), angle.sin()], 1) * math.sqrt(2)
-    return GaussianMixtureDenoiser(means, STD, None, schedule)
 
 
 def test_the_one_step_student_reaches_the_exact_ode_map_in_all_modes():
@@ -72,19 +45,3 @@ def test_the_one_step_student_reaches_the_exact_ode_map_in_all_modes():
     share = counts / counts.sum()
     deviation = math.sqrt(1 / MODES * (1 - 1 / MODES) / len(ours))
     assert (share - 1 / MODES).abs().max() < 4 * deviation, share
-
-
-class OneDraw(Draws):
-    """Draws from one generator for the batch: this test needs speed, not resumability."""
-
-    def __init__(self, generator: torch.Generator, size: int) -> None:
-        self.generators, self.device, self.generator = [generator] * size, torch.device("cpu"), generator
-
-    def normal(self, *shape):
-        return torch.randn(len(self), *shape, generator=self.generator)
-
-    def uniform(self):
-        return torch.rand(len(self), generator=self.generator)
-
-    def integers(self, high):
-        return torch.randint(high, (len(self),), generator=self.generator)

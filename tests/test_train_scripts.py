@@ -15,11 +15,15 @@ import yaml
 
 from stepdistill.cli.training import parse_training
 from stepdistill.errors import InputError
-from stepdistill.training.config import from_yaml
+from stepdistill.training.add import ADDConfig
+from stepdistill.training.config import TrainConfig, from_yaml
+from stepdistill.training.ladd import LADDConfig
 from stepdistill.training.lcm import LCMConfig
+from stepdistill.training.progressive import ProgressiveConfig
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("train_lcm", "train_lcm_lora")
+SCRIPTS = ("train_lcm", "train_lcm_lora", "train_progressive", "train_add", "train_ladd")
+FLAGS = {"train_add": ADDConfig, "train_ladd": LADDConfig, "train_progressive": ProgressiveConfig}
 CONFIGS = sorted((ROOT / "train_scripts" / "configs").glob("*lcm*.yaml"))
 
 
@@ -31,8 +35,8 @@ def script(name: str, folder: str = "train_scripts"):
     return module
 
 
-def flags_of(name: str) -> type[LCMConfig]:
-    return getattr(script(name), "FullConfig", LCMConfig)
+def flags_of(name: str) -> type[TrainConfig]:
+    return FLAGS.get(name) or getattr(script(name), "FullConfig", LCMConfig)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -83,6 +87,34 @@ def test_shipped_settings_are_read_and_name_their_command(file):
     for key, value in yaml.safe_load(text).items():
         got = getattr(config, key)
         assert list(got) == value if isinstance(got, tuple) else got == pytest.approx(value)
+
+
+@pytest.mark.parametrize("name", ["avatars_progressive_lora", "sd15_progressive_lora"])
+def test_shipped_settings_of_progressive_distillation_are_read_and_name_their_command(name):
+    file = ROOT / "train_scripts" / "configs" / f"{name}.yaml"
+    config = from_yaml(file, ProgressiveConfig)
+    config.check()
+    assert config.halvings == [16, 8, 4, 2, 1] and config.lora
+    assert f"--config train_scripts/configs/{file.name}" in file.read_text() and "estimate" in file.read_text()
+
+
+@pytest.mark.parametrize("name", ["avatars_add_lora", "sdxl_add_lora"])
+def test_shipped_settings_of_adversarial_distillation_are_read_and_name_their_command(name):
+    file = ROOT / "train_scripts" / "configs" / f"{name}.yaml"
+    config = from_yaml(file, ADDConfig)
+    config.check()
+    method = config.method()
+    assert config.lora and method.guidance == config.guidance and method.picture_size == config.picture_size > 0
+    assert f"--config train_scripts/configs/{file.name}" in file.read_text() and "estimate" in file.read_text()
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("avatars_ladd_lora", 5), ("sd35_ladd_lora", 4)])
+def test_shipped_settings_of_latent_adversarial_distillation_are_read_and_name_their_command(name, blocks):
+    file = ROOT / "train_scripts" / "configs" / f"{name}.yaml"
+    config = from_yaml(file, LADDConfig)
+    config.check()
+    assert config.lora and len(config.method().blocks) == blocks
+    assert f"--config train_scripts/configs/{file.name}" in file.read_text() and "estimate" in file.read_text()
 
 
 def test_there_are_settings_for_the_embedded_teacher_and_both_stable_diffusions():

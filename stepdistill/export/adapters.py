@@ -1,14 +1,18 @@
-"""Loads a LoRA into a pipeline whole, or not at all."""
+"""Loads a LoRA into a pipeline whole, or not at all; and its tensors, for a training that goes on from it."""
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from stepdistill.errors import InputError
 from stepdistill.evaluation.progress import quiet
+from stepdistill.export.lora import LORA_FILE, PEFT_FILE
 
 
 def load_whole(pipeline, lora: str | Path, *, fuse: bool = False) -> int:
@@ -89,3 +93,25 @@ def count(pipeline) -> int:
     """How many LoRA tensors the modules of a pipeline hold."""
     modules = [part for part in pipeline.components.values() if hasattr(part, "named_parameters")]
     return sum(".lora_" in name for module in modules for name, _ in module.named_parameters())
+
+
+def trained_weights(folder: Path, adapter: str = "default") -> dict[str, Tensor]:
+    """The tensors of an export's LoRA under the names of the network's own parameters, as training starts from.
+
+    Raises:
+        InputError: the folder holds none that can be read.
+    """
+    file = next((file for name in (LORA_FILE, PEFT_FILE) if (file := Path(folder) / name).is_file()), None)
+    if file is None:
+        raise InputError(f"lora: got {folder}, which holds neither {LORA_FILE} nor {PEFT_FILE}; allowed: an export")
+    try:
+        stored = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"lora: got {file}, which cannot be read ({str(error)[:80]}); make the export again"
+        ) from error
+    prefix = r"^(base_model\.model|unet|transformer)\."
+    return {
+        re.sub(r"\.(lora_[AB])\.weight$", rf".\1.{adapter}.weight", re.sub(prefix, "", name)): tensor
+        for name, tensor in stored.items()
+    }

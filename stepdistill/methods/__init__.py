@@ -6,7 +6,12 @@ from importlib import import_module
 
 from stepdistill.errors import InputError
 
-REGISTRY = {"lcm": "consistency.LatentConsistency"}
+REGISTRY = {
+    "lcm": "consistency.LatentConsistency",
+    "add": "adversarial.Adversarial",
+    "ladd": "latent_adversarial.LatentAdversarial",
+    "progressive": "progressive.Progressive",
+}
 
 
 def get(name: str) -> type:

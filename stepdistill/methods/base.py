@@ -82,7 +82,8 @@ class FrozenDenoiser(Protocol):
         """See Denoiser.forward."""
 
     def features(self, x_t: Tensor, t: Time, cond: Cond | None, blocks: Sequence[str]) -> list[Tensor]:
-        """Token maps of some blocks, through which gradients reach x_t. See features.read."""
+        """Token maps of some blocks, through which gradients reach x_t; of four where none is named. See
+        features.read."""
 
 
 class Models(Protocol):
@@ -100,11 +101,13 @@ class Method(ABC):
         name: in the registry, and of its exports.
         roles: how each network takes part.
         embed_guidance: a full student is told its guidance.
+        steps: that users sample its students at, as the card says.
     """
 
     name: ClassVar[str]
     roles: ClassVar[Mapping[str, Role]]
     embed_guidance: bool = False
+    steps: int = 4
 
     def student_kind(self, teacher_kind: Kind) -> Kind:
         """What the student predicts; as its teacher where not overridden."""
@@ -117,6 +120,10 @@ class Method(ABC):
     def phases(self, clock: Clock) -> tuple[str, ...]:
         """The roles trained in this update, in order; the student alone where not overridden."""
         return ("student",)
+
+    def stamp(self, models: Models) -> dict[str, str]:
+        """What else fixes a result, for the export's config.json and card."""
+        return {}
 
     @abstractmethod
     def loss(self, phase: str, batch: Batch, models: Models, clock: Clock) -> Loss:

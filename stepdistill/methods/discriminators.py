@@ -1,6 +1,6 @@
 """Light heads on frozen features, and the losses they are trained by (Sauer et al. 2023a, b, 2024).
 
-A head judges every token of a feature map. Its weights are spectrally normalised (Miyato et al. 2018), and it is told
+A head judges every place of a feature map. Its weights are spectrally normalised (Miyato et al. 2018), and it is told
 about the picture by projection (Miyato and Koyama 2018): what the tokens say times what the condition says. The papers
 normalise activations over small groups of the batch; here it is over each sample's own tokens, so that no logit depends
 on how a batch is split.
@@ -20,41 +20,58 @@ from stepdistill.denoiser.base import Cond
 from stepdistill.errors import InputError
 
 WIDTH = 64  # of the projection
+NOISE_FEATURES = 8
 Logits = list[Tensor]
 
 
-class Block(nn.Module):
-    """Circular 1-D convolution over the tokens, normalisation, leaky ReLU: (B, C, N) to (B, C, N)."""
+def groups_of(channels: int) -> int:
+    """How many groups of channels are normalised apart: up to 32, of 16 channels or more, so that a group's mean and
+    spread are not all that it has to say."""
+    return max((g for g in range(1, 33) if channels % g == 0 and channels >= 16 * g), default=1)
 
-    def __init__(self, channels: int, kernel: int) -> None:
+
+class Block(nn.Module):
+    """Convolution, normalisation over the sample, leaky ReLU: (B, C, N) to (B, C, N), or (B, C, h, w) alike.
+
+    Args:
+        kernel: odd. planar: two-dimensional and padded with zeros; else one-dimensional and circular.
+    """
+
+    def __init__(self, channels: int, kernel: int, planar: bool) -> None:
         super().__init__()
-        self.kernel = kernel
-        self.conv = spectral_norm(nn.Conv1d(channels, channels, kernel))
-        self.norm = nn.GroupNorm(math.gcd(channels, 32), channels)
+        self.half = 0 if planar else kernel // 2
+        conv = (
+            nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+            if planar
+            else nn.Conv1d(channels, channels, kernel)
+        )
+        self.conv = spectral_norm(conv)
+        self.norm = nn.GroupNorm(groups_of(channels), channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        half = self.kernel // 2
-        around = torch.arange(-half, x.shape[-1] + half, device=x.device) % x.shape[-1]  # however few the tokens
-        return F.leaky_relu(self.norm(self.conv(x[..., around])), 0.2)
+        if self.half:
+            around = torch.arange(-self.half, x.shape[-1] + self.half, device=x.device) % x.shape[-1]  # if few tokens
+            x = x[..., around]
+        return F.leaky_relu(self.norm(self.conv(x)), 0.2)
 
 
 class Head(nn.Module):
-    """Tokens (B, N, C) and a condition (B, D) to logits (B, N).
+    """A feature map (B, C, N) or (B, C, h, w), and a condition (B, D), to logits (B, N) or (B, h w).
 
     Args:
-        channels: C. condition: D; 0 is none.
+        channels: C. condition: D; 0 is none. planar: the map is (B, C, h, w); nine places are still looked at at once.
     """
 
-    def __init__(self, channels: int, condition: int = 0) -> None:
+    def __init__(self, channels: int, condition: int = 0, planar: bool = False) -> None:
         super().__init__()
-        self.first, self.second = Block(channels, 1), Block(channels, 9)
-        self.out = spectral_norm(nn.Conv1d(channels, WIDTH if condition else 1, 1))
+        self.first, self.second = Block(channels, 1, planar), Block(channels, 3 if planar else 9, planar)
+        self.out = spectral_norm((nn.Conv2d if planar else nn.Conv1d)(channels, WIDTH if condition else 1, 1))
         told = (nn.Linear(condition, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH)) if condition else None
         self.tell = nn.Sequential(*told) if told else None
 
-    def forward(self, tokens: Tensor, condition: Tensor | None = None) -> Tensor:
-        h = self.first(tokens.transpose(1, 2))
-        logits = self.out((h + self.second(h)) / math.sqrt(2))
+    def forward(self, features: Tensor, condition: Tensor | None = None) -> Tensor:
+        h = self.first(features)
+        logits = self.out((h + self.second(h)) / math.sqrt(2)).flatten(2)
         if self.tell is not None:
             logits = (logits * self.tell(condition)[..., None]).sum(1, keepdim=True) / math.sqrt(WIDTH)
         return logits[:, 0]
@@ -65,15 +82,38 @@ class Heads(nn.Module):
 
     Args:
         channels: of each map. condition: width of what they are told.
+        planar: tokens are laid out as the picture again and heads are two-dimensional, so that they judge pictures of
+            any shape alike (Sauer et al. 2024); else they are one-dimensional, as on a network of one size (2023b).
     """
 
-    def __init__(self, channels: Sequence[int], condition: int = 0) -> None:
+    def __init__(self, channels: Sequence[int], condition: int = 0, planar: bool = False) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(Head(c, condition) for c in channels)
+        self.planar = planar
+        self.heads = nn.ModuleList(Head(c, condition, planar) for c in channels)
 
-    def forward(self, maps: Sequence[Tensor], condition: Tensor | None = None) -> Logits:
-        """Maps (B, N, C) and a condition (B, D) to logits (B, N), map by map."""
-        return [head(tokens, condition) for head, tokens in zip(self.heads, maps, strict=True)]
+    def forward(
+        self, maps: Sequence[Tensor], condition: Tensor | None = None, size: Sequence[int] | None = None
+    ) -> Logits:
+        """Maps (B, N, C) and a condition (B, D) to logits (B, N), map by map; planar heads need the `size` that the
+        sample itself has, see `laid_out`."""
+        shaped = [laid_out(tokens, size) if self.planar else tokens.transpose(1, 2) for tokens in maps]
+        return [head(features, condition) for head, features in zip(self.heads, shaped, strict=True)]
+
+
+def laid_out(tokens: Tensor, size: Sequence[int]) -> Tensor:
+    """Tokens (B, N, C) row by row as (B, C, h, w), h : w as in `size` (H, W); a row of N where the sample has no sides.
+
+    Raises:
+        InputError: N tokens do not make such a rectangle.
+    """
+    count = tokens.shape[1]
+    height = max(1, round(math.sqrt(count * size[0] / size[1]))) if len(size) == 2 else 1
+    if count % height:
+        raise InputError(
+            f"blocks: got one of {count} tokens for a sample of {' x '.join(map(str, size))}; allowed: as many as make "
+            "a rectangle of its shape; choose another"
+        )
+    return tokens.transpose(1, 2).unflatten(2, (height, count // height))
 
 
 def pooled_text(cond: Cond, batch: int) -> Tensor:
@@ -89,9 +129,10 @@ def pooled_text(cond: Cond, batch: int) -> Tensor:
     return (text * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def time_features(share: Tensor) -> Tensor:
-    """A time as a share of the schedule's range, (B,) in [0, 1], to (B, 8) float32: sines and cosines."""
-    angle = share.float()[:, None] * (math.pi / 2) * 2.0 ** torch.arange(4, device=share.device)
+def noise_features(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """A noise level, (B,) each, to (B, NOISE_FEATURES) float32: sines and cosines of multiples of atan(sigma/alpha),
+    which runs from 0 to pi/2 on every schedule."""
+    angle = torch.atan2(sigma, alpha).float()[:, None] * 2.0 ** torch.arange(NOISE_FEATURES // 2, device=alpha.device)
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
@@ -101,17 +142,22 @@ def _mean(values: Logits) -> Tensor:
 
 
 def _hinge(real: Logits, fake: Logits) -> Tensor:
-    return _mean([F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake, strict=True)])
+    return _mean([F.relu(1 - r.float()).mean() + F.relu(1 + f.float()).mean() for r, f in zip(real, fake, strict=True)])
 
 
 def _softplus(real: Logits, fake: Logits) -> Tensor:
-    return _mean([F.softplus(-r).mean() + F.softplus(f).mean() for r, f in zip(real, fake, strict=True)])
+    return _mean(
+        [F.softplus(-r.float()).mean() + F.softplus(f.float()).mean() for r, f in zip(real, fake, strict=True)]
+    )
 
 
 # by name: the discriminator's loss of (real, fake), and the student's of fake
 LOSSES: dict[str, tuple[Callable[[Logits, Logits], Tensor], Callable[[Logits], Tensor]]] = {
     "hinge": (_hinge, lambda fake: -_mean(fake)),  # Lim and Ye 2017; the student's is linear
-    "softplus": (_softplus, lambda fake: _mean([F.softplus(-f) for f in fake])),  # Goodfellow et al. 2014, on logits
+    "softplus": (
+        _softplus,
+        lambda fake: _mean([F.softplus(-f.float()) for f in fake]),
+    ),  # Goodfellow et al. 2014, on logits
 }
 
 

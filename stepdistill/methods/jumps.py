@@ -8,6 +8,7 @@ That is multistep consistency sampling with c_skip = 0, so diffusers' LCMSchedul
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock, Method
 from stepdistill.methods.consistency import lcm_times, sample_lcm
 from stepdistill.methods.schedulers import lcm_scheduler
-from stepdistill.schedules import Schedule, match
+from stepdistill.schedules import Schedule, Time, match
 from stepdistill.timegrid import Grid
 
 if TYPE_CHECKING:
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 
 ORIGIN = 40  # points of LCMScheduler's own grid: the times of 1, 2, 4, 5 and 8 steps are even parts of it
 SCALING = 10.0  # LCMScheduler's default: c_skip is below 1e-6 from t = 50 of 1000 on
+
+
+def marginal(schedule: Schedule, eps: Tensor, t: Time) -> Tensor:
+    """Unit noise (B, ...) as large as x_t is of data of unit variance: as it is, but on EDM sigma's size."""
+    return match(torch.hypot(*schedule.coeffs(t)), eps) * eps
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Jumper(Method):
             raise InputError(f"student_steps: got {self.student_steps}; allowed: 1 to {ORIGIN}; the papers use 4")
         if not 0 <= self.warm_share <= 1:
             raise InputError(f"warm_share: got {self.warm_share:g}; allowed: 0 to 1; 0 is no curriculum")
-        if not self.last_weight > 0:
+        if not 0 < self.last_weight < math.inf:
             raise InputError(f"last_weight: got {self.last_weight:g}; allowed: above 0; 1 is all times alike")
 
     def times(self, schedule: Schedule, grid: Grid) -> Tensor:
@@ -69,15 +75,18 @@ class Jumper(Method):
         return times[(u - first + 1).floor().clamp(0, len(times) - 1).long()]
 
     def noised(self, schedule: Schedule, grid: Grid, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t = alpha x0 + sigma eps; eps alone at the noisiest time."""
+        """x_t = alpha x0 + sigma eps; noise alone at the noisiest time, as much as sampling begins with."""
         top = t >= self.times(schedule, grid)[0].item()
-        return torch.where(match(top, x0) > 0, eps, schedule.add_noise(x0, eps, t))
+        return torch.where(match(top, x0) > 0, marginal(schedule, eps, t), schedule.add_noise(x0, eps, t))
 
     def sample(self, student: Denoiser, x_T: Tensor, cond: Cond, *, steps: int, draws: Draws) -> Tensor:
-        """To the clean end, noise again, repeat."""
-        return sample_lcm(
-            student, x_T, cond, steps=min(steps, ORIGIN), draws=draws, original_steps=ORIGIN, timestep_scaling=SCALING
-        )
+        """To the clean end, noise again, repeat; a student that is told its guidance, at `guidance_scale`."""
+        if student.takes_guidance:
+            w = self.guidance_scale(student) - 1
+            cond = cond | {"guidance": torch.full((len(x_T),), w, device=x_T.device)}
+        steps = min(steps, ORIGIN)
+        x_T = marginal(student.schedule, x_T, lcm_times(student.schedule, steps, ORIGIN, student.grid)[0])
+        return sample_lcm(student, x_T, cond, steps=steps, draws=draws, original_steps=ORIGIN, timestep_scaling=SCALING)
 
     def scheduler(self, teacher: Teacher):
         """diffusers' LCMScheduler on the teacher's betas, or FlowMatchLCMScheduler with its shift."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING
 
-from stepdistill.denoiser.families import is_flow
+from stepdistill.denoiser.families import KINDS, family_of, is_flow
+from stepdistill.prediction import Kind
 
 if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
+
+BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 
 
 def lcm_scheduler(teacher: Teacher, *, solver_steps: int, timestep_scaling: float):
@@ -24,6 +27,38 @@ def lcm_scheduler(teacher: Teacher, *, solver_steps: int, timestep_scaling: floa
         "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 0,
     }  # fmt: skip
     return LCMScheduler(**_known(LCMScheduler, config) | own)
+
+
+def ddim_scheduler(teacher: Teacher, *, kind: Kind, steps: int):
+    """A diffusers scheduler whose `steps` steps are DDIM's, from the noisy end to the clean one, evenly spaced.
+
+    DDIMScheduler with trailing spacing; but it goes on by T // steps timesteps while its grid is spaced by T / steps,
+    so where T is no multiple (16 or 32 steps of 1000) it takes each step to a place one timestep beside the next one's
+    start. DPMSolverMultistepScheduler of order one is DDIM too (Lu et al. 2022b) and lands where it goes on.
+
+    On a flow a pipeline that asks for even times (Flux) walks its own FlowMatchEulerDiscreteScheduler down them. Others
+    (SD3, Sana) leave the times to the scheduler, and that one's run to 1/1000 and then 0: the last step is wasted, and
+    the times of N steps are none of those of 2N. There it is DPMSolverMultistepScheduler again, with the teacher's
+    shift; its times are even, from 999/1000.
+
+    Args:
+        kind: what the student predicts.
+    """
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+
+    config = teacher.source.scheduler.config
+    order_one = {"solver_order": 1, "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
+    if is_flow(teacher.source.scheduler):
+        if family_of(teacher.source).flow_spacing == "trailing":
+            return FlowMatchEulerDiscreteScheduler(**_known(FlowMatchEulerDiscreteScheduler, config))
+        own = {"use_flow_sigmas": True, "flow_shift": teacher.denoiser.grid.shift}
+        return DPMSolverMultistepScheduler(**order_one, **own, prediction_type="flow_prediction")
+    own = {name: config[name] for name in BETAS if name in config}
+    own |= {"timestep_spacing": "trailing", "prediction_type": {k: name for name, k in KINDS.items()}[kind]}
+    own |= {"steps_offset": 1}  # means nothing here, but StableDiffusionPipeline grumbles at any other
+    if config.get("num_train_timesteps", 1000) % steps:
+        return DPMSolverMultistepScheduler(**order_one, **own)
+    return DDIMScheduler(**own, clip_sample=False, set_alpha_to_one=True)
 
 
 def _known(scheduler: type, config: dict) -> dict:

@@ -39,13 +39,15 @@ def export(
     """
     scheduler = method.scheduler(teacher)
     name = f"{method.name}-lora" if config.lora else method.name
-    record = config.record() | {"method": name, "train_seconds": round(seconds, 1)}
+    stamp = method.stamp(models)
+    record = config.record() | stamp | {"method": name, "train_seconds": round(seconds, 1)}
     picture = io.BytesIO()
     grid(method, teacher, models.student, config, captions).save(picture, "png")
     card = model_card(
         method=name, teacher=config.teacher, out=str(out), scheduler=type(scheduler).__name__, lora=config.lora,
         prompt=None if teacher.vae is None else prompts_for(config, captions)[0],
-        guidance=method.guidance_scale(models.student), settings={k: record[k] for k in SHOWN}, grid="grid.png",
+        guidance=method.guidance_scale(models.student), steps=method.steps,
+        settings={k: record[k] for k in (*SHOWN, *stamp)}, grid="grid.png",
         base=str(embedded.path("teacher")) if config.teacher == "avatars" else config.teacher,
         peft_part=None if hasattr(teacher.source, "load_lora_weights") else teacher.part,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +60,19 @@ class View:
         with self._context():
             return self._denoiser(x_t, t, cond, kind=kind)
 
+    @property
+    def backbone(self) -> nn.Module | None:
+        """The network behind the view; None for a closed form."""
+        return self._denoiser.backbone
+
     def features(self, x_t: Tensor, t: Time, cond: Cond | None, blocks: Sequence[str]) -> list[Tensor]:
-        """See features.read."""
+        """See features.read; of the four blocks of `features.check_blocks` where none is named."""
         with self._context():
-            return features.read(self._denoiser, x_t, t, cond, blocks)
+            return features.read(self._denoiser, x_t, t, cond, blocks or self._spread)
+
+    @cached_property
+    def _spread(self) -> tuple[str, ...]:
+        return features.check_blocks(self.backbone, ())
 
 
 class Models:
@@ -136,8 +146,9 @@ class Models:
                 p.requires_grad_(True)
 
     def enable_checkpointing(self) -> None:
-        """The student's activations are computed twice instead of kept; the second time with the adapters as they were
-        the first: the backward may come when they are switched the other way."""
+        """Activations are computed twice instead of kept, the student's and those of a teacher that gradients pass
+        through; the second time with the adapters as they were the first: the backward may come when they are switched
+        the other way."""
 
         def run(function, *inputs):
             on = self._switch.on
@@ -148,7 +159,8 @@ class Models:
 
             return checkpoint(once_more, *inputs, use_reentrant=False)
 
-        self.student.backbone.enable_gradient_checkpointing(run)
+        for backbone in {self.student.backbone, self.teacher.backbone} - {None}:
+            backbone.enable_gradient_checkpointing(run)
 
     @contextmanager
     def shown(self) -> Iterator[Denoiser]:

@@ -1,0 +1,229 @@
+"""Progressive distillation (Salimans and Ho 2022), of guided teachers too (Meng et al. 2023).
+
+A student of N steps learns to make in one DDIM step what its teacher makes in two. For t, m, s three neighbours of the
+teacher's grid of 2N steps, t and s neighbours of the student's:
+
+    x_t = alpha_t x0 + sigma_t eps                                     pure noise at the noisiest t
+    x_m = step(teacher, x_t, t -> m),   x_s = step(teacher, x_m, m -> s)
+    x0~ = (x_s - k x_t) / (alpha_s - k alpha_t),   k = sigma_s / sigma_t   (appendix G: one step to x0~ lands on x_s)
+    L   = w(t) |x0_student(x_t, t) - x0~|²
+
+Then the student is the next teacher and N is halved. Before the first halving a guided teacher's guidance, and the
+prediction of eps, are distilled away at the times of the grid (x0~ is then the guided teacher's own x0): a network that
+predicts eps has no say in x0 where there is nothing but noise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from stepdistill import solvers
+from stepdistill.denoiser.base import Cond, Denoiser
+from stepdistill.draws import Draws
+from stepdistill.errors import InputError
+from stepdistill.guidance import guided
+from stepdistill.methods.base import Batch, Clock, FrozenDenoiser, Loss, Method, Models, Role
+from stepdistill.methods.schedulers import ddim_scheduler
+from stepdistill.prediction import Kind, convert
+from stepdistill.schedules import EDM, RectifiedFlow, Schedule, Time, match
+from stepdistill.solvers import Denoise
+from stepdistill.timegrid import Grid, inference_times, shifted
+
+if TYPE_CHECKING:
+    from stepdistill.denoiser.load import Teacher
+
+WEIGHTINGS = ("truncated_snr", "snr+1")
+RHO = 7.0  # of Karras et al. 2022, equation 5
+
+
+def in_thousandths(schedule: Schedule, grid: Grid) -> bool:
+    """Whether the pipeline samples a few-step student with DPMSolverMultistepScheduler's flow: see `ddim_scheduler`."""
+    return isinstance(schedule, RectifiedFlow) and grid.spacing == "linspace"
+
+
+@lru_cache(maxsize=16)
+def halving_times(schedule: Schedule, steps: int, grid: Grid | None = None) -> Tensor:
+    """The times that `steps` steps visit: every other one of those of twice as many.
+
+    Even in t from the noisy end to the clean one, then moved by the grid's resolution shift. On EDM
+    sigma = sigma_max (1 - i/N)^7, which is Karras's spacing for sigma_min = 0 (his own, which ends on sigma_min, has no
+    points in common with that of 2N). Where diffusers walks a flow with DPMSolverMultistepScheduler, from 999/1000 on,
+    as that does.
+
+    Returns:
+        (steps + 1,) float64 on the CPU, falling; the last is the clean end.
+
+    Raises:
+        InputError: no steps, or more than AlphaBar has timesteps.
+    """
+    if isinstance(schedule, EDM):
+        return schedule.t_max * torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** RHO
+    grid = grid or Grid()
+    times = inference_times(schedule, steps, spacing="trailing")
+    if in_thousandths(schedule, grid):
+        times = (1 - 1e-3) * times
+    return shifted(schedule, times, grid.shift)
+
+
+def from_noise(schedule: Schedule, eps: Tensor, t: Tensor) -> Tensor:
+    """What sampling begins with at the noisiest t: unit noise, or noise of standard deviation sigma_t where that is
+    more (EDM)."""
+    return eps * match(schedule.coeffs(t)[1].clamp(min=1), eps)
+
+
+def x0_of(
+    denoiser: Denoiser | FrozenDenoiser,
+    x_t: Tensor,
+    t: Time,
+    cond: Cond | None,
+    uncond: Cond | None = None,
+    scale: float | Tensor = 1.0,
+) -> Tensor:
+    """The guided x0 at (x_t, t), as diffusers' scheduler has it.
+
+    On a flow DPMSolverMultistepScheduler cuts 1000 t to a whole number before the network is told, and takes the
+    coefficients of t itself. On every other grid this is `guided`.
+
+    Args:
+        scale: a float or (B,); a network that is told its guidance is told this. See `guided`.
+    """
+    clock = t
+    if in_thousandths(denoiser.schedule, denoiser.grid):
+        clock = (1000 * torch.as_tensor(t, dtype=torch.float64) + 1e-6).floor() / 1000
+    y = guided(denoiser, x_t, clock, cond, uncond, scale, kind=denoiser.kind)
+    return convert(y, x_t, t, denoiser.schedule, src=denoiser.kind, dst="x0")
+
+
+def one_step_x0(schedule: Schedule, x_t: Tensor, x_s: Tensor, t: Time, s: Time) -> Tensor:
+    """The x0 whose DDIM step from x_t lands on x_s (Salimans and Ho 2022, appendix G); x_s itself at the clean end.
+
+    Args:
+        x_t, x_s: (B, ...). t, s: floats, () or (B,).
+
+    Returns:
+        (B, ...), float32 (float64 as x_t).
+    """
+    alpha_t, sigma_t = schedule.coeffs(t)
+    alpha_s, sigma_s = schedule.coeffs(s)
+    k = sigma_s / sigma_t
+    share = alpha_s - k * alpha_t
+    return match(1 / share, x_t) * x_s - match(k / share, x_t) * x_t
+
+
+@dataclass(frozen=True)
+class Progressive(Method):
+    """One stage of progressive distillation.
+
+    Args:
+        steps: N, the student's.
+        stage: "halve": the teacher's two steps in one. "guide": the guided teacher's x0 in one forward, as the student
+            predicts it, at the times of N steps.
+        guidance_min, guidance_max: in the stage "guide", and for a network that is told its guidance in both, the
+            scale is drawn evenly from this range for each sample (1 is none).
+        weighting: w(t). "truncated_snr": max(SNR, 1), the larger of the errors of x0 and eps. "snr+1": the error of v.
+        solver: of the teacher's two steps: "ddim" or "heun".
+        eps_student: what the student of an eps teacher predicts: "v", "x0" or "eps"; those of others are as they are.
+        embed_guidance: tell the student its scale through `time_cond_proj_dim` (a full student).
+
+    Raises:
+        InputError: a setting out of range.
+    """
+
+    steps: int = 1
+    stage: Literal["guide", "halve"] = "halve"
+    guidance_min: float = 1.0
+    guidance_max: float = 1.0
+    weighting: str = "truncated_snr"
+    solver: str = "ddim"
+    eps_student: Kind = "v"
+    embed_guidance: bool = False
+
+    name: ClassVar[str] = "progressive"
+    roles: ClassVar[dict[str, Role]] = {"teacher": Role.FROZEN, "student": Role.TRAINED}
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"steps: got {self.steps}; allowed: 1 or more; try 4")
+        if not 1 <= self.guidance_min <= self.guidance_max < math.inf:
+            got = f"{self.guidance_min:g} to {self.guidance_max:g}"
+            raise InputError(f"guidance: got {got}; allowed: 1 or more, rising; 1 means no guidance, try 2")
+        named = {"stage": ("guide", "halve"), "weighting": WEIGHTINGS, "solver": ("ddim", "heun"),
+                 "eps_student": ("v", "x0", "eps")}  # fmt: skip
+        for setting, allowed in named.items():
+            if getattr(self, setting) not in allowed:
+                raise InputError(f"{setting}: got {getattr(self, setting)!r}; allowed: {', '.join(allowed)}")
+
+    def student_kind(self, teacher_kind: Kind) -> Kind:
+        """What the student predicts: `eps_student` of an eps teacher, else as its teacher."""
+        return self.eps_student if teacher_kind == "eps" else teacher_kind
+
+    def guidance_scale(self, student: Denoiser) -> float:
+        """What the student is sampled at: the middle of the range where it is told, else 1.0."""
+        return (self.guidance_min + self.guidance_max) / 2 if student.takes_guidance else 1.0
+
+    def weight(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """w(t) on the squared error of x0 (section 4), float64, of t's shape."""
+        alpha, sigma = schedule.coeffs(t)
+        snr = (alpha / sigma).square()
+        return snr + 1 if self.weighting == "snr+1" else snr.clamp(min=1)
+
+    def loss(self, phase: str, batch: Batch, models: Models, clock: Clock) -> Loss:
+        """The weighted mean square of the student's x0 against that of the teacher's steps."""
+        schedule, grid, draws = models.teacher.schedule, models.teacher.grid, batch.draws
+        stride = 2 if self.stage == "halve" else 1
+        points = halving_times(schedule, stride * self.steps, grid).to(draws.device, non_blocking=True)
+        index = stride * draws.integers(self.steps)
+        t = points[index]
+        scale = self.guidance_min + (self.guidance_max - self.guidance_min) * draws.uniform()
+        eps = draws.normal(*batch.x0.shape[1:]).to(batch.x0.dtype)
+        # An N-step sampler begins with noise alone. Where the schedule's noisy end still has a trace of the picture
+        # (alpha = 0.07 for Stable Diffusion), a student trained on it would read there what is not there in sampling.
+        x_t = torch.where(
+            match(index == 0, eps) > 0, from_noise(schedule, eps, points[0]), schedule.add_noise(batch.x0, eps, t)
+        )
+
+        with torch.no_grad():
+            if self.stage == "guide":
+                fixed = self.guidance_min == self.guidance_max == 1
+                target_x0 = x0_of(models.teacher, x_t, t, batch.cond, batch.uncond, 1.0 if fixed else scale)
+            else:
+                m, s = points[index + 1], points[index + 2]
+                target_x0 = self.two_steps(models.teacher, x_t, (t, m, s), batch.cond, scale)
+        student_x0 = x0_of(models.student, x_t, t, batch.cond, scale=told(models.student, scale))
+
+        error = (student_x0 - target_x0).float().square()
+        total = (match(self.weight(schedule, t), error) * error).mean()
+        return Loss(total, {"distillation": total.detach()})
+
+    def two_steps(
+        self, teacher: FrozenDenoiser, x_t: Tensor, times: tuple[Tensor, Tensor, Tensor], cond: Cond, scale: Tensor
+    ) -> Tensor:
+        """The x0 that one DDIM step needs to go where the teacher's two go; times t, m and s, (B,) each."""
+        t, m, s = times
+        schedule, step, own = teacher.schedule, solvers.get(self.solver), told(teacher, scale)
+        denoise = Denoise(lambda x, time: x0_of(teacher, x, time, cond, scale=own), schedule)
+        return one_step_x0(schedule, x_t, step(denoise, step(denoise, x_t, t, m), m, s), t, s)
+
+    @torch.no_grad()
+    def sample(self, student: Denoiser, x_T: Tensor, cond: Cond, *, steps: int, draws: Draws) -> Tensor:
+        """DDIM down the grid of `steps`; a student that is told its guidance, at the middle of the range."""
+        schedule = student.schedule
+        times = halving_times(schedule, steps, student.grid)
+        scale = told(student, self.guidance_scale(student))
+        denoise = Denoise(lambda x, t: x0_of(student, x, t, cond, scale=scale), schedule)
+        return solvers.integrate(solvers.ddim, denoise, from_noise(schedule, x_T, times[0]), times)
+
+    def scheduler(self, teacher: Teacher):
+        """A diffusers scheduler that takes DDIM steps down the same grid."""
+        return ddim_scheduler(teacher, kind=self.student_kind(teacher.denoiser.kind), steps=self.steps)
+
+
+def told(denoiser: Denoiser | FrozenDenoiser, scale: float | Tensor) -> float | Tensor:
+    """The guidance scale of a network that is told it; of any other none, for it has its guidance in its weights."""
+    return scale if denoiser.takes_guidance else 1.0

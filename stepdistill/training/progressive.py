@@ -1,0 +1,223 @@
+"""Progressive distillation as a chain of runs: the flags, and what goes from one halving to the next.
+
+    <out>/steps-32/ ... steps-1/     an export for each: a LoRA, or a whole pipeline
+    <out>/runs/steps-32/ ...         checkpoints, metrics and validation grids of each
+
+A halving begins with the export before it, read from the disk: nothing else is handed on, so a chain that was cut goes
+on as one that was not. Optimizer, learning rate and averages begin anew in each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from stepdistill.errors import InputError
+from stepdistill.methods.progressive import Progressive, halving_times
+from stepdistill.training import folder
+from stepdistill.training.config import TrainConfig
+from stepdistill.training.export import push_rest
+from stepdistill.training.lcm import check_guidance, guidance_range
+from stepdistill.training.run import begin, open_samples, open_teacher
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stepdistill.denoiser.base import Denoiser
+    from stepdistill.denoiser.load import Teacher
+    from stepdistill.prediction import Kind
+
+
+@dataclass(frozen=True)
+class ProgressiveConfig(TrainConfig):
+    """Flags of progressive distillation."""
+
+    start_steps: int = 32
+    """Steps of the teacher that the first halving begins with: a power of two."""
+    end_steps: int = 1
+    """Steps of the last student: a power of two. As many as the start steps: guidance alone is distilled."""
+    max_train_steps: int = 1000
+    """Updates of each halving."""
+    final_factor: float = 2.0
+    """The halvings to 2 and to 1 step are longer by this factor."""
+    guide_updates: int = 0
+    """Updates of the first stage, which distils guidance at the start steps; 0 is max-train-steps."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate of each halving goes on after the warm-up."""
+
+    guidance: tuple[float, ...] = (4.0,)
+    """The teacher's guidance scale: one value, or a range drawn from (1 is none)."""
+    embed_guidance: bool = False
+    """Tell a full student its guidance scale, so that users choose it (--no-lora only; give a range)."""
+    student_prediction: Literal["v", "x0", "eps"] = "v"
+    """What the student of an eps-predicting teacher predicts; those of others predict as their teacher."""
+    weighting: Literal["truncated_snr", "snr+1"] = "truncated_snr"
+    """Of the error of x0: max(SNR, 1), or the error of v."""
+    teacher_solver: Literal["ddim", "heun"] = "ddim"
+    """What takes the teacher's two steps."""
+
+    def check(self) -> None:
+        """Raises InputError where a setting is out of range, or needs a package that is not installed."""
+        super().check()
+        for name in ("start_steps", "end_steps"):
+            steps = getattr(self, name)
+            if steps < 1 or steps & (steps - 1):
+                near = 1 << max(0, steps - 1).bit_length()
+                raise InputError(f"{name}: got {steps}; allowed: a power of two, as each halving needs; try {near}")
+        if self.end_steps > self.start_steps:
+            got = f"{self.end_steps} from start_steps {self.start_steps}"
+            raise InputError(f"end_steps: got {got}; allowed: no more than those; try 1")
+        if self.guide_updates < 0:
+            raise InputError(f"guide_updates: got {self.guide_updates}; allowed: 0 or more; 0 is max-train-steps")
+        if not self.final_factor > 0:
+            raise InputError(f"final_factor: got {self.final_factor:g}; allowed: above 0; the paper's is 2")
+
+    def method(self) -> Progressive:
+        """The last halving."""
+        return self._method(self.end_steps)
+
+    def methods(self, denoiser: Denoiser) -> list[Progressive]:
+        """Every stage of the chain that begins with this teacher, in order.
+
+        The first distils guidance, and turns eps into what students predict. It is left out where there is nothing to
+        do: no guidance, or a teacher that is told it, as Flux-dev is, and hands it on halving by halving.
+        """
+        guided = (self.guidance[-1] > 1 or self.embed_guidance) and not denoiser.takes_guidance
+        changed = self.method().student_kind(denoiser.kind) != denoiser.kind
+        first = [self._method(self.start_steps, "guide")] if guided or changed else []
+        return first + [self._method(steps) for steps in self.halvings]
+
+    def _method(self, steps: int, stage: Literal["guide", "halve"] = "halve") -> Progressive:
+        low, high = guidance_range(self)
+        return Progressive(
+            steps=steps, stage=stage, guidance_min=low, guidance_max=high, weighting=self.weighting,
+            solver=self.teacher_solver, eps_student=self.student_prediction, embed_guidance=self.embed_guidance,
+        )  # fmt: skip
+
+    @property
+    def halvings(self) -> list[int]:
+        """The students' steps, falling."""
+        ratio = self.start_steps // self.end_steps
+        return [self.start_steps >> i for i in range(1, ratio.bit_length())]
+
+    def run(self, steps: int) -> ProgressiveConfig:
+        """The configuration of one stage's run. Its end is its own, so that a chain may be made longer later."""
+        updates = self.max_train_steps
+        if steps == self.start_steps:
+            updates = self.guide_updates or updates
+        elif steps <= 2:
+            updates = max(1, round(self.final_factor * updates))
+        return dataclasses.replace(
+            self, out=Path(self.out) / "runs" / f"steps-{steps}", end_steps=steps, max_train_steps=updates,
+            push_to_hub=self.push_to_hub if steps == self.end_steps else None,
+        )  # fmt: skip
+
+    def target(self, steps: int) -> Path:
+        """Where the student of so many steps is exported."""
+        return Path(self.out) / f"steps-{steps}"
+
+    @property
+    def data_guidance(self) -> float:
+        """The middle of the range."""
+        return (self.guidance[0] + self.guidance[-1]) / 2
+
+    def check_teacher(self, teacher: Teacher) -> None:
+        """Raises InputError where a teacher cannot be distilled as the flags say."""
+        super().check_teacher(teacher)
+        check_guidance(self, teacher)
+        denoiser = teacher.denoiser
+        if not self.methods(denoiser):
+            got = f"{self.end_steps}, the start steps, without guidance to distil"
+            raise InputError(f"end_steps: got {got}; allowed: fewer; try 1")
+        first = halving_times(denoiser.schedule, self.start_steps, denoiser.grid)[0]
+        pure_noise = denoiser.schedule.coeffs(first)[0].item() == 0
+        if pure_noise and denoiser.kind == "eps":
+            raise InputError(
+                f"teacher: got {teacher.path}, which predicts eps on a schedule that ends in pure noise, where that "
+                "says nothing of x0; allowed: v, x0 or flow there; take a teacher of another prediction_type"
+            )
+        if pure_noise and self.teacher_solver == "heun" and denoiser.schedule.straight == (0.0, 1.0):
+            raise InputError(
+                f"teacher_solver: got heun with {teacher.path}, whose schedule ends in pure noise; allowed: ddim there"
+            )
+
+
+def distil_chain(config: ProgressiveConfig) -> Path:
+    """Runs all stages, each from the export of the one before; those that are done are passed over.
+
+    Returns:
+        The last student's export folder.
+
+    Raises:
+        InputError: a flag, the teacher, the data or a folder will not do.
+    """
+    state = begin(config)
+    for steps in (config.start_steps, *config.halvings):
+        folder.claim(config.run(steps), state.num_processes, write=False)
+    folder.claim(config, state.num_processes, write=state.is_main_process and not config.dry_run)
+    last, target = config.run(config.end_steps), config.target(config.end_steps)
+    if folder.finished(last, target) is not None:
+        state.print(f"done already: {target}")
+        if state.is_main_process:
+            push_rest(last, target)
+        return target
+    with tempfile.TemporaryDirectory() as beside:
+        teacher = open_teacher(config, state.device)
+        kind, methods = teacher.denoiser.kind, config.methods(teacher.denoiser)
+        data = open_samples(config, teacher, Path(beside))
+        del teacher  # each stage loads its own
+        previous = None
+        for method in methods:
+            run, target = config.run(method.steps), config.target(method.steps)
+            if folder.finished(run, target) is None:
+                state.print(f"{method.stage}: {target}")
+                _train(method, run, target, data, state.device, previous, method.student_kind(kind))
+            if config.dry_run:
+                break
+            previous = config.run(method.steps), target
+    return target
+
+
+def _train(
+    method: Progressive, run: ProgressiveConfig, target: Path, data, device,
+    previous: tuple[ProgressiveConfig, Path] | None, kind: Kind,
+) -> None:  # fmt: skip
+    """One stage.
+
+    Args:
+        previous: the run before and its export; None for the first.
+        kind: what students predict.
+    """
+    from stepdistill.training.trainer import Trainer, build_models
+
+    teacher, start = open_stage(run, device, previous[1] if previous else None, kind)
+    models = build_models(method, teacher, run, start) if start else None
+    trainer = Trainer(method, teacher, data, run, models=models, target=target)
+    if previous:  # what a student cost is what its chain cost
+        trainer.seconds = json.loads((previous[0].out / "done.json").read_text())["seconds"]
+    trainer.fit()
+    trainer.accelerator.free_memory()
+
+
+def open_stage(
+    run: ProgressiveConfig, device, export: Path | None, kind: Kind
+) -> tuple[Teacher, dict[str, Tensor] | None]:
+    """The teacher of a stage, and the adapter that it has if it is a LoRA's.
+
+    Args:
+        export: of the stage before; None for the teacher the chain begins with.
+        kind: what that export predicts.
+    """
+    from stepdistill.export.adapters import trained_weights
+
+    if export is None:
+        return open_teacher(run, device), None
+    if not run.lora:
+        return open_teacher(dataclasses.replace(run, teacher=str(export), variant=None, revision=None), device), None
+    teacher = open_teacher(run, device)
+    teacher.denoiser.kind = kind
+    return teacher, trained_weights(export)

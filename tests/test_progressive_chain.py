@@ -1,0 +1,231 @@
+"""The chain of halvings: what each hands on, what plain diffusers makes of it, and what a cut leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from test_trainer import environment, kill_when
+
+from stepdistill.denoiser.load import load_teacher
+from stepdistill.draws import Draws
+from stepdistill.errors import InputError
+from stepdistill.evaluation.places import check_lora
+from stepdistill.evaluation.spec import guidance_of, load, parse
+from stepdistill.export.adapters import trained_weights
+from stepdistill.export.lora import LORA_FILE
+from stepdistill.training.progressive import ProgressiveConfig, distil_chain, open_stage
+from stepdistill.training.trainer import build_models
+from stepdistill.training.validation import evaluating
+
+SCRIPT = Path(__file__).parent.parent / "train_scripts" / "train_progressive.py"
+PROMPT = tiny.PROMPTS[0]
+SIDE = tiny.LATENT * tiny.FACTOR
+RANK, ALPHA = 4, 6.0
+CASES = {  # family, LoRA, start steps, further flags
+    "sd-lora": ("sd", True, 4, {"guidance": (2.0,)}),
+    "sd-full": ("sd", False, 4, {"guidance": (2.0, 4.0), "embed_guidance": True}),
+    "sd3-lora": ("sd3", True, 2, {"guidance": (2.0,)}),
+    "sd3-full": ("sd3", False, 2, {"guidance": (2.0,), "teacher_solver": "heun"}),
+}
+
+FRESH = """
+import json, sys, torch, diffusers
+from safetensors.torch import save_file
+drawn = {}
+for case in json.load(open(sys.argv[1])):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(case["base"])
+    pipe.set_progress_bar_config(disable=True)
+    if case["lora"]:
+        pipe.load_lora_weights(case["export"])
+        scheduler = json.load(open(case["export"] + "/scheduler/scheduler_config.json"))["_class_name"]
+        pipe.scheduler = getattr(diffusers, scheduler).from_pretrained(case["export"], subfolder="scheduler")
+    torch.manual_seed(3)
+    drawn[case["name"]] = pipe(
+        case["prompt"], num_inference_steps=case["steps"], latents=torch.randn(1, 4, case["latent"], case["latent"]),
+        output_type="latent", guidance_scale=case["guidance"], height=case["side"], width=case["side"],
+    ).images.contiguous()
+save_file(drawn, sys.argv[2])
+assert "stepdistill" not in sys.modules
+"""
+
+
+@pytest.fixture(scope="module")
+def chains(tmp_path_factory, pictures):
+    """Every chain's configuration, and what plain diffusers paints with each of its exports."""
+    root = tmp_path_factory.mktemp("chains")
+    teachers = {family: str(tiny.save(root / family, family)) for family in ("sd", "sd3")}
+    configs, cases = {}, []
+    for name, (family, lora, start, flags) in CASES.items():
+        config = ProgressiveConfig(
+            teacher=teachers[family], data=pictures, out=root / name, start_steps=start, max_train_steps=2,
+            batch_size=2, learning_rate=1e-2 if lora else 1e-3, rank=RANK, alpha=ALPHA, lora=lora, resolution=SIDE,
+            log_every=1, **flags,
+        )  # fmt: skip
+        assert distil_chain(config) == root / name / "steps-1"
+        configs[name] = config
+        for steps in (start, *config.halvings):
+            export = str(config.target(steps))
+            cases.append({
+                "name": f"{name}-{steps}", "base": teachers[family] if lora else export, "export": export, "lora": lora,
+                "prompt": PROMPT, "steps": steps, "latent": tiny.LATENT, "side": SIDE,
+                "guidance": 3.0 if config.embed_guidance else 1.0,
+            })  # fmt: skip
+    (root / "cases.json").write_text(json.dumps(cases))
+    words = [sys.executable, "-c", FRESH, str(root / "cases.json"), str(root / "drawn.safetensors")]
+    done = subprocess.run(words, env=os.environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return configs, load_file(root / "drawn.safetensors")
+
+
+def handed_on(config: ProgressiveConfig, steps: int):
+    """The networks of a halving that would begin with the student of so many steps."""
+    kind = "v" if "sd-" in str(config.out) else "flow"
+    teacher, start = open_stage(config.run(1), "cpu", config.target(steps), kind)
+    assert teacher.denoiser.kind == kind
+    return teacher, build_models(config.method(), teacher, config, start)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_export_paints_in_plain_diffusers_what_the_next_halving_learns_from(chains, name):
+    configs, drawn = chains
+    config = configs[name]
+    torch.manual_seed(3)
+    x_T = torch.randn(1, 4, tiny.LATENT, tiny.LATENT)
+    seen = []
+    for steps in (config.start_steps, *config.halvings):
+        teacher, models = handed_on(config, steps)
+        cond, draws = teacher.conditioner.encode([PROMPT]), Draws.at(0, 0, 1)
+        with models.shown() as student, evaluating(student.backbone):
+            ours = config.method().sample(student, x_T, cond, steps=steps, draws=draws)
+        theirs = config.method().sample(models.teacher, x_T, cond, steps=steps, draws=draws)
+        for picture in (ours, theirs):
+            assert (picture - drawn[f"{name}-{steps}"]).abs().max() < 1e-4
+        seen.append(ours)
+    base = load_teacher(config.teacher).resize((SIDE, SIDE))
+    before = config.method().sample(base.denoiser, x_T, cond, steps=1, draws=draws)
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(seen, [*seen[1:], before], strict=True))
+
+
+def test_a_halving_keeps_its_teacher_while_its_student_moves(chains):
+    config = chains[0]["sd-lora"]
+    teacher, models = handed_on(config, 2)
+    cond = teacher.conditioner.encode([PROMPT])
+    x, t = torch.randn(1, 4, tiny.LATENT, tiny.LATENT), 499.0
+    before = models.teacher(x, t, cond)
+    with torch.no_grad():
+        assert torch.allclose(models.student(x, t, cond), before, atol=1e-5)
+        for parameter in models.trained["student"].values():
+            parameter.add_(0.05)
+        assert torch.equal(models.teacher(x, t, cond), before)
+        assert not torch.allclose(models.student(x, t, cond), before, atol=1e-3)
+
+
+def test_an_adapter_is_read_under_the_names_of_the_parameters(chains, tmp_path):
+    config = chains[0]["sd-lora"]
+    _, models = handed_on(config, 1)
+    stored = load_file(config.target(1) / LORA_FILE)
+    assert len(stored) == len(models.trained["student"]) > 0
+    for name, parameter in models.trained["student"].items():
+        assert torch.equal(parameter, stored["unet." + name.replace(".default.", ".")])
+    with pytest.raises(InputError, match=r"lora: got .*, which holds neither pytorch_lora_weights.safetensors nor"):
+        trained_weights(tmp_path)
+
+
+def test_an_export_is_sampled_without_guidance_and_with_its_own_scheduler(chains):
+    configs, _ = chains
+    asked = parse(f"{configs['sd-lora'].teacher},lora={configs['sd-lora'].target(2)}")
+    pipe = load(asked)
+    assert guidance_of(asked, pipe, 5.0) == 1.0
+    assert (type(pipe.scheduler).__name__, pipe.scheduler.config.prediction_type) == ("DDIMScheduler", "v_prediction")
+    told = parse(str(configs["sd-full"].target(1)))
+    assert guidance_of(told, load(told), 5.0) == 3.0
+    card = (configs["sd-lora"].target(2) / "README.md").read_text()
+    assert "num_inference_steps=2, guidance_scale=1.0" in card
+
+
+def test_what_a_student_cost_is_what_its_chain_cost(chains):
+    config = chains[0]["sd-lora"]
+    records = [json.loads((config.target(steps) / "config.json").read_text()) for steps in (4, 2, 1)]
+    assert [record["method"] for record in records] == ["progressive-lora"] * 3
+    seconds = [record["train_seconds"] for record in records]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    rates = [json.loads(line)["learning_rate"] for line in (config.run(2).out / "metrics.jsonl").open()]
+    assert rates == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])  # linear, anew in each halving
+
+
+def test_the_folder_of_a_chain_is_answered_with_its_students(chains):
+    with pytest.raises(InputError, match=r"a chain of students; allowed: one of steps-1, steps-2, steps-4; give .*-1"):
+        check_lora(str(chains[0]["sd-lora"].out))
+
+
+def test_a_finished_chain_is_not_run_again_and_a_longer_one_goes_on(chains, tmp_path, pictures, capsys):
+    config = chains[0]["sd-lora"]
+    assert distil_chain(config) == config.target(1)
+    assert "done already" in capsys.readouterr().out
+    short = ProgressiveConfig(
+        teacher=config.teacher, data=pictures, out=tmp_path, start_steps=4, end_steps=2, max_train_steps=2,
+        batch_size=2, learning_rate=1e-2, rank=RANK, alpha=ALPHA, resolution=SIDE, log_every=1, guidance=(2.0,),
+    )  # fmt: skip
+    distil_chain(short)
+    assert not (tmp_path / "steps-1").exists()
+    first = (tmp_path / "steps-2" / LORA_FILE).stat().st_mtime_ns
+    distil_chain(config_at(short, end_steps=1))
+    assert (tmp_path / "steps-2" / LORA_FILE).stat().st_mtime_ns == first
+    assert same(tmp_path, config.out)
+    with pytest.raises(InputError, match=r"--out: got .*steps-4, which holds a run with seed = 0 \(now 1\)"):
+        distil_chain(config_at(short, end_steps=1, seed=1))
+
+
+def config_at(config: ProgressiveConfig, **changed) -> ProgressiveConfig:
+    return ProgressiveConfig(**(vars(config) | changed))
+
+
+def same(a: Path, b: Path) -> bool:
+    """Whether two chains' LoRAs are the same bits."""
+    pairs = [(load_file(a / f"steps-{n}" / LORA_FILE), load_file(b / f"steps-{n}" / LORA_FILE)) for n in (4, 2, 1)]
+    return all(x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x, y in pairs)
+
+
+def test_a_dry_run_does_one_update_and_leaves_nothing(chains, tmp_path, capsys):
+    distil_chain(config_at(chains[0]["sd-lora"], out=tmp_path / "out", dry_run=True))
+    assert not (tmp_path / "out").exists()
+    assert '"start_steps": 4' in capsys.readouterr().out
+
+
+def test_a_chain_killed_in_the_middle_of_a_halving_ends_with_the_same_bits(tmp_path, pipelines, pictures):
+    flags = ["--start-steps", "4", "--max-train-steps", "16", "--checkpoint-every", "5", "--log-every", "1"]
+    flags += ["--rank", "2", "--batch-size", "2", "--guidance", "2", "--learning-rate", "1e-3", "--lora-dropout", "0.1"]
+    words = [sys.executable, str(SCRIPT), "--teacher", pipelines["sd"], "--data", pictures, *flags]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run([*words, "--out", str(whole)], env=environment(), check=True, capture_output=True)
+    again = [*words, "--out", str(cut)]
+    log = cut / "runs" / "steps-2" / "metrics.jsonl"
+    assert kill_when(lambda: log.exists() and log.read_text().count("\n") >= 8, again) == -signal.SIGKILL
+    assert (cut / "steps-4").is_dir() and not (cut / "steps-2").exists()
+    assert list((cut / "runs" / "steps-2" / "checkpoints").glob("step-*"))
+    subprocess.run(again, env=environment(), check=True, capture_output=True)
+    assert same(whole, cut)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--start-steps", "24"], "start_steps: got 24; allowed: a power of two, as each halving needs; try 32"),
+        (["--embed-guidance"], "embed_guidance: got it for a LoRA; allowed: a full student (--no-lora)"),
+        (["--target-modules", "to_z"], "target modules: got to_z, which match no layer; allowed: endings such"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(tmp_path, pipelines, pictures, flags, message):
+    words = [sys.executable, str(SCRIPT), "--teacher", pipelines["sd"], "--data", pictures, "--out", str(tmp_path)]
+    done = subprocess.run([*words, *flags], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}"), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.glob("steps-*"))

@@ -1,0 +1,26 @@
+"""Distils a pipeline progressively (Salimans and Ho 2022; Meng et al. 2023): half the steps, again and again.
+
+    accelerate launch train_scripts/train_progressive.py --teacher avatars --data avatars --out out/halved --guidance 4
+    accelerate launch train_scripts/train_progressive.py --config train_scripts/configs/sd15_progressive_lora.yaml
+
+One command runs the whole chain from --start-steps to --end-steps: guidance first, then halving by halving, each from
+the export before it. The same command again resumes. The exports are in <out>/steps-16, <out>/steps-8, ...
+"""
+
+from __future__ import annotations
+
+import sys
+
+from stepdistill.cli._run import guard
+
+
+def main() -> None:
+    """Reads the flags and trains."""
+    from stepdistill.cli.training import parse_training
+    from stepdistill.training.progressive import ProgressiveConfig, distil_chain
+
+    distil_chain(parse_training(ProgressiveConfig, __doc__))
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))
