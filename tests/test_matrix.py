@@ -15,22 +15,28 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from stepdistill.data.cache import open_data
 from stepdistill.denoiser.load import load_teacher
+from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.export.fused import save_fused
 from stepdistill.export.kohya import save_kohya
 from stepdistill.export.lora import LORA_FILE, PEFT_FILE
-from stepdistill.methods.consistency import sample_lcm
+from stepdistill.training.add import ADDConfig
+from stepdistill.training.config import TrainConfig
+from stepdistill.training.ladd import LADDConfig
 from stepdistill.training.lcm import LCMConfig
+from stepdistill.training.progressive import ProgressiveConfig, distil_chain
+from stepdistill.training.run import distil
 from stepdistill.training.trainer import Trainer
 from stepdistill.training.validation import evaluating
 
 PROMPT = "a red cat with a blue hat"
 FAMILIES = ("sd", "sdxl", "sd3", "flux", "pixart", "sana", "pixel")
-CASES = [(family, lora) for family in FAMILIES for lora in (True, False)]
+METHODS = ("lcm", "progressive", "add", "ladd")
+CASES = [(method, family, lora) for method in METHODS for family in FAMILIES for lora in (True, False)]
 BINNED = ("pixart", "sana")  # pipelines that would round the picture's size to one of their own
-RANK, ALPHA, STEPS = 4, 6.0, (1, 4)
+RANK, ALPHA = 4, 6.0
+STEPS = {"lcm": (1, 4), "progressive": (2,), "add": (1, 4), "ladd": (1, 4)}  # what a student is sampled at
 
 FRESH = """
 import json, sys, torch, diffusers
@@ -80,47 +86,79 @@ def unpacked(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return FluxPipeline._unpack_latents(x, 8 * shape[1], 8 * shape[2], 8)
 
 
+class Given(Draws):
+    """Draws that are the tensors of a list, one after the other."""
+
+    def __init__(self, noises: list[torch.Tensor]) -> None:
+        super().__init__([0] * len(noises[0]))
+        self.noises = iter(noises)
+
+    def normal(self, *shape):
+        return next(self.noises)
+
+
+def name_of(method: str, family: str, lora: bool) -> str:
+    return f"{method}-{family}-{'lora' if lora else 'full'}"
+
+
+def settings_of(method: str, family: str) -> tuple[type, dict]:
+    """The flags' class, and those that are not as for every method."""
+    scale = 1.0 if family == "pixel" else 2.0
+    if method == "lcm":
+        return LCMConfig, {"guidance": (scale,)}
+    if method == "progressive":
+        return ProgressiveConfig, {"guidance": (scale,), "start_steps": 4, "end_steps": 2, "final_factor": 1.0}
+    if method == "add":
+        return ADDConfig, {"guidance": scale, "feature_network": "efficientnet_lite2", "picture_size": 64}
+    return LADDConfig, {"guidance": scale}
+
+
+def distilled(method: str, config: TrainConfig) -> tuple[Path, Trainer]:
+    """The export, and the run that made it."""
+    runs, finish = [], Trainer._finish
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_finish", lambda run: runs.append(run) or finish(run))
+        export = distil_chain(config) if method == "progressive" else distil(config)
+    return export, runs[-1]
+
+
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory, pictures):
-    """What the trainer painted and what plain diffusers does, by case."""
+    """What our sampler painted and what plain diffusers does, by case."""
     root = tmp_path_factory.mktemp("matrix")
     teachers = {f: str(tiny.save(root / f, f, **({"kind": "sample"} if f == "pixel" else {}))) for f in FAMILIES}
     cases, ours = [], {}
-    for family, lora in CASES:
-        name = f"{family}-{'lora' if lora else 'full'}"
-        config = LCMConfig(
-            teacher=teachers[family], data=pictures, out=root / name, max_train_steps=2, batch_size=2,
-            learning_rate=1e-2 if lora else 1e-3, rank=RANK, alpha=ALPHA, lora=lora,
-            guidance=(1.0,) if family == "pixel" else (2.0,),
+    for method, family, lora in CASES:
+        name = name_of(method, family, lora)
+        kind, own = settings_of(method, family)
+        side = tiny.LATENT * (1 if family == "pixel" else tiny.FACTOR)
+        config = kind(
+            teacher=teachers[family], data=pictures, out=root / name, max_train_steps=2, batch_size=2, resolution=side,
+            learning_rate=1e-2 if lora else 1e-3, lr_scheduler="constant", rank=RANK, alpha=ALPHA, lora=lora, **own,
         )  # fmt: skip
-        teacher = load_teacher(teachers[family])
-        side = teacher.sample_shape[1] if family == "pixel" else tiny.LATENT * tiny.FACTOR
-        teacher.resize((side, side))
-        run = Trainer(config.method(), teacher, open_data(pictures, teacher, resolution=side), config)
-        export = run.fit()
-        cond = {} if family == "pixel" else teacher.conditioner.encode([PROMPT])
-        shape = (1, *teacher.sample_shape)
+        export, run = distilled(method, config)
+        cond = {} if family == "pixel" else run.teacher.conditioner.encode([PROMPT])
+        shape = (1, *run.teacher.sample_shape)
+        base = load_teacher(teachers[family]).resize((side, side)).denoiser
         with run.models.shown() as student, evaluating(student.backbone):
-            if student.takes_guidance:
-                cond["guidance"] = torch.ones(1)
-            for steps in STEPS:
+            for steps in STEPS[method]:
                 torch.manual_seed(3)
                 like = packed(torch.zeros(shape)) if family == "flux" else torch.zeros(shape)
                 noises = [torch.randn(like.shape) for _ in range(steps)]
                 if family == "flux":
                     noises = [unpacked(noise, shape[1:]) for noise in noises]
-                ours[name, steps] = sample_lcm(student, noises[0], cond, steps=steps, noises=noises[1:])
+                for network, painted in ((student, name), (base, f"{name}-base")):
+                    given = Given(noises[1:] or noises)
+                    ours[painted, steps] = run.method.sample(network, noises[0], cond, steps=steps, draws=given)
         options = {"guidance_scale": 2.0 if family == "flux" else 1.0, "height": side, "width": side}
         options |= {"use_resolution_binning": False} if family in BINNED else {}
         cases.append({
             "base": teachers[family] if lora else str(export), "export": str(export), "lora": lora,
-            "part": teacher.part, "prompt": None if family == "pixel" else PROMPT, "steps": STEPS, "options": options,
-            "noise": list(like.shape), "result": str(root / f"{name}.safetensors"),
+            "part": run.teacher.part, "prompt": None if family == "pixel" else PROMPT, "steps": STEPS[method],
+            "options": options, "noise": list(like.shape), "result": str(root / f"{name}.safetensors"),
         })  # fmt: skip
-        ours[name, "trained"] = {k: p.detach().clone() for k, p in run.models.trained["student"].items()}
-        ours[name, "shape"], ours[name, "noise"], ours[name, "cond"] = shape, noises[0], cond
-        with torch.no_grad():
-            ours[name, "base"] = sample_lcm(load_teacher(teachers[family]).denoiser, noises[0], cond, steps=1)
+        ours[name, "export"], ours[name, "shape"] = export, shape
+        ours[name, "noise"], ours[name, "cond"] = noises[0], cond
     spec = root / "cases.json"
     spec.write_text(json.dumps(cases))
     done = subprocess.run([sys.executable, "-c", FRESH, str(spec)], capture_output=True, text=True, check=False)
@@ -129,11 +167,11 @@ def matrix(tmp_path_factory, pictures):
     return ours, theirs, root
 
 
-@pytest.mark.parametrize(("family", "lora"), CASES)
-def test_plain_diffusers_paints_what_the_trainer_paints(matrix, family, lora):
-    ours, theirs, root = matrix
-    name = f"{family}-{'lora' if lora else 'full'}"
-    for steps in STEPS:
+@pytest.mark.parametrize(("method", "family", "lora"), CASES)
+def test_plain_diffusers_paints_what_the_trainer_paints(matrix, method, family, lora):
+    ours, theirs, _ = matrix
+    name = name_of(method, family, lora)
+    for steps in STEPS[method]:
         mine, drawn = ours[name, steps], theirs[name][str(steps)]
         if family == "flux":
             drawn = unpacked(drawn, ours[name, "shape"][1:])
@@ -141,15 +179,19 @@ def test_plain_diffusers_paints_what_the_trainer_paints(matrix, family, lora):
             mine, drawn = (mine / 2 + 0.5).clamp(0, 1), drawn.permute(0, 3, 1, 2)
             assert ((mine > 0) & (mine < 1)).float().mean() > 0.1
         assert (mine - drawn).abs().max() < 1e-4 * mine.abs().max().clamp(min=1)
-    assert (ours[name, 1] - ours[name, "base"]).abs().max() > 1e-3
-    if not lora:
-        return
-    export = root / name / "export"
+        assert (ours[name, steps] - ours[f"{name}-base", steps]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("method", "family"), [(method, family) for method, family, lora in CASES if lora])
+def test_every_tensor_of_a_lora_is_loaded_with_its_rank_and_alpha(matrix, method, family):
+    ours, theirs, _ = matrix
+    name = name_of(method, family, lora=True)
+    export = ours[name, "export"]
     saved = load_file(export / (LORA_FILE if (export / LORA_FILE).is_file() else PEFT_FILE))
     loaded = {k.removeprefix("lora:"): v for k, v in theirs[name].items() if k.startswith("lora:")}
     plain = {k.removeprefix("base_model.model.").split(".", 1 if k.startswith(("unet.", "transformer.")) else 0)[-1]: v
              for k, v in saved.items()}  # fmt: skip
-    assert loaded.keys() == plain.keys() and len(loaded) == len(ours[name, "trained"]) > 0
+    assert loaded.keys() == plain.keys() and len(loaded) > 0
     assert all(torch.equal(loaded[k], plain[k]) for k in loaded)
     assert theirs[name]["r_alpha"].tolist() == [RANK, ALPHA]
 
@@ -157,11 +199,16 @@ def test_plain_diffusers_paints_what_the_trainer_paints(matrix, family, lora):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_lora_fused_into_its_teacher_paints_the_same(matrix, tmp_path, family):
     ours, _, root = matrix
-    name = f"{family}-lora"
+    name = name_of("lcm", family, lora=True)
     out = save_fused(root / name / "export", tmp_path / "fused", teacher=str(root / family))
     student = load_teacher(out).resize((tiny.LATENT * (1 if family == "pixel" else tiny.FACTOR),) * 2)
     assert not any(".lora_" in key for key in student.denoiser.backbone.state_dict())
-    drawn = sample_lcm(student.denoiser, ours[name, "noise"], ours[name, "cond"], steps=1)
+    kind, own = settings_of("lcm", family)
+    given = Given([ours[name, "noise"]])
+    with torch.no_grad():
+        drawn = (
+            kind(**own).method().sample(student.denoiser, ours[name, "noise"], ours[name, "cond"], steps=1, draws=given)
+        )
     assert (drawn - ours[name, 1]).abs().max() < 1e-4 * drawn.abs().max().clamp(min=1)
     card = (out / "README.md").read_text()
     assert "load_lora_weights" not in card and "PeftModel" not in card and str(out) in card
@@ -169,5 +216,5 @@ def test_a_lora_fused_into_its_teacher_paints_the_same(matrix, tmp_path, family)
 
 def test_a_transformers_lora_has_no_kohya_form(matrix, tmp_path):
     with pytest.raises(InputError, match=r"kohya: got .*, a LoRA of a transformer; allowed: one of a UNet"):
-        save_kohya(matrix[2] / "flux-lora" / "export", tmp_path / "out.safetensors")
+        save_kohya(matrix[2] / "lcm-flux-lora" / "export", tmp_path / "out.safetensors")
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,271 @@
+"""Adversarial diffusion distillation, ADD (Sauer et al. 2023a).
+
+The student jumps from one of N times to the clean end. What it paints is held against real pictures by a discriminator
+that looks through a frozen image network, and against what the teacher would make of it:
+
+    x0_hat = student(x_t, t)                                  x_t a noised real picture, pure noise at the noisiest t
+    L_D    = sum_k E max(0, 1 - D_k(real)) + E max(0, 1 + D_k(x0_hat)) + gamma R1        equation 3
+    L_G    = -sum_k E D_k(x0_hat) + lambda c(u) ||x0_hat - teacher(x_u, u)||²            equations 1, 2 and 4
+             x_u = alpha_u stop(x0_hat) + sigma_u eps'
+
+Here the sum over heads is their mean, and the square a mean over pixels, so that neither weight depends on the feature
+network or the size of the pictures.
+
+Data are cached as latents, so a real picture is a decoded one: the student can paint no better than the autoencoder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stepdistill.denoiser.base import Cond, Denoiser
+from stepdistill.errors import InputError
+from stepdistill.guidance import guided
+from stepdistill.methods.augmentation import augment
+from stepdistill.methods.base import Batch, Clock, Loss, Models, Role
+from stepdistill.methods.discriminators import LOSSES, Heads, Logits, check_loss, pooled_text, r1
+from stepdistill.methods.feature_networks import check_name, load_feature_network
+from stepdistill.methods.jumps import Jumper
+from stepdistill.schedules import AlphaBar, Schedule, match
+from stepdistill.timegrid import inference_times
+
+if TYPE_CHECKING:
+    from stepdistill.denoiser.load import Teacher
+
+SPACES = ("pixels", "latents")
+LEVELS = 1000  # noise levels the teacher is asked at; all there are on AlphaBar
+
+
+def _exponential(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return alpha
+
+
+def _sds(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return alpha * sigma / 2
+
+
+# c of equation 4 by name, of alpha and sigma scaled to alpha² + sigma² = 1
+WEIGHTINGS = {
+    "exponential": _exponential,  # the paper's choice: the noisier, the less
+    "uniform": lambda alpha, sigma: torch.ones_like(alpha),
+    # the gradient is that of score distillation, sigma² (eps_teacher - eps') (Poole et al. 2022, equation 3): with
+    # x0_hat - teacher_x0 = sigma/alpha (eps_teacher - eps'), c = sigma² alpha / (2 sigma)
+    "sds": _sds,
+}
+
+
+class Decoder(nn.Module):
+    """Latents to pictures, differentiably, by a teacher's own autoencoder; a pixel teacher's are pictures already.
+
+    Args:
+        recompute: activations are computed twice instead of kept.
+    """
+
+    def __init__(self, teacher: Teacher, *, recompute: bool = False) -> None:
+        super().__init__()
+        self.vae, self.recompute = teacher.vae, recompute
+        self._paint = teacher.paint
+        if self.vae is not None and getattr(self.vae.config, "force_upcast", False):
+            self.vae.float()  # half overflows, and a cast there and back would be undone before the backward
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, 3, H, W), about [-1, 1], float32."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._paint, latents, use_reentrant=False)
+        return self._paint(latents)
+
+
+class Discriminator(nn.Module):
+    """Heads on the maps of a feature network, told by projection the pooled text and of the real picture.
+
+    Args:
+        channels: of each map. condition: width of what they are told.
+    """
+
+    def __init__(self, channels: Sequence[int], condition: int = 0) -> None:
+        super().__init__()
+        self.heads = Heads(channels, condition)
+
+    def forward(self, maps: Sequence[Tensor], condition: Tensor, penalised: int = 0) -> tuple[Logits, Tensor]:
+        """Logits (B, N) map by map, and R1 on the heads' input for the first so many samples (0 where none are).
+
+        Args:
+            maps: (B, N, C) each. condition: (B, D).
+        """
+        penalty = condition.new_zeros(())
+        if penalised:
+            told = condition[:penalised]
+            penalty = r1(lambda own: self.heads(own, told), [tokens[:penalised] for tokens in maps])
+        return self.heads(maps, condition), penalty
+
+
+@lru_cache(maxsize=8)
+def _levels(schedule: Schedule) -> Tensor:
+    count = int(schedule.t_max) + 1 if isinstance(schedule, AlphaBar) else LEVELS
+    return inference_times(schedule, count)[:-1]
+
+
+def distillation_weight(weighting: str, u: Tensor, schedule: Schedule) -> Tensor:
+    """c(u) of equation 4, (B,) float64; of a process that is scaled to unit variance, as the paper's is."""
+    alpha, sigma = schedule.coeffs(u)
+    size = torch.hypot(alpha, sigma)
+    return WEIGHTINGS[weighting](alpha / size, sigma / size)
+
+
+@dataclass(frozen=True)
+class Adversarial(Jumper):
+    """Adversarial diffusion distillation. Its student times and their settings are Jumper's.
+
+    Args:
+        feature_network: what the discriminator looks through, see `feature_networks`.
+        picture_size: pixels it works at; 0 is its own.
+        adversarial_loss: "hinge" or "softplus".
+        r1_weight: gamma, of R1 on the heads' input; 0 is none.
+        condition_on_image: tell the discriminator of the real picture that x_t was made from, but for pure noise.
+        distillation_weight: lambda; 0 leaves the teacher out.
+        distillation_weighting: c: "exponential", "uniform" or "sds".
+        distillation_space: compare with the teacher's x0 in "pixels", as the paper does, or in "latents".
+        guidance: the teacher's scale, 1 is none.
+        augmentation: the probability that a picture is augmented before the discriminator sees it.
+        recompute: the decoder's activations are computed twice instead of kept.
+
+    Raises:
+        InputError: a setting out of range, or an unknown name.
+    """
+
+    feature_network: str = "dino_vits16"
+    picture_size: int = 0
+    adversarial_loss: str = "hinge"
+    r1_weight: float = 1e-5
+    condition_on_image: bool = True
+    distillation_weight: float = 2.5
+    distillation_weighting: str = "exponential"
+    distillation_space: str = "pixels"
+    guidance: float = 4.0
+    augmentation: float = 1.0
+    recompute: bool = False
+
+    name: ClassVar[str] = "add"
+    roles: ClassVar[dict[str, Role]] = {
+        "teacher": Role.FROZEN, "student": Role.TRAINED, "discriminator": Role.TRAINED, "trunk": Role.FROZEN,
+        "decoder": Role.FROZEN,
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_name(self.feature_network)
+        check_loss(self.adversarial_loss)
+        for setting in ("picture_size", "r1_weight", "distillation_weight"):
+            if not 0 <= getattr(self, setting) < math.inf:
+                raise InputError(f"{setting}: got {getattr(self, setting):g}; allowed: 0 or more")
+        for setting, allowed in (("distillation_weighting", WEIGHTINGS), ("distillation_space", SPACES)):
+            if getattr(self, setting) not in allowed:
+                raise InputError(f"{setting}: got {getattr(self, setting)!r}; allowed: {', '.join(allowed)}")
+        if not 1 <= self.guidance < math.inf:
+            raise InputError(f"guidance: got {self.guidance:g}; allowed: 1 or more; 1 means no guidance, try 4")
+        if not 0 <= self.augmentation <= 1:
+            raise InputError(f"augmentation: got {self.augmentation:g}; allowed: 0 to 1; 0 is none")
+
+    def networks(self, teacher: Teacher) -> dict[str, nn.Module]:
+        """The discriminator, the feature network it looks through, and the decoder.
+
+        Raises:
+            InputError: see `load_feature_network`.
+        """
+        trunk = load_feature_network(self.feature_network, self.picture_size)
+        text = pooled_text(teacher.conditioner.encode(["0"]), 1).shape[1]  # "0" is a prompt, and a class
+        told = text + (trunk.width if self.condition_on_image else 0)
+        return {
+            "discriminator": Discriminator(trunk.channels, told),
+            "trunk": trunk,
+            "decoder": Decoder(teacher, recompute=self.recompute),
+        }
+
+    def stamp(self, models: Models) -> dict[str, str]:
+        """Which feature network it was, and its weights."""
+        return {"feature_weights": models.trunk.identity}
+
+    def phases(self, clock: Clock) -> tuple[str, ...]:
+        """The discriminator, then the student, in every update."""
+        return ("discriminator", "student")
+
+    def guidance_scale(self, student: Denoiser) -> float:
+        """What a student that is told its guidance is sampled at; else 1.0."""
+        return self.guidance if student.takes_guidance else 1.0
+
+    def loss(self, phase: str, batch: Batch, models: Models, clock: Clock) -> Loss:
+        """L_D or L_G."""
+        schedule, grid, draws = models.teacher.schedule, models.teacher.grid, batch.draws
+        t = self.draw_times(draws, schedule, grid, clock)
+        eps = draws.normal(*batch.x0.shape[1:]).to(batch.x0.dtype)
+        x_t = self.noised(schedule, grid, batch.x0, eps, t)
+        cond = batch.cond
+        if models.student.takes_guidance:
+            cond = cond | {"guidance": torch.full((len(x_t),), self.guidance - 1, device=x_t.device)}
+        if phase == "discriminator":
+            return self._judge(batch, models, x_t, t, cond)
+        return self._deceive(batch, models, x_t, t, cond)
+
+    def _judge(self, batch: Batch, models: Models, x_t: Tensor, t: Tensor, cond: Cond) -> Loss:
+        size = len(x_t)
+        with torch.no_grad():
+            fake = models.decoder(models.student(x_t, t, cond, kind="x0"))
+            real = models.decoder(batch.x0)
+            told = self._told(batch, models, t, real)
+            shown = torch.cat([augment(pictures, batch.draws, self.augmentation) for pictures in (real, fake)])
+            maps, _ = models.trunk(shown)
+        logits, penalty = models.discriminator(maps, torch.cat([told, told]), size if self.r1_weight else 0)
+        of_real, of_fake = [each[:size] for each in logits], [each[size:] for each in logits]
+        adversarial = LOSSES[self.adversarial_loss][0](of_real, of_fake)
+        terms = {"discriminator": adversarial.detach(), "r1": penalty.detach()}
+        return Loss(adversarial + self.r1_weight * penalty, terms)
+
+    def _deceive(self, batch: Batch, models: Models, x_t: Tensor, t: Tensor, cond: Cond) -> Loss:
+        student_x0 = models.student(x_t, t, cond, kind="x0")
+        fake = models.decoder(student_x0)
+        with torch.no_grad():
+            real = models.decoder(batch.x0) if self.condition_on_image else None
+            told = self._told(batch, models, t, real)
+        maps, _ = models.trunk(augment(fake, batch.draws, self.augmentation))
+        logits, _ = models.discriminator(maps, told)
+        adversarial = LOSSES[self.adversarial_loss][1](logits)
+        terms = {"adversarial": adversarial.detach()}
+        if not self.distillation_weight:
+            return Loss(adversarial, terms)
+        distillation = self._distillation(batch, models, student_x0, fake)
+        terms["distillation"] = distillation.detach()
+        return Loss(adversarial + self.distillation_weight * distillation, terms)
+
+    def _told(self, batch: Batch, models: Models, t: Tensor, real: Tensor | None) -> Tensor:
+        """What the discriminator is told, (B, D): the pooled text and, normalised, the real picture's embedding, which
+        is 0 where the student has seen nothing of that picture."""
+        text = pooled_text(batch.cond, len(t)).to(t.device)
+        if real is None or not self.condition_on_image:
+            return text
+        _, embedding = models.trunk(real)
+        noisiest = self.times(models.teacher.schedule, models.teacher.grid)[0].item()
+        return torch.cat([text, F.layer_norm(embedding, embedding.shape[1:]) * (t < noisiest)[:, None]], 1)
+
+    def _distillation(self, batch: Batch, models: Models, student_x0: Tensor, fake: Tensor) -> Tensor:
+        """The mean of c(u) (x0_hat - teacher_x0)², with no gradient through the teacher or what it is given."""
+        schedule, draws = models.teacher.schedule, batch.draws
+        with torch.no_grad():
+            levels = _levels(schedule)
+            u = levels.to(draws.device)[draws.integers(len(levels))]
+            eps = draws.normal(*student_x0.shape[1:]).to(student_x0.dtype)
+            x_u = schedule.add_noise(student_x0.detach(), eps, u)
+            target = guided(models.teacher, x_u, u, batch.cond, batch.uncond, self.guidance, kind="x0")
+            if self.distillation_space == "pixels":
+                target = models.decoder(target)
+        ours = fake if self.distillation_space == "pixels" else student_x0
+        c = distillation_weight(self.distillation_weighting, u, schedule)
+        return (match(c, ours) * (ours - target).square()).float().mean()

@@ -1,0 +1,160 @@
+"""Whole LADD runs: cut and resumed, on two processes, and held against the truth on eight modes in the plane."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from plane import MODES, OneDraw, Plane, ring
+from safetensors.torch import load_file
+from test_trainer import environment, in_two_processes
+
+from stepdistill.data.cache import open_data
+from stepdistill.denoiser.load import load_teacher
+from stepdistill.draws import Draws
+from stepdistill.methods.base import Batch, Clock
+from stepdistill.methods.latent_adversarial import Discriminator, LatentAdversarial
+from stepdistill.schedules import Cosine
+from stepdistill.training.ladd import LADDConfig
+from stepdistill.training.roles import Models
+from stepdistill.training.trainer import Trainer
+
+SCRIPT = Path(__file__).parent.parent / "train_scripts" / "train_ladd.py"
+
+
+def trainer(out: Path, teacher: str, data: str, **more) -> Trainer:
+    config = LADDConfig(
+        teacher=teacher, data=data, out=out, batch_size=2, rank=2, learning_rate=1e-3, max_train_steps=4,
+        discriminator_learning_rate=1e-2, checkpoint_every=2, r1_weight=0.1, reconstruction_weight=0.1,
+    )  # fmt: skip
+    config = dataclasses.replace(config, **more)
+    loaded = load_teacher(teacher)
+    return Trainer(config.method(), loaded, open_data(data, loaded), config)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_run_that_was_cut_ends_with_the_same_bits(tmp_path, pipelines, pictures, lora):
+    """Two optimizers, and heads whose spectral norms are estimated by iterations that go on from update to update."""
+    whole, first = (trainer(tmp_path / n, pipelines["sd"], pictures, lora=lora) for n in ("whole", "cut"))
+    whole.fit()
+    first.step(), first.step()
+    first._save()
+    again = trainer(tmp_path / "cut", pipelines["sd"], pictures, lora=lora)
+    again.fit()
+    assert again.seconds >= 0 and first.update == 2
+    file = "pytorch_lora_weights.safetensors" if lora else "unet/diffusion_pytorch_model.safetensors"
+    a, b = (load_file(tmp_path / name / "export" / file) for name in ("whole", "cut"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    ours, theirs = (run.models.others["discriminator"].state_dict() for run in (whole, again))
+    assert any("_u" in key for key in ours) and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    fresh = trainer(tmp_path / "fresh", pipelines["sd"], pictures, lora=lora).models.others["discriminator"]
+    assert not all(torch.equal(v, ours[k]) for k, v in fresh.state_dict().items())
+
+
+def test_the_export_names_the_blocks_that_were_judged(tmp_path, pipelines, pictures):
+    out = trainer(tmp_path / "run", pipelines["sd"], pictures, max_train_steps=1).fit()
+    named = json.loads((out / "config.json").read_text())["judged_blocks"]
+    assert named.split(", ")[0] == "down_blocks.0.attentions.0" and named in (out / "README.md").read_text()
+
+
+def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(tmp_path, pipelines, pictures):
+    """Adam's epsilon is raised: where a gradient is nothing but rounding, Adam makes full steps of its sign."""
+    words = [
+        sys.executable, str(SCRIPT), "--teacher", pipelines["sd"], "--data", pictures, "--rank", "2", "--log-every",
+        "1", "--max-train-steps", "10", "--adam-epsilon", "1e-3", "--learning-rate", "1e-3", "--r1-weight", "0.1",
+        "--discriminator-learning-rate", "1e-3", "--reconstruction-weight", "0.1",
+    ]  # fmt: skip
+    in_two_processes([*words, "--out", str(tmp_path / "two"), "--batch-size", "2"])
+    one = [*words, "--out", str(tmp_path / "one"), "--batch-size", "4"]
+    subprocess.run(one, env=environment(), check=True, capture_output=True)
+    logs = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+            for n in ("one", "two")]  # fmt: skip
+    assert len(logs[0]) == len(logs[1]) == 10
+    for mine, theirs in zip(*logs, strict=True):
+        for name in ("discriminator", "adversarial", "r1", "reconstruction"):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-5, abs=1e-6), (mine["update"], name)
+
+
+def test_bad_flags_are_one_line_and_exit_2(tmp_path, pipelines, pictures):
+    words = [
+        sys.executable,
+        str(SCRIPT),
+        "--teacher",
+        pipelines["sd"],
+        "--data",
+        pictures,
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    done = subprocess.run(
+        [*words, "--blocks", "mid_block.attentions.0", "up_blocks.9"], env=environment(), capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    said = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(said) == 1, done.stderr
+    assert said[0].startswith("error: blocks: got 'up_blocks.9', not in this UNet2DConditionModel; allowed: names such")
+    assert not (tmp_path / "r" / "export").exists()
+
+
+def a_network_of(teacher, schedule, updates: int = 600, size: int = 512) -> Plane:
+    """A small network that has learnt the exact teacher's velocities, so that it has layers to look through."""
+    network = Plane(schedule, 96)
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
+    for update in range(updates):
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - update / updates)
+        generator = torch.Generator().manual_seed(update)
+        x0, t = teacher.sample(size, generator), torch.rand(size, generator=generator).double()
+        x_t = schedule.add_noise(x0, torch.randn(size, 2, generator=generator), t)
+        error = network(x_t, t, {}, kind="v") - teacher(x_t, t, kind="v")
+        error.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return network
+
+
+def energy_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """2 E|a - b| - E|a - a'| - E|b - b'| of two sets (Székely and Rizzo 2013); above 0 for two sets of one law too."""
+    return (2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()).item()
+
+
+def test_the_one_step_student_reaches_the_datas_distribution_in_all_modes():
+    schedule, updates, size, count = Cosine(), 1500, 256, 1000
+    exact = ring(schedule)
+    torch.manual_seed(0)
+    network = a_network_of(exact, schedule)
+    student = copy.deepcopy(network)
+    others = {"discriminator": Discriminator([96, 96])}
+    models = Models(network.requires_grad_(False), student, target_decay=0.0, export_decay=0.99, others=others)
+    # modes are 0.15 wide, so they are told apart where there is little noise
+    method = LatentAdversarial(student_steps=1, blocks=("3", "7"), logit_mean=-2.0)
+    rates = {"student": 5e-4, "discriminator": 1e-3}
+    optimizers = {
+        role: torch.optim.Adam(models.trained[role].values(), lr=rate, betas=(0.0, 0.99))
+        for role, rate in rates.items()
+    }
+    for update in range(updates):
+        clock = Clock(update, updates)
+        x0 = exact.sample(size, torch.Generator().manual_seed(update))
+        batch = Batch(x0, {}, {}, OneDraw(torch.Generator().manual_seed(update + 10**6), size))
+        for phase in method.phases(clock):
+            optimizers[phase].param_groups[0]["lr"] = rates[phase] * (1 - update / updates)
+            with models.only(phase):
+                method.loss(phase, batch, models, clock).total.backward()
+                optimizers[phase].step()
+                optimizers[phase].zero_grad()
+        models.after_update()
+
+    noises = [torch.randn(count, 2, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    with models.shown() as shown:
+        ours = [method.sample(shown, noise, {}, steps=1, draws=Draws.at(0, 0, 1)) for noise in noises]
+    fresh = [exact.sample(count, torch.Generator().manual_seed(10**7 + i)) for i in range(8)]
+    far, alike = (sum(map(energy_distance, sets, fresh[:4])) / 4 for sets in (ours, fresh[4:]))
+    assert far < 2 * alike, f"energy distance {far:.4f}, {alike:.4f} between two fresh sets"
+    counts = torch.bincount((torch.cat(ours)[:, None] - exact.means).norm(dim=2).argmin(1), minlength=MODES)
+    assert counts.min() > 4 * count / MODES / 2, counts.tolist()
