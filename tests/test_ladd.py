@@ -321,9 +321,7 @@ def test_in_half_precision_the_losses_are_float32_and_near_those_of_float32():
 
 def test_a_block_that_is_not_there_is_refused_before_the_data_are_encoded():
     config = dataclasses.replace(LADDConfig(), blocks=("transformer_blocks.9",))
-    with pytest.raises(
-        InputError, match=r"blocks: got 'transformer_blocks.9', not in this UNet2DCondition"
-    ):
+    with pytest.raises(InputError, match=r"blocks: got 'transformer_blocks.9', not in this UNet2DCondition"):
         config.check_teacher(teacher_of("sd"))
 
 
