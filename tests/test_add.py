@@ -25,6 +25,7 @@ from stepdistill.methods.adversarial import Adversarial, Decoder, Discriminator,
 from stepdistill.methods.augmentation import augment, coloured, cutout, translated
 from stepdistill.methods.base import Batch, Clock
 from stepdistill.methods.feature_networks import from_vit
+from stepdistill.timegrid import Grid
 from stepdistill.training.add import ADDConfig
 from stepdistill.training.roles import Models
 
@@ -115,7 +116,7 @@ def batch(n: int = 6, dim: int = 2, seed: int = 0) -> Batch:
 
 def student_input(method: Adversarial, schedule, sample: Batch) -> tuple[torch.Tensor, list[float]]:
     """x_t by hand, and its times."""
-    times = method.times(schedule, adversarial.Denoiser.grid).tolist()
+    times = method.times(schedule, Grid()).tolist()
     index = [min(len(times) - 1, int(float(u) * len(times))) for u in sample.draws.uniform()]
     eps, rows = sample.draws.normal(2).double(), []
     for i, k in enumerate(index):

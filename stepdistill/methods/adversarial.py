@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stepdistill.denoiser.base import Cond, Denoiser
+from stepdistill.denoiser.base import Cond
 from stepdistill.errors import InputError
 from stepdistill.guidance import guided
 from stepdistill.methods.augmentation import augment
@@ -125,6 +125,8 @@ def distillation_weight(weighting: str, u: Tensor, schedule: Schedule) -> Tensor
 class Adversarial(Jumper):
     """Adversarial diffusion distillation. Its student times and their settings are Jumper's.
 
+    `guidance` is the teacher's scale in the distillation term too; 1 is none.
+
     Args:
         feature_network: what the discriminator looks through, see `feature_networks`.
         picture_size: pixels it works at; 0 is its own.
@@ -134,7 +136,6 @@ class Adversarial(Jumper):
         distillation_weight: lambda; 0 leaves the teacher out.
         distillation_weighting: c: "exponential", "uniform" or "sds".
         distillation_space: compare with the teacher's x0 in "pixels", as the paper does, or in "latents".
-        guidance: the teacher's scale, 1 is none.
         augmentation: the probability that a picture is augmented before the discriminator sees it.
         recompute: the decoder's activations are computed twice instead of kept.
 
@@ -150,7 +151,6 @@ class Adversarial(Jumper):
     distillation_weight: float = 2.5
     distillation_weighting: str = "exponential"
     distillation_space: str = "pixels"
-    guidance: float = 4.0
     augmentation: float = 1.0
     recompute: bool = False
 
@@ -170,8 +170,6 @@ class Adversarial(Jumper):
         for setting, allowed in (("distillation_weighting", WEIGHTINGS), ("distillation_space", SPACES)):
             if getattr(self, setting) not in allowed:
                 raise InputError(f"{setting}: got {getattr(self, setting)!r}; allowed: {', '.join(allowed)}")
-        if not 1 <= self.guidance < math.inf:
-            raise InputError(f"guidance: got {self.guidance:g}; allowed: 1 or more; 1 means no guidance, try 4")
         if not 0 <= self.augmentation <= 1:
             raise InputError(f"augmentation: got {self.augmentation:g}; allowed: 0 to 1; 0 is none")
 
@@ -194,23 +192,9 @@ class Adversarial(Jumper):
         """Which feature network it was, and its weights."""
         return {"feature_weights": models.trunk.identity}
 
-    def phases(self, clock: Clock) -> tuple[str, ...]:
-        """The discriminator, then the student, in every update."""
-        return ("discriminator", "student")
-
-    def guidance_scale(self, student: Denoiser) -> float:
-        """What a student that is told its guidance is sampled at; else 1.0."""
-        return self.guidance if student.takes_guidance else 1.0
-
     def loss(self, phase: str, batch: Batch, models: Models, clock: Clock) -> Loss:
         """L_D or L_G."""
-        schedule, grid, draws = models.teacher.schedule, models.teacher.grid, batch.draws
-        t = self.draw_times(draws, schedule, grid, clock)
-        eps = draws.normal(*batch.x0.shape[1:]).to(batch.x0.dtype)
-        x_t = self.noised(schedule, grid, batch.x0, eps, t)
-        cond = batch.cond
-        if models.student.takes_guidance:
-            cond = cond | {"guidance": torch.full((len(x_t),), self.guidance - 1, device=x_t.device)}
+        x_t, t, cond = self.drawn(batch, models, clock)
         if phase == "discriminator":
             return self._judge(batch, models, x_t, t, cond)
         return self._deceive(batch, models, x_t, t, cond)

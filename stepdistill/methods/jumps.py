@@ -18,7 +18,7 @@ from torch import Tensor
 from stepdistill.denoiser.base import Cond, Denoiser
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
-from stepdistill.methods.base import Clock, Method
+from stepdistill.methods.base import Batch, Clock, FrozenDenoiser, Method, Models
 from stepdistill.methods.consistency import lcm_times, sample_lcm
 from stepdistill.methods.schedulers import lcm_scheduler
 from stepdistill.schedules import Schedule, Time, match
@@ -45,6 +45,7 @@ class Jumper(Method):
         warm_share: the share of the run over which the noisiest time's weight rises (the student-time curriculum);
             0 keeps all times alike.
         last_weight: at the end of it, how likely the noisiest time is against each of the others.
+        guidance: what a student that is told its guidance (Flux) is told, and is sampled at.
 
     Raises:
         InputError: a setting out of range.
@@ -53,6 +54,7 @@ class Jumper(Method):
     student_steps: int = 4
     warm_share: float = 0.0
     last_weight: float = 1.0
+    guidance: float = 4.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.student_steps <= ORIGIN:
@@ -61,6 +63,17 @@ class Jumper(Method):
             raise InputError(f"warm_share: got {self.warm_share:g}; allowed: 0 to 1; 0 is no curriculum")
         if not 0 < self.last_weight < math.inf:
             raise InputError(f"last_weight: got {self.last_weight:g}; allowed: above 0; 1 is all times alike")
+
+        if not 1 <= self.guidance < math.inf:
+            raise InputError(f"guidance: got {self.guidance:g}; allowed: 1 or more; 1 means no guidance, try 4")
+
+    def phases(self, clock: Clock) -> tuple[str, ...]:
+        """The discriminator, then the student, in every update."""
+        return ("discriminator", "student")
+
+    def guidance_scale(self, student: Denoiser) -> float:
+        """What a student that is told its guidance is sampled at; else 1.0."""
+        return self.guidance if student.takes_guidance else 1.0
 
     def times(self, schedule: Schedule, grid: Grid) -> Tensor:
         """The student's times, falling, (N,) float64."""
@@ -79,11 +92,23 @@ class Jumper(Method):
         top = t >= self.times(schedule, grid)[0].item()
         return torch.where(match(top, x0) > 0, marginal(schedule, eps, t), schedule.add_noise(x0, eps, t))
 
+    def drawn(self, batch: Batch, models: Models, clock: Clock) -> tuple[Tensor, Tensor, Cond]:
+        """What the student is given: x_t, t, and the condition with the guidance where it is told it."""
+        schedule, grid, draws = models.teacher.schedule, models.teacher.grid, batch.draws
+        t = self.draw_times(draws, schedule, grid, clock)
+        eps = draws.normal(*batch.x0.shape[1:]).to(batch.x0.dtype)
+        x_t = self.noised(schedule, grid, batch.x0, eps, t)
+        return x_t, t, self.told(models.student, batch.cond, len(x_t), x_t.device)
+
+    def told(self, denoiser: Denoiser | FrozenDenoiser, cond: Cond, size: int, device: torch.device) -> Cond:
+        """The condition of a batch, with the guidance where a network is told it."""
+        if not denoiser.takes_guidance:
+            return cond
+        return cond | {"guidance": torch.full((size,), self.guidance - 1, device=device)}
+
     def sample(self, student: Denoiser, x_T: Tensor, cond: Cond, *, steps: int, draws: Draws) -> Tensor:
         """To the clean end, noise again, repeat; a student that is told its guidance, at `guidance_scale`."""
-        if student.takes_guidance:
-            w = self.guidance_scale(student) - 1
-            cond = cond | {"guidance": torch.full((len(x_T),), w, device=x_T.device)}
+        cond = self.told(student, cond, len(x_T), x_T.device)
         steps = min(steps, ORIGIN)
         x_T = marginal(student.schedule, x_T, lcm_times(student.schedule, steps, ORIGIN, student.grid)[0])
         return sample_lcm(student, x_T, cond, steps=steps, draws=draws, original_steps=ORIGIN, timestep_scaling=SCALING)

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepdistill import features
-from stepdistill.denoiser.base import Cond, Denoiser
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Batch, Clock, Loss, Models, Role
 from stepdistill.methods.discriminators import (
@@ -74,7 +73,6 @@ class LatentAdversarial(Jumper):
         r1_weight: gamma, of the approximate R1 on the noised input; 0 is none.
         r1_size: standard deviation of the noise it is measured with.
         reconstruction_weight: rho; 0 is none.
-        guidance: what a teacher and a student that are told their guidance (Flux) are told; no other.
 
     Raises:
         InputError: a setting out of range, or an unknown name.
@@ -87,7 +85,6 @@ class LatentAdversarial(Jumper):
     r1_weight: float = 0.0
     r1_size: float = 0.01
     reconstruction_weight: float = 0.0
-    guidance: float = 4.0
 
     name: ClassVar[str] = "ladd"
     roles: ClassVar[dict[str, Role]] = {
@@ -105,8 +102,6 @@ class LatentAdversarial(Jumper):
                 raise InputError(f"{setting}: got {getattr(self, setting):g}; allowed: above 0")
         if not math.isfinite(self.logit_mean):
             raise InputError(f"logit_mean: got {self.logit_mean:g}; allowed: any finite number; 0 is even noise")
-        if not 1 <= self.guidance < math.inf:
-            raise InputError(f"guidance: got {self.guidance:g}; allowed: 1 or more; 1 means no guidance, try 4")
 
     def networks(self, teacher: Teacher) -> dict[str, nn.Module]:
         """The discriminator, as wide as the chosen blocks are in one forward of the teacher.
@@ -121,7 +116,7 @@ class LatentAdversarial(Jumper):
         x = torch.zeros(1, *denoiser.sample_shape, device=device)
         half = denoiser.schedule.time_at(0.0).item()
         with torch.no_grad():
-            maps = features.read(denoiser, x, half, self._told(denoiser, cond, 1), blocks)
+            maps = features.read(denoiser, x, half, self.told(denoiser, cond, 1, device), blocks)
         for tokens in maps:
             laid_out(tokens, x.shape[2:])
         return {"discriminator": Discriminator([m.shape[2] for m in maps], pooled_text(cond, 1).shape[1])}
@@ -130,21 +125,9 @@ class LatentAdversarial(Jumper):
         """The blocks that were judged."""
         return {"judged_blocks": ", ".join(features.check_blocks(models.student.backbone, self.blocks))}
 
-    def phases(self, clock: Clock) -> tuple[str, ...]:
-        """The discriminator, then the student, in every update."""
-        return ("discriminator", "student")
-
-    def guidance_scale(self, student: Denoiser) -> float:
-        """What a student that is told its guidance is sampled at; else 1.0."""
-        return self.guidance if student.takes_guidance else 1.0
-
     def loss(self, phase: str, batch: Batch, models: Models, clock: Clock) -> Loss:
         """L_D or L_G. Each draws numbers of its own, so the student is not judged on what was learnt from just now."""
-        schedule, grid, draws = models.teacher.schedule, models.teacher.grid, batch.draws
-        t = self.draw_times(draws, schedule, grid, clock)
-        eps = draws.normal(*batch.x0.shape[1:]).to(batch.x0.dtype)
-        x_t = self.noised(schedule, grid, batch.x0, eps, t)
-        cond = self._told(models.student, batch.cond, len(x_t))
+        x_t, t, cond = self.drawn(batch, models, clock)
         if phase == "discriminator":
             with torch.no_grad():
                 fake = models.student(x_t, t, cond, kind="x0")
@@ -196,16 +179,9 @@ class LatentAdversarial(Jumper):
     ) -> tuple[list[Tensor], Tensor, Tensor, Sequence[int]]:
         """What the discriminator is given of noised latents (k B, ...), k views of the batch one after the other."""
         times = len(x_u) // len(u)
-        cond = self._told(models.teacher, batch.cond, len(u))
+        cond = self.told(models.teacher, batch.cond, len(u), x_u.device)
         cond = {key: torch.cat([value] * times) for key, value in cond.items()}
         u = torch.cat([u] * times)
         maps = models.teacher.features(x_u, u, cond, self.blocks)
         level = noise_features(*models.teacher.schedule.coeffs(u))
         return maps, level.to(x_u.device), pooled_text(cond, len(u)).to(x_u.device), x_u.shape[2:]
-
-    def _told(self, denoiser: Denoiser, cond: Cond, size: int) -> Cond:
-        """The condition, with the guidance where a network is told it."""
-        if not denoiser.takes_guidance:
-            return cond
-        device = next(iter(cond.values())).device
-        return cond | {"guidance": torch.full((size,), self.guidance - 1, device=device)}

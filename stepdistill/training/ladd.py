@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from stepdistill.errors import InputError
 from stepdistill.methods.latent_adversarial import LatentAdversarial
-from stepdistill.training.config import TrainConfig
+from stepdistill.training.adversarial import AdversarialConfig
 
 if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
 
 
 @dataclass(frozen=True)
-class LADDConfig(TrainConfig):
+class LADDConfig(AdversarialConfig):
     """Flags of latent adversarial diffusion distillation."""
-
-    student_steps: int = 4
-    """Times the student is trained at, those an inference of as many steps visits."""
-    warm_share: float = 0.0
-    """Share of the run over which the noisiest time comes to its weight; 0 is no curriculum."""
-    last_weight: float = 1.0
-    """How likely the noisiest time is in the end against each of the others."""
 
     blocks: tuple[str, ...] = ()
     """Blocks of the teacher that are judged, by their names in its network; four over its depth where not given."""
@@ -32,49 +23,16 @@ class LADDConfig(TrainConfig):
     """Mean of log(sigma / alpha) of the noise that latents are judged under; a flow's log(shift) is added."""
     logit_std: float = 1.0
     """Standard deviation of it."""
-    adversarial_loss: Literal["hinge", "softplus"] = "hinge"
-    """Of the discriminator and the student."""
     r1_weight: float = 0.0
     """Of the approximate gradient penalty on noised real latents; 0 is none, and saves a third of the judging."""
     r1_size: float = 0.01
     """Size of the steps it is measured by."""
     reconstruction_weight: float = 0.0
     """Of the distance to the real latent where the student saw some of it; for data that the teacher did not make."""
-    discriminator_learning_rate: float = 1e-4
-    """The heads', at the plateau."""
-    discriminator_betas: tuple[float, float] = (0.0, 0.99)
-    """The heads' Adam betas."""
-
-    guidance: float = 4.0
-    """The teacher's guidance scale where it paints the data (prompts only), and where networks are told theirs."""
-
-    def check(self) -> None:
-        """Raises InputError where a setting is out of range, or needs a package that is not installed."""
-        super().check()
-        if not 0 < self.discriminator_learning_rate < math.inf:
-            got = f"{self.discriminator_learning_rate:g}"
-            raise InputError(f"discriminator_learning_rate: got {got}; allowed: above 0; try 1e-4")
-        if not all(0 <= beta < 1 for beta in self.discriminator_betas):
-            raise InputError(
-                f"discriminator_betas: got {self.discriminator_betas}; allowed: 0 to below 1; try (0.0, 0.99)"
-            )
 
     def method(self) -> LatentAdversarial:
         """The method these flags describe."""
         return LatentAdversarial(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LatentAdversarial)})
-
-    @property
-    def data_guidance(self) -> float:
-        """The teacher's own."""
-        return self.guidance
-
-    def of(self, role: str) -> TrainConfig:
-        """The discriminator's optimizer has a learning rate and betas of its own."""
-        if role != "discriminator":
-            return self
-        return dataclasses.replace(
-            self, learning_rate=self.discriminator_learning_rate, adam_betas=self.discriminator_betas
-        )
 
     def check_teacher(self, teacher: Teacher) -> None:
         """Raises InputError where a teacher cannot be distilled as the flags say."""
@@ -82,10 +40,3 @@ class LADDConfig(TrainConfig):
 
         super().check_teacher(teacher)
         check_blocks(teacher.denoiser.backbone, self.blocks)
-        denoiser = teacher.denoiser
-        alpha, _ = denoiser.schedule.coeffs(denoiser.schedule.t_max)
-        if alpha == 0 and denoiser.kind == "eps":
-            raise InputError(
-                f"teacher: got {teacher.path}, which predicts eps on a schedule that ends in pure noise, where that "
-                "says nothing of x0; allowed: v, x0 or flow there; take a teacher of another prediction_type"
-            )

@@ -1,0 +1,69 @@
+"""What the flags of both adversarial methods have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from stepdistill.errors import InputError
+from stepdistill.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from stepdistill.denoiser.load import Teacher
+
+
+@dataclass(frozen=True)
+class AdversarialConfig(TrainConfig):
+    """Flags of a student that jumps to the clean end, and of the discriminator it is trained against."""
+
+    student_steps: int = 4
+    """Times the student is trained at, those an inference of as many steps visits."""
+    warm_share: float = 0.0
+    """Share of the run over which the noisiest time comes to its weight; 0 is no curriculum."""
+    last_weight: float = 1.0
+    """How likely the noisiest time is in the end against each of the others."""
+    adversarial_loss: Literal["hinge", "softplus"] = "hinge"
+    """Of the discriminator and the student."""
+    discriminator_learning_rate: float = 1e-4
+    """The heads', at the plateau."""
+    discriminator_betas: tuple[float, float] = (0.0, 0.99)
+    """The heads' Adam betas."""
+    guidance: float = 4.0
+    """The teacher's guidance scale where it paints the data (prompts only), and where networks are told theirs."""
+
+    def check(self) -> None:
+        """Raises InputError where a setting is out of range, or needs a package that is not installed."""
+        super().check()
+        if not 0 < self.discriminator_learning_rate < math.inf:
+            got = f"{self.discriminator_learning_rate:g}"
+            raise InputError(f"discriminator_learning_rate: got {got}; allowed: above 0; try 1e-4")
+        if not all(0 <= beta < 1 for beta in self.discriminator_betas):
+            default = type(self).discriminator_betas
+            got = f"{self.discriminator_betas}; allowed: 0 to below 1; try {default}"
+            raise InputError(f"discriminator_betas: got {got}")
+
+    @property
+    def data_guidance(self) -> float:
+        """The teacher's own."""
+        return self.guidance
+
+    def of(self, role: str) -> TrainConfig:
+        """The discriminator's optimizer has a learning rate and betas of its own."""
+        if role != "discriminator":
+            return self
+        return dataclasses.replace(
+            self, learning_rate=self.discriminator_learning_rate, adam_betas=self.discriminator_betas
+        )
+
+    def check_teacher(self, teacher: Teacher) -> None:
+        """Raises InputError where a teacher cannot be distilled as the flags say."""
+        super().check_teacher(teacher)
+        denoiser = teacher.denoiser
+        alpha, _ = denoiser.schedule.coeffs(denoiser.schedule.t_max)
+        if alpha == 0 and denoiser.kind == "eps":
+            raise InputError(
+                f"teacher: got {teacher.path}, which predicts eps on a schedule that ends in pure noise, where eps "
+                "says nothing of x0; allowed: v, x0 or flow there; take a teacher of another prediction_type"
+            )
