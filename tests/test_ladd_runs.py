@@ -125,7 +125,7 @@ def energy_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.xfail(reason="the energy distance is 2.5 times that of two fresh sets; the goal is twice", strict=False)
 def test_the_one_step_student_reaches_the_datas_distribution_in_all_modes():
-    schedule, updates, size, count = Cosine(), 1500, 256, 250
+    schedule, updates, size, count = Cosine(), 1500, 256, 1000
     exact = ring(schedule)
     torch.manual_seed(0)
     network = a_network_of(exact, schedule)
@@ -151,11 +151,11 @@ def test_the_one_step_student_reaches_the_datas_distribution_in_all_modes():
                 optimizers[phase].zero_grad()
         models.after_update()
 
-    noises = [torch.randn(count, 2, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    noises = [torch.randn(count, 2, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     with models.shown() as shown:
         ours = [method.sample(shown, noise, {}, steps=1, draws=Draws.at(0, 0, 1)) for noise in noises]
-    fresh = [exact.sample(count, torch.Generator().manual_seed(10**7 + i)) for i in range(16)]
-    far, alike = (sum(map(energy_distance, sets, fresh[:8])) / 8 for sets in (ours, fresh[8:]))
+    fresh = [exact.sample(count, torch.Generator().manual_seed(10**7 + i)) for i in range(8)]
+    far, alike = (sum(map(energy_distance, sets, fresh[:4])) / 4 for sets in (ours, fresh[4:]))
     assert far < 2 * alike, f"energy distance {far:.4f}, {alike:.4f} between two fresh sets"
     counts = torch.bincount((torch.cat(ours)[:, None] - exact.means).norm(dim=2).argmin(1), minlength=MODES)
     share = counts / counts.sum()
