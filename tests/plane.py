@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stepdistill.denoiser.analytic import GaussianMixtureDenoiser
 from stepdistill.denoiser.base import Denoiser
@@ -35,6 +35,11 @@ def ring(schedule) -> GaussianMixtureDenoiser:
     angle = torch.arange(MODES) * 2 * math.pi / MODES
     means = torch.stack([angle.cos(), angle.sin()], 1) * math.sqrt(2)
     return GaussianMixtureDenoiser(means, STD, None, schedule)
+
+
+def energy_distance(a: Tensor, b: Tensor) -> float:
+    """2 E|a - b| - E|a - a'| - E|b - b'| of two sets (n, D) (Székely and Rizzo 2013); above 0 for two of one law."""
+    return (2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()).item()
 
 
 class OneDraw(Draws):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from plane import MODES, OneDraw, Plane, ring
+from plane import MODES, OneDraw, Plane, energy_distance, ring
 from torch import Tensor, nn
 
 from stepdistill.methods.adversarial import Adversarial, Discriminator
@@ -27,11 +27,6 @@ class Waves(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         return [torch.cos(x @ self.direction + self.phase).unflatten(1, (16, 16))], x
-
-
-def energy_distance(a: Tensor, b: Tensor) -> float:
-    """2 E|a - b| - E|a - a'| - E|b - b'| of two sets (n, D)."""
-    return (2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()).item()
 
 
 def test_the_one_step_student_reaches_the_data_in_all_modes():

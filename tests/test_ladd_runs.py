@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plane import MODES, OneDraw, Plane, ring
+from plane import MODES, OneDraw, Plane, energy_distance, ring
 from safetensors.torch import load_file
 from test_trainer import environment, in_two_processes
 
@@ -116,11 +116,6 @@ def a_network_of(teacher, schedule, updates: int = 600, size: int = 512) -> Plan
         optimizer.step()
         optimizer.zero_grad()
     return network
-
-
-def energy_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """2 E|a - b| - E|a - a'| - E|b - b'| of two sets (Székely and Rizzo 2013); above 0 for two sets of one law too."""
-    return (2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()).item()
 
 
 @pytest.mark.xfail(reason="the energy distance is 2.5 times that of two fresh sets; the goal is twice", strict=False)

@@ -1,6 +1,6 @@
 """Distils a pipeline by adversarial diffusion distillation, ADD (Sauer et al. 2023): a LoRA, or every weight.
 
-    accelerate launch train_scripts/train_add.py --teacher avatars --data avatars --out out/add
+    accelerate launch train_scripts/train_add.py --config train_scripts/configs/avatars_add_lora.yaml --out out/add
     accelerate launch train_scripts/train_add.py --config train_scripts/configs/sdxl_add_lora.yaml --data my/images
 
 The discriminator looks at decoded pictures through a frozen image network (--feature-network). The same command again

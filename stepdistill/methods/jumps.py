@@ -63,7 +63,6 @@ class Jumper(Method):
             raise InputError(f"warm_share: got {self.warm_share:g}; allowed: 0 to 1; 0 is no curriculum")
         if not 0 < self.last_weight < math.inf:
             raise InputError(f"last_weight: got {self.last_weight:g}; allowed: above 0; 1 is all times alike")
-
         if not 1 <= self.guidance < math.inf:
             raise InputError(f"guidance: got {self.guidance:g}; allowed: 1 or more; 1 means no guidance, try 4")
 

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Literal
 from stepdistill.errors import InputError
 from stepdistill.methods.progressive import Progressive, halving_times
 from stepdistill.training import folder
-from stepdistill.training.config import TrainConfig
 from stepdistill.training.export import push_rest
-from stepdistill.training.lcm import check_guidance, guidance_range
+from stepdistill.training.guided import GuidedConfig
 from stepdistill.training.run import begin, open_samples, open_teacher
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ProgressiveConfig(TrainConfig):
+class ProgressiveConfig(GuidedConfig):
     """Flags of progressive distillation."""
 
     start_steps: int = 32
@@ -49,10 +48,6 @@ class ProgressiveConfig(TrainConfig):
     lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
     """How the learning rate of each halving goes on after the warm-up."""
 
-    guidance: tuple[float, ...] = (4.0,)
-    """The teacher's guidance scale: one value, or a range drawn from (1 is none)."""
-    embed_guidance: bool = False
-    """Tell a full student its guidance scale, so that users choose it (--no-lora only; give a range)."""
     student_prediction: Literal["v", "x0", "eps"] = "v"
     """What the student of an eps-predicting teacher predicts; those of others predict as their teacher."""
     weighting: Literal["truncated_snr", "snr+1"] = "truncated_snr"
@@ -92,7 +87,7 @@ class ProgressiveConfig(TrainConfig):
         return first + [self._method(steps) for steps in self.halvings]
 
     def _method(self, steps: int, stage: Literal["guide", "halve"] = "halve") -> Progressive:
-        low, high = guidance_range(self)
+        low, high = self.guidance_range
         return Progressive(
             steps=steps, stage=stage, guidance_min=low, guidance_max=high, weighting=self.weighting,
             solver=self.teacher_solver, eps_student=self.student_prediction, embed_guidance=self.embed_guidance,
@@ -120,15 +115,9 @@ class ProgressiveConfig(TrainConfig):
         """Where the student of so many steps is exported."""
         return Path(self.out) / f"steps-{steps}"
 
-    @property
-    def data_guidance(self) -> float:
-        """The middle of the range."""
-        return (self.guidance[0] + self.guidance[-1]) / 2
-
     def check_teacher(self, teacher: Teacher) -> None:
         """Raises InputError where a teacher cannot be distilled as the flags say."""
         super().check_teacher(teacher)
-        check_guidance(self, teacher)
         denoiser = teacher.denoiser
         if not self.methods(denoiser):
             got = f"{self.end_steps}, the start steps, without guidance to distil"

@@ -1,0 +1,53 @@
+"""Flags of the methods that distil a teacher's guidance: latent consistency and progressive distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stepdistill.errors import InputError
+from stepdistill.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from stepdistill.denoiser.load import Teacher
+
+
+@dataclass(frozen=True)
+class GuidedConfig(TrainConfig):
+    """Flags of a student with its teacher's guidance in its weights, or told it."""
+
+    guidance: tuple[float, ...] = (4.0,)
+    """The teacher's guidance scale: one value, or a range drawn from (1 is none; LCM's w is one less)."""
+    embed_guidance: bool = False
+    """Tell a full student its guidance, so that users choose it (--no-lora only; give a range)."""
+
+    @property
+    def guidance_range(self) -> tuple[float, float]:
+        """The ends of --guidance.
+
+        Raises:
+            InputError: more than two values, or a LoRA is to be told its guidance.
+        """
+        if len(self.guidance) not in (1, 2):
+            raise InputError(f"guidance: got {len(self.guidance)} values; allowed: one, or two for a range")
+        if self.embed_guidance and self.lora:
+            raise InputError("embed_guidance: got it for a LoRA; allowed: a full student (--no-lora)")
+        return self.guidance[0], self.guidance[-1]
+
+    @property
+    def data_guidance(self) -> float:
+        """The middle of the range."""
+        return (self.guidance[0] + self.guidance[-1]) / 2
+
+    def check_teacher(self, teacher: Teacher) -> None:
+        """Raises InputError where a teacher cannot be distilled as the flags say."""
+        from stepdistill.training.roles import tellable
+
+        super().check_teacher(teacher)
+        if self.embed_guidance:
+            tellable(teacher.denoiser.backbone)
+        if teacher.vae is None and self.guidance[-1] > 1:
+            raise InputError(
+                f"guidance: got {self.guidance[-1]:g} with {teacher.path}, a pixel model without text; allowed: 1; "
+                "give --guidance 1"
+            )
