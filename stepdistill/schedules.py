@@ -35,6 +35,11 @@ def match(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.to(x.device).reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
 
 
+def marginal(schedule: Schedule, eps: Tensor, t: Time) -> Tensor:
+    """Unit noise (B, ...) as large as x_t is of data of unit variance: as it is, but on EDM sigma's size."""
+    return match(torch.hypot(*schedule.coeffs(t)), eps) * eps
+
+
 class Schedule(ABC):
     """x_t = alpha(t) x0 + sigma(t) eps.
 

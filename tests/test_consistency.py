@@ -50,30 +50,37 @@ def batch(n: int = 6, dim: int = 2, label: float = 0.3, seed: int = 0) -> Batch:
     return Batch(x0, cond, {"labels": torch.zeros(n)}, Draws.at(seed, 0, n))
 
 
+@pytest.mark.parametrize("own_share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("weighting", ["x0", "v"])
 @pytest.mark.parametrize("loss_type", ["huber", "l2"])
-def test_the_loss_equals_a_hand_computation(loss_type, weighting):
-    settings = {"loss_type": loss_type, "weighting": weighting}
+def test_the_loss_equals_a_hand_computation(loss_type, weighting, own_share):
+    settings = {"loss_type": loss_type, "weighting": weighting, "own_share": own_share}
     method = LatentConsistency(guidance_min=2.0, guidance_max=6.0, huber_c=1e-3, **settings)
     teacher, student, target = (Affine(ALPHA_BAR, w) for w in (0.8, 0.5, 0.6))
     loss = method.loss("student", batch(), Trio(teacher, student, target), CLOCK).total.item()
 
     sample, total = batch(), 0.0
     index, u, noise = sample.draws.integers(50), sample.draws.uniform(), sample.draws.normal(2).double()
+    own, first = sample.draws.uniform() < own_share, sample.draws.normal(2).double()
+    assert own.any() == (own_share > 0) and own.all() == (own_share == 1)
     table = DDIMScheduler(**BETAS).alphas_cumprod.double()
+
+    def f(weight, x, time, alpha, sigma):
+        tau = 10.0 * time
+        x0 = (x - sigma * (weight * x + 0.3)) / alpha
+        return 0.25 / (tau**2 + 0.25) * x + tau / math.sqrt(tau**2 + 0.25) * x0
+
     for i in range(len(index)):
         t = 20 * (int(index[i]) + 1) - 1
         s = max(t - 20, 0)
         a_t, s_t, a_s, s_s = (math.sqrt(v) for v in (table[t], 1 - table[t], table[s], 1 - table[s]))
-        x_t = a_t * sample.x0[i] + s_t * noise[i]
+        x0 = sample.x0[i]
+        if own[i]:  # what the target answers to noise alone
+            x0 = f(0.6, first[i], 999, math.sqrt(table[999]), math.sqrt(1 - table[999]))
+        x_t = a_t * x0 + s_t * noise[i]
         g = 2.0 + 4.0 * float(u[i])
         eps = 0.8 * x_t + g * 0.3
         x_s = a_s * (x_t - s_t * eps) / a_t + s_s * eps
-
-        def f(weight, x, time, alpha, sigma):
-            tau = 10.0 * time
-            x0 = (x - sigma * (weight * x + 0.3)) / alpha
-            return 0.25 / (tau**2 + 0.25) * x + tau / math.sqrt(tau**2 + 0.25) * x0
 
         d = (f(0.5, x_t, t, a_t, s_t) - f(0.6, x_s, s, a_s, s_s)) / (s_t if weighting == "v" else 1.0)
         total += (d**2 if loss_type == "l2" else torch.sqrt(d**2 + 1e-6) - 1e-3).sum().item()
@@ -245,6 +252,7 @@ def test_huber_is_quadratic_near_zero_and_linear_far_away():
         ({"solver_steps": 1}, "solver_steps: got 1; allowed: 2 or more"),
         ({"loss_type": "l1"}, "loss: got 'l1'; allowed: huber, l2"),
         ({"huber_c": 0.0}, "huber_c: got 0"),
+        ({"own_share": 1.5}, "own_share: got 1.5; allowed: 0 to 1"),
         ({"timestep_scaling": 0.0}, "timestep_scaling: got 0; allowed: above 0"),
         ({"guidance_max": math.inf}, "guidance: got 4 to inf"),
     ],

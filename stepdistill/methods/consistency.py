@@ -27,7 +27,7 @@ from stepdistill.errors import InputError
 from stepdistill.guidance import guided
 from stepdistill.methods.base import Batch, Clock, Loss, Method, Models, Role, huber
 from stepdistill.methods.schedulers import lcm_scheduler
-from stepdistill.schedules import AlphaBar, RectifiedFlow, Schedule, match
+from stepdistill.schedules import AlphaBar, RectifiedFlow, Schedule, marginal, match
 from stepdistill.solvers import ddim_step
 from stepdistill.timegrid import Grid, inference_times
 
@@ -153,6 +153,9 @@ class LatentConsistency(Method):
         weighting: "x0" compares the ends as they are, as the papers do; "v" over sigma_t / sqrt(alpha_t² + sigma_t²),
             the share that a v-predicting network has in its x0. All times then move the network alike, and its answers
             at low noise, which every multistep sample ends with, are not worn off by what it learns at high noise.
+        own_share: the share of samples whose x_t is noised from the target's own one-step answer instead of a picture,
+            as multistep sampling does (backward distillation, Kohler et al. 2024; backward simulation, Yin et al.
+            2024). The teacher's path from there mends what the first step leaves blurred. 0 as the LCM papers.
         timestep_scaling: how steeply the boundary condition is left.
         embed_guidance: tell the student its w through `time_cond_proj_dim` (a full student).
 
@@ -166,6 +169,7 @@ class LatentConsistency(Method):
     loss_type: str = "huber"
     huber_c: float = 1e-3
     weighting: str = "x0"
+    own_share: float = 0.0
     timestep_scaling: float = 10.0
     embed_guidance: bool = False
 
@@ -184,6 +188,8 @@ class LatentConsistency(Method):
             raise InputError(f"huber_c: got {self.huber_c:g}; allowed: above 0; the papers use 0.001")
         if self.weighting not in ("x0", "v"):
             raise InputError(f"weighting: got {self.weighting!r}; allowed: x0, v")
+        if not 0 <= self.own_share <= 1:
+            raise InputError(f"own_share: got {self.own_share:g}; allowed: 0 to 1; 0 is none, as the papers, try 0.5")
         if not self.timestep_scaling > 0:
             raise InputError(f"timestep_scaling: got {self.timestep_scaling:g}; allowed: above 0; the papers use 10")
 
@@ -213,10 +219,11 @@ class LatentConsistency(Method):
         schedule, draws = models.teacher.schedule, batch.draws
         t, s = self.times(draws.integers(self.solver_steps), schedule, models.teacher.grid.shift)
         scale = self.guidance_min + (self.guidance_max - self.guidance_min) * draws.uniform()
-        x_t = schedule.add_noise(batch.x0, draws.normal(*batch.x0.shape[1:]).to(batch.x0.dtype), t)
+        eps = draws.normal(*batch.x0.shape[1:]).to(batch.x0.dtype)
         cond = batch.cond | {"guidance": scale - 1} if models.student.takes_guidance else batch.cond
 
         with torch.no_grad():
+            x_t = schedule.add_noise(self._begin(batch, models, cond), eps, t)
             fixed = self.guidance_min == self.guidance_max == 1
             teacher_x0 = guided(models.teacher, x_t, t, batch.cond, batch.uncond, 1.0 if fixed else scale, kind="x0")
             x_s = ddim_step(schedule, x_t, teacher_x0, t, s)
@@ -229,6 +236,19 @@ class LatentConsistency(Method):
             difference = difference * match((alpha.square() + sigma.square()).sqrt() / sigma, difference)
         total = huber(difference, self.huber_c) if self.loss_type == "huber" else difference.float().square().mean()
         return Loss(total, {"consistency": total.detach()})
+
+    def _begin(self, batch: Batch, models: Models, cond: Cond) -> Tensor:
+        """The clean pictures that x_t is noised from: the batch's, or for `own_share` of them the target's answer."""
+        if not self.own_share:
+            return batch.x0
+        schedule, draws = models.teacher.schedule, batch.draws
+        own = draws.uniform() < self.own_share
+        last = torch.full((len(batch.x0),), self.solver_steps - 1, device=batch.x0.device)
+        t, _ = self.times(last, schedule, models.teacher.grid.shift)
+        x_T = marginal(schedule, draws.normal(*batch.x0.shape[1:]).to(batch.x0.dtype), t)
+        return torch.where(
+            match(own, batch.x0) > 0, consistency(models.target, x_T, t, cond, self.timestep_scaling), batch.x0
+        )
 
     def sample(self, student: Denoiser, x_T: Tensor, cond: Cond, *, steps: int, draws: Draws) -> Tensor:
         """Multistep consistency sampling; a student that is told its guidance, at the middle of the range."""

@@ -21,7 +21,7 @@ from stepdistill.errors import InputError
 from stepdistill.methods.base import Batch, Clock, FrozenDenoiser, Method, Models
 from stepdistill.methods.consistency import lcm_times, sample_lcm
 from stepdistill.methods.schedulers import lcm_scheduler
-from stepdistill.schedules import Schedule, Time, match
+from stepdistill.schedules import Schedule, marginal, match
 from stepdistill.timegrid import Grid
 
 if TYPE_CHECKING:
@@ -29,11 +29,6 @@ if TYPE_CHECKING:
 
 ORIGIN = 40  # points of LCMScheduler's own grid: the times of 1, 2, 4, 5 and 8 steps are even parts of it
 SCALING = 10.0  # LCMScheduler's default: c_skip is below 1e-6 from t = 50 of 1000 on
-
-
-def marginal(schedule: Schedule, eps: Tensor, t: Time) -> Tensor:
-    """Unit noise (B, ...) as large as x_t is of data of unit variance: as it is, but on EDM sigma's size."""
-    return match(torch.hypot(*schedule.coeffs(t)), eps) * eps
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ class LCMConfig(GuidedConfig):
     """Below this difference the Huber loss is quadratic, above it linear."""
     weighting: Literal["x0", "v"] = "x0"
     """Compare ends as they are, or over the share that the network's output has in them: steadier at low noise."""
+    own_share: float = 0.0
+    """Share of samples noised from the student's own one-step answer, as in multistep sampling, not a picture."""
     timestep_scaling: float = 10.0
     """How steeply the boundary condition is left; LCMScheduler's 10."""
 
@@ -34,7 +36,8 @@ class LCMConfig(GuidedConfig):
         low, high = self.guidance_range
         return LatentConsistency(
             guidance_min=low, guidance_max=high, solver_steps=self.solver_steps,
-            loss_type=self.loss, huber_c=self.huber_c, weighting=self.weighting, timestep_scaling=self.timestep_scaling,
+            loss_type=self.loss, huber_c=self.huber_c, weighting=self.weighting,
+            own_share=self.own_share, timestep_scaling=self.timestep_scaling,
             embed_guidance=self.embed_guidance,
         )  # fmt: skip
 
