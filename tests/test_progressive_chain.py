@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from test_trainer import environment, kill_when
+from test_trainer import environment, in_two_processes, kill_when
 
 from stepdistill.denoiser.load import load_teacher
 from stepdistill.draws import Draws
@@ -234,3 +234,26 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, pipelines, pictures, flags, 
     done = subprocess.run([*words, *flags], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {message}"), done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.glob("steps-*"))
+
+
+def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(tmp_path, pipelines, pictures):
+    """In every stage of a chain: guidance, then two halvings, each from the export of the one before.
+
+    Adam's epsilon is raised: where a gradient is nothing but rounding, Adam makes full steps of its sign.
+    """
+    words = [
+        sys.executable, str(SCRIPT), "--teacher", pipelines["sd"], "--data", pictures, "--guidance", "2",
+        "--rank", "2", "--start-steps", "4", "--max-train-steps", "10", "--final-factor", "1", "--log-every", "1",
+        "--learning-rate", "1e-3", "--adam-epsilon", "1e-3",
+    ]  # fmt: skip
+    in_two_processes([*words, "--out", str(tmp_path / "two"), "--batch-size", "2"])
+    one = [*words, "--out", str(tmp_path / "one"), "--batch-size", "4"]
+    subprocess.run(one, env=environment(), check=True, capture_output=True)
+    for stage in (4, 2, 1):
+        logs = [
+            [json.loads(line) for line in log.read_text().splitlines()]
+            for log in (tmp_path / name / "runs" / f"steps-{stage}" / "metrics.jsonl" for name in ("one", "two"))
+        ]
+        assert len(logs[0]) == len(logs[1]) == 10
+        for mine, theirs in zip(*logs, strict=True):
+            assert theirs["distillation"] == pytest.approx(mine["distillation"], rel=1e-5), (stage, mine["update"])

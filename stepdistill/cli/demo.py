@@ -75,7 +75,8 @@ def train(method: str, out: Path, size: Size, seed: int) -> Path:
     print(f"{method}: training for {size.updates} updates")
     run = LCMConfig(
         out=out, seed=seed, guidance=(3.0,), max_train_steps=size.updates, batch_size=16, learning_rate=1e-3,
-        lr_scheduler="linear", lr_warmup=20, rank=32, solver_steps=10, weighting="v", checkpoint_every=100,
+        lr_scheduler="linear", lr_warmup=20, rank=32, solver_steps=10, weighting="v", own_share=0.5,
+        checkpoint_every=100,
     )  # fmt: skip
     teacher = load_teacher("avatars")
     data = open_data("avatars", teacher, limit=size.pictures)
