@@ -100,6 +100,7 @@ def gather(config: Config) -> None:
     from stepdistill.evaluation.summary import print_table
 
     config.results.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(config.results / "grids", ignore_errors=True)  # those of an earlier recording
     cells: dict[tuple[str, int], dict] = {}
     for folder in (config.out / "bench-teacher", *(config.out / f"bench-{seed}" for seed in config.seeds)):
         for row in read_rows(folder / "results.jsonl"):
