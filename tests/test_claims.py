@@ -1,4 +1,4 @@
-"""The verdict of benchmarks/lcm_lora.py, on rows made by hand."""
+"""The verdict of benchmarks/students.py, on rows made by hand."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ ROWS = {
     ("real", 0): (10.0, 0.98), ("reconstruction", 0): (12.0, 0.98),
     ("teacher", 1): (400.0, 0.5), ("teacher", 2): (200.0, 0.8), ("teacher", 4): (120.0, 0.89),
     ("teacher", 50): (80.0, 0.9),
-    ("lcm-lora", 1): (150.0, 0.8), ("lcm-lora", 2): (110.0, 0.84), ("lcm-lora", 4): (90.0, 0.86),
+    ("student", 1): (150.0, 0.8), ("student", 2): (110.0, 0.84), ("student", 4): (90.0, 0.86),
 }  # fmt: skip
 
 
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import lcm_lora
+    import students
 
-    return lcm_lora
+    return students
 
 
 def test_every_claim_is_a_ratio_of_the_rows_and_holds_where_all_seeds_hold(script):
     rows = {cell: {"fd": fd, "attribute_accuracy": obeys} for cell, (fd, obeys) in ROWS.items()}
-    better = rows | {("lcm-lora", 2): {"fd": 90.0, "attribute_accuracy": 0.9}}
+    better = rows | {("student", 2): {"fd": 90.0, "attribute_accuracy": 0.9}}
     said = script.claims({0: better, 1: rows})
     values = [claim["seeds"][1] for claim in said]
     assert values == pytest.approx([0.03, 0.2, 0.4, 0.6667, 1.0889, 0.375, 0.55, 1.125, 0.04], abs=1e-4)
@@ -35,6 +35,6 @@ def test_every_claim_is_a_ratio_of_the_rows_and_holds_where_all_seeds_hold(scrip
 
 def test_each_seed_is_held_against_the_one_teacher(script):
     cells = {("teacher", 1): {"fd": 4.0}, ("lcm-lora-0", 1): {"fd": 1.0}, ("lcm-lora-1", 1): {"fd": 2.0}}
-    ratios = [script.fd(rows, "lcm-lora", 1) / script.fd(rows, "teacher", 1)
-              for rows in (script.of_seed(cells, 0), script.of_seed(cells, 1))]  # fmt: skip
+    ratios = [script.fd(rows, "student", 1) / script.fd(rows, "teacher", 1)
+              for rows in (script.of_student(cells, script.name("lcm", seed)) for seed in (0, 1))]  # fmt: skip
     assert ratios == [0.25, 0.5]

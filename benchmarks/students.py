@@ -1,11 +1,13 @@
-"""Is the embedded teacher a worthy problem, and does LCM-LoRA solve it? Several students, and every claim checked.
+"""Is the embedded teacher a worthy problem, and does a method solve it? Several students, and every claim checked.
 
-    python benchmarks/lcm_lora.py --out out/lcm-lora --results benchmarks/results/avatars
-    python benchmarks/lcm_lora.py --out out/lcm-lora --seeds 1        # one seed alone, say on another core
+    python benchmarks/students.py --out out/lcm-lora --results benchmarks/results/avatars
+    python benchmarks/students.py --out out/lcm-lora --seeds 1        # one seed alone, say on another core
+    python benchmarks/students.py --method progressive --out out/progressive --results benchmarks/results/progressive
 
-Seed s trains a student by train_scripts/configs/avatars_lcm_lora.yaml. All are drawn from the same noise, the
-protocol's, as the teacher is. What is done is not done again. When all seeds are there, their rows are put together
-under --results, with the report and claims.json: each ratio seed by seed, its goal, and whether all seeds meet it.
+Seed s trains a student by train_scripts/configs/avatars_METHOD_lora.yaml. All are drawn from the same noise, the
+protocol's, as the teacher is; progressive's student of so many steps is its own export. What is done is not done again.
+When all seeds are there, their rows are put together under --results, with the report and claims.json: each ratio seed
+by seed, its goal, and whether all seeds meet it.
 """
 
 from __future__ import annotations
@@ -17,19 +19,23 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from stepdistill.cli._run import guard, parse
 from stepdistill.evaluation.records import commit, device_name, read_rows, versions
 
-PLAN = Path(__file__).parents[1] / "train_scripts" / "configs" / "avatars_lcm_lora.yaml"
-STUDENT, TEACHER = "lcm-lora", "teacher"
+PLANS = Path(__file__).parents[1] / "train_scripts" / "configs"
+STUDENT, TEACHER = "student", "teacher"
+FEW, MANY = (1, 2, 4), (50,)
 Rows = dict[tuple[str, int], dict]
 
 
 @dataclass(frozen=True)
 class Config:
-    """Flags of benchmarks/lcm_lora.py."""
+    """Flags of benchmarks/students.py."""
 
+    method: Literal["lcm", "progressive", "add", "ladd"] = "lcm"
+    """What distils."""
     out: Path = Path("out/lcm-lora")
     """Students, and the benchmarks of each and of the teacher."""
     results: Path | None = None
@@ -64,13 +70,22 @@ CLAIMS: tuple[tuple[str, Callable[[Rows], float], float], ...] = (
 )
 
 
-def train(out: Path, seed: int) -> Path:
-    """A student; its export folder."""
+def train(method: str, out: Path, seed: int) -> dict[int, Path]:
+    """A student; its export folder for each number of steps."""
     from stepdistill.cli.training import parse_training
+    from stepdistill.training.add import ADDConfig
+    from stepdistill.training.ladd import LADDConfig
     from stepdistill.training.lcm import LCMConfig
+    from stepdistill.training.progressive import ProgressiveConfig, distil_chain
     from stepdistill.training.run import distil
 
-    return distil(parse_training(LCMConfig, "", ["--config", str(PLAN), "--out", str(out), "--seed", str(seed)]))
+    flags = {"lcm": LCMConfig, "progressive": ProgressiveConfig, "add": ADDConfig, "ladd": LADDConfig}[method]
+    plan = PLANS / f"avatars_{method}_lora.yaml"
+    config = parse_training(flags, "", ["--config", str(plan), "--out", str(out), "--seed", str(seed)])
+    if isinstance(config, ProgressiveConfig):
+        distil_chain(config)
+        return {steps: config.target(steps) for steps in FEW}
+    return dict.fromkeys(FEW, distil(config))
 
 
 def measure(models: dict[str, str], steps: tuple[int, ...], out: Path, n: int | None) -> None:
@@ -101,14 +116,14 @@ def gather(config: Config) -> None:
 
     config.results.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(config.results / "grids", ignore_errors=True)  # those of an earlier recording
-    cells: dict[tuple[str, int], dict] = {}
+    cells: Rows = {}
     for folder in (config.out / "bench-teacher", *(config.out / f"bench-{seed}" for seed in config.seeds)):
         for row in read_rows(folder / "results.jsonl"):
             cells.setdefault((row["model"], row["steps"]), row)  # real pictures are the same in every folder
         shutil.copytree(folder / "grids", config.results / "grids", dirs_exist_ok=True)
     rows = list(cells.values())
     (config.results / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = claims({seed: of_seed(cells, seed) for seed in config.seeds})
+    said = claims({seed: of_student(cells, name(config.method, seed)) for seed in config.seeds})
     record = {
         "what": "ratios of Frechet distances, and attribute accuracies; goals of the embedded default", "claims": said,
         "n": rows[0]["n"], "device": device_name("cpu"), "commit": commit(), "versions": versions(),
@@ -123,19 +138,24 @@ def gather(config: Config) -> None:
     print(f"report: {write_report(config.results)}")
 
 
-def of_seed(cells: Rows, seed: int) -> Rows:
-    """The cells with the student of one seed under the common name."""
-    own = f"{STUDENT}-{seed}"
+def name(method: str, seed: int) -> str:
+    """What a student is called in rows."""
+    return f"{method}-lora-{seed}"
+
+
+def of_student(cells: Rows, own: str) -> Rows:
+    """The cells with one student under the common name."""
     return {(STUDENT if model == own else model, steps): row for (model, steps), row in cells.items()}
 
 
 def main(config: Config) -> None:
     """Trains and measures the seeds; measures the teacher and gathers all where asked to."""
     for seed in config.seeds:
-        student = train(config.out / f"student-{seed}", seed)
-        measure({f"{STUDENT}-{seed}": f"avatars,lora={student}"}, (1, 2, 4), config.out / f"bench-{seed}", config.n)
+        for steps, export in train(config.method, config.out / f"student-{seed}", seed).items():
+            spec = {name(config.method, seed): f"avatars,lora={export}"}
+            measure(spec, (steps,), config.out / f"bench-{seed}", config.n)
     if config.results:
-        measure({TEACHER: "avatars,scheduler=ddim"}, (1, 2, 4, 50), config.out / "bench-teacher", config.n)
+        measure({TEACHER: "avatars,scheduler=ddim"}, FEW + MANY, config.out / "bench-teacher", config.n)
         gather(config)
 
 
