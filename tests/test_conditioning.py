@@ -35,9 +35,20 @@ def test_prompts_and_their_absence_are_encoded_as_the_pipeline_does(make):
     conditioner = conditioning.from_pipeline(pipe)
     theirs = encoded_by(pipe, None)
     both = conditioning.concat(conditioner.unconditional(2), conditioner.encode(tiny.PROMPTS))
-    assert both.keys() == theirs.keys()
-    for key in both:
+    assert both.keys() == theirs.keys() | {"pooled"}
+    for key in theirs:
         assert torch.equal(both[key], theirs[key].to(both[key].dtype)), key
+
+
+@pytest.mark.parametrize("pad_token", [None, "a</w>"])
+def test_stable_diffusions_pooled_text_is_the_towers_own(pad_token):
+    pipe = tiny.sd()
+    pipe.tokenizer = tiny.tokenizer(pad_token=pad_token)
+    prompts = [*tiny.PROMPTS, "", "a cat " * 40]
+    cond = conditioning.from_pipeline(pipe).encode(prompts)
+    options = {"padding": "max_length", "truncation": True, "max_length": pipe.tokenizer.model_max_length}
+    said = pipe.text_encoder(pipe.tokenizer(prompts, return_tensors="pt", **options).input_ids)
+    assert torch.equal(cond["text"], said.last_hidden_state) and torch.equal(cond["pooled"], said.pooler_output)
 
 
 def test_unconditional_is_the_encoded_empty_prompt_for_sd_and_zeros_for_sdxl():

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from stepdistill.conditioning.base import expand
 from stepdistill.data import avatars, build
-from stepdistill.data.build import picture_size, teacher_key
+from stepdistill.data.build import FORMAT, picture_size, teacher_key
 from stepdistill.data.cache import LatentCache, make_cache, open_data
 from stepdistill.data.sources import open_picture, open_source, to_tensor
 from stepdistill.denoiser.load import as_teacher, load_teacher
@@ -445,7 +445,7 @@ def test_a_damaged_cache_is_named(tmp_path, pictures, teacher, damage):
     elif damage == "manifest":
         manifest.write_text("{")
     else:
-        manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+        manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', '"format": 1'))
     with pytest.raises(InputError, match=r"cache: got .*, which is damaged or no cache .*; remove it") as e:
         LatentCache(tmp_path / "cache")
     one_line(e)

@@ -76,7 +76,7 @@ def test_the_learning_rate_rises_stays_and_falls_to_zero(teacher):
 
 def test_a_plan_that_cannot_be_read_is_named(teacher, tmp_path):
     script = teacher["script"]
-    with pytest.raises(InputError, match=r"--stages: got foo; allowed: vae, decoder, text, unet, scorer"):
+    with pytest.raises(InputError, match=r"--stages: got foo; allowed: vae, decoder, text, unet, scorer, flow_text, flow"):
         script.read_plan(script.Config(out=tmp_path, stages=("foo",)))
     with pytest.raises(InputError, match=r"--config: got .*missing.yaml"):
         script.read_plan(script.Config(out=tmp_path, config=tmp_path / "missing.yaml"))
@@ -85,4 +85,4 @@ def test_a_plan_that_cannot_be_read_is_named(teacher, tmp_path):
     with pytest.raises(InputError, match=r"unexpected keyword argument 'update'.*allowed: YAML"):
         script.read_plan(script.Config(out=tmp_path, config=wrong, stages=("text",)))
     shipped = script.read_plan(script.Config(out=tmp_path))
-    assert list(shipped) == ["vae", "decoder", "text", "unet", "scorer"]
+    assert list(shipped) == ["vae", "decoder", "text", "unet", "scorer", "flow_text", "flow"]

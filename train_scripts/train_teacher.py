@@ -1,12 +1,13 @@
-"""Trains the embedded teacher and its scorer from nothing, stage by stage, on the embedded avatars.
+"""Trains the embedded teachers and their scorer from nothing, stage by stage, on the embedded avatars.
 
     python train_scripts/train_teacher.py --out out/teacher              # all stages; run it again to resume
     python train_scripts/train_teacher.py --out out/teacher --stages vae text --config my.yaml
 
 Stages: `vae` (autoencoder), `decoder` (its second half again, on noisy latents), `text` (tokenizer and CLIP text
-tower), `unet` (the denoiser), `scorer` (an open_clip model with attribute probes). When all are done, `--out` holds
-`teacher/`, a StableDiffusionPipeline folder, and `scorer/`; copy both to assets/. The one config is
-train_scripts/configs/avatars_teacher.yaml; a stage is a file in train_scripts/teacher/.
+tower), `unet` (the denoiser), `scorer` (an open_clip model with attribute probes), `flow_text` (two smaller towers),
+`flow` (an MMDiT). When all are done, `--out` holds `teacher/`, a StableDiffusionPipeline folder, `flow-teacher/`, a
+StableDiffusion3Pipeline folder on the same autoencoder, and `scorer/`; copy them to assets/. The one config is
+train_scripts/configs/avatars_teacher.yaml; a stage is in train_scripts/teacher/.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 import yaml
 from teacher.autoencoder import run_decoder, run_vae
+from teacher.flow import run_flow, run_flow_text
 from teacher.loop import Budget, Figures, Run
 from teacher.scorer import run_scorer
 from teacher.text import run_text
@@ -30,12 +32,15 @@ from stepdistill.cli._run import guard, parse
 from stepdistill.errors import InputError
 from stepdistill.evaluation import records
 
-STAGES = {"vae": run_vae, "decoder": run_decoder, "text": run_text, "unet": run_unet, "scorer": run_scorer}
+STAGES = {
+    "vae": run_vae, "decoder": run_decoder, "text": run_text, "unet": run_unet, "scorer": run_scorer,
+    "flow_text": run_flow_text, "flow": run_flow,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Config:
-    """Trains the embedded teacher."""
+    """Trains the embedded teachers."""
 
     out: Path
     """Folder for checkpoints and results."""

@@ -21,17 +21,26 @@ def device_of(encoder) -> torch.device:
 
 
 class StableDiffusionConditioner:
-    """CLIP token states; unconditional is the encoded empty prompt (Rombach et al. 2022)."""
+    """CLIP token states; unconditional is the encoded empty prompt (Rombach et al. 2022).
+
+    The network reads the tokens alone. CLIP's own summary, the state of the token that ends the prompt (Radford et al.
+    2021, section 2.4), is for discriminators: a mean over tokens would be one over padding, mostly.
+    """
 
     def __init__(self, pipeline) -> None:
         self.pipeline = pipeline
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, size: tuple[int, int] | None = None) -> Cond:
-        """text (B, S, D)."""
+        """text (B, S, D), pooled (B, D)."""
         device = device_of(self.pipeline.text_encoder)
         text, _ = self.pipeline.encode_prompt(list(prompts), device, 1, do_classifier_free_guidance=False)
-        return {"text": text}
+        tokenizer = self.pipeline.tokenizer
+        ids = tokenizer(
+            list(prompts), padding="max_length", max_length=text.shape[1], truncation=True, return_tensors="pt"
+        ).input_ids
+        end = (ids == tokenizer.eos_token_id).int().argmax(1)
+        return {"text": text, "pooled": text[torch.arange(len(text)), end]}
 
     def unconditional(self, n: int = 1, *, size: tuple[int, int] | None = None) -> Cond:
         """The encoded "", n times."""

@@ -19,7 +19,7 @@ from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.files import disk_full
 
-FORMAT = 2
+FORMAT = 3
 SHARD = 512  # samples, or distinct captions, to a file: what an interrupted build loses at most
 BATCH = 64  # pictures, captions or paintings to a forward, fewer where they are large
 PIXELS = BATCH * 256 * 256  # to a forward of the autoencoder

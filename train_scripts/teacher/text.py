@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 from teacher.attributes import Heads, attribute_classes, attribute_labels
@@ -74,12 +75,22 @@ def run_text(run: Run, max_length: int, sizes: dict, budget: Budget) -> Figures:
     return {"held_out_accuracy": round(accuracy.item(), 5)}  # of named and open attributes, read from the caption
 
 
+def load_tokenizer(run: Run):
+    """The tokenizer of the `text` stage."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(_made(run, "tokenizer"))
+
+
 def load_text(run: Run):
     """The tokenizer and text tower of the `text` stage."""
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextModel
 
-    for name in ("tokenizer", "text_encoder"):
-        if not (run.out / name).is_dir():
-            raise InputError(f"{run.out / name}: not there; run the stage text first")
-    tower = CLIPTextModel.from_pretrained(run.out / "text_encoder").to(run.device).eval()
-    return CLIPTokenizer.from_pretrained(run.out / "tokenizer"), tower
+    tower = CLIPTextModel.from_pretrained(_made(run, "text_encoder")).to(run.device).eval()
+    return load_tokenizer(run), tower
+
+
+def _made(run: Run, name: str) -> Path:
+    if not (run.out / name).is_dir():
+        raise InputError(f"{run.out / name}: not there; run the stage text first")
+    return run.out / name
