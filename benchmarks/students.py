@@ -24,7 +24,6 @@ from typing import Literal
 from stepdistill.cli._run import guard, parse
 from stepdistill.evaluation.records import commit, device_name, read_rows, versions
 
-PLANS = Path(__file__).parents[1] / "train_scripts" / "configs"
 STUDENT, TEACHER = "student", "teacher"
 FEW, MANY = (1, 2, 4), (50,)
 Rows = dict[tuple[str, int], dict]
@@ -36,6 +35,8 @@ class Config:
 
     method: Literal["lcm", "progressive", "add", "ladd"] = "lcm"
     """What distils."""
+    teacher: Literal["avatars", "avatars-flow"] = "avatars"
+    """What is distilled."""
     out: Path = Path("out/lcm-lora")
     """Students, and the benchmarks of each and of the teacher."""
     results: Path | None = None
@@ -68,24 +69,6 @@ CLAIMS: tuple[tuple[str, Callable[[Rows], float], float], ...] = (
     ("student at 4 steps / teacher at 50", lambda r: fd(r, STUDENT, 4) / fd(r, TEACHER, 50), 1.25),
     ("teacher's attributes at 50 - student's at 4", lambda r: obeys(r, TEACHER, 50) - obeys(r, STUDENT, 4), 0.05),
 )
-
-
-def train(method: str, out: Path, seed: int) -> dict[int, Path]:
-    """A student; its export folder for each number of steps."""
-    from stepdistill.cli.training import parse_training
-    from stepdistill.training.add import ADDConfig
-    from stepdistill.training.ladd import LADDConfig
-    from stepdistill.training.lcm import LCMConfig
-    from stepdistill.training.progressive import ProgressiveConfig, distil_chain
-    from stepdistill.training.run import distil
-
-    flags = {"lcm": LCMConfig, "progressive": ProgressiveConfig, "add": ADDConfig, "ladd": LADDConfig}[method]
-    plan = PLANS / f"avatars_{method}_lora.yaml"
-    config = parse_training(flags, "", ["--config", str(plan), "--out", str(out), "--seed", str(seed)])
-    if isinstance(config, ProgressiveConfig):
-        distil_chain(config)
-        return {steps: config.target(steps) for steps in FEW}
-    return dict.fromkeys(FEW, distil(config))
 
 
 def measure(models: dict[str, str], steps: tuple[int, ...], out: Path, n: int | None) -> None:
@@ -149,12 +132,16 @@ def of_student(cells: Rows, own: str) -> Rows:
 
 def main(config: Config) -> None:
     """Trains and measures the seeds; measures the teacher and gathers all where asked to."""
+    from stepdistill.training.plans import run, shipped
+
     for seed in config.seeds:
-        for steps, export in train(config.method, config.out / f"student-{seed}", seed).items():
-            spec = {name(config.method, seed): f"avatars,lora={export}"}
+        plan = shipped(config.method, config.teacher, out=config.out / f"student-{seed}", seed=seed)
+        for steps, export in run(plan, FEW).items():
+            spec = {name(config.method, seed): f"{config.teacher},lora={export}"}
             measure(spec, (steps,), config.out / f"bench-{seed}", config.n)
     if config.results:
-        measure({TEACHER: "avatars,scheduler=ddim"}, FEW + MANY, config.out / "bench-teacher", config.n)
+        own = ",scheduler=ddim" if config.teacher == "avatars" else ""  # a flow's own is Euler, which is DDIM
+        measure({TEACHER: config.teacher + own}, FEW + MANY, config.out / "bench-teacher", config.n)
         gather(config)
 
 

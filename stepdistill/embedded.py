@@ -1,4 +1,4 @@
-"""Where the embedded teacher, data and scorer lie: beside the package in a wheel, in `assets/` of a checkout."""
+"""Where the embedded teachers, data and scorer lie: beside the package in a wheel, in `assets/` of a checkout."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from pathlib import Path
 
 from stepdistill.errors import InputError
 
-NAMES = ("avatars", "teacher", "scorer")
+TEACHERS = {"avatars": "teacher", "avatars-flow": "flow-teacher"}  # what they are called, and their folders
+NAMES = ("avatars", "scorer", *TEACHERS.values())
 
 
 def path(name: str) -> Path:
-    """The folder of an embedded asset: `avatars`, `teacher` or `scorer`.
+    """The folder of an embedded asset: `avatars`, `scorer`, `teacher` or `flow-teacher`.
 
     Raises:
         InputError: the name is none of these, or the installation lacks the folder.

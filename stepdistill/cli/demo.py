@@ -12,10 +12,9 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stepdistill.errors import InputError
-
-METHODS = ("lcm-lora",)
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Config:
     """Folder for students, figures and the report; out/demo, or out/demo-quick, where not given."""
     quick: bool = False
     """Train for less and measure fewer pictures."""
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = ("lcm", "progressive", "add", "ladd")
     """Which families to distil with."""
     seed: int = 0
     """Seed of everything drawn."""
@@ -36,54 +35,75 @@ class Config:
 
 @dataclass(frozen=True)
 class Size:
-    """How much a demo does: pictures to train on, updates, pictures measured a cell."""
+    """How much a demo does: pictures to train on, what is shorter than in the settings that ship, pictures a cell."""
 
     pictures: int
-    updates: int
+    changes: dict[str, dict[str, Any]]
     measured: int
 
 
-FULL = Size(pictures=6000, updates=800, measured=400)
-QUICK = Size(pictures=1000, updates=120, measured=64)
+FULL = Size(
+    pictures=6000,
+    changes={
+        "lcm": {"max_train_steps": 500, "rank": 32},
+        "progressive": {"max_train_steps": 60, "guide_updates": 60, "start_steps": 8},
+        "add": {"max_train_steps": 60},
+        "ladd": {"max_train_steps": 80},
+    },
+    measured=300,
+)
+QUICK = Size(
+    pictures=1000,
+    changes={
+        "lcm": {"max_train_steps": 60, "rank": 32},
+        "progressive": {"max_train_steps": 8, "guide_updates": 8, "start_steps": 8},
+        "add": {"max_train_steps": 6},
+        "ladd": {"max_train_steps": 12},
+    },
+    measured=48,
+)
 FEW, MANY = (1, 2, 4), (50,)
 
 
 def main(config: Config) -> None:
     """Trains, measures and reports."""
-    if unknown := [m for m in config.methods if m not in METHODS]:
-        raise InputError(f"--methods: got {', '.join(unknown)}; allowed: {', '.join(METHODS)}")
+    if unknown := [m for m in config.methods if m not in FULL.changes]:
+        raise InputError(f"--methods: got {', '.join(unknown)}; allowed: {', '.join(FULL.changes)}")
     out = config.out or Path("out/demo-quick" if config.quick else "out/demo")
     size = QUICK if config.quick else FULL
     if config.dry_run:
         for method in config.methods:
-            print(f"would train {method} for {size.updates} updates on {size.pictures} pictures into {out / method}")
+            print(f"would train {method} on {size.pictures} pictures, {size.changes[method]}, into {out / method}")
         at = f"{' '.join(map(str, FEW))} steps, the teacher at {' '.join(map(str, MANY))} too"
         print(f"would measure teacher and students at {at}, {size.measured} pictures a cell, into {out / 'bench'}")
         return
-    students = {method: train(method, out / method, size, config.seed) for method in config.methods}
+    data = encode(out / "data", size.pictures)
+    students = {method: train(method, out / method, data, size, config.seed) for method in config.methods}
     measure(students, out, size, config.seed)
     (out / "demo.json").write_text(json.dumps(dataclasses.asdict(config), default=str, indent=2) + "\n")
 
 
-def train(method: str, out: Path, size: Size, seed: int) -> Path:
-    """Distils the embedded teacher; returns the export folder."""
-    from stepdistill.data.cache import open_data
+def encode(out: Path, pictures: int) -> Path:
+    """The cache that all methods learn from."""
+    from stepdistill.data.cache import make_cache
     from stepdistill.denoiser.load import load_teacher
-    from stepdistill.training.lcm import LCMConfig
-    from stepdistill.training.trainer import Trainer
 
-    print(f"{method}: training for {size.updates} updates")
-    run = LCMConfig(
-        out=out, seed=seed, guidance=(3.0,), max_train_steps=size.updates, batch_size=16, learning_rate=1e-3,
-        lr_scheduler="linear", lr_warmup=20, rank=32, solver_steps=10, weighting="v", own_share=0.5,
-        checkpoint_every=100,
-    )  # fmt: skip
-    teacher = load_teacher("avatars")
-    data = open_data("avatars", teacher, limit=size.pictures)
-    return Trainer(run.method(), teacher, data, run).fit()
+    make_cache("avatars", load_teacher("avatars"), out, limit=pictures)
+    return out
 
 
-def measure(students: dict[str, Path], out: Path, size: Size, seed: int) -> None:
+def train(method: str, out: Path, data: Path, size: Size, seed: int) -> dict[int, Path]:
+    """Distils the embedded teacher by the settings that ship, for less long; the export folder for each number of
+    steps."""
+    from stepdistill.training.plans import run, shipped
+
+    changes = {"out": out, "data": str(data), "seed": seed, "validate_every": 0, **size.changes[method]}
+    config = shipped(method, **changes)
+    print(f"{method}: training for {config.max_train_steps} updates{' a halving' * (method == 'progressive')}")
+    return run(config, FEW)
+
+
+def measure(students: dict[str, dict[int, Path]], out: Path, size: Size, seed: int) -> None:
     """Benchmarks teacher and students, writes the report and the figures of the students' cards."""
     from stepdistill.evaluation.cards import write_cards
     from stepdistill.evaluation.protocols import load_protocol
@@ -95,13 +115,17 @@ def measure(students: dict[str, Path], out: Path, size: Size, seed: int) -> None
     print(f"measuring teacher and students at {', '.join(map(str, FEW + MANY))} steps, {size.measured} pictures a cell")
     bench = {"protocol": protocol, "out": out / "bench", "seed": seed, "settings": Settings(latency_repeats=5)}
     teacher = {"teacher": "avatars,scheduler=ddim"}
-    models = teacher | {name: f"avatars,lora={folder}" for name, folder in students.items()}
-    results = [evaluate(models, steps=FEW, **bench), evaluate(teacher, steps=MANY, **bench)]
+    results = [evaluate(teacher, steps=FEW + MANY, **bench)]
+    for method, exports in students.items():
+        for export in dict.fromkeys(exports.values()):
+            steps = tuple(n for n in FEW if exports[n] == export)
+            results.append(evaluate({f"{method}-lora": f"avatars,lora={export}"}, steps=steps, **bench))
     if failed := [failure for result in results for failure in result.failed]:
         raise InputError(f"demo: got {failed[0].model}, which could not be measured: {failed[0].reason}")
     rows = read_folder(out / "bench")
     write_cards(rows)
     print_table(rows)
-    for name, folder in students.items():
-        print(f"{name}: {folder}")
+    for method, exports in students.items():
+        for export in dict.fromkeys(exports.values()):
+            print(f"{method}-lora: {export}")
     print(f"report: {write_report(out / 'bench')}")

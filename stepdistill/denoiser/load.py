@@ -177,16 +177,16 @@ def _quiet() -> Iterator[None]:
 
 
 def find(path: str | Path) -> str:
-    """A pipeline folder or hub id as diffusers takes it; "avatars" is the embedded teacher.
+    """A pipeline folder or hub id as diffusers takes it; "avatars" and "avatars-flow" are the embedded teachers.
 
     Raises:
         InputError: a folder that is no pipeline, or something that is neither a folder nor an owner/name.
     """
-    if str(path) == "avatars":
-        return str(embedded.path("teacher"))
     path = str(path)
+    if path in embedded.TEACHERS:
+        return str(embedded.path(embedded.TEACHERS[path]))
     local = Path(path).expanduser()
-    allowed = "allowed: a diffusers pipeline folder, a hub id (owner/name), or avatars"
+    allowed = "allowed: a diffusers pipeline folder, a hub id (owner/name), " + " or ".join(embedded.TEACHERS)
     if local.exists():
         if (local / "model_index.json").is_file():
             return str(local)
@@ -250,7 +250,7 @@ def open_pipeline(
     dtype: torch.dtype | None = None,
     text: bool = True,
 ):
-    """The diffusers pipeline in a folder or on the hub, from safetensors alone; "avatars" is the embedded teacher.
+    """The diffusers pipeline in a folder or on the hub, from safetensors alone; "avatars" is an embedded teacher.
 
     Args:
         text: False leaves the text encoders out, where conditions come from a cache.
@@ -307,7 +307,7 @@ def load_teacher(
     """Loads a teacher.
 
     Args:
-        path: a pipeline folder, a hub id, or "avatars", the embedded one.
+        path: a pipeline folder, a hub id, or "avatars" or "avatars-flow", the embedded ones.
         variant: of the weight files, as "fp16". revision: of the hub repository.
         dtype: of the weights; float32 where it is not given.
         text: False leaves the text encoders out; the conditioner then cannot encode.

@@ -15,15 +15,17 @@ SHOWN = ("steps", "NFE", "FD", "interval", "CLIP", "attributes", "ms", "guidance
 def write_cards(rows: Sequence[Row]) -> list[Path]:
     """Writes a table of student and teacher into the card of each export folder among the rows' models.
 
+    A chain's students of several steps are exports of their own, with figures of their own.
+
     Returns:
         The folders whose cards have changed.
     """
     found = cells(rows)
     written = []
-    for model, row in {row["model"]: row for row in rows if row.get("spec")}.items():
-        spec = parse(row["spec"])
+    for (model, spec_of), row in {(row["model"], row["spec"]): row for row in rows if row.get("spec")}.items():
+        spec = parse(spec_of)
         folder = Path(spec.lora or spec.path)
-        shown = [cell for cell in found if cell.model == model or cell.method in ("teacher", "floor")]
+        shown = [cell for cell in found if cell.row["spec"] == spec_of or cell.method in ("teacher", "floor")]
         names = [name for name in columns(shown[0]) if name in SHOWN]
         seeds = sorted({r["seed"] for r in rows if r["model"] == model and r.get("seed") is not None})
         text = (

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepdistill import embedded
 from stepdistill.errors import InputError
 from stepdistill.evaluation import hashes
 from stepdistill.evaluation.generate import told_guidance
@@ -107,7 +108,7 @@ def parse(text: str) -> ModelSpec:
     values.setdefault("name", Path(values.get("lora") or first).name)
     if values.get("lora"):
         values["lora"] = export_in(values["lora"])
-    return ModelSpec(path=first if first == "avatars" else export_in(first), **values)
+    return ModelSpec(path=first if first in embedded.TEACHERS else export_in(first), **values)
 
 
 def as_models(pipeline: Any) -> dict[str, Any]:

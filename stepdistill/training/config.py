@@ -36,7 +36,7 @@ class TrainConfig:
     """Flags of every training script."""
 
     teacher: str = "avatars"
-    """Pipeline folder, hub id, or "avatars", the embedded teacher."""
+    """Pipeline folder, hub id, or an embedded teacher: "avatars", or "avatars-flow", a rectified flow."""
     variant: str | None = None
     """Of the teacher's weight files, as "fp16"."""
     revision: str | None = None

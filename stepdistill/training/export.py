@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from stepdistill import embedded, files
-from stepdistill.denoiser.load import Teacher
+from stepdistill.denoiser.load import Teacher, find
 from stepdistill.errors import InputError
 from stepdistill.export.card import model_card
 from stepdistill.export.lora import save_lora, save_pipeline
@@ -48,7 +48,7 @@ def export(
         prompt=None if teacher.vae is None else prompts_for(config, captions)[0],
         guidance=method.guidance_scale(models.student), steps=method.steps,
         settings={k: record[k] for k in (*SHOWN, *stamp)}, grid="grid.png",
-        base=str(embedded.path("teacher")) if config.teacher == "avatars" else config.teacher,
+        base=find(config.teacher) if config.teacher in embedded.TEACHERS else config.teacher,
         peft_part=None if hasattr(teacher.source, "load_lora_weights") else teacher.part,
     )  # fmt: skip
     common = {"scheduler": scheduler, "config": record, "card": card, "extra": {"grid.png": picture.getvalue()}}

@@ -99,9 +99,7 @@ class CountedAttention:
         return attn.to_out[0](picture), text if attn.context_pre_only else attn.to_add_out(text)
 
 
-def run_flow(
-    run: Run, sizes: dict, scheduler: dict, budget: Budget, caption_dropout: float, dtype: str
-) -> Figures:
+def run_flow(run: Run, sizes: dict, scheduler: dict, budget: Budget, caption_dropout: float, dtype: str) -> Figures:
     """Rectified flow (Liu et al. 2022) with times of logit-normal(0, 1) (Esser et al. 2024, section 3.1), on cached
     latents and text states; then writes the whole pipeline."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
