@@ -26,6 +26,9 @@ class AdversarialConfig(TrainConfig):
     """How likely the noisiest time is in the end against each of the others."""
     adversarial_loss: Literal["hinge", "softplus"] = "hinge"
     """Of the discriminator and the student."""
+    mismatch_share: float = 0.0
+    """Share of what is fake that is real samples under another's caption; 0 in the papers, 0.5 where students forget
+    their captions."""
     discriminator_learning_rate: float = 1e-4
     """The heads', at the plateau."""
     discriminator_betas: tuple[float, float] = (0.0, 0.99)
@@ -36,6 +39,9 @@ class AdversarialConfig(TrainConfig):
     def check(self) -> None:
         """Raises InputError where a setting is out of range, or needs a package that is not installed."""
         super().check()
+        if self.mismatch_share and self.batch_size % 2:
+            got = f"{self.batch_size} with mismatch_share {self.mismatch_share:g}"
+            raise InputError(f"batch_size: got {got}, which swaps captions in pairs; allowed: even ones; add 1")
         if not 0 < self.discriminator_learning_rate < math.inf:
             got = f"{self.discriminator_learning_rate:g}"
             raise InputError(f"discriminator_learning_rate: got {got}; allowed: above 0; try 1e-4")
@@ -61,6 +67,9 @@ class AdversarialConfig(TrainConfig):
         """Raises InputError where a teacher cannot be distilled as the flags say."""
         super().check_teacher(teacher)
         denoiser = teacher.denoiser
+        if self.mismatch_share and teacher.vae is None:
+            got = f"{self.mismatch_share:g} with {teacher.path}, a pixel model without text"
+            raise InputError(f"mismatch_share: got {got}; allowed: 0; leave it out")
         alpha, _ = denoiser.schedule.coeffs(denoiser.schedule.t_max)
         if alpha == 0 and denoiser.kind == "eps":
             raise InputError(
