@@ -124,7 +124,8 @@ def networks():
           "up_block_types": (up, up, "UpBlock2D"), "cross_attention_dim": 2048}  # fmt: skip
     return {
         "sd15": (diffusers.UNet2DConditionModel, {}), "sdxl": (diffusers.UNet2DConditionModel, xl),
-        "sd35": (diffusers.SD3Transformer2DModel, {"num_layers": 24}), "flux_dev": (diffusers.FluxTransformer2DModel, {}),
+        "sd35": (diffusers.SD3Transformer2DModel, {"num_layers": 24}),
+        "flux_dev": (diffusers.FluxTransformer2DModel, {}),
         "pixart_sigma": (diffusers.PixArtTransformer2DModel, {}), "sana": (diffusers.SanaTransformer2DModel, {}),
     }  # fmt: skip
 
