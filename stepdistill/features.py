@@ -26,7 +26,7 @@ BLOCKS = (
     r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+",  # UNet with attention
     r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.resnets\.\d+",  # UNet without
 )
-TEXT_FIRST = ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
+TEXT_FIRST = {"JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"}
 
 
 def blocks_of(backbone: nn.Module) -> list[str]:
@@ -91,7 +91,8 @@ def tokens(block: nn.Module, output: object) -> Tensor:
         InputError: it is of another shape.
     """
     if isinstance(output, tuple | list):
-        output = output[1] if type(block).__name__ in TEXT_FIRST else output[0]
+        own = {kind.__name__ for kind in type(block).__mro__}  # what divides a network puts a class above
+        output = output[1] if own & TEXT_FIRST else output[0]
     elif not isinstance(output, Tensor):
         output = output.sample  # a Transformer2DModelOutput
     if output.ndim not in (2, 3, 4):

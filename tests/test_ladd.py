@@ -165,32 +165,6 @@ def test_real_and_fake_are_judged_at_one_noise_level_and_r1_steps_from_the_noise
     assert 0.5 < ((shaken - real) / 0.01).std().item() < 1.5
 
 
-class Judged(Line):
-    """`Line`, whose logits depend on the text too."""
-
-    def forward(self, maps, level, text, size):
-        return [d + 0.1 * text.sum(1, keepdim=True) for d in super().forward(maps, level, text, size)]
-
-
-@pytest.mark.parametrize("r1_weight", [0.0, 0.7])
-def test_a_noised_real_latent_under_its_neighbours_caption_is_fake(r1_weight):
-    method, models = LatentAdversarial(mismatch_share=0.6, r1_weight=r1_weight, r1_size=0.05), Trio(Cosine())
-    models.discriminator = Judged([0.4, -0.3])
-    loss = method.loss("discriminator", batch(), models, CLOCK)
-    (x_u, u, _), text = models.teacher.asked[0], models.discriminator.told[0][1]
-    assert torch.equal(x_u[-N:], x_u[:N]) and torch.equal(u[-N:], u[:N])
-    assert torch.equal(text[-N:], batch().cond["pooled"][[1, 0, 3, 2, 5, 4]]) and torch.equal(text[:N], text[N : 2 * N])
-    wrong, fake = (
-        sum((1 + gain * (x @ torch.tensor([0.4, -0.3])) + 0.1 * told.sum(1)).clamp(min=0).mean() for gain in (1, -2))
-        / 2
-        for x, told in ((x_u[:N], text[-N:]), (x_u[N : 2 * N], text[:N]))
-    )
-    models = Trio(Cosine())
-    models.discriminator = Judged([0.4, -0.3])
-    without = dataclasses.replace(method, mismatch_share=0.0).loss("discriminator", batch(), models, CLOCK)
-    assert loss.total.item() == pytest.approx(without.total.item() + 0.6 * (wrong - fake).item(), rel=1e-5)
-
-
 def test_the_heads_are_told_the_noise_level_and_the_pooled_text_of_each_view():
     models = Trio(Cosine())
     LatentAdversarial().loss("discriminator", batch(), models, CLOCK)

@@ -18,6 +18,8 @@ from test_trainer import environment, in_two_processes
 from stepdistill.data.cache import open_data
 from stepdistill.denoiser.load import load_teacher
 from stepdistill.draws import Draws
+from stepdistill.errors import InputError
+from stepdistill.export.adapters import load_whole
 from stepdistill.methods.base import Batch, Clock
 from stepdistill.methods.latent_adversarial import Discriminator, LatentAdversarial
 from stepdistill.schedules import Cosine
@@ -61,6 +63,31 @@ def test_the_export_names_the_blocks_that_were_judged(tmp_path, pipelines, pictu
     out = trainer(tmp_path / "run", pipelines["sd"], pictures, max_train_steps=1).fit()
     named = json.loads((out / "config.json").read_text())["judged_blocks"]
     assert named.split(", ")[0] == "down_blocks.0.attentions.0" and named in (out / "README.md").read_text()
+
+
+def test_a_student_may_begin_with_another_runs_and_its_teacher_stays_the_teacher(tmp_path, pipelines, pictures):
+    first = trainer(tmp_path / "first", pipelines["sd"], pictures, learning_rate=1e-2).fit().parent
+    bare = load_teacher(pipelines["sd"])
+    began = load_teacher(pipelines["sd"])
+    load_whole(began.source, first / "export")
+    run = trainer(tmp_path / "second", pipelines["sd"], pictures, start=first)
+    x, t, cond = torch.randn(2, 4, 8, 8), 600.0, bare.conditioner.encode(["a red cat", "the dog"])
+    with torch.no_grad():
+        student, frozen, theirs, own = (m(x, t, cond) for m in (
+            run.models.student, run.models.teacher, began.denoiser, bare.denoiser))  # fmt: skip
+    torch.testing.assert_close(student, theirs, atol=1e-5, rtol=1e-5)
+    assert torch.equal(frozen, own) and (student - own).abs().max() > 1e-2
+    assert json.loads((run.fit() / "config.json").read_text())["start"] == str(first)
+
+
+def test_what_a_student_cannot_begin_with_is_named(tmp_path, pipelines, pictures):
+    first = trainer(tmp_path / "first", pipelines["sd"], pictures, max_train_steps=1).fit()
+    with pytest.raises(InputError, match=r"adapter: got .* allowed: one made with the same --rank"):
+        trainer(tmp_path / "ranks", pipelines["sd"], pictures, start=first, rank=3)
+    with pytest.raises(InputError, match=r"start: got .* with --no-lora; allowed: with a LoRA"):
+        trainer(tmp_path / "full", pipelines["sd"], pictures, start=first, lora=False)
+    with pytest.raises(InputError, match=r"lora: got .*, which holds neither"):
+        LADDConfig(start=tmp_path).check_teacher(load_teacher(pipelines["sd"]))
 
 
 def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(tmp_path, pipelines, pictures):

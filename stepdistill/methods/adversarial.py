@@ -4,14 +4,12 @@ The student jumps from one of N times to the clean end. What it paints is held a
 that looks through a frozen image network, and against what the teacher would make of it:
 
     x0_hat = student(x_t, t)                                  x_t a noised real picture, pure noise at the noisiest t
-    L_D    = sum_k E max(0, 1 - D_k(real)) + (1 - mu) E max(0, 1 + D_k(x0_hat)) + gamma R1      equation 3
-             + mu sum_k E max(0, 1 + D_k(real, another's text))
+    L_D    = sum_k E max(0, 1 - D_k(real)) + E max(0, 1 + D_k(x0_hat)) + gamma R1        equation 3
     L_G    = -sum_k E D_k(x0_hat) + lambda c(u) ||x0_hat - teacher(x_u, u)||²            equations 1, 2 and 4
              x_u = alpha_u stop(x0_hat) + sigma_u eps'
 
-mu is 0 in the paper. Real pictures under another's caption are fake too (Reed et al. 2016, section 4.1), see
-`latent_adversarial`. Here the sum over heads is their mean, and the square a mean over pixels, so that neither weight
-depends on the feature network or the size of the pictures.
+Here the sum over heads is their mean, and the square a mean over pixels, so that neither weight depends on the feature
+network or the size of the pictures.
 
 Data are cached as latents, so a real picture is a decoded one: the student can paint no better than the autoencoder.
 """
@@ -34,7 +32,7 @@ from stepdistill.errors import InputError
 from stepdistill.guidance import guided
 from stepdistill.methods.augmentation import augment
 from stepdistill.methods.base import Batch, Clock, Loss, Models, Role
-from stepdistill.methods.discriminators import LOSSES, Heads, Logits, check_loss, check_share, pooled_text, r1, swapped
+from stepdistill.methods.discriminators import LOSSES, Heads, Logits, check_loss, pooled_text, r1
 from stepdistill.methods.feature_networks import check_name, load_feature_network
 from stepdistill.methods.jumps import Jumper
 from stepdistill.schedules import AlphaBar, Schedule, match
@@ -133,7 +131,6 @@ class Adversarial(Jumper):
         feature_network: what the discriminator looks through, see `feature_networks`.
         picture_size: pixels it works at; 0 is its own.
         adversarial_loss: "hinge" or "softplus".
-        mismatch_share: mu; 0 is none.
         r1_weight: gamma, of R1 on the heads' input; 0 is none.
         condition_on_image: tell the discriminator of the real picture that x_t was made from, but for pure noise.
         distillation_weight: lambda; 0 leaves the teacher out.
@@ -149,7 +146,6 @@ class Adversarial(Jumper):
     feature_network: str = "dino_vits16"
     picture_size: int = 0
     adversarial_loss: str = "hinge"
-    mismatch_share: float = 0.0
     r1_weight: float = 1e-5
     condition_on_image: bool = True
     distillation_weight: float = 2.5
@@ -168,7 +164,6 @@ class Adversarial(Jumper):
         super().__post_init__()
         check_name(self.feature_network)
         check_loss(self.adversarial_loss)
-        check_share(self.mismatch_share)
         for setting in ("picture_size", "r1_weight", "distillation_weight"):
             if not 0 <= getattr(self, setting) < math.inf:
                 raise InputError(f"{setting}: got {getattr(self, setting):g}; allowed: 0 or more")
@@ -209,18 +204,12 @@ class Adversarial(Jumper):
         with torch.no_grad():
             fake = models.decoder(models.student(x_t, t, cond, kind="x0"))
             real = models.decoder(batch.x0)
-            told = [self._told(batch, models, t, real)] * 2
-            if self.mismatch_share:
-                text = pooled_text(swapped(batch.cond), size).to(t.device)
-                told.append(torch.cat([text, told[0][:, text.shape[1] :]], 1))
+            told = self._told(batch, models, t, real)
             shown = torch.cat([augment(pictures, batch.draws, self.augmentation) for pictures in (real, fake)])
             maps, _ = models.trunk(shown)
-        if self.mismatch_share:
-            maps = [torch.cat([each, each[:size]]) for each in maps]
-        logits, penalty = models.discriminator(maps, torch.cat(told), size if self.r1_weight else 0)
-        real, false, *mismatched = zip(*(each.split(size) for each in logits), strict=True)
-        other = mismatched[0] if mismatched else None
-        adversarial = LOSSES[self.adversarial_loss].judge(real, false, other, self.mismatch_share)
+        logits, penalty = models.discriminator(maps, torch.cat([told, told]), size if self.r1_weight else 0)
+        of_real, of_fake = [each[:size] for each in logits], [each[size:] for each in logits]
+        adversarial = LOSSES[self.adversarial_loss][0](of_real, of_fake)
         terms = {"discriminator": adversarial.detach(), "r1": penalty.detach()}
         return Loss(adversarial + self.r1_weight * penalty, terms)
 
@@ -232,7 +221,7 @@ class Adversarial(Jumper):
             told = self._told(batch, models, t, real)
         maps, _ = models.trunk(augment(fake, batch.draws, self.augmentation))
         logits, _ = models.discriminator(maps, told)
-        adversarial = LOSSES[self.adversarial_loss].deceive(logits)
+        adversarial = LOSSES[self.adversarial_loss][1](logits)
         terms = {"adversarial": adversarial.detach()}
         if not self.distillation_weight:
             return Loss(adversarial, terms)

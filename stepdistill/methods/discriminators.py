@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -130,21 +129,6 @@ def pooled_text(cond: Cond, batch: int) -> Tensor:
     return (text * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def swapped(cond: Cond) -> Cond:
-    """Each sample's conditions changed for its neighbour's: 1 and 2, 3 and 4. A split of the batch into even parts
-    changes nothing.
-
-    Raises:
-        InputError: a batch of odd size.
-    """
-    count = next((len(value) for value in cond.values()), 0)
-    if count % 2:
-        raise InputError(
-            f"batch_size: got {count}; allowed: even ones with mismatch_share, which swaps captions; add 1"
-        )
-    return {key: value.unflatten(0, (-1, 2)).flip(1).flatten(0, 1) for key, value in cond.items()}
-
-
 def noise_features(alpha: Tensor, sigma: Tensor) -> Tensor:
     """A noise level, (B,) each, to (B, NOISE_FEATURES) float32: sines and cosines of multiples of atan(sigma/alpha),
     which runs from 0 to pi/2 on every schedule."""
@@ -157,31 +141,23 @@ def _mean(values: Logits) -> Tensor:
     return torch.stack([value.float().mean() for value in values]).mean()
 
 
-@dataclass(frozen=True)
-class AdversarialLoss:
-    """What is asked of logits: `real` and `fake` of the discriminator, `fool` of the student. Each takes one map's."""
-
-    real: Callable[[Tensor], Tensor]
-    fake: Callable[[Tensor], Tensor]
-    fool: Callable[[Tensor], Tensor]
-
-    def judge(self, real: Logits, fake: Logits, other: Logits | None = None, share: float = 0.0) -> Tensor:
-        """The discriminator's loss. `share` of what is asked of the fake is asked of `other`, fake in another way."""
-        rejected = _mean([self.fake(f.float()) for f in fake])
-        if other is not None:
-            rejected = torch.lerp(rejected, _mean([self.fake(o.float()) for o in other]), share)
-        return _mean([self.real(r.float()) for r in real]) + rejected
-
-    def deceive(self, fake: Logits) -> Tensor:
-        """The student's loss."""
-        return _mean([self.fool(f.float()) for f in fake])
+def _hinge(real: Logits, fake: Logits) -> Tensor:
+    return _mean([F.relu(1 - r.float()).mean() + F.relu(1 + f.float()).mean() for r, f in zip(real, fake, strict=True)])
 
 
-LOSSES = {
-    # Lim and Ye 2017; the student's is linear
-    "hinge": AdversarialLoss(lambda r: F.relu(1 - r), lambda f: F.relu(1 + f), lambda f: -f),
-    # Goodfellow et al. 2014, on logits
-    "softplus": AdversarialLoss(lambda r: F.softplus(-r), F.softplus, lambda f: F.softplus(-f)),
+def _softplus(real: Logits, fake: Logits) -> Tensor:
+    return _mean(
+        [F.softplus(-r.float()).mean() + F.softplus(f.float()).mean() for r, f in zip(real, fake, strict=True)]
+    )
+
+
+# by name: the discriminator's loss of (real, fake), and the student's of fake
+LOSSES: dict[str, tuple[Callable[[Logits, Logits], Tensor], Callable[[Logits], Tensor]]] = {
+    "hinge": (_hinge, lambda fake: -_mean(fake)),  # Lim and Ye 2017; the student's is linear
+    "softplus": (
+        _softplus,
+        lambda fake: _mean([F.softplus(-f.float()) for f in fake]),
+    ),  # Goodfellow et al. 2014, on logits
 }
 
 
@@ -189,12 +165,6 @@ def check_loss(name: str) -> None:
     """Raises InputError where there is no adversarial loss of this name."""
     if name not in LOSSES:
         raise InputError(f"adversarial_loss: got {name!r}; allowed: {', '.join(LOSSES)}")
-
-
-def check_share(share: float) -> None:
-    """Raises InputError where what is fake cannot be divided so."""
-    if not 0 <= share < 1:
-        raise InputError(f"mismatch_share: got {share:g}; allowed: 0 to below 1; 0 is none, 0.5 is half")
 
 
 def r1(judge: Callable[[Sequence[Tensor]], Logits], maps: Sequence[Tensor]) -> Tensor:

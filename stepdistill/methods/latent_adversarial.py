@@ -5,16 +5,12 @@ teacher's own, by a discriminator that sees both noised again, through the froze
 
     x0_hat = student(x_t, t)                               x_t a noised real latent, pure noise at the noisiest t
     F_k(x) = block k of teacher(x_u, u),  x_u = alpha_u x + sigma_u eps,  log(sigma_u / alpha_u) ~ Normal(m, s²)
-    L_D    = E max(0, 1 - D_k(F_k(real), u, text)) + (1 - mu) E max(0, 1 + D_k(F_k(x0_hat), u, text))
-             + mu E max(0, 1 + D_k(F_k(real), u, another's text)) + gamma R1
+    L_D    = E max(0, 1 - D_k(F_k(real), u, text)) + E max(0, 1 + D_k(F_k(x0_hat), u, text)) + gamma R1
     L_G    = -E D_k(F_k(x0_hat), u, text) + rho smooth_l1(x0_hat, real)
 
 averaged over the blocks k. Much noise (large m) makes it judge the composition, little the texture. Nothing is decoded,
 and the gradient of L_G reaches the student through the teacher. On the teacher's own latents adversarial training alone
 is enough, as in the paper; rho is for data, and counts only where x_t says something of the latent.
-
-mu is 0 in the paper. Real latents under another's caption are fake too (Reed et al. 2016, section 4.1). Without it a
-small discriminator in a short run does not come to read captions, and the student forgets them.
 """
 
 from __future__ import annotations
@@ -29,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepdistill import features
-from stepdistill.denoiser.base import Cond
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Batch, Clock, Loss, Models, Role
 from stepdistill.methods.discriminators import (
@@ -39,11 +34,9 @@ from stepdistill.methods.discriminators import (
     Logits,
     approximate_r1,
     check_loss,
-    check_share,
     laid_out,
     noise_features,
     pooled_text,
-    swapped,
 )  # fmt: skip
 from stepdistill.methods.jumps import Jumper
 from stepdistill.schedules import match
@@ -77,7 +70,6 @@ class LatentAdversarial(Jumper):
         blocks: names of the teacher's submodules that are judged; none is four spread over its depth.
         logit_mean, logit_std: m and s. The resolution shift of the teacher's grid is added to m as log(shift).
         adversarial_loss: "hinge" or "softplus".
-        mismatch_share: mu; 0 is none.
         r1_weight: gamma, of the approximate R1 on the noised input; 0 is none.
         r1_size: standard deviation of the noise it is measured with.
         reconstruction_weight: rho; 0 is none.
@@ -90,7 +82,6 @@ class LatentAdversarial(Jumper):
     logit_mean: float = 0.0
     logit_std: float = 1.0
     adversarial_loss: str = "hinge"
-    mismatch_share: float = 0.0
     r1_weight: float = 0.0
     r1_size: float = 0.01
     reconstruction_weight: float = 0.0
@@ -106,7 +97,6 @@ class LatentAdversarial(Jumper):
         for setting in ("r1_weight", "reconstruction_weight"):
             if not 0 <= getattr(self, setting) < math.inf:
                 raise InputError(f"{setting}: got {getattr(self, setting):g}; allowed: 0 or more; 0 is none")
-        check_share(self.mismatch_share)
         for setting in ("logit_std", "r1_size"):
             if not 0 < getattr(self, setting) < math.inf:
                 raise InputError(f"{setting}: got {getattr(self, setting):g}; allowed: above 0")
@@ -147,28 +137,23 @@ class LatentAdversarial(Jumper):
     def _judge(self, batch: Batch, models: Models, fake: Tensor) -> Loss:
         u = self._levels(batch, models)
         views = [self._noised_again(batch, models, x, u) for x in (batch.x0, fake)]
-        conds = [batch.cond, batch.cond]
         if self.r1_weight:
             views.append(views[0] + self.r1_size * batch.draws.normal(*fake.shape[1:]))
-            conds.append(batch.cond)
-        if self.mismatch_share:
-            views.append(views[0])
-            conds.append(swapped(batch.cond))
         with torch.no_grad():
-            seen = self._seen(models, torch.cat(views), u, conds)
+            seen = self._seen(batch, models, torch.cat(views), u)
         logits = models.discriminator(*seen)  # one call: a wrapped network is called once for each backward
-        real, false, *others = zip(*(each.chunk(len(views)) for each in logits), strict=True)
-        mismatched = others[-1] if self.mismatch_share else None
-        judged = LOSSES[self.adversarial_loss].judge(real, false, mismatched, self.mismatch_share)
-        if not self.r1_weight:
-            return Loss(judged, {"discriminator": judged.detach()})
-        penalty = approximate_r1(real, others[0], self.r1_size)
-        return Loss(judged + self.r1_weight * penalty, {"discriminator": judged.detach(), "r1": penalty.detach()})
+        real, false, *shaken = zip(*(each.chunk(len(views)) for each in logits), strict=True)
+        adversarial = LOSSES[self.adversarial_loss][0](real, false)
+        terms = {"discriminator": adversarial.detach()}
+        if not shaken:
+            return Loss(adversarial, terms)
+        penalty = approximate_r1(real, shaken[0], self.r1_size)
+        return Loss(adversarial + self.r1_weight * penalty, terms | {"r1": penalty.detach()})
 
     def _deceive(self, batch: Batch, models: Models, fake: Tensor, t: Tensor) -> Loss:
         u = self._levels(batch, models)
-        logits = models.discriminator(*self._seen(models, self._noised_again(batch, models, fake, u), u, [batch.cond]))
-        adversarial = LOSSES[self.adversarial_loss].deceive(logits)
+        logits = models.discriminator(*self._seen(batch, models, self._noised_again(batch, models, fake, u), u))
+        adversarial = LOSSES[self.adversarial_loss][1](logits)
         terms = {"adversarial": adversarial.detach()}
         if not self.reconstruction_weight:
             return Loss(adversarial, terms)
@@ -190,13 +175,13 @@ class LatentAdversarial(Jumper):
         return models.teacher.schedule.add_noise(x, batch.draws.normal(*x.shape[1:]), u)
 
     def _seen(
-        self, models: Models, x_u: Tensor, u: Tensor, conds: Sequence[Cond]
+        self, batch: Batch, models: Models, x_u: Tensor, u: Tensor
     ) -> tuple[list[Tensor], Tensor, Tensor, Sequence[int]]:
-        """What the discriminator is given of noised latents (k B, ...), k views of the batch one after the other, each
-        under conditions of its own."""
-        each = [self.told(models.teacher, cond, len(u), x_u.device) for cond in conds]
-        cond = {key: torch.cat([one[key] for one in each]) for key in each[0]}
-        u = torch.cat([u] * len(conds))
+        """What the discriminator is given of noised latents (k B, ...), k views of the batch one after the other."""
+        times = len(x_u) // len(u)
+        cond = self.told(models.teacher, batch.cond, len(u), x_u.device)
+        cond = {key: torch.cat([value] * times) for key, value in cond.items()}
+        u = torch.cat([u] * times)
         maps = models.teacher.features(x_u, u, cond, self.blocks)
         level = noise_features(*models.teacher.schedule.coeffs(u))
         return maps, level.to(x_u.device), pooled_text(cond, len(u)).to(x_u.device), x_u.shape[2:]

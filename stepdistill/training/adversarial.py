@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from stepdistill.errors import InputError
 from stepdistill.training.config import TrainConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from stepdistill.denoiser.load import Teacher
 
 
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
 class AdversarialConfig(TrainConfig):
     """Flags of a student that jumps to the clean end, and of the discriminator it is trained against."""
 
+    start: Path | None = None
+    """Export of an earlier run on the same teacher that the student begins with, as one of LCM; the teacher where not
+    given. Its rank must be the same."""
     student_steps: int = 4
     """Times the student is trained at, those an inference of as many steps visits."""
     warm_share: float = 0.0
@@ -26,9 +32,6 @@ class AdversarialConfig(TrainConfig):
     """How likely the noisiest time is in the end against each of the others."""
     adversarial_loss: Literal["hinge", "softplus"] = "hinge"
     """Of the discriminator and the student."""
-    mismatch_share: float = 0.0
-    """Share of what is fake that is real samples under another's caption; 0 in the papers, 0.5 where students forget
-    their captions."""
     discriminator_learning_rate: float = 1e-4
     """The heads', at the plateau."""
     discriminator_betas: tuple[float, float] = (0.0, 0.99)
@@ -39,9 +42,8 @@ class AdversarialConfig(TrainConfig):
     def check(self) -> None:
         """Raises InputError where a setting is out of range, or needs a package that is not installed."""
         super().check()
-        if self.mismatch_share and self.batch_size % 2:
-            got = f"{self.batch_size} with mismatch_share {self.mismatch_share:g}"
-            raise InputError(f"batch_size: got {got}, which swaps captions in pairs; allowed: even ones; add 1")
+        if self.start and not self.lora:
+            raise InputError(f"start: got {self.start} with --no-lora; allowed: with a LoRA; leave one of them out")
         if not 0 < self.discriminator_learning_rate < math.inf:
             got = f"{self.discriminator_learning_rate:g}"
             raise InputError(f"discriminator_learning_rate: got {got}; allowed: above 0; try 1e-4")
@@ -63,13 +65,22 @@ class AdversarialConfig(TrainConfig):
             self, learning_rate=self.discriminator_learning_rate, adam_betas=self.discriminator_betas
         )
 
+    def begin_with(self) -> dict[str, Tensor] | None:
+        """The weights of `start`, by parameter.
+
+        Raises:
+            InputError: it holds none that can be read.
+        """
+        from stepdistill.evaluation.places import export_in
+        from stepdistill.export.adapters import trained_weights
+
+        return trained_weights(Path(export_in(str(self.start)))) if self.start else None
+
     def check_teacher(self, teacher: Teacher) -> None:
         """Raises InputError where a teacher cannot be distilled as the flags say."""
         super().check_teacher(teacher)
+        self.begin_with()
         denoiser = teacher.denoiser
-        if self.mismatch_share and teacher.vae is None:
-            got = f"{self.mismatch_share:g} with {teacher.path}, a pixel model without text"
-            raise InputError(f"mismatch_share: got {got}; allowed: 0; leave it out")
         alpha, _ = denoiser.schedule.coeffs(denoiser.schedule.t_max)
         if alpha == 0 and denoiser.kind == "eps":
             raise InputError(

@@ -17,6 +17,8 @@ from stepdistill.errors import InputError
 from stepdistill.training.roles import LORA_TARGETS, adaptable
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from stepdistill.denoiser.load import Teacher
     from stepdistill.methods.base import Method
 
@@ -152,6 +154,10 @@ class TrainConfig:
         """Raises InputError where a teacher cannot be distilled as the flags say, before its data are encoded."""
         if self.lora:
             adaptable(teacher.denoiser.backbone, self.target_modules)
+
+    def begin_with(self) -> dict[str, Tensor] | None:
+        """Weights of the adapter that the student begins with, by parameter; None for a new one."""
+        return None
 
     def of(self, role: str) -> TrainConfig:
         """The settings of a role's optimizer; methods with several may give each its own."""

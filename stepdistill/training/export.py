@@ -6,6 +6,8 @@ import io
 import json
 from pathlib import Path
 
+from PIL import Image
+
 from stepdistill import embedded, files
 from stepdistill.denoiser.load import Teacher, find
 from stepdistill.errors import InputError
@@ -14,7 +16,7 @@ from stepdistill.export.lora import save_lora, save_pipeline
 from stepdistill.methods.base import Method
 from stepdistill.training.config import TrainConfig
 from stepdistill.training.roles import Models
-from stepdistill.training.validation import grid, prompts_for
+from stepdistill.training.validation import prompts_for
 
 SHOWN = (
     "max_train_steps",
@@ -31,18 +33,18 @@ SHOWN = (
 
 def export(
     method: Method, teacher: Teacher, models: Models, config: TrainConfig, out: Path, captions: list[str],
-    seconds: float,
+    seconds: float, picture: Image.Image,
 ) -> Path:  # fmt: skip
     """Writes the student: a LoRA folder or a whole pipeline, with scheduler, card, grid and configuration.
 
-    `seconds` of training go into config.json, where the benchmark finds them.
+    `seconds` of training go into config.json, where the benchmark finds them; `picture` is the grid.
     """
     scheduler = method.scheduler(teacher)
     name = f"{method.name}-lora" if config.lora else method.name
     stamp = method.stamp(models)
     record = config.record() | stamp | {"method": name, "train_seconds": round(seconds, 1)}
-    picture = io.BytesIO()
-    grid(method, teacher, models.student, config, captions).save(picture, "png")
+    png = io.BytesIO()
+    picture.save(png, "png")
     card = model_card(
         method=name, teacher=config.teacher, out=str(out), scheduler=type(scheduler).__name__, lora=config.lora,
         prompt=None if teacher.vae is None else prompts_for(config, captions)[0],
@@ -51,7 +53,7 @@ def export(
         base=find(config.teacher) if config.teacher in embedded.TEACHERS else config.teacher,
         peft_part=None if hasattr(teacher.source, "load_lora_weights") else teacher.part,
     )  # fmt: skip
-    common = {"scheduler": scheduler, "config": record, "card": card, "extra": {"grid.png": picture.getvalue()}}
+    common = {"scheduler": scheduler, "config": record, "card": card, "extra": {"grid.png": png.getvalue()}}
     if config.lora:
         return save_lora(teacher, out, **common)
     return save_pipeline(teacher, models.student.backbone, out, **common)

@@ -15,24 +15,13 @@ from accelerate import Accelerator
 
 from stepdistill.errors import InputError
 from stepdistill.files import disk_full
-
-YES = ("1", "true", "yes", "on")
+from stepdistill.training.sharding import YES
 
 
 def on_cpu() -> bool:
     """Whether to compute on the CPU. accelerate must be told, or several processes on it do not find each other."""
     forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in YES
     return forced or not torch.accelerator.is_available()
-
-
-def refuse_sharding() -> None:
-    """Raises InputError where `accelerate launch` asks for a way of splitting that this trainer does not know."""
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in YES:
-            raise InputError(
-                f"accelerate: got {name} from its launcher or configuration; allowed: one process, or several with "
-                "all weights each; run `accelerate config` again, or launch with --multi_gpu"
-            )
 
 
 @contextmanager

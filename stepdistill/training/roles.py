@@ -254,6 +254,7 @@ def lora_models(
     target_modules: tuple[str, ...] = LORA_TARGETS,
     dropout: float = 0.0,
     start: dict[str, Tensor] | None = None,
+    teacher_starts: bool = False,
     student_kind: Kind | None = None,
     target_decay: float = 0.95,
     export_decay: float = 0.0,
@@ -263,7 +264,7 @@ def lora_models(
     """Adds a LoRA (Hu et al. 2021) to the teacher's backbone, in place, and returns the roles that share it.
 
     Args:
-        start: weights of an adapter, by parameter; student and teacher then both begin with it.
+        start: weights of an adapter, by parameter, that the student begins with. teacher_starts: so does the teacher.
         student_kind: what the student predicts; None is what the teacher does.
         alpha: scale of the adapter is alpha / rank; None is alpha = rank.
         target_modules: endings of module names.
@@ -298,7 +299,7 @@ def lora_models(
     frozen = plain(teacher)
     teacher.kind = student_kind or teacher.kind
     return Models(
-        frozen, teacher, switch=switch, from_adapter=start is not None, others=others,
+        frozen, teacher, switch=switch, from_adapter=teacher_starts, others=others,
         target_decay=target_decay, export_decay=export_decay,
     )  # fmt: skip
 

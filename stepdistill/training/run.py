@@ -43,11 +43,13 @@ def begin(config: TrainConfig):
     """Checks flags and folder before hours of encoding, not after; returns accelerate's PartialState."""
     from accelerate import PartialState
 
-    from stepdistill.training.processes import on_cpu, refuse_sharding
+    from stepdistill.training import sharding
+    from stepdistill.training.processes import on_cpu
 
     config.check()
-    refuse_sharding()
-    state = PartialState(cpu=on_cpu())
+    sharding.check(config.lora)
+    with sharding.kept_from_accelerate():
+        state = PartialState(cpu=on_cpu())
     folder.claim(config, state.num_processes, write=False)
     return state
 

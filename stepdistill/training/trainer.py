@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,12 +27,12 @@ from stepdistill.denoiser.load import Teacher, move_coders
 from stepdistill.draws import Draws, mix
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Batch, Clock, Method
-from stepdistill.training import checkpoint, folder, trackers
+from stepdistill.training import checkpoint, folder, sharding, trackers
 from stepdistill.training.config import TrainConfig
 from stepdistill.training.export import export, push_rest
 from stepdistill.training.optim import build_optimizer, learning_rate_at
 from stepdistill.training.order import sample_indices
-from stepdistill.training.processes import StopSignal, on_cpu, refuse_sharding, room
+from stepdistill.training.processes import StopSignal, on_cpu, room
 from stepdistill.training.roles import Models, full_models, lora_models
 from stepdistill.training.validation import grid
 
@@ -59,17 +60,19 @@ class Trainer:
         target: Path | None = None,
     ) -> None:  # fmt: skip
         config.check()
-        refuse_sharding()
+        self.sharded = sharding.check(config.lora)
         if len(data) < 1:
             raise InputError("data: got no samples; allowed: one or more")
         self.method, self.teacher, self.data, self.config = method, teacher, data, config
         self.out = Path(config.out)
         self.target = target or self.out / "export"
         AcceleratorState._reset_state()  # a second run in one process may have another precision
-        self.accelerator = Accelerator(
-            cpu=on_cpu(), mixed_precision=config.mixed_precision, log_with=list(config.trackers) or None,
-            gradient_accumulation_steps=config.gradient_accumulation, project_dir=self.out,
-        )  # fmt: skip
+        with sharding.kept_from_accelerate():
+            self.accelerator = Accelerator(
+                cpu=on_cpu(), mixed_precision=config.mixed_precision, log_with=list(config.trackers) or None,
+                gradient_accumulation_steps=config.gradient_accumulation, project_dir=self.out,
+            )  # fmt: skip
+        self.sharded = self.sharded and self.accelerator.num_processes > 1
         self.device = self.accelerator.device
         main = self.accelerator.is_main_process
         folder.claim(config, self.accelerator.num_processes, write=main and not config.dry_run)
@@ -101,7 +104,9 @@ class Trainer:
         and would hand the student those of the averaged weights that the target was called with.
         """
         models = self.models
-        models.student.backbone = self.accelerator.prepare(self.backbone)
+        models.student.backbone = self.accelerator.prepare_model(self.backbone, evaluation_mode=self.sharded)
+        if self.sharded:
+            sharding.divide(self.backbone, self.device)
         models.wrapped = {
             role: self.accelerator.prepare(module) for role, module in models.others.items() if role in models.trained
         }
@@ -186,6 +191,8 @@ class Trainer:
     def _apply(self, role: str) -> None:
         """The optimizer's step of one role; of accumulated batches, the last alone takes it."""
         if self.accelerator.sync_gradients:
+            if self.sharded and role == "student":
+                sharding.average_gradients(self.models.trained[role].values())
             self.accelerator.clip_grad_norm_(list(self.models.trained[role].values()), self.config.max_grad_norm)
         self.optimizers[role].step()
         self.optimizers[role].zero_grad(set_to_none=True)
@@ -270,21 +277,30 @@ class Trainer:
         return {name: f"{value:.4f}" for name, value in values.items()}
 
     def _validate(self, metrics: trackers.Metrics) -> None:
-        if self.accelerator.is_main_process and self.teacher is not None:
+        picture = self._painted()
+        if picture is not None and self.accelerator.is_main_process:
             path = self.out / "validation"
             path.mkdir(exist_ok=True)
-            with self.models.shown() as student:
-                picture = grid(self.method, self.teacher, student, self.config, self.data.captions)
             picture.save(path / f"{self.update:08d}.png")
             metrics.picture(self.update, "validation", picture)
         self.accelerator.wait_for_everyone()
 
+    def _painted(self) -> Image.Image | None:
+        """The grid of the student as it is shown; of divided weights, all processes must paint it, else one."""
+        if self.teacher is None or not (self.sharded or self.accelerator.is_main_process):
+            return None
+        with self.models.shown() as student:
+            return grid(self.method, self.teacher, student, self.config, self.data.captions)
+
     def _finish(self) -> Path:
-        target = self.target
+        self.models.student.backbone = self.backbone
+        target, picture = self.target, self._painted()
         if self.accelerator.is_main_process and self.teacher is not None:
-            self.models.student.backbone = self.backbone
             with self.models.shown():
-                export(self.method, self.teacher, self.models, self.config, target, self.data.captions, self.seconds)
+                export(
+                    self.method, self.teacher, self.models, self.config, target, self.data.captions, self.seconds,
+                    picture,
+                )  # fmt: skip
             done = {"update": self.update, "seconds": round(self.seconds, 1)}
             files.write(self.out / "done.json", json.dumps(done) + "\n")
         self.accelerator.wait_for_everyone()
@@ -300,7 +316,7 @@ def build_models(
     """The networks of a method as LoRA or full, from its teacher.
 
     Args:
-        start: of a LoRA: see `lora_models`.
+        start: of a LoRA, that the teacher begins with too; the student alone begins with `config.begin_with()`.
     """
     common = {
         "student_kind": method.student_kind(teacher.denoiser.kind), "others": method.networks(teacher),
@@ -310,6 +326,6 @@ def build_models(
     if config.lora:
         return lora_models(
             teacher.denoiser, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules,
-            dropout=config.lora_dropout, start=start, **common,
+            dropout=config.lora_dropout, start=start or config.begin_with(), teacher_starts=start is not None, **common,
         )  # fmt: skip
     return full_models(teacher.denoiser, embed_guidance=method.embed_guidance, **common)

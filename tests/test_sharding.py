@@ -1,0 +1,96 @@
+"""FSDP2: two processes with the frozen weights divided learn what one process learns, and export the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from safetensors.torch import load_file
+from test_trainer import environment, in_two_processes
+
+from stepdistill.errors import InputError
+from stepdistill.training import sharding
+
+SCRIPTS = Path(__file__).parent.parent / "train_scripts"
+RUNS = {
+    "lcm of sd": ("train_lcm_lora", "sd", ("--validate-every", "2")),
+    "lcm of flux": ("train_lcm_lora", "flux", ("--own-share", "0.5", "--gradient-accumulation", "2")),
+    "ladd of sd3": ("train_ladd", "sd3", ("--gradient-checkpointing",)),
+    "ladd of pixart": ("train_ladd", "pixart", ()),
+}
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+DIVIDED = """
+import torch
+from torch.distributed.tensor import DTensor
+from stepdistill.training import trainer
+
+own = trainer.Trainer._fit
+def fit(self):
+    frozen = [p for p in self.backbone.parameters() if not p.requires_grad]
+    trained = list(self.models.trained["student"].values())
+    assert frozen and all(isinstance(p, DTensor) for p in frozen)
+    held = sum(p.to_local().numel() for p in frozen)
+    assert held <= 0.6 * sum(p.numel() for p in frozen)
+    assert trained and not any(isinstance(p, DTensor) for p in trained)
+    return own(self)
+trainer.Trainer._fit = fit
+"""
+
+
+def losses(out: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("update", "seconds_per_update")} for row in rows]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_divided_weights_give_the_losses_and_the_export_of_whole_ones(tmp_path, pictures, monkeypatch, name):
+    """Adam's epsilon is raised: where a gradient is nothing but rounding, Adam makes full steps of its sign."""
+    script, teacher, flags = RUNS[name]
+    checked = tmp_path / "checked.py"  # the script, which first looks whether the weights are divided
+    checked.write_text(
+        f"{DIVIDED}\nimport runpy\nrunpy.run_path({str(SCRIPTS / script)!r} + '.py', run_name='__main__')"
+    )
+    folder = str(tiny.save(tmp_path / "teacher", teacher))
+    words = [
+        "--teacher", folder, "--data", pictures, "--rank", "2", "--log-every", "1", "--max-train-steps",
+        "4", "--adam-epsilon", "1e-3", "--learning-rate", "1e-3", *flags,
+    ]  # fmt: skip
+    one = [sys.executable, str(SCRIPTS / f"{script}.py"), *words, "--out", str(tmp_path / "one"), "--batch-size", "4"]
+    subprocess.run(one, env=environment(), check=True, capture_output=True)
+    for key, value in FSDP.items():
+        monkeypatch.setenv(key, value)
+    in_two_processes([sys.executable, str(checked), *words, "--out", str(tmp_path / "two"), "--batch-size", "2"])
+    mine, theirs = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(mine) == len(theirs) == 4
+    for ours, others in zip(mine, theirs, strict=True):
+        assert others == pytest.approx(ours, rel=1e-5, abs=1e-6)
+    a, b = (load_file(next((tmp_path / n / "export").glob("*.safetensors"))) for n in ("one", "two"))
+    assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
+    assert any(value.abs().max() > 1e-4 for key, value in b.items() if "lora_B" in key)
+    grids = [sorted(f.name for f in (tmp_path / n).glob("validation/*")) for n in ("one", "two")]
+    assert grids[0] == grids[1] and len(grids[0]) == 2 * ("--validate-every" in flags)
+
+
+@pytest.mark.parametrize(
+    ("told", "lora", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, True, "accelerate: got DEEPSPEED, whose engine holds one network"),
+        ({"ACCELERATE_USE_FSDP": "true"}, True, "accelerate: got FSDP of version 1; allowed: 2; set fsdp_version: 2"),
+        (FSDP, False, "accelerate: got FSDP2 with --no-lora; allowed: a LoRA"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(monkeypatch, told, lora, message):
+    for key, value in told.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(InputError, match=message):
+        sharding.check(lora)
+
+
+def test_nothing_is_divided_unasked(monkeypatch):
+    for key in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.delenv(key, raising=False)
+    assert not sharding.check(True) and not sharding.check(False)
