@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -86,3 +88,67 @@ def test_a_plan_that_cannot_be_read_is_named(teacher, tmp_path):
         script.read_plan(script.Config(out=tmp_path, config=wrong, stages=("text",)))
     shipped = script.read_plan(script.Config(out=tmp_path))
     assert list(shipped) == ["vae", "decoder", "text", "unet", "scorer", "flow_text", "flow"]
+
+
+def test_one_token_that_counts_256_times_is_256_tokens_alike(teacher):
+    """The flow teacher's shortcut: what Stable Diffusion 3 reads in the place of an absent T5."""
+    from diffusers import SD3Transformer2DModel
+    from teacher import flow
+
+    torch.manual_seed(0)
+    network = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, num_attention_heads=2,
+        attention_head_dim=8, joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=6,
+        pos_embed_max_size=4, qk_norm="rms_norm",
+    ).eval()  # fmt: skip
+    tiny.awaken(network, 0)
+    x, text, pooled, t = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12), torch.randn(2, 6), torch.tensor([700.0, 30.0])
+
+    def asked(absent: int) -> torch.Tensor:
+        states = torch.nn.functional.pad(text, (0, 0, 0, absent))
+        with torch.no_grad():
+            return network(x, states, pooled, t, return_dict=False)[0]
+
+    plain, few = asked(256), asked(1)
+    network.set_attn_processor(flow.CountedAttention())
+    counted = asked(1)
+    torch.testing.assert_close(counted, plain, atol=1e-5, rtol=1e-5)
+    assert (few - plain).abs().max() > 1e-2, "the count makes no difference here"
+
+
+def test_the_flow_stages_write_a_pipeline_that_reads_text_as_they_did(teacher, tmp_path, monkeypatch):
+    from diffusers import StableDiffusion3Pipeline
+    from teacher import flow
+    from teacher.text import load_tokenizer, tokenize
+
+    from stepdistill import embedded, load_teacher
+    from stepdistill.data import avatars
+
+    def few(split: str, whole=avatars.load):
+        data = whole(split)
+        return avatars.AvatarSet(data.images[:24], data.captions[:24], data.attributes[:24], data.mentioned[:24])
+
+    monkeypatch.setattr(avatars, "load", few)
+    for part in ("vae", "tokenizer"):
+        shutil.copytree(embedded.path("teacher") / part, tmp_path / part)
+    plan = yaml.safe_load((SCRIPTS / "configs" / "avatars_teacher.yaml").read_text())
+    for stage, run_stage in (("flow_text", flow.run_flow_text), ("flow", flow.run_flow)):
+        section = plan[stage] | {"budget": plan[stage]["budget"] | {"updates": 2, "batch_size": 4}}
+        budget = teacher["loop"].Budget(**section.pop("budget"))
+        if stage == "flow":
+            section["sizes"] |= {"num_layers": 1, "num_attention_heads": 2, "caption_projection_dim": 32}
+        monkeypatch.setattr(teacher["loop"], "last_loss", lambda *_: 0.0)
+        monkeypatch.setattr(flow, "last_loss", lambda *_: 0.0)  # two updates log none
+        run_stage(teacher["loop"].Run(tmp_path, plan=section), budget=budget, **section)
+
+    pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "flow-teacher", torch_dtype=torch.float32)
+    assert pipe.scheduler.config.shift == 1.0
+    captions = avatars.load("test").captions[:3]
+    run = teacher["loop"].Run(tmp_path)
+    text, pooled = flow.load_towers(run)(tokenize(load_tokenizer(run), captions, "cpu"))
+    cond = load_teacher(tmp_path / "flow-teacher").conditioner.encode(captions)
+    torch.testing.assert_close(cond["pooled"], pooled, atol=2e-2, rtol=2e-2)  # the towers are saved in half precision
+    torch.testing.assert_close(cond["text"][:, : text.shape[1]], text, atol=2e-2, rtol=2e-2)
+    assert cond["text"].shape[1] == text.shape[1] + flow.SILENT and not cond["text"][:, text.shape[1] :].any()
+    picture = pipe(captions[0], num_inference_steps=2, output_type="np").images[0]
+    assert picture.shape == (32, 32, 3)

@@ -12,7 +12,7 @@ USE_LORA = """```python
 import torch
 from diffusers import DiffusionPipeline, {scheduler}
 
-pipe = DiffusionPipeline.from_pretrained("{base}")
+pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32)
 pipe.load_lora_weights("{out}")
 pipe.scheduler = {scheduler}.from_pretrained("{out}", subfolder="scheduler")
 image = pipe({call}).images[0]
@@ -23,16 +23,17 @@ import torch
 from diffusers import DiffusionPipeline, {scheduler}
 from peft import PeftModel
 
-pipe = DiffusionPipeline.from_pretrained("{base}")
+pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32)
 pipe.{part} = PeftModel.from_pretrained(pipe.{part}, "{out}")
 pipe.scheduler = {scheduler}.from_pretrained("{out}", subfolder="scheduler")
 image = pipe({call}).images[0]
 ```"""
 
 USE_PIPELINE = """```python
+import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{out}")
+pipe = DiffusionPipeline.from_pretrained("{out}", torch_dtype=torch.float32)
 image = pipe({call}).images[0]
 ```"""
 

@@ -1,7 +1,8 @@
 """The flow teacher: a small rectified-flow MMDiT and its two text towers, on the UNet teacher's autoencoder.
 
-Stable Diffusion 3 without its T5 reads 256 tokens of zeros in T5's place. They stay alike in every layer, so training
-keeps one of them and counts it 256 times in each softmax: the same network, at a quarter of the cost.
+Two CLIP towers are enough for these captions, so the T5 that the pipeline wants is one that says nothing: 256 tokens of
+zeros, as Stable Diffusion 3 has them where its T5 is left out. They stay alike in every layer, and training keeps one
+of them and counts it 256 times in each softmax: the same network, at a quarter of the cost.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from stepdistill.data import avatars
 from stepdistill.errors import InputError
 
-ABSENT = 256  # tokens of zeros that StableDiffusion3Pipeline puts in the place of T5's, by default
+SILENT = 256  # tokens of T5 that StableDiffusion3Pipeline asks for by default
 
 
 class Towers(nn.Module):
@@ -78,8 +79,18 @@ def load_towers(run: Run) -> Towers:
     return Towers([CLIPTextModelWithProjection.from_pretrained(f).eval() for f in folders]).to(run.device)
 
 
+def silent_t5(width: int):
+    """A T5 that answers zeros, for its last norm has none but zero weights; and a tokenizer to which all is unknown."""
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    tokenizer = T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], extra_ids=0)
+    tower = T5EncoderModel(T5Config(vocab_size=3, d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1))
+    nn.init.zeros_(tower.encoder.final_layer_norm.weight)
+    return tower.eval(), tokenizer
+
+
 class CountedAttention:
-    """SD3's joint attention, in which the last text token stands for `ABSENT` alike."""
+    """SD3's joint attention, in which the last text token stands for `SILENT` alike."""
 
     def __call__(
         self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: None = None
@@ -93,7 +104,7 @@ class CountedAttention:
             q, k = attn.norm_q(q), attn.norm_k(k)
             text_q, text_k = attn.norm_added_q(text_q), attn.norm_added_k(text_k)
         q, k, v = torch.cat([q, text_q], 2), torch.cat([k, text_k], 2), torch.cat([v, text_v], 2)
-        count = F.pad(q.new_zeros(k.shape[2] - 1), (0, 1), value=math.log(ABSENT))
+        count = F.pad(q.new_zeros(k.shape[2] - 1), (0, 1), value=math.log(SILENT))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=count[None]).transpose(1, 2).flatten(2)
         picture, text = out[:, : hidden_states.shape[1]], out[:, hidden_states.shape[1] :]
         return attn.to_out[0](picture), text if attn.context_pre_only else attn.to_add_out(text)
@@ -133,10 +144,11 @@ def run_flow(run: Run, sizes: dict, scheduler: dict, budget: Budget, caption_dro
 
     network.load_state_dict(train("flow", network, loss, budget, run), strict=False)  # all but its position table
     network.set_attn_processor(usual)
+    t5, t5_tokenizer = silent_t5(towers.width)
     pipeline = StableDiffusion3Pipeline(
         transformer=network.eval(), scheduler=FlowMatchEulerDiscreteScheduler(**scheduler), vae=vae,
         text_encoder=towers.towers[0], tokenizer=tokenizer, text_encoder_2=towers.towers[1],
-        tokenizer_2=copy.deepcopy(tokenizer), text_encoder_3=None, tokenizer_3=None,
+        tokenizer_2=copy.deepcopy(tokenizer), text_encoder_3=t5, tokenizer_3=t5_tokenizer,
     )  # fmt: skip
     pipeline.to(dtype=getattr(torch, dtype)).save_pretrained(run.out / "flow-teacher")
     return {"parameters": sum(p.numel() for p in network.parameters()), "flow_loss": last_loss(run, "flow")}
