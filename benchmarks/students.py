@@ -41,6 +41,8 @@ class Config:
     """Students, and the benchmarks of each and of the teacher."""
     results: Path | None = None
     """Where the rows of all seeds, the report and claims.json go; nowhere if not given."""
+    start: Path | None = None
+    """Where an earlier run of this script left the students that add's and ladd's begin with, seed by seed."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of training."""
     n: int | None = None
@@ -135,7 +137,8 @@ def main(config: Config) -> None:
     from stepdistill.training.plans import run, shipped
 
     for seed in config.seeds:
-        plan = shipped(config.method, config.teacher, out=config.out / f"student-{seed}", seed=seed)
+        start = {"start": config.start / f"student-{seed}"} if config.start else {}
+        plan = shipped(config.method, config.teacher, out=config.out / f"student-{seed}", seed=seed, **start)
         for steps, export in run(plan, FEW).items():
             spec = {name(config.method, seed): f"{config.teacher},lora={export}"}
             measure(spec, (steps,), config.out / f"bench-{seed}", config.n)

@@ -35,9 +35,10 @@ def match(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.to(x.device).reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
 
 
-def marginal(schedule: Schedule, eps: Tensor, t: Time) -> Tensor:
-    """Unit noise (B, ...) as large as x_t is of data of unit variance: as it is, but on EDM sigma's size."""
-    return match(torch.hypot(*schedule.coeffs(t)), eps) * eps
+def from_noise(schedule: Schedule, eps: Tensor, t: Time) -> Tensor:
+    """What sampling begins with at the noisiest t: unit noise (B, ...), on EDM as large as x_t is of data of unit
+    variance. On a flow that begins just below 1 it is unit noise too, as in diffusers."""
+    return match(torch.hypot(*schedule.coeffs(t)).clamp(min=1), eps) * eps
 
 
 class Schedule(ABC):

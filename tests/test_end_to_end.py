@@ -177,7 +177,7 @@ def test_the_card_says_how_to_load_it_and_claims_no_figure(tmp_path, pipelines, 
     _, out = train(tmp_path, pipelines["sd"], pictures)
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\n") and "base_model" not in card
-    assert f'DiffusionPipeline.from_pretrained("{pipelines["sd"]}")' in card
+    assert f'DiffusionPipeline.from_pretrained("{pipelines["sd"]}", torch_dtype=torch.float32)' in card
     assert f'pipe.load_lora_weights("{out}")' in card
     assert "num_inference_steps=4, guidance_scale=1.0)" in card
     assert "FID" not in card

@@ -77,7 +77,8 @@ def test_a_student_may_begin_with_another_runs_and_its_teacher_stays_the_teacher
             run.models.student, run.models.teacher, began.denoiser, bare.denoiser))  # fmt: skip
     torch.testing.assert_close(student, theirs, atol=1e-5, rtol=1e-5)
     assert torch.equal(frozen, own) and (student - own).abs().max() > 1e-2
-    assert json.loads((run.fit() / "config.json").read_text())["start"] == str(first)
+    record, before = (json.loads((folder / "config.json").read_text()) for folder in (run.fit(), first / "export"))
+    assert record["start"] == str(first) and record["train_seconds"] > before["train_seconds"] > 0
 
 
 def test_what_a_student_cannot_begin_with_is_named(tmp_path, pipelines, pictures):

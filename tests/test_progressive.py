@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from oracle import BETAS, diffusers_sample, schedules
 from plane import MODES, OneDraw, Plane, ring
 
@@ -169,7 +169,7 @@ def test_a_student_begins_with_noise_alone_as_sampling_does():
         assert torch.equal(*seen)
         noise = batch().draws
         noise.integers(1), noise.uniform()
-        start = 80.0 if isinstance(schedule, EDM) else 1.0
+        start = EDMEulerScheduler().init_noise_sigma if isinstance(schedule, EDM) else 1.0
         assert torch.allclose(seen[0], start * noise.normal(2).double())
 
 

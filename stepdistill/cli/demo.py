@@ -47,8 +47,8 @@ FULL = Size(
     changes={
         "lcm": {"max_train_steps": 500, "rank": 32},
         "progressive": {"max_train_steps": 60, "guide_updates": 60, "start_steps": 8},
-        "add": {"max_train_steps": 60},
-        "ladd": {"max_train_steps": 80},
+        "add": {"max_train_steps": 50, "rank": 32},
+        "ladd": {"max_train_steps": 80, "rank": 32},
     },
     measured=300,
 )
@@ -57,8 +57,8 @@ QUICK = Size(
     changes={
         "lcm": {"max_train_steps": 60, "rank": 32},
         "progressive": {"max_train_steps": 8, "guide_updates": 8, "start_steps": 8},
-        "add": {"max_train_steps": 6},
-        "ladd": {"max_train_steps": 12},
+        "add": {"max_train_steps": 6, "rank": 32},
+        "ladd": {"max_train_steps": 12, "rank": 32},
     },
     measured=48,
 )
@@ -78,7 +78,9 @@ def main(config: Config) -> None:
         print(f"would measure teacher and students at {at}, {size.measured} pictures a cell, into {out / 'bench'}")
         return
     data = encode(out / "data", size.pictures)
-    students = {method: train(method, out / method, data, size, config.seed) for method in config.methods}
+    students: dict[str, dict[int, Path]] = {}
+    for method in config.methods:
+        students[method] = train(method, out, data, size, config.seed, students.get("lcm"))
     measure(students, out, size, config.seed)
     (out / "demo.json").write_text(json.dumps(dataclasses.asdict(config), default=str, indent=2) + "\n")
 
@@ -92,12 +94,16 @@ def encode(out: Path, pictures: int) -> Path:
     return out
 
 
-def train(method: str, out: Path, data: Path, size: Size, seed: int) -> dict[int, Path]:
+def train(
+    method: str, out: Path, data: Path, size: Size, seed: int, lcm: dict[int, Path] | None
+) -> dict[int, Path]:  # fmt: skip
     """Distils the embedded teacher by the settings that ship, for less long; the export folder for each number of
-    steps."""
+    steps. The adversarial methods begin with the student of `lcm`, where there is one."""
     from stepdistill.training.plans import run, shipped
 
-    changes = {"out": out, "data": str(data), "seed": seed, "validate_every": 0, **size.changes[method]}
+    changes = {"out": out / method, "data": str(data), "seed": seed, "validate_every": 0, **size.changes[method]}
+    if method in ("add", "ladd"):
+        changes["start"] = lcm[1] if lcm else None
     config = shipped(method, **changes)
     print(f"{method}: training for {config.max_train_steps} updates{' a halving' * (method == 'progressive')}")
     return run(config, FEW)

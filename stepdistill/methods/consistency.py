@@ -27,7 +27,7 @@ from stepdistill.errors import InputError
 from stepdistill.guidance import guided
 from stepdistill.methods.base import Batch, Clock, Loss, Method, Models, Role, huber
 from stepdistill.methods.schedulers import lcm_scheduler
-from stepdistill.schedules import AlphaBar, RectifiedFlow, Schedule, marginal, match
+from stepdistill.schedules import AlphaBar, RectifiedFlow, Schedule, from_noise, match
 from stepdistill.solvers import ddim_step
 from stepdistill.timegrid import Grid, inference_times
 
@@ -123,7 +123,7 @@ def sample_lcm(
     if steps > 1 and draws is None and (noises is None or len(noises) < steps - 1):
         got = f"{len(noises or ())} noises for {steps} steps"
         raise InputError(f"noise: got {got}; allowed: {steps - 1}, or draws; pass draws")
-    x = x_T
+    x = from_noise(schedule, x_T, times[0])
     for i, t in enumerate(times):
         t_batch = torch.full((len(x),), float(t), dtype=torch.float64, device=x.device)
         x0 = consistency(denoiser, x, t_batch, cond, timestep_scaling)
@@ -245,7 +245,7 @@ class LatentConsistency(Method):
         own = draws.uniform() < self.own_share
         last = torch.full((len(batch.x0),), self.solver_steps - 1, device=batch.x0.device)
         t, _ = self.times(last, schedule, models.teacher.grid.shift)
-        x_T = marginal(schedule, draws.normal(*batch.x0.shape[1:]).to(batch.x0.dtype), t)
+        x_T = from_noise(schedule, draws.normal(*batch.x0.shape[1:]).to(batch.x0.dtype), t)
         return torch.where(
             match(own, batch.x0) > 0, consistency(models.target, x_T, t, cond, self.timestep_scaling), batch.x0
         )

@@ -21,7 +21,7 @@ from stepdistill.errors import InputError
 from stepdistill.methods.base import Batch, Clock, FrozenDenoiser, Method, Models
 from stepdistill.methods.consistency import lcm_times, sample_lcm
 from stepdistill.methods.schedulers import lcm_scheduler
-from stepdistill.schedules import Schedule, marginal, match
+from stepdistill.schedules import Schedule, from_noise, match
 from stepdistill.timegrid import Grid
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Jumper(Method):
     def noised(self, schedule: Schedule, grid: Grid, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha x0 + sigma eps; noise alone at the noisiest time, as much as sampling begins with."""
         top = t >= self.times(schedule, grid)[0].item()
-        return torch.where(match(top, x0) > 0, marginal(schedule, eps, t), schedule.add_noise(x0, eps, t))
+        return torch.where(match(top, x0) > 0, from_noise(schedule, eps, t), schedule.add_noise(x0, eps, t))
 
     def drawn(self, batch: Batch, models: Models, clock: Clock) -> tuple[Tensor, Tensor, Cond]:
         """What the student is given: x_t, t, and the condition with the guidance where it is told it."""
@@ -104,7 +104,6 @@ class Jumper(Method):
         """To the clean end, noise again, repeat; a student that is told its guidance, at `guidance_scale`."""
         cond = self.told(student, cond, len(x_T), x_T.device)
         steps = min(steps, ORIGIN)
-        x_T = marginal(student.schedule, x_T, lcm_times(student.schedule, steps, ORIGIN, student.grid)[0])
         return sample_lcm(student, x_T, cond, steps=steps, draws=draws, original_steps=ORIGIN, timestep_scaling=SCALING)
 
     def scheduler(self, teacher: Teacher):

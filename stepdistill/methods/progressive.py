@@ -31,7 +31,7 @@ from stepdistill.guidance import guided
 from stepdistill.methods.base import Batch, Clock, FrozenDenoiser, Loss, Method, Models, Role
 from stepdistill.methods.schedulers import ddim_scheduler
 from stepdistill.prediction import Kind, convert
-from stepdistill.schedules import EDM, RectifiedFlow, Schedule, Time, match
+from stepdistill.schedules import EDM, RectifiedFlow, Schedule, Time, from_noise, match
 from stepdistill.solvers import Denoise
 from stepdistill.timegrid import Grid, inference_times, shifted
 
@@ -69,12 +69,6 @@ def halving_times(schedule: Schedule, steps: int, grid: Grid | None = None) -> T
     if in_thousandths(schedule, grid):
         times = (1 - 1e-3) * times
     return shifted(schedule, times, grid.shift)
-
-
-def from_noise(schedule: Schedule, eps: Tensor, t: Tensor) -> Tensor:
-    """What sampling begins with at the noisiest t: unit noise, or noise of standard deviation sigma_t where that is
-    more (EDM)."""
-    return eps * match(schedule.coeffs(t)[1].clamp(min=1), eps)
 
 
 def x0_of(

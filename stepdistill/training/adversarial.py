@@ -71,10 +71,22 @@ class AdversarialConfig(TrainConfig):
         Raises:
             InputError: it holds none that can be read.
         """
-        from stepdistill.evaluation.places import export_in
         from stepdistill.export.adapters import trained_weights
 
-        return trained_weights(Path(export_in(str(self.start)))) if self.start else None
+        return trained_weights(self._start) if self.start else None
+
+    @property
+    def spent_before(self) -> float:
+        """What the run of `start` took, as its export says."""
+        from stepdistill.evaluation.spec import ModelSpec, training_record
+
+        return (training_record(ModelSpec(str(self._start))).get("train_seconds") or 0.0) if self.start else 0.0
+
+    @property
+    def _start(self) -> Path:
+        from stepdistill.evaluation.places import export_in
+
+        return Path(export_in(str(self.start)))
 
     def check_teacher(self, teacher: Teacher) -> None:
         """Raises InputError where a teacher cannot be distilled as the flags say."""

@@ -159,6 +159,11 @@ class TrainConfig:
         """Weights of the adapter that the student begins with, by parameter; None for a new one."""
         return None
 
+    @property
+    def spent_before(self) -> float:
+        """Seconds that went into what the student begins with."""
+        return 0.0
+
     def of(self, role: str) -> TrainConfig:
         """The settings of a role's optimizer; methods with several may give each its own."""
         return self

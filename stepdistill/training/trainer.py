@@ -94,7 +94,8 @@ class Trainer:
         self._prepare()
         self.drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.backbone.modules())
         self.uncond = to(data.uncond, self.device)
-        self.update, self.seconds = 0, 0.0  # updates done, and the time they took, earlier runs of the command included
+        # updates done, and the time they and what the student began with took, earlier runs of the command included
+        self.update, self.seconds = 0, config.spent_before
         self._sums: dict[str, Tensor] = {}
 
     def _prepare(self) -> None:
