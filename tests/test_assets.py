@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from stepdistill import embedded
 from stepdistill.data import avatars
@@ -19,9 +19,10 @@ from stepdistill.evaluation.sets import open_set
 
 
 def test_assets_are_small_and_hold_no_pickle():
-    files = [file for name in embedded.NAMES for file in embedded.path(name).rglob("*") if file.is_file()]
-    files = [file for file in files if "node_modules" not in file.parts]
-    assert sum(file.stat().st_size for file in files) < 30e6
+    roots = [embedded.path(name) for name in embedded.NAMES]
+    files = {file.resolve() for root in roots for file in root.rglob("*") if file.is_file()}  # links count once
+    files = {file for file in files if "node_modules" not in file.parts}
+    assert sum(file.stat().st_size for file in files) < 30 * 2**20  # half of what may travel, which is counted in MiB
     assert not {file.suffix for file in files} & {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
@@ -52,6 +53,27 @@ def test_the_teacher_is_a_plain_pipeline_whose_autoencoder_returns_its_pictures(
     psnr = -10 * ((again - pictures) / 2).square().mean().log10()
     assert psnr > 39
     assert abs(latents.std().item() * pipe.vae.config.scaling_factor - 1) < 0.1
+
+
+def test_the_flow_teacher_is_a_plain_pipeline_that_paints_what_its_training_set_looks_like():
+    pipe = StableDiffusion3Pipeline.from_pretrained(embedded.path("flow-teacher"), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler) and pipe.scheduler.config.shift == 1.0
+    assert not pipe.text_encoder_3(torch.zeros(1, 4, dtype=torch.long)).last_hidden_state.any()
+    data = avatars.load("test")
+    real = torch.from_numpy(data.images[:8]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    own = pipe.vae.encode(real).latent_dist.mean
+    assert torch.equal(own, StableDiffusionPipeline.from_pretrained(embedded.path("teacher")).vae.encode(real)[0].mean)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(8, 8, 16, 16, generator=generator)
+    with torch.no_grad():
+        painted = pipe(
+            data.captions[:8], num_inference_steps=12, guidance_scale=3.5, latents=noise, output_type="pt"
+        ).images
+    clip, probes = load_clip("avatars"), load_probes(embedded.path("scorer"))
+    counts = probes.count(clip.images((painted * 255).round().byte()), data.attributes[:8], data.mentioned[:8])
+    right, asked = np.array(list(counts.values())).sum(0)
+    assert right / asked > 0.7  # by chance about a third
 
 
 def test_the_scorer_prefers_a_pictures_own_caption_and_its_probes_read_attributes():
