@@ -18,6 +18,7 @@ import tiny
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from stepdistill.conditioning.base import expand
 from stepdistill.data import avatars, build
@@ -431,6 +432,22 @@ def test_a_cache_folder_is_data_for_its_own_teacher_only(tmp_path, pictures, tea
         make_cache(pictures, teacher, tmp_path / "cache", resolution=32)
     with pytest.raises(InputError, match=r"--out: got .*, which holds something else"):
         make_cache(pictures, teacher, tmp_path)
+
+
+def test_silent_tokens_are_not_kept_and_come_back(tmp_path, pictures):
+    """Stable Diffusion 3 without its T5 has 256 tokens of zeros to a caption."""
+    pipe = tiny.sd3()
+    pipe.text_encoder_3 = None
+    silent = as_teacher(pipe, "silent")
+    cache = make_cache(pictures, silent, tmp_path / "cache")
+    expected = silent.conditioner.encode(cache.captions)
+    for i in range(len(cache)):
+        assert torch.equal(cache[i]["cond"]["text"], expected["text"][i])
+    (stored,) = (tmp_path / "cache").glob("conditions-*.safetensors")
+    assert load_file(stored)["text"].shape[1] == expected["text"].shape[1] - 256
+    states = torch.tensor([[[0.0], [1.0], [0.0]], [[2.0], [0.0], [0.0]]])
+    assert torch.equal(build.without_silence(states), states[:, :2])
+    assert build.without_silence(torch.zeros(2, 3, 1)).shape == (2, 1, 1)
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "manifest", "version"])

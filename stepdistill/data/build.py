@@ -19,7 +19,7 @@ from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.files import disk_full
 
-FORMAT = 3
+FORMAT = 4
 SHARD = 512  # samples, or distinct captions, to a file: what an interrupted build loses at most
 BATCH = 64  # pictures, captions or paintings to a forward, fewer where they are large
 PIXELS = BATCH * 256 * 256  # to a forward of the autoencoder
@@ -66,6 +66,13 @@ def picture_size(teacher: Teacher, resolution: int | None) -> tuple[int, int]:
             f"{height}; try {near}"
         )
     return resolution, resolution
+
+
+def without_silence(text: Tensor) -> Tensor:
+    """Token states (B, S, D) without the last tokens, where they are zeros throughout, as in the place of an absent T5;
+    one token is kept."""
+    spoken = text.any(2).any(0).nonzero()
+    return text[:, : int(spoken.max()) + 1 if len(spoken) else 1]
 
 
 class Plan:
@@ -170,6 +177,8 @@ class Plan:
             parts.append(self.teacher.conditioner.encode(batch, size=self.size))
             bar.update(len(batch))
         joined = {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]}
+        if "text" in joined:
+            joined["text"] = without_silence(joined["text"])
         return {key: self._kept(value) if key in HALVED else value.contiguous() for key, value in joined.items()}
 
     def _latents(self, first: int, count: int, bar: tqdm) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -62,6 +63,7 @@ class LatentCache:
             ) from error
         self._starts = list(itertools.accumulate((len(x0) for x0 in self._latents), initial=0))
         self._conditions = {key: [table[key] for table in tables] for key in tables[0]}
+        self._tokens = self.uncond["text"].shape[1] if "text" in self.uncond else 0
         self.key: str = self.manifest["key"]
 
     def __len__(self) -> int:
@@ -77,8 +79,14 @@ class LatentCache:
         places = [(bisect.bisect_right(self._starts, i) - 1, i) for i in indices]
         x0 = torch.stack([self._latents[shard][i - self._starts[shard]] for shard, i in places])
         rows = [self._row[i] for i in indices]
-        cond = {k: torch.stack([parts[r // SHARD][r % SHARD] for r in rows]) for k, parts in self._conditions.items()}
+        cond = {k: torch.stack([self._kept(k, r) for r in rows]) for k in self._conditions}
         return x0.float(), _floats(cond)
+
+    def _kept(self, name: str, row: int) -> Tensor:
+        """A condition of one caption; of text, with the silent tokens that were left out."""
+        value = self._conditions[name][row // SHARD][row % SHARD]
+        missing = self._tokens - len(value) if name == "text" else 0
+        return F.pad(value, (0, 0, 0, missing)) if missing else value
 
 
 def _floats(cond: Cond) -> Cond:

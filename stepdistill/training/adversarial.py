@@ -80,9 +80,8 @@ class AdversarialConfig(TrainConfig):
         """What the run of `start` took, as its export says."""
         from stepdistill.evaluation.spec import ModelSpec, training_record
 
-        return (
-            (training_record(ModelSpec(str(self._start), "start")).get("train_seconds") or 0.0) if self.start else 0.0
-        )
+        record = training_record(ModelSpec(str(self._start), "start")) if self.start else {}
+        return record.get("train_seconds") or 0.0
 
     @property
     def _start(self) -> Path:
