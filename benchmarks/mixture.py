@@ -1,0 +1,104 @@
+"""Each method on eight modes in the plane, where the right answer is known: how near its one-step student comes.
+
+    python benchmarks/mixture.py --out benchmarks/results/mixture
+
+LCM and progressive distillation are held against the exact ODE's map: the median distance of an answer from the end of
+the path from the same noise, over the spread of the data. ADD and LADD are held against the data: the energy distance
+of sets of 1,000 answers, over that between sets of fresh data. mixture.json has the curves, mixture.png draws them.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import plane
+from plane import add, from_the_data, ladd, lcm, off_the_map, progressive, ring, shares
+
+from stepdistill.cli._run import guard, parse
+from stepdistill.evaluation.records import commit, device_name, versions
+from stepdistill.schedules import Cosine
+
+METHODS = {"lcm": lcm, "progressive": progressive, "add": add, "ladd": ladd}
+MAP = ("lcm", "progressive")
+GOALS = {"map": 0.1, "data": 2.0}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of benchmarks/mixture.py."""
+
+    out: Path = Path("out/mixture")
+    """Folder of the curves and their picture."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Which to run."""
+
+
+def curve(name: str) -> dict:
+    """One method's curve: updates, what its student is measured at, and the shares of the modes in the end."""
+    import torch
+
+    spread = ring(Cosine()).sample(20_000, torch.Generator().manual_seed(1)).std().item()
+    points: list[list[float]] = []
+
+    def look(student) -> tuple[float, torch.Tensor]:
+        if name in MAP:
+            far, answers = off_the_map(student)
+            return far.median().item() / spread, answers
+        return from_the_data(student)
+
+    def watch(update: int, student) -> None:
+        points.append([update, round(look(student)[0], 4)])
+        print(f"{name}: update {update}, {points[-1][1]:.3f}", flush=True)
+
+    started = time.time()
+    _, answers = look(METHODS[name](watch))
+    return {
+        "held_against": "map" if name in MAP else "data", "goal": GOALS["map" if name in MAP else "data"],
+        "curve": points, "shares": [round(share, 4) for share in shares(answers).tolist()],
+        "seconds": round(time.time() - started, 1),
+    }  # fmt: skip
+
+
+def draw(curves: dict[str, dict], file: Path) -> None:
+    """Two panels, the map's and the data's, each with its goal."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    titles = {"map": "median error of the ODE map / spread", "data": "energy distance / that of fresh data"}
+    for axes, (kind, title) in zip(panels, titles.items(), strict=True):
+        for name, row in curves.items():
+            if row["held_against"] == kind:
+                axes.plot(*zip(*row["curve"], strict=True), label=name, linewidth=1.6)
+        axes.axhline(GOALS[kind], color="#60646c", linewidth=0.8, linestyle="--", label="goal")
+        axes.set_title(title, fontsize=10)
+        axes.set_yscale("log")
+        axes.set_xlabel("updates")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.savefig(file, dpi=130)
+
+
+def main(config: Config) -> None:
+    """Runs the methods and writes the record."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    curves = {name: curve(name) for name in config.methods}
+    record = {
+        "what": f"one-step students on {plane.MODES} modes in the plane, update by update", "methods": curves,
+        "device": device_name("cpu"), "commit": commit(), "versions": versions(),
+        "command": " ".join(map(shlex.quote, sys.argv)),
+    }  # fmt: skip
+    (config.out / "mixture.json").write_text(json.dumps(record, indent=1) + "\n")
+    draw(curves, config.out / "mixture.png")
+    print(config.out / "mixture.png")
+
+
+if __name__ == "__main__":
+    sys.exit(guard(lambda: main(parse(Config, description=__doc__))))
