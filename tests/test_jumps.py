@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -17,7 +18,7 @@ from stepdistill.denoiser.base import Denoiser
 from stepdistill.denoiser.load import as_teacher
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
-from stepdistill.methods.base import Clock
+from stepdistill.methods.base import Batch, Clock
 from stepdistill.methods.jumps import Jumper
 from stepdistill.schedules import EDM, AlphaBar, Cosine, RectifiedFlow
 from stepdistill.timegrid import Grid
@@ -151,3 +152,34 @@ def test_on_edm_a_one_step_sample_of_the_exact_denoiser_has_the_datas_mean():
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(InputError, match=message):
         Jump(**settings)
+
+
+@pytest.mark.parametrize("schedule", [ALPHA_BAR, Cosine(), RectifiedFlow(), EDM()], ids=str)
+def test_its_share_of_samples_is_noised_from_the_students_own_first_answer(schedule):
+    """By hand: the same times and noise as without; at times below the noisiest half of the pictures are the answer
+    3 x_T + 1 instead, and nothing of theirs is known then."""
+
+    class Student(Denoiser):
+        def raw(self, x_t, t, cond=None, *, t_end=None):
+            assert not torch.is_grad_enabled() and (t == times[0]).all()
+            return 3 * x_t + 1
+
+    student = Student(None, schedule, "x0")
+    models, n = SimpleNamespace(teacher=student, student=student), 64
+    x0 = torch.randn(n, 2, dtype=torch.float64)
+    times = Jump(student_steps=4).times(schedule, Grid())
+    (plain_x, t, _, known), (x_t, same, _, own_known) = (
+        Jump(student_steps=4, own_share=share).drawn(Batch(x0, {}, {}, Draws.at(0, 0, n)), models, Clock(0, 1))
+        for share in (0.0, 0.5)
+    )
+    draws = Draws.at(0, 0, n)
+    draws.uniform()
+    eps, own, noise = draws.normal(2).double(), draws.uniform() < 0.5, draws.normal(2).double()
+    alpha, sigma = schedule.coeffs(t)
+    size = math.sqrt(1 + 80**2) if isinstance(schedule, EDM) else 1.0
+    answer = alpha[:, None] * (3 * size * noise + 1) + sigma[:, None] * eps
+    below = t < times[0]
+    expected = torch.where((own & below)[:, None], answer, plain_x)
+    assert torch.equal(same, t) and torch.equal(known, below) and torch.equal(own_known, below & ~own)
+    torch.testing.assert_close(x_t, expected, rtol=1e-6, atol=1e-6)
+    assert 10 < (own & below).sum() < 40

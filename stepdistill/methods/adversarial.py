@@ -194,17 +194,19 @@ class Adversarial(Jumper):
 
     def loss(self, phase: str, batch: Batch, models: Models, clock: Clock) -> Loss:
         """L_D or L_G."""
-        x_t, t, cond = self.drawn(batch, models, clock)
+        x_t, t, cond, known = self.drawn(batch, models, clock)
         if phase == "discriminator":
-            return self._judge(batch, models, x_t, t, cond)
-        return self._deceive(batch, models, x_t, t, cond)
+            return self._judge(batch, models, x_t, t, cond, known)
+        return self._deceive(batch, models, x_t, t, cond, known)
 
-    def _judge(self, batch: Batch, models: Models, x_t: Tensor, t: Tensor, cond: Cond) -> Loss:
+    def _judge(
+        self, batch: Batch, models: Models, x_t: Tensor, t: Tensor, cond: Cond, known: Tensor
+    ) -> Loss:  # fmt: skip
         size = len(x_t)
         with torch.no_grad():
             fake = models.decoder(models.student(x_t, t, cond, kind="x0"))
             real = models.decoder(batch.x0)
-            told = self._told(batch, models, t, real)
+            told = self._told(batch, known, models, real)
             shown = torch.cat([augment(pictures, batch.draws, self.augmentation) for pictures in (real, fake)])
             maps, _ = models.trunk(shown)
         logits, penalty = models.discriminator(maps, torch.cat([told, told]), size if self.r1_weight else 0)
@@ -213,12 +215,14 @@ class Adversarial(Jumper):
         terms = {"discriminator": adversarial.detach(), "r1": penalty.detach()}
         return Loss(adversarial + self.r1_weight * penalty, terms)
 
-    def _deceive(self, batch: Batch, models: Models, x_t: Tensor, t: Tensor, cond: Cond) -> Loss:
+    def _deceive(
+        self, batch: Batch, models: Models, x_t: Tensor, t: Tensor, cond: Cond, known: Tensor
+    ) -> Loss:  # fmt: skip
         student_x0 = models.student(x_t, t, cond, kind="x0")
         fake = models.decoder(student_x0)
         with torch.no_grad():
             real = models.decoder(batch.x0) if self.condition_on_image else None
-            told = self._told(batch, models, t, real)
+            told = self._told(batch, known, models, real)
         maps, _ = models.trunk(augment(fake, batch.draws, self.augmentation))
         logits, _ = models.discriminator(maps, told)
         adversarial = LOSSES[self.adversarial_loss][1](logits)
@@ -229,15 +233,14 @@ class Adversarial(Jumper):
         terms["distillation"] = distillation.detach()
         return Loss(adversarial + self.distillation_weight * distillation, terms)
 
-    def _told(self, batch: Batch, models: Models, t: Tensor, real: Tensor | None) -> Tensor:
+    def _told(self, batch: Batch, known: Tensor, models: Models, real: Tensor | None) -> Tensor:
         """What the discriminator is told, (B, D): the pooled text and, normalised, the real picture's embedding, which
         is 0 where the student has seen nothing of that picture."""
-        text = pooled_text(batch.cond, len(t)).to(t.device)
+        text = pooled_text(batch.cond, len(known)).to(known.device)
         if real is None or not self.condition_on_image:
             return text
         _, embedding = models.trunk(real)
-        noisiest = self.times(models.teacher.schedule, models.teacher.grid)[0].item()
-        return torch.cat([text, F.layer_norm(embedding, embedding.shape[1:]) * (t < noisiest)[:, None]], 1)
+        return torch.cat([text, F.layer_norm(embedding, embedding.shape[1:]) * known[:, None]], 1)
 
     def _distillation(self, batch: Batch, models: Models, student_x0: Tensor, fake: Tensor) -> Tensor:
         """The mean of c(u) (x0_hat - teacher_x0)², with no gradient through the teacher or what it is given."""

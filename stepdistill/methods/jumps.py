@@ -40,6 +40,8 @@ class Jumper(Method):
         warm_share: the share of the run over which the noisiest time's weight rises (the student-time curriculum);
             0 keeps all times alike.
         last_weight: at the end of it, how likely the noisiest time is against each of the others.
+        own_share: the share of samples whose x_t is noised from the student's own one-step answer instead of a picture,
+            as its second step will see it (backward simulation, Yin et al. 2024). 0 as the papers.
         guidance: what a student that is told its guidance (Flux) is told, and is sampled at.
 
     Raises:
@@ -49,6 +51,7 @@ class Jumper(Method):
     student_steps: int = 4
     warm_share: float = 0.0
     last_weight: float = 1.0
+    own_share: float = 0.0
     guidance: float = 4.0
 
     def __post_init__(self) -> None:
@@ -56,6 +59,8 @@ class Jumper(Method):
             raise InputError(f"student_steps: got {self.student_steps}; allowed: 1 to {ORIGIN}; the papers use 4")
         if not 0 <= self.warm_share <= 1:
             raise InputError(f"warm_share: got {self.warm_share:g}; allowed: 0 to 1; 0 is no curriculum")
+        if not 0 <= self.own_share <= 1:
+            raise InputError(f"own_share: got {self.own_share:g}; allowed: 0 to 1; 0 is none, as the papers, try 0.5")
         if not 0 < self.last_weight < math.inf:
             raise InputError(f"last_weight: got {self.last_weight:g}; allowed: above 0; 1 is all times alike")
         if not 1 <= self.guidance < math.inf:
@@ -86,13 +91,22 @@ class Jumper(Method):
         top = t >= self.times(schedule, grid)[0].item()
         return torch.where(match(top, x0) > 0, from_noise(schedule, eps, t), schedule.add_noise(x0, eps, t))
 
-    def drawn(self, batch: Batch, models: Models, clock: Clock) -> tuple[Tensor, Tensor, Cond]:
-        """What the student is given: x_t, t, and the condition with the guidance where it is told it."""
+    def drawn(self, batch: Batch, models: Models, clock: Clock) -> tuple[Tensor, Tensor, Cond, Tensor]:
+        """What the student is given: x_t, t, and the condition with the guidance where it is told it; and whether x_t
+        says something of the batch's own picture, (B,)."""
         schedule, grid, draws = models.teacher.schedule, models.teacher.grid, batch.draws
         t = self.draw_times(draws, schedule, grid, clock)
         eps = draws.normal(*batch.x0.shape[1:]).to(batch.x0.dtype)
-        x_t = self.noised(schedule, grid, batch.x0, eps, t)
-        return x_t, t, self.told(models.student, batch.cond, len(x_t), x_t.device)
+        cond = self.told(models.student, batch.cond, len(t), batch.x0.device)
+        top = self.times(schedule, grid)[0].item()
+        x0, known = batch.x0, t < top
+        if self.own_share:
+            own = draws.uniform() < self.own_share
+            x_T = from_noise(schedule, draws.normal(*x0.shape[1:]).to(x0.dtype), top)
+            with torch.no_grad():
+                answer = models.student(x_T, torch.full_like(t, top), cond, kind="x0").to(x0.dtype)
+            x0, known = torch.where(match(own, x0) > 0, answer, x0), known & ~own
+        return self.noised(schedule, grid, x0, eps, t), t, cond, known
 
     def told(self, denoiser: Denoiser | FrozenDenoiser, cond: Cond, size: int, device: torch.device) -> Cond:
         """The condition of a batch, with the guidance where a network is told it."""

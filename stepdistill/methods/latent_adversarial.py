@@ -127,12 +127,12 @@ class LatentAdversarial(Jumper):
 
     def loss(self, phase: str, batch: Batch, models: Models, clock: Clock) -> Loss:
         """L_D or L_G. Each draws numbers of its own, so the student is not judged on what was learnt from just now."""
-        x_t, t, cond = self.drawn(batch, models, clock)
+        x_t, t, cond, known = self.drawn(batch, models, clock)
         if phase == "discriminator":
             with torch.no_grad():
                 fake = models.student(x_t, t, cond, kind="x0")
             return self._judge(batch, models, fake)
-        return self._deceive(batch, models, models.student(x_t, t, cond, kind="x0"), t)
+        return self._deceive(batch, models, models.student(x_t, t, cond, kind="x0"), known)
 
     def _judge(self, batch: Batch, models: Models, fake: Tensor) -> Loss:
         u = self._levels(batch, models)
@@ -150,16 +150,14 @@ class LatentAdversarial(Jumper):
         penalty = approximate_r1(real, shaken[0], self.r1_size)
         return Loss(adversarial + self.r1_weight * penalty, terms | {"r1": penalty.detach()})
 
-    def _deceive(self, batch: Batch, models: Models, fake: Tensor, t: Tensor) -> Loss:
+    def _deceive(self, batch: Batch, models: Models, fake: Tensor, known: Tensor) -> Loss:
         u = self._levels(batch, models)
         logits = models.discriminator(*self._seen(batch, models, self._noised_again(batch, models, fake, u), u))
         adversarial = LOSSES[self.adversarial_loss][1](logits)
         terms = {"adversarial": adversarial.detach()}
         if not self.reconstruction_weight:
             return Loss(adversarial, terms)
-        noisiest = self.times(models.teacher.schedule, models.teacher.grid)[0].item()
-        known = match(t < noisiest, fake)
-        reconstruction = (known * F.smooth_l1_loss(fake, batch.x0.to(fake.dtype), reduction="none")).mean()
+        reconstruction = (match(known, fake) * F.smooth_l1_loss(fake, batch.x0.to(fake.dtype), reduction="none")).mean()
         return Loss(
             adversarial + self.reconstruction_weight * reconstruction,
             terms | {"reconstruction": reconstruction.detach()},

@@ -30,6 +30,8 @@ class AdversarialConfig(TrainConfig):
     """Share of the run over which the noisiest time comes to its weight; 0 is no curriculum."""
     last_weight: float = 1.0
     """How likely the noisiest time is in the end against each of the others."""
+    own_share: float = 0.0
+    """Share of samples noised from the student's own one-step answer, as in multistep sampling, not a picture."""
     adversarial_loss: Literal["hinge", "softplus"] = "hinge"
     """Of the discriminator and the student."""
     discriminator_learning_rate: float = 1e-4
