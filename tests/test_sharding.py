@@ -94,3 +94,15 @@ def test_nothing_is_divided_unasked(monkeypatch):
     for key in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         monkeypatch.delenv(key, raising=False)
     assert not sharding.check(True) and not sharding.check(False)
+
+
+def test_the_shipped_launcher_settings_are_accelerates_own_and_ask_for_what_they_say():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    folder = SCRIPTS / "configs" / "accelerate"
+    one, eight, fsdp = (
+        load_config_from_file(str(folder / f"{n}.yaml")) for n in ("one_gpu", "eight_gpus", "fsdp2")
+    )  # fmt: skip
+    assert (one.num_processes, eight.num_processes, fsdp.num_processes) == (1, 8, 8)
+    assert [c.distributed_type.value for c in (one, eight, fsdp)] == ["NO", "MULTI_GPU", "FSDP"]
+    assert fsdp.fsdp_config["fsdp_version"] == 2
