@@ -1,7 +1,7 @@
 """The main job on the embedded default: distil the teacher by every method, measure all, write the report.
 
-    stepdistill demo                 # about ten minutes on two cores
-    stepdistill demo --quick         # a taste in two
+    stepdistill demo                 # every method, then the report
+    stepdistill demo --quick         # the same, for a taste
 
 Nothing is downloaded. The same command again goes on where it was cut.
 """
