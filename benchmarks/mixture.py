@@ -16,12 +16,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import plane
-from plane import add, from_the_data, ladd, lcm, off_the_map, progressive, ring, shares
+from plane import MODES, add, from_the_data, ladd, lcm, off_the_map, progressive, shares
 
 from stepdistill.cli._run import guard, parse
 from stepdistill.evaluation.records import commit, device_name, versions
-from stepdistill.schedules import Cosine
 
 METHODS = {"lcm": lcm, "progressive": progressive, "add": add, "ladd": ladd}
 MAP = ("lcm", "progressive")
@@ -40,16 +38,8 @@ class Config:
 
 def curve(name: str) -> dict:
     """One method's curve: updates, what its student is measured at, and the shares of the modes in the end."""
-    import torch
-
-    spread = ring(Cosine()).sample(20_000, torch.Generator().manual_seed(1)).std().item()
     points: list[list[float]] = []
-
-    def look(student) -> tuple[float, torch.Tensor]:
-        if name in MAP:
-            far, answers = off_the_map(student)
-            return far.median().item() / spread, answers
-        return from_the_data(student)
+    look = off_the_map if name in MAP else from_the_data
 
     def watch(update: int, student) -> None:
         points.append([update, round(look(student)[0], 4)])
@@ -91,7 +81,7 @@ def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     curves = {name: curve(name) for name in config.methods}
     record = {
-        "what": f"one-step students on {plane.MODES} modes in the plane, update by update", "methods": curves,
+        "what": f"one-step students on {MODES} modes in the plane, update by update", "methods": curves,
         "device": device_name("cpu"), "commit": commit(), "versions": versions(),
         "command": " ".join(map(shlex.quote, sys.argv)),
     }  # fmt: skip

@@ -80,6 +80,10 @@ def test_what_a_student_cannot_begin_with_is_named(tmp_path, pipelines, pictures
         trainer(tmp_path / "ranks", pipelines["sd"], pictures, start=first, rank=3)
     with pytest.raises(InputError, match=r"start: got .* with --no-lora; allowed: with a LoRA"):
         trainer(tmp_path / "full", pipelines["sd"], pictures, start=first, lora=False)
+    file = first / "scheduler" / "scheduler_config.json"  # as a chain from eps to v would have left it
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
+    with pytest.raises(InputError, match=r"start: got .* predicts v, for a teacher that predicts eps; allowed"):
+        LADDConfig(start=first).check_teacher(load_teacher(pipelines["sd"]))
     with pytest.raises(InputError, match=r"lora: got .*, which holds neither"):
         LADDConfig(start=tmp_path).check_teacher(load_teacher(pipelines["sd"]))
 

@@ -111,7 +111,7 @@ def test_shipped_settings_are_read_name_their_command_and_mark_their_estimates(f
 def test_there_are_settings_of_every_method_for_every_family():
     families = ("avatars", "sd15", "sdxl", "sd35", "flux_dev", "pixart_sigma", "sana")
     named = {f"{family}_{method}_lora" for family in families for method in ("lcm", "progressive", "add", "ladd")}
-    # ADD decodes and looks at pictures in every update: at 1024 pixels LADD does as well for a fraction of the cost
+    # ADD decodes and looks at pictures in every update; at 1024 pixels there is LADD, which decodes nothing
     without = {"flux_dev_add_lora", "pixart_sigma_add_lora", "sana_add_lora"}
     assert {f.stem for f in CONFIGS} >= named - without and not without & {f.stem for f in CONFIGS}
 

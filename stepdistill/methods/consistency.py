@@ -13,7 +13,7 @@ with f(x, t) = c_skip x + c_out x0_hat, which is x itself at the clean end.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
@@ -27,7 +27,7 @@ from stepdistill.errors import InputError
 from stepdistill.guidance import guided
 from stepdistill.methods.base import Batch, Clock, Loss, Method, Models, Role, huber
 from stepdistill.methods.schedulers import lcm_scheduler
-from stepdistill.schedules import AlphaBar, RectifiedFlow, Schedule, from_noise, match
+from stepdistill.schedules import AlphaBar, RectifiedFlow, Schedule, Time, from_noise, match
 from stepdistill.solvers import ddim_step
 from stepdistill.timegrid import Grid, inference_times
 
@@ -132,6 +132,24 @@ def sample_lcm(
         eps = noises[i] if noises is not None else draws.normal(*x.shape[1:])
         x = schedule.add_noise(x0, eps, float(times[i + 1]))
     return x0
+
+
+@torch.no_grad()
+def own_answers(
+    x0: Tensor, share: float, draws: Draws, schedule: Schedule, t: Time, answer: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Clean pictures, a share of them replaced by a student's own one-step answers, as multistep sampling goes on from
+    (backward distillation, Kohler et al. 2024; backward simulation, Yin et al. 2024).
+
+    Args:
+        x0: (B, ...). t: the noisiest time. answer: x_T (B, ...) at it to x0.
+
+    Returns:
+        The pictures (B, ...), and which of them are its own, (B,) bool.
+    """
+    own = draws.uniform() < share
+    x_T = from_noise(schedule, draws.normal(*x0.shape[1:]).to(x0.dtype), t)
+    return torch.where(match(own, x0) > 0, answer(x_T).to(x0.dtype), x0), own
 
 
 @lru_cache(maxsize=8)
@@ -241,14 +259,14 @@ class LatentConsistency(Method):
         """The clean pictures that x_t is noised from: the batch's, or for `own_share` of them the target's answer."""
         if not self.own_share:
             return batch.x0
-        schedule, draws = models.teacher.schedule, batch.draws
-        own = draws.uniform() < self.own_share
+        schedule = models.teacher.schedule
         last = torch.full((len(batch.x0),), self.solver_steps - 1, device=batch.x0.device)
         t, _ = self.times(last, schedule, models.teacher.grid.shift)
-        x_T = from_noise(schedule, draws.normal(*batch.x0.shape[1:]).to(batch.x0.dtype), t)
-        return torch.where(
-            match(own, batch.x0) > 0, consistency(models.target, x_T, t, cond, self.timestep_scaling), batch.x0
-        )
+
+        def answer(x_T: Tensor) -> Tensor:
+            return consistency(models.target, x_T, t, cond, self.timestep_scaling)
+
+        return own_answers(batch.x0, self.own_share, batch.draws, schedule, t, answer)[0]
 
     def sample(self, student: Denoiser, x_T: Tensor, cond: Cond, *, steps: int, draws: Draws) -> Tensor:
         """Multistep consistency sampling; a student that is told its guidance, at the middle of the range."""

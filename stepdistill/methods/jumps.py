@@ -19,7 +19,7 @@ from stepdistill.denoiser.base import Cond, Denoiser
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Batch, Clock, FrozenDenoiser, Method, Models
-from stepdistill.methods.consistency import lcm_times, sample_lcm
+from stepdistill.methods.consistency import lcm_times, own_answers, sample_lcm
 from stepdistill.methods.schedulers import lcm_scheduler
 from stepdistill.schedules import Schedule, from_noise, match
 from stepdistill.timegrid import Grid
@@ -101,11 +101,11 @@ class Jumper(Method):
         top = self.times(schedule, grid)[0].item()
         x0, known = batch.x0, t < top
         if self.own_share:
-            own = draws.uniform() < self.own_share
-            x_T = from_noise(schedule, draws.normal(*x0.shape[1:]).to(x0.dtype), top)
-            with torch.no_grad():
-                answer = models.student(x_T, torch.full_like(t, top), cond, kind="x0").to(x0.dtype)
-            x0, known = torch.where(match(own, x0) > 0, answer, x0), known & ~own
+            first = torch.full_like(t, top)
+            x0, own = own_answers(
+                x0, self.own_share, draws, schedule, top, lambda x_T: models.student(x_T, first, cond, kind="x0")
+            )
+            known = known & ~own
         return self.noised(schedule, grid, x0, eps, t), t, cond, known
 
     def told(self, denoiser: Denoiser | FrozenDenoiser, cond: Cond, size: int, device: torch.device) -> Cond:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,15 @@ class AdversarialConfig(TrainConfig):
         return record.get("train_seconds") or 0.0
 
     @property
+    def _start_kind(self) -> str | None:
+        """What the student of `start` predicts, as its scheduler says; None where that does not tell."""
+        from stepdistill.denoiser.families import KINDS
+
+        file = self._start / "scheduler" / "scheduler_config.json"
+        said = json.loads(file.read_text()).get("prediction_type") if file.is_file() else None
+        return KINDS.get(said)
+
+    @property
     def _start(self) -> Path:
         from stepdistill.evaluation.places import export_in
 
@@ -94,8 +104,12 @@ class AdversarialConfig(TrainConfig):
     def check_teacher(self, teacher: Teacher) -> None:
         """Raises InputError where a teacher cannot be distilled as the flags say."""
         super().check_teacher(teacher)
-        self.begin_with()
         denoiser = teacher.denoiser
+        if self.begin_with() is not None and (kind := self._start_kind) not in (None, denoiser.kind):
+            raise InputError(
+                f"start: got {self.start}, whose student predicts {kind}, for a teacher that predicts {denoiser.kind}; "
+                "allowed: one that predicts as the teacher does; leave it out"
+            )
         alpha, _ = denoiser.schedule.coeffs(denoiser.schedule.t_max)
         if alpha == 0 and denoiser.kind == "eps":
             raise InputError(

@@ -72,7 +72,8 @@ def kept_from_accelerate() -> Iterator[None]:
 def divide(backbone: nn.Module, device: torch.device) -> None:
     """Divides the frozen weights of a network among all processes, in place: its blocks each, then what is left.
 
-    A block is what its class calls one (diffusers' `_no_split_modules`). Weights that are trained are left whole.
+    A block is what its class calls one (diffusers' `_no_split_modules`). Weights that are trained are left whole. Until
+    it is divided the network is whole in every process, so one device must hold it.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

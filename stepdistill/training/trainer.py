@@ -60,7 +60,7 @@ class Trainer:
         target: Path | None = None,
     ) -> None:  # fmt: skip
         config.check()
-        self.sharded = sharding.check(config.lora)
+        sharded = sharding.check(config.lora)
         if len(data) < 1:
             raise InputError("data: got no samples; allowed: one or more")
         self.method, self.teacher, self.data, self.config = method, teacher, data, config
@@ -72,7 +72,7 @@ class Trainer:
                 cpu=on_cpu(), mixed_precision=config.mixed_precision, log_with=list(config.trackers) or None,
                 gradient_accumulation_steps=config.gradient_accumulation, project_dir=self.out,
             )  # fmt: skip
-        self.sharded = self.sharded and self.accelerator.num_processes > 1
+        self.sharded = sharded and self.accelerator.num_processes > 1
         self.device = self.accelerator.device
         main = self.accelerator.is_main_process
         folder.claim(config, self.accelerator.num_processes, write=main and not config.dry_run)
