@@ -143,8 +143,8 @@ def main(config: Config) -> None:
             spec = {name(config.method, seed): f"{config.teacher},lora={export}"}
             measure(spec, (steps,), config.out / f"bench-{seed}", config.n)
     if config.results:
-        own = ",scheduler=ddim" if config.teacher == "avatars" else ""  # a flow's own is Euler, which is DDIM
-        measure({TEACHER: config.teacher + own}, FEW + MANY, config.out / "bench-teacher", config.n)
+        own = {"avatars": "scheduler=ddim", "avatars-flow": "sigmas=even"}[config.teacher]  # a flow's Euler is DDIM
+        measure({TEACHER: f"{config.teacher},{own}"}, FEW + MANY, config.out / "bench-teacher", config.n)
         gather(config)
 
 

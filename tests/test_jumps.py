@@ -67,7 +67,7 @@ def test_the_times_are_those_its_pipeline_asks_of_the_flow_scheduler(family, ste
         mu = calculate_shift(patches, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     else:
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
     ours = Jump(student_steps=steps).times(teacher.denoiser.schedule, teacher.denoiser.grid)
     assert ours.tolist() == pytest.approx(scheduler.sigmas[:-1].tolist(), abs=1e-6)
 

@@ -66,8 +66,9 @@ for case in json.load(open(sys.argv[1])):
             got[str(steps)] = torch.from_numpy(drawn).contiguous()
         else:
             x_T = torch.randn(case["noise"])
+            even = {"sigmas": [1 - i / steps for i in range(steps)]} if case["even"] else {}
             got[str(steps)] = pipe(case["prompt"], num_inference_steps=steps, latents=x_T, output_type="latent",
-                                   **case["options"]).images
+                                   **case["options"], **even).images
     save_file(got, case["result"])
 assert "stepdistill" not in sys.modules
 """
@@ -155,6 +156,7 @@ def matrix(tmp_path_factory, pictures):
         cases.append({
             "base": teachers[family] if lora else str(export), "export": str(export), "lora": lora,
             "part": run.teacher.part, "prompt": None if family == "pixel" else PROMPT, "steps": STEPS[method],
+            "even": json.loads((export / "config.json").read_text()).get("sigmas") == "even",
             "options": options, "noise": list(like.shape), "result": str(root / f"{name}.safetensors"),
         })  # fmt: skip
         ours[name, "export"], ours[name, "shape"] = export, shape

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, FlowMatchLCMScheduler, LCMScheduler
 from oracle import BETAS
 
 from stepdistill.conditioning.base import expand
+from stepdistill.denoiser.families import even_sigmas
 from stepdistill.denoiser.load import as_teacher
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
@@ -17,7 +18,7 @@ from stepdistill.methods.consistency import boundary_scalings, lcm_times, sample
 from stepdistill.sampling import sample
 from stepdistill.schedules import AlphaBar, RectifiedFlow
 from stepdistill.solvers import SOLVERS, integrate
-from stepdistill.timegrid import Grid, inference_times
+from stepdistill.timegrid import inference_times
 
 FAMILIES = pytest.mark.parametrize("family", ["sd", "sdxl"])
 
@@ -40,10 +41,10 @@ def test_lcm_times_are_those_of_diffusers(steps, original):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
-def test_lcm_times_on_a_flow_are_those_of_diffusers(steps, shift):
+def test_lcm_times_on_a_flow_are_even_ones_as_diffusers_shifts_them(steps, shift):
     scheduler = FlowMatchLCMScheduler(shift=shift)
-    scheduler.set_timesteps(steps)
-    ours = lcm_times(RectifiedFlow(), steps, grid=Grid("linspace", shift))
+    scheduler.set_timesteps(sigmas=even_sigmas(steps))
+    ours = lcm_times(RectifiedFlow(), steps, shift=shift)
     assert ours == pytest.approx(scheduler.sigmas[:-1].tolist(), abs=1e-6)
 
 

@@ -15,7 +15,7 @@ from stepdistill.errors import InputError
 from stepdistill.evaluation import spec
 from stepdistill.evaluation.generate import Sampler
 from stepdistill.evaluation.latency import Stages
-from stepdistill.evaluation.spec import ModelSpec, as_models, fingerprint, guidance_of, load, parse
+from stepdistill.evaluation.spec import ModelSpec, as_models, even_of, fingerprint, guidance_of, load, parse
 from stepdistill.export.adapters import load_whole
 
 
@@ -123,6 +123,23 @@ def test_flow_schedulers_are_for_flows_and_keep_their_shift(base, tmp_path, name
     assert type(scheduler).__name__ == spec.SCHEDULERS[name][0] and scheduler.config.shift == 3.0
     with pytest.raises(InputError, match=r"scheduler: got ddim .*; allowed: flow-euler, flow-lcm"):
         load(parse(f"{flow},scheduler=ddim"))
+
+
+def test_a_flow_can_be_asked_for_even_sigmas_and_its_students_ask_for_them(base, tmp_path):
+    flow = tiny.save(tmp_path / "sd3", "sd3")
+    (tmp_path / "sd3" / "config.json").write_text(json.dumps({"sigmas": "even"}))
+    pipe = load(parse(f"{flow},scheduler=flow-lcm"))
+    said = {text: even_of(parse(f"{flow}{text}"), pipe) for text in ("", ",sigmas=own", ",sigmas=even")}
+    assert said == {"": True, ",sigmas=own": False, ",sigmas=even": True}
+    noise = []
+    pipe.transformer.register_forward_pre_hook(lambda _, a, k: noise.append(k["timestep"][0].item()), with_kwargs=True)
+    for even, times in ((True, [1000, 900, 750, 500]), (False, [1000, 857.7, 602, 8.9])):
+        noise.clear()
+        Sampler(pipe, 1.0, even=even)({"prompt": ["a cat"]}, first=0, count=1, steps=4)
+        assert noise == pytest.approx(times, rel=1e-2)
+    with pytest.raises(InputError, match=r"sigmas: got even for StableDiffusionPipeline with .*; leave it out"):
+        even_of(parse(f"{base},sigmas=even"), load(parse(str(base))))
+    assert not even_of(parse(str(base)), load(parse(str(base))))
 
 
 def test_an_export_brings_its_scheduler_and_no_guidance(base, student):

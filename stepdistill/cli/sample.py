@@ -70,7 +70,7 @@ def main(config: Config) -> int:
     pipeline = specs.load(spec, device=device)
     guidance = config.guidance if config.guidance is not None else specs.guidance_of(spec, pipeline)
     with quiet():
-        pictures = draw(pipeline, prompts, config, guidance)
+        pictures = draw(pipeline, prompts, config, guidance, specs.even_of(spec, pipeline))
     grid = tile([pictures[i : i + config.count] for i in range(0, len(pictures), config.count)])
     record = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
     record |= {"prompt": prompts, "guidance": guidance, "device": device}
@@ -103,21 +103,27 @@ def prompts_of(config: Config) -> list[str]:
     return prompts
 
 
-def draw(pipeline, prompts: list[str], config: Config, guidance: float) -> list:
-    """`config.count` pictures of each prompt, in order; picture i of any prompt starts from the noise of seed + i."""
+def draw(pipeline, prompts: list[str], config: Config, guidance: float, even: bool = False) -> list:
+    """`config.count` pictures of each prompt, in order; picture i of any prompt starts from the noise of seed + i.
+
+    `even` asks a flow for even sigmas.
+    """
     import torch
     from tqdm import tqdm
 
+    from stepdistill.denoiser.families import even_sigmas
+
     jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.count)]
-    size = {} if config.size is None else {"height": config.size, "width": config.size}
+    common = {} if config.size is None else {"height": config.size, "width": config.size}
+    common |= {"guidance_scale": guidance, "num_inference_steps": config.steps}
+    common |= {"sigmas": even_sigmas(config.steps)} if even else {}
     pictures = []
     with tqdm(total=len(jobs), desc=f"{config.steps} steps", unit="img", dynamic_ncols=True) as bar:
         for first in range(0, len(jobs), config.batch):
             batch = jobs[first : first + config.batch]
             generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
-            options = {"guidance_scale": guidance, "num_inference_steps": config.steps, "generator": generators} | size
             try:
-                pictures += pipeline([prompt for prompt, _ in batch], **options).images
+                pictures += pipeline([prompt for prompt, _ in batch], generator=generators, **common).images
             except (TypeError, ValueError) as error:
                 reason = " ".join(str(error).split())[:160]
                 raise InputError(

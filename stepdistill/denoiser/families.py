@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,6 +70,22 @@ def is_flow(scheduler) -> bool:
     """Whether a diffusers scheduler walks the straight paths of a rectified flow."""
     config = scheduler.config
     return type(scheduler).__name__.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
+
+
+def takes_sigmas(pipeline, scheduler) -> bool:
+    """Whether a pipeline can be told at which noise its scheduler steps."""
+    takers = (type(pipeline).__call__, scheduler.set_timesteps)
+    return all("sigmas" in inspect.signature(taker).parameters for taker in takers)
+
+
+def needs_sigmas(pipeline, scheduler) -> bool:
+    """Whether it has to be told even ones: left alone it ends at 1/1000, and the last step is wasted (SD3, Sana)."""
+    return takes_sigmas(pipeline, scheduler) and family_of(pipeline).flow_spacing == "linspace"
+
+
+def even_sigmas(steps: int) -> list[float]:
+    """From 1 down in equal parts, before any resolution shift, which the scheduler sees to."""
+    return [1 - i / steps for i in range(steps)]
 
 
 def process_of(scheduler, path: str) -> tuple[Schedule, Kind]:

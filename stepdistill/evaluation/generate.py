@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.denoiser.families import even_sigmas
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 
@@ -47,12 +48,13 @@ class Sampler:
     """A pipeline and what does not change from call to call.
 
     Attributes:
-        pipeline: plain diffusers. guidance: 1.0 is none. seed: of the run.
+        pipeline: plain diffusers. guidance: 1.0 is none. seed: of the run. even: ask a flow for even `sigmas`.
     """
 
     pipeline: Any
     guidance: float = 1.0
     seed: int = 0
+    even: bool = False
 
     @property
     def takes_prompts(self) -> bool:
@@ -96,6 +98,8 @@ class Sampler:
             options["guidance_scale"] = self.guidance
         if "batch_size" in accepted:
             options["batch_size"] = count
+        if self.even:
+            options["sigmas"] = even_sigmas(steps)
         return to_uint8(self.pipeline(**condition, **options).images)
 
 

@@ -22,12 +22,17 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "ti
 KEY = ("protocol_hash", "model", "weights", "steps", "guidance", "seed")
 FIELDS = (
     "protocol", "protocol_hash", "model", "method", "teacher", "spec", "weights",
-    "steps", "nfe", "guidance", "scheduler", "n", "seed",
+    "steps", "nfe", "guidance", "scheduler", "sigmas", "n", "seed",
     "fd", "fd_low", "fd_high", "fd_extractor", "clip_score", "clip_model", "attribute_accuracy", "attributes",
     "latency_ms", "peak_memory_mb", "batch", "dtype", "device", "versions", "commit", "command", "train_seconds",
 )  # fmt: skip
 FOREIGN = ("config.json", "model_index.json", "manifest.json", "metrics.jsonl", "checkpoints", "export")
 TILE = 96  # pixels a picture in a grid has at least
+
+
+def key_of(row: dict[str, Any]) -> list[Any]:
+    """What makes a row the one of its cell."""
+    return [row.get(name) for name in KEY] + ([row["sigmas"]] if row.get("sigmas") else [])
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -105,8 +110,7 @@ class Book:
 
     def find(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """The row that is there already for this cell."""
-        key = [row.get(k) for k in KEY]
-        return next((old for old in self.rows if [old.get(k) for k in KEY] == key), None)
+        return next((old for old in self.rows if key_of(old) == key_of(row)), None)
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
         """Writes a row, with every field; a reader, or a crash, sees the file before or after, never between."""
@@ -143,7 +147,7 @@ class Book:
 def grid_name(row: dict[str, Any]) -> str:
     """The file of a row's strip, inside grids/."""
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", str(row["model"])).strip("-.") or "model"
-    key = hashlib.sha256(json.dumps([row.get(k) for k in KEY]).encode()).hexdigest()[:6]
+    key = hashlib.sha256(json.dumps(key_of(row)).encode()).hexdigest()[:6]
     return f"{safe}_{row['steps']}_{key}.png"
 
 

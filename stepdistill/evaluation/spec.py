@@ -24,6 +24,7 @@ from stepdistill.evaluation.generate import told_guidance
 from stepdistill.evaluation.places import check_lora, export_in
 
 DTYPES = ("fp32", "fp16", "bf16")
+SIGMAS = ("even", "own")
 # name: (diffusers class, what is set on top of the pipeline's own scheduler configuration).
 TRAILING = {"timestep_spacing": "trailing"}
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,6 +51,8 @@ class ModelSpec:
         path: a pipeline folder, a hub id, or avatars. name: of its rows and curves.
         lora: a folder or hub id of LoRA weights. scheduler: a key of SCHEDULERS; None keeps the LoRA export's or the
             pipeline's own. guidance: 1.0 is none. variant: of the weight files. dtype: fp32, fp16 or bf16.
+        sigmas: even asks a flow's scheduler for even ones, own leaves them to the pipeline; None is as the export's
+            record says.
     """
 
     path: str
@@ -59,6 +62,7 @@ class ModelSpec:
     guidance: float | None = None
     variant: str | None = None
     dtype: str | None = None
+    sigmas: str | None = None
 
     def __str__(self) -> str:
         options = [
@@ -100,7 +104,7 @@ def parse(text: str) -> ModelSpec:
         values[key] = value
     if "guidance" in values:
         values["guidance"] = _guidance(values["guidance"])
-    for key, allowed in (("scheduler", SCHEDULERS), ("dtype", DTYPES)):
+    for key, allowed in (("scheduler", SCHEDULERS), ("sigmas", SIGMAS), ("dtype", DTYPES)):
         if values.get(key) is not None and values[key] not in allowed:
             near = difflib.get_close_matches(values[key], allowed, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -218,6 +222,23 @@ def guidance_of(spec: ModelSpec, pipeline, default: float | None = None) -> floa
     if parameter is None:
         return 1.0
     return default if default is not None else float(parameter.default)
+
+
+def even_of(spec: ModelSpec, pipeline) -> bool:
+    """Whether a model is sampled at even sigmas: as the SPEC says, else as its export's record does.
+
+    Raises:
+        InputError: the SPEC asks for them, and the pipeline or its scheduler takes none.
+    """
+    from stepdistill.denoiser.families import takes_sigmas
+
+    takes = takes_sigmas(pipeline, pipeline.scheduler)
+    if spec.sigmas == "even" and not takes:
+        got = f"{type(pipeline).__name__} with {type(pipeline.scheduler).__name__}"
+        raise InputError(
+            f"sigmas: got even for {got}, which take none; allowed: a flow with flow-euler or flow-lcm; leave it out"
+        )
+    return takes and (spec.sigmas or _record(spec).get("sigmas")) == "even"
 
 
 def fingerprint(pipeline) -> str:

@@ -25,7 +25,7 @@ from stepdistill.evaluation.metrics import Instruments, Pass, prepare
 from stepdistill.evaluation.places import check
 from stepdistill.evaluation.progress import ReferenceBar, progress_bar, quiet
 from stepdistill.evaluation.protocols import Protocol, load_protocol
-from stepdistill.evaluation.spec import ModelSpec, as_models, fingerprint, guidance_of, load, training_record
+from stepdistill.evaluation.spec import ModelSpec, as_models, even_of, fingerprint, guidance_of, load, training_record
 from stepdistill.files import unwritable
 
 STEPS = (1, 2, 4, 8, 50)
@@ -181,9 +181,8 @@ class _Bench:
         self.bar.set_description(f"{name}: loading")
         try:
             pipeline = load(spec, device=self.settings.device) if model is spec else model
-            sampler = generate.Sampler(
-                pipeline, guidance_of(spec, pipeline, self.protocol.guidance), self.protocol.seed
-            )
+            guidance, even = guidance_of(spec, pipeline, self.protocol.guidance), even_of(spec, pipeline)
+            sampler = generate.Sampler(pipeline, guidance, self.protocol.seed, even)
             if sampler.takes_prompts and self.tools.prompts.prompts is None:
                 raise InputError(f"model {name}: got a set without prompts; allowed: a protocol with prompts")
             weights = fingerprint(pipeline)
@@ -204,7 +203,7 @@ class _Bench:
             "model": name, "method": record.get("method") or made, "spec": str(spec),
             "teacher": record.get("teacher") or (spec.path if spec.lora else None),
             "weights": weights, "guidance": sampler.guidance,
-            "scheduler": type(pipeline.scheduler).__name__,
+            "scheduler": type(pipeline.scheduler).__name__, "sigmas": "even" if even else None,
             "dtype": str(generate.backbone(pipeline).dtype).removeprefix("torch."),
             "train_seconds": record.get("train_seconds"),
         }  # fmt: skip

@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+from stepdistill.denoiser.families import even_sigmas
+
 FIGURES_START, FIGURES_END = "<!-- figures -->", "<!-- /figures -->"
 
 USE_LORA = """```python
@@ -55,6 +57,7 @@ def model_card(
     grid: str | None,
     guidance: float = 1.0,
     steps: int = 4,
+    even: bool = False,
     base: str | None = None,
     peft_part: str | None = None,
 ) -> str:
@@ -63,14 +66,14 @@ def model_card(
     Args:
         prompt: of the example; None for a pipeline that takes none, nor a guidance.
         guidance: the guidance_scale the student is used with; diffusers' own default would be 7.5.
-        steps: of the example.
+        steps: of the example. even: whether the pipeline has to be told even sigmas.
         base: where diffusers loads the teacher from; `teacher` where not given.
         peft_part: the network that peft puts a LoRA on, where the pipeline loads none.
     """
     tags = ["diffusers", "step-distillation", method, *(["lora"] if lora else [])]
     head = ["---", *([f"base_model: {teacher}"] if hub_id(teacher) else []), "library_name: diffusers", "tags:"]
     front = "\n".join([*head, *(f"- {tag}" for tag in tags), "---"])
-    call = f"num_inference_steps={steps}"
+    call = f"num_inference_steps={steps}" + (f", sigmas={even_sigmas(steps)}" if even else "")
     if prompt is not None:
         call = f"{json.dumps(prompt, ensure_ascii=False)}, {call}, guidance_scale={float(guidance)}"
     template = USE_PIPELINE if not lora else USE_PEFT if peft_part else USE_LORA

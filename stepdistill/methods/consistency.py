@@ -29,7 +29,7 @@ from stepdistill.methods.base import Batch, Clock, Loss, Method, Models, Role, h
 from stepdistill.methods.schedulers import lcm_scheduler
 from stepdistill.schedules import AlphaBar, RectifiedFlow, Schedule, Time, from_noise, match
 from stepdistill.solvers import ddim_step
-from stepdistill.timegrid import Grid, inference_times
+from stepdistill.timegrid import inference_times
 
 if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
@@ -67,14 +67,15 @@ def consistency(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, timestep
     return match(c_skip, x_t) * x_t + match(c_out, x_t) * denoiser(x_t, t, cond, kind="x0")
 
 
-def lcm_times(schedule: Schedule, steps: int, original_steps: int = 50, grid: Grid | None = None) -> list[float]:
+def lcm_times(schedule: Schedule, steps: int, original_steps: int = 50, shift: float = 1.0) -> list[float]:
     """The times of diffusers' LCMScheduler: of the `original_steps` points, `steps` even ones from the noisy end.
 
-    On other schedules they are those of the pipeline's own grid, as its FlowMatchLCMScheduler visits them.
+    On a flow they are even, then moved by the resolution shift, as Flux's pipeline asks of its scheduler by itself, and
+    Stable Diffusion 3's and Sana's where they are given `sigmas`: left alone, the last of their times is 1/1000.
 
     Args:
         original_steps: the points on the teacher's path the student was trained at.
-        grid: of the pipeline; not asked on AlphaBar.
+        shift: of the pipeline's grid; not asked on AlphaBar.
 
     Raises:
         InputError: more steps than points, or more points than AlphaBar has timesteps.
@@ -89,7 +90,7 @@ def lcm_times(schedule: Schedule, steps: int, original_steps: int = 50, grid: Gr
         k = (int(schedule.t_max) + 1) // original_steps
         origin = [(i + 1) * k - 1 for i in range(original_steps)]
         return [origin[::-1][i * original_steps // steps] for i in range(steps)]
-    return (grid or Grid()).times(schedule, steps)[:-1].tolist()
+    return inference_times(schedule, steps, shift=shift)[:-1].tolist()
 
 
 @torch.no_grad()
@@ -119,7 +120,7 @@ def sample_lcm(
         InputError: steps out of range, or several steps and nothing to noise again with.
     """
     schedule = denoiser.schedule
-    times = lcm_times(schedule, steps, original_steps, denoiser.grid)
+    times = lcm_times(schedule, steps, original_steps, denoiser.grid.shift)
     if steps > 1 and draws is None and (noises is None or len(noises) < steps - 1):
         got = f"{len(noises or ())} noises for {steps} steps"
         raise InputError(f"noise: got {got}; allowed: {steps - 1}, or draws; pass draws")

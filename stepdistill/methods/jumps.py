@@ -76,7 +76,7 @@ class Jumper(Method):
 
     def times(self, schedule: Schedule, grid: Grid) -> Tensor:
         """The student's times, falling, (N,) float64."""
-        return torch.tensor(lcm_times(schedule, self.student_steps, ORIGIN, grid), dtype=torch.float64)
+        return torch.tensor(lcm_times(schedule, self.student_steps, ORIGIN, grid.shift), dtype=torch.float64)
 
     def draw_times(self, draws: Draws, schedule: Schedule, grid: Grid, clock: Clock) -> Tensor:
         """One of the student's times for each sample, (B,) float64."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from stepdistill import embedded, files
+from stepdistill.denoiser.families import needs_sigmas
 from stepdistill.denoiser.load import Teacher, find
 from stepdistill.errors import InputError
 from stepdistill.export.card import model_card
@@ -43,12 +44,14 @@ def export(
     name = f"{method.name}-lora" if config.lora else method.name
     stamp = method.stamp(models)
     record = config.record() | stamp | {"method": name, "train_seconds": round(seconds, 1)}
+    if even := needs_sigmas(teacher.source, scheduler):
+        record["sigmas"] = "even"
     png = io.BytesIO()
     picture.save(png, "png")
     card = model_card(
         method=name, teacher=config.teacher, out=str(out), scheduler=type(scheduler).__name__, lora=config.lora,
         prompt=None if teacher.vae is None else prompts_for(config, captions)[0],
-        guidance=method.guidance_scale(models.student), steps=method.steps,
+        guidance=method.guidance_scale(models.student), steps=method.steps, even=even,
         settings={k: record[k] for k in (*SHOWN, *stamp)}, grid="grid.png",
         base=find(config.teacher) if config.teacher in embedded.TEACHERS else config.teacher,
         peft_part=None if hasattr(teacher.source, "load_lora_weights") else teacher.part,
