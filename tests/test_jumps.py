@@ -144,6 +144,7 @@ def test_on_edm_a_one_step_sample_of_the_exact_denoiser_has_the_datas_mean():
         ({"student_steps": 0}, "student_steps: got 0; allowed: 1 to 40"),
         ({"student_steps": 41}, "student_steps: got 41"),
         ({"warm_share": 1.5}, "warm_share: got 1.5; allowed: 0 to 1"),
+        ({"head_start": -1}, "head_start: got -1; allowed: 0 or more"),
         ({"last_weight": 0.0}, "last_weight: got 0; allowed: above 0"),
         ({"last_weight": math.inf}, "last_weight: got inf"),
         ({"last_weight": math.nan}, "last_weight: got nan"),

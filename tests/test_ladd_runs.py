@@ -58,6 +58,26 @@ def test_the_export_names_the_blocks_that_were_judged(tmp_path, pipelines, pictu
     assert named.split(", ")[0] == "down_blocks.0.attentions.0" and named in (out / "README.md").read_text()
 
 
+def test_in_its_head_start_the_discriminator_alone_learns(tmp_path, pipelines, pictures):
+    run = trainer(tmp_path / "run", pipelines["sd"], pictures, head_start=2)
+
+    def weights() -> dict[str, torch.Tensor]:
+        return {role: torch.cat([p.flatten() for p in group.values()]) for role, group in run.models.trained.items()}
+
+    changed = []
+    for _ in range(3):
+        before = {role: values.clone() for role, values in weights().items()}
+        run.step()
+        changed.append({role: not torch.equal(values, before[role]) for role, values in weights().items()})
+    alone, both = {"student": False, "discriminator": True}, {"student": True, "discriminator": True}
+    assert changed == [alone, alone, both]
+
+
+def test_a_head_start_is_shorter_than_the_run(tmp_path, pipelines, pictures):
+    with pytest.raises(InputError, match=r"head_start: got 4 of 4 updates; allowed: fewer than all; try a tenth"):
+        trainer(tmp_path / "run", pipelines["sd"], pictures, head_start=4).config.check()
+
+
 def test_a_student_may_begin_with_another_runs_and_its_teacher_stays_the_teacher(tmp_path, pipelines, pictures):
     first = trainer(tmp_path / "first", pipelines["sd"], pictures, learning_rate=1e-2).fit().parent
     bare = load_teacher(pipelines["sd"])

@@ -42,6 +42,8 @@ class Jumper(Method):
         last_weight: at the end of it, how likely the noisiest time is against each of the others.
         own_share: the share of samples whose x_t is noised from the student's own one-step answer instead of a picture,
             as its second step will see it (backward simulation, Yin et al. 2024). 0 as the papers.
+        head_start: updates at first in which the discriminator alone learns. A student that is good already is pulled
+            astray by heads that know nothing yet.
         guidance: what a student that is told its guidance (Flux) is told, and is sampled at.
 
     Raises:
@@ -52,6 +54,7 @@ class Jumper(Method):
     warm_share: float = 0.0
     last_weight: float = 1.0
     own_share: float = 0.0
+    head_start: int = 0
     guidance: float = 4.0
 
     def __post_init__(self) -> None:
@@ -61,14 +64,16 @@ class Jumper(Method):
             raise InputError(f"warm_share: got {self.warm_share:g}; allowed: 0 to 1; 0 is no curriculum")
         if not 0 <= self.own_share <= 1:
             raise InputError(f"own_share: got {self.own_share:g}; allowed: 0 to 1; 0 is none, as the papers, try 0.5")
+        if self.head_start < 0:
+            raise InputError(f"head_start: got {self.head_start}; allowed: 0 or more; 0 is none, as the papers")
         if not 0 < self.last_weight < math.inf:
             raise InputError(f"last_weight: got {self.last_weight:g}; allowed: above 0; 1 is all times alike")
         if not 1 <= self.guidance < math.inf:
             raise InputError(f"guidance: got {self.guidance:g}; allowed: 1 or more; 1 means no guidance, try 4")
 
     def phases(self, clock: Clock) -> tuple[str, ...]:
-        """The discriminator, then the student, in every update."""
-        return ("discriminator", "student")
+        """The discriminator, then the student; the discriminator alone in its head start."""
+        return ("discriminator",) if clock.update < self.head_start else ("discriminator", "student")
 
     def guidance_scale(self, student: Denoiser) -> float:
         """What a student that is told its guidance is sampled at; else 1.0."""

@@ -33,6 +33,8 @@ class AdversarialConfig(TrainConfig):
     """How likely the noisiest time is in the end against each of the others."""
     own_share: float = 0.0
     """Share of samples noised from the student's own one-step answer, as in multistep sampling, not a picture."""
+    head_start: int = 0
+    """Updates at first in which the discriminator alone learns, so that a student that begins well is not led astray."""
     adversarial_loss: Literal["hinge", "softplus"] = "hinge"
     """Of the discriminator and the student."""
     discriminator_learning_rate: float = 1e-4
@@ -47,6 +49,9 @@ class AdversarialConfig(TrainConfig):
         super().check()
         if self.start and not self.lora:
             raise InputError(f"start: got {self.start} with --no-lora; allowed: with a LoRA; leave one of them out")
+        if self.head_start >= self.max_train_steps:
+            got = f"{self.head_start} of {self.max_train_steps} updates"
+            raise InputError(f"head_start: got {got}; allowed: fewer than all; try a tenth")
         if not 0 < self.discriminator_learning_rate < math.inf:
             got = f"{self.discriminator_learning_rate:g}"
             raise InputError(f"discriminator_learning_rate: got {got}; allowed: above 0; try 1e-4")
