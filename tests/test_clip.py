@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from stepdistill.errors import InputError
-from stepdistill.evaluation.attributes import Probes, accuracy, load_probes
+from stepdistill.evaluation.attributes import Probes, load_probes
 from stepdistill.evaluation.clip import clip_scores, load_clip
+from stepdistill.evaluation.measures.attributes import Attributes
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +100,20 @@ def test_probes_count_only_what_prompts_name(tmp_path):
     probes = load_probes(tmp_path)
     embedding = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     truth = [{"hat": "no", "hair": "short"}, {"hat": "no", "hair": "long"}, {"hat": "yes", "hair": "long"}]
-    tally = probes.count(embedding, truth, [["hat"], ["hat", "hair"], ["hair"]])
-    assert tally == {"hat": (1, 2), "hair": (2, 2)}
-    assert accuracy(tally) == 3 / 4 and accuracy({}) is None
+    judged = probes.judge(embedding, truth, [["hat"], ["hat", "hair"], ["hair"]])
+    assert judged.tolist() == [[1, -1], [0, 1], [-1, 1]]
+    found = Attributes.figures(judged, SimpleNamespace(probes=probes))
+    values = {name: figure.value for name, figure in found.items()}
+    assert values == {"attribute_accuracy": 3 / 4, "attribute:hat": 1 / 2, "attribute:hair": 1.0}
+    # a ratio of sums: 1/1, 1/2, 1/1 answers, so (1 - 3/4, 1 - 3/2, 1 - 3/4) over 4/3 questions a picture
+    assert found["attribute_accuracy"].influence.tolist() == pytest.approx([3 / 16, -3 / 8, 3 / 16])
+    assert "attribute:hat" not in Attributes.figures(torch.tensor([[-1, 1]]), SimpleNamespace(probes=probes))
 
 
 def test_an_attribute_without_a_probe_and_broken_probes_are_refused(tmp_path):
     probes = Probes({"hat": ["no", "yes"]}, {"hat": torch.eye(2)}, {"hat": torch.zeros(2)})
     with pytest.raises(InputError, match="'beard'"):
-        probes.count(torch.eye(2)[:1], [{"beard": "yes"}], [["beard"]])
+        probes.judge(torch.eye(2)[:1], [{"beard": "yes"}], [["beard"]])
     (tmp_path / "probes.json").write_text(json.dumps({"hat": ["no", "yes"]}))
     with pytest.raises(InputError, match="probes"):
         load_probes(tmp_path)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stepdistill.errors import InputError
-from stepdistill.evaluation.frechet import Moments, frechet_distance, frechet_interval
+from stepdistill.evaluation.frechet import Moments, frechet_distance, frechet_figure
 
 
 def draws(n: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -85,17 +85,18 @@ def test_interval_is_as_wide_as_the_distance_really_spreads():
     d, n = 12, 200
     reference = Moments.of(draws(5000, d, 99))
     mix = draws(d, d, 7) / d**0.5
-    found = [frechet_interval(draws(n, d, seed) @ mix + 0.3, reference) for seed in range(60)]
-    spread = torch.tensor([f[0] for f in found]).std().item()
-    claimed = torch.tensor([(f[2] - f[1]) / (2 * 1.96) for f in found]).median().item()
+    found = [frechet_figure(draws(n, d, seed) @ mix + 0.3, reference) for seed in range(60)]
+    spread = torch.tensor([f.value for f in found]).std().item()
+    claimed = torch.tensor([f.error for f in found]).median().item()
     assert claimed == pytest.approx(spread, rel=0.25)
 
 
 def test_interval_is_around_the_distance():
     x, reference = draws(100, 6) + 0.5, Moments.of(draws(400, 6, 1))
-    distance, low, high = frechet_interval(x, reference)
-    assert distance == pytest.approx(frechet_distance(Moments.of(x), reference), rel=1e-12)
-    assert low < distance < high
+    figure = frechet_figure(x, reference)
+    assert figure.value == pytest.approx(frechet_distance(Moments.of(x), reference), rel=1e-12)
+    low, high = figure.interval()
+    assert low < figure.value < high and abs(figure.influence.sum()) < 1e-9
 
 
 def test_bad_features_are_refused():

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -39,10 +40,10 @@ class Probes:
             found[name] = [classes[i] for i in best.tolist()]
         return found
 
-    def count(
+    def judge(
         self, embedding: Tensor, attributes: Sequence[Mapping[str, str]], mentioned: Sequence[Sequence[str]]
-    ) -> dict[str, tuple[int, int]]:
-        """attribute -> (right, asked) over a batch.
+    ) -> Tensor:
+        """(B, attributes) int8: 1 for a right answer, 0 for a wrong one, -1 where the prompt leaves it open.
 
         Args:
             embedding: (B, D) unit length. attributes: the truth of each picture. mentioned: what each prompt names.
@@ -51,20 +52,14 @@ class Probes:
             InputError: a prompt names an attribute that has no probe.
         """
         found = self.read(embedding)
-        tally = {name: [0, 0] for name in self.classes}
+        judged = torch.full((len(mentioned), len(self.classes)), -1, dtype=torch.int8)
+        column = {name: i for i, name in enumerate(self.classes)}
         for i, names in enumerate(mentioned):
             for name in names:
-                if name not in tally:
+                if name not in column:
                     raise InputError(f"attribute: got {name!r}; allowed: {', '.join(self.classes)}, which have probes")
-                tally[name][0] += found[name][i] == attributes[i][name]
-                tally[name][1] += 1
-        return {name: (right, asked) for name, (right, asked) in tally.items()}
-
-
-def accuracy(tally: Mapping[str, tuple[int, int]]) -> float | None:
-    """The share of right answers in a tally; None where nothing was asked."""
-    asked = sum(n for _, n in tally.values())
-    return sum(right for right, _ in tally.values()) / asked if asked else None
+                judged[i, column[name]] = found[name][i] == attributes[i][name]
+        return judged
 
 
 def load_probes(folder: str | Path) -> Probes:

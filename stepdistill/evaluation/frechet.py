@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.errors import InputError
+from stepdistill.evaluation.figures import Figure
 
 
 @dataclass(frozen=True)
@@ -132,17 +133,14 @@ def frechet_distance(moments: Moments, reference: Moments) -> float:
     return _distance(moments, reference, values)
 
 
-def frechet_interval(features: Tensor, reference: Moments, *, z: float = 1.96) -> tuple[float, float, float]:
-    """The distance of features (N, D) to a reference, with the interval in which it would fall for another N samples.
+def frechet_figure(features: Tensor, reference: Moments) -> Figure:
+    """The distance of features (N, D) to a reference, with what each of them does to it.
 
-    The interval is the infinitesimal jackknife (Jaeckel 1972; Efron 1982), the bootstrap's limit: sample i moves the
-    distance by IF_i / N, IF_i = 2 (m - m_r).z_i + |z_i|^2 - tr S - (z_i^T T z_i - tr T S), where z_i = x_i - m and
-    T = S_r^1/2 (S_r^1/2 S S_r^1/2)^-1/2 S_r^1/2 is the optimal transport; the standard error is the root of
-    mean(IF^2) / N. It costs one eigendecomposition where resampling costs one a resample. It is about the estimate at
-    this N: the bias of the distance, which falls as 1/N, is not in it, nor the reference's own spread.
-
-    Returns:
-        distance, low (never below 0), high.
+    By the infinitesimal jackknife (Jaeckel 1972; Efron 1982), the bootstrap's limit: sample i moves the distance by
+    IF_i / N, IF_i = 2 (m - m_r).z_i + |z_i|^2 - tr S - (z_i^T T z_i - tr T S), where z_i = x_i - m and
+    T = S_r^1/2 (S_r^1/2 S S_r^1/2)^-1/2 S_r^1/2 is the optimal transport. It costs one eigendecomposition where
+    resampling costs one a resample. It is about the estimate at this N: the bias of the distance, which falls as 1/N,
+    is not in it, nor the reference's own spread.
     """
     moments = Moments.of(features)
     _check(moments, reference)
@@ -155,8 +153,7 @@ def frechet_interval(features: Tensor, reference: Moments, *, z: float = 1.96) -
     moved = z_i @ root @ vectors
     # tr S and tr T S are the means of their own terms, so centring takes them away.
     influence = 2 * z_i @ (moments.mean - reference.mean) + z_i.square().sum(1) - (moved.square() * inverse).sum(1)
-    error = float((influence - influence.mean()).square().mean().div(len(features)).sqrt())
-    return distance, max(0.0, distance - z * error), distance + z * error
+    return Figure(distance, influence - influence.mean())
 
 
 def _check(moments: Moments, reference: Moments) -> None:

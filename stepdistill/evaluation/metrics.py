@@ -1,13 +1,13 @@
 """One pass over the pictures feeds every metric: features for the distance, embeddings for CLIP score and attributes.
 
-A metric more is a field of `Instruments` and two lines of `Pass`.
+What is measured of them is in `measures/`, a file each.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from torch import Tensor
 from stepdistill import embedded
 from stepdistill.errors import InputError
 from stepdistill.evaluation import hashes
-from stepdistill.evaluation.attributes import Probes, accuracy, load_probes
-from stepdistill.evaluation.clip import ClipModel, clip_scores, load_clip
+from stepdistill.evaluation.attributes import Probes, load_probes
+from stepdistill.evaluation.clip import ClipModel, load_clip
 from stepdistill.evaluation.features import Extractor, load_extractor
-from stepdistill.evaluation.frechet import Moments, frechet_interval
+from stepdistill.evaluation.figures import Figure
+from stepdistill.evaluation.frechet import Moments
+from stepdistill.evaluation.measures import METRICS, View
 from stepdistill.evaluation.protocols import Protocol
 from stepdistill.evaluation.sets import EvalSet, open_set
 from stepdistill.files import sha256
@@ -36,7 +38,7 @@ class Instruments:
     Attributes:
         prompts: the set that is drawn. extractor: features. reference: moments of the real pictures.
         clip: for the score, None where there is none. probes: of attributes, None where there are none.
-        content: hashes of all of it, for the protocol's own.
+        content: hashes of all of it, for the protocol's own. metrics: names of `measures.METRICS`.
     """
 
     prompts: EvalSet
@@ -45,6 +47,7 @@ class Instruments:
     clip: ClipModel | None = None
     probes: Probes | None = None
     content: tuple[tuple[str, str], ...] = ()
+    metrics: tuple[str, ...] = ("fd", "clip", "attributes")
 
 
 def cache_folder() -> Path:
@@ -129,45 +132,50 @@ def prepare(
             probes = load_probes(clip.folder)
             content["probes"] = sha256(clip.folder / "probes.safetensors")
     moments = reference_statistics(extractor, reference, count=protocol.reference_n, batch=batch, progress=progress)
-    return Instruments(prompts, extractor, moments, clip, probes, tuple(sorted(content.items())))
+    return Instruments(prompts, extractor, moments, clip, probes, tuple(sorted(content.items())), protocol.metrics)
 
 
 class Pass:
-    """Takes pictures batch by batch; `figures` gives the metric columns of a row."""
+    """Takes pictures batch by batch; `figures` gives what the protocol's metrics make of them all."""
 
     def __init__(self, instruments: Instruments) -> None:
         self.tools = instruments
-        self.features: list[Tensor] = []
-        self.scores: list[Tensor] = []
-        self.tally: dict[str, tuple[int, int]] = {}
+        self.metrics = [METRICS[name] for name in instruments.metrics if METRICS[name].fits(instruments)]
+        self.kept: dict[str, list[Tensor]] = {metric.keeps: [] for metric in self.metrics}
 
     def add(self, first: int, pictures: Tensor) -> None:
         """Pictures (B, 3, H, W) uint8, number `first` and on of the set."""
-        tools, last = self.tools, first + len(pictures)
-        self.features.append(tools.extractor(pictures).cpu())
-        if tools.clip is None:
-            return
-        embedding = tools.clip.images(pictures)
-        self.scores.append(clip_scores(embedding, tools.clip.texts(tools.prompts.prompts[first:last])).cpu())
-        if tools.probes is not None:
-            asked = tools.probes.count(
-                embedding, tools.prompts.attributes[first:last], tools.prompts.mentioned[first:last]
-            )
-            for name, (right, n) in asked.items():
-                old = self.tally.get(name, (0, 0))
-                self.tally[name] = old[0] + right, old[1] + n
+        view = View(self.tools, first, pictures)
+        seen = {metric.keeps: metric.see for metric in self.metrics}
+        for keeps, see in seen.items():
+            self.kept[keeps].append(see(view))
 
-    def figures(self) -> dict[str, Any]:
-        """fd with its interval, clip_score, attribute_accuracy and their names."""
-        tools = self.tools
-        distance, low, high = frechet_interval(torch.cat(self.features), tools.reference)
-        score = torch.cat(self.scores).double().mean().item() if self.scores else None
-        share = accuracy(self.tally) if tools.probes is not None else None
-        return {
-            "fd": round(distance, 4), "fd_low": round(low, 4), "fd_high": round(high, 4),
-            "fd_extractor": tools.extractor.title,
-            "clip_score": None if score is None else round(score, 4),
-            "clip_model": tools.clip.title if tools.clip else None,
-            "attribute_accuracy": None if share is None else round(share, 5),
-            "attributes": {name: round(right / n, 4) for name, (right, n) in self.tally.items() if n} or None,
-        }  # fmt: skip
+    def figures(self) -> dict[str, Figure]:
+        """Every figure by name."""
+        whole = {keeps: torch.cat(parts) for keeps, parts in self.kept.items()}
+        found: dict[str, Figure] = {}
+        for metric in self.metrics:
+            found |= metric.figures(whole[metric.keeps], self.tools)
+        return found
+
+
+def row_of(found: Mapping[str, Figure], tools: Instruments) -> dict[str, Any]:
+    """The metric columns of a row: the main figures by themselves, all of them with their intervals in `metrics`."""
+    named = {name.partition(":")[2]: figure for name, figure in found.items() if name.startswith("attribute:")}
+    score, share = found.get("clip_score"), found.get("attribute_accuracy")
+    row: dict[str, Any] = {"fd": None, "fd_low": None, "fd_high": None}
+    if "fd" in found:
+        low, high = found["fd"].interval()
+        row = {"fd": round(found["fd"].value, 4), "fd_low": round(max(0.0, low), 4), "fd_high": round(high, 4)}
+    return row | {
+        "fd_extractor": tools.extractor.title,
+        "clip_score": None if score is None else round(score.value, 4),
+        "clip_model": tools.clip.title if tools.clip else None,
+        "attribute_accuracy": None if share is None else round(share.value, 5),
+        "attributes": {name: round(figure.value, 4) for name, figure in named.items()} or None,
+        "metrics": {
+            name: {"value": round(f.value, 6), "low": round(f.interval()[0], 6), "high": round(f.interval()[1], 6),
+                   "n": len(f.influence), "of": f.unit}
+            for name, f in found.items() if not name.startswith("attribute:")
+        },
+    }  # fmt: skip

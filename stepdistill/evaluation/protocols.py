@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.errors import InputError
+from stepdistill.evaluation.measures import METRICS
 
 PACKAGE = Path(__file__).parents[1]
 DATA = "--data"  # in a protocol's file, as its prompts and reference: the folder is the user's to name
@@ -51,6 +52,7 @@ class Protocol:
         reference: the set they are compared with. reference_n: how many of it; all where None.
         size: side in pixels that a folder's pictures are brought to; as they are where None.
         extractor: of the Frechet distance. scorer: of the CLIP score; None for a set without prompts.
+        metrics: names of `measures.METRICS`; those that need what a set lacks (captions, probes) are left out.
         guidance: of models that say nothing of their own. seed: of the pictures' own noise.
     """
 
@@ -62,6 +64,7 @@ class Protocol:
     scorer: ScorerSpec | None = None
     version: int = 1
     reference_n: int | None = None
+    metrics: tuple[str, ...] = ("fd", "clip", "attributes")
     guidance: float | None = None
     size: int | None = None
     seed: int = 0
@@ -72,6 +75,10 @@ class Protocol:
             raise InputError(f"protocol {self.name}: got n={self.n}; allowed: 2 or more; thousands give steady figures")
         if self.guidance is not None and self.guidance < 1:
             raise InputError(f"protocol {self.name}: got guidance={self.guidance}; allowed: 1.0 (none) or more")
+
+        object.__setattr__(self, "metrics", tuple(self.metrics))
+        if unknown := set(self.metrics) - set(METRICS):
+            raise InputError(f"protocol {self.name}: got the metric {min(unknown)!r}; allowed: {', '.join(METRICS)}")
 
     def hash(self, content: Mapping[str, str]) -> str:
         """16 hex digits of the settings and of what they name, wherever it lies.

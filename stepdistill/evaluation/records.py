@@ -8,6 +8,7 @@ import json
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from stepdistill import files
 from stepdistill.errors import InputError
+from stepdistill.evaluation.figures import Figure
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "timm", "stepdistill")
 KEY = ("protocol_hash", "model", "weights", "steps", "guidance", "seed")
@@ -24,6 +26,7 @@ FIELDS = (
     "protocol", "protocol_hash", "model", "method", "teacher", "spec", "weights",
     "steps", "nfe", "guidance", "scheduler", "sigmas", "n", "seed",
     "fd", "fd_low", "fd_high", "fd_extractor", "clip_score", "clip_model", "attribute_accuracy", "attributes",
+    "metrics",
     "latency_ms", "peak_memory_mb", "batch", "dtype", "device", "versions", "commit", "command", "train_seconds",
 )  # fmt: skip
 FOREIGN = ("config.json", "model_index.json", "manifest.json", "metrics.jsonl", "checkpoints", "export")
@@ -121,6 +124,19 @@ class Book:
         if self.folder is not None:
             files.write(self.file, "".join(json.dumps(r) + "\n" for r in self.rows))
         return row
+
+    def units(self, row: dict[str, Any], found: Mapping[str, Figure]) -> None:
+        """Keeps what each picture did to each figure, so that two models can be compared picture by picture."""
+        if self.folder is None or not found:
+            return
+        from safetensors.torch import save_file
+
+        file = self.folder / "units" / grid_name(row).replace(".png", ".safetensors")
+        file.parent.mkdir(exist_ok=True)
+        partial = file.with_name(file.name + ".partial")
+        tensors = {name: figure.influence.float().contiguous() for name, figure in found.items()}
+        save_file(tensors, partial, metadata={name: figure.unit for name, figure in found.items()})
+        partial.replace(file)
 
     def prompts(self, prompts: list[str]) -> None:
         """Keeps the prompts of the grids' pictures."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from stepdistill.errors import InputError
 from stepdistill.evaluation import generate, hashes, latency, records
-from stepdistill.evaluation.metrics import Instruments, Pass, prepare
+from stepdistill.evaluation.metrics import Instruments, Pass, prepare, row_of
 from stepdistill.evaluation.places import check
 from stepdistill.evaluation.progress import ReferenceBar, progress_bar, quiet
 from stepdistill.evaluation.protocols import Protocol, load_protocol
@@ -255,11 +255,13 @@ class _Bench:
                 measured.add(first, pictures)
                 if sum(map(len, shown)) < self.settings.grid:
                     shown.append(pictures)
-        row |= measured.figures()
+        found = measured.figures()
+        row |= row_of(found, self.tools)
         if sampler is not None:
             row["nfe"] = round(stages.evaluations / self.protocol.n, 4)
             row |= self._timed(sampler, row["steps"])
         self.book.grid(row, torch.cat(shown)[: self.settings.grid] if shown and self.settings.grid else None)
+        self.book.units(row, found)
         self.rows.append(self.book.add(row))
 
     def _timed(self, sampler: generate.Sampler, steps: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class AdversarialConfig(TrainConfig):
     own_share: float = 0.0
     """Share of samples noised from the student's own one-step answer, as in multistep sampling, not a picture."""
     head_start: int = 0
-    """Updates at first in which the discriminator alone learns, so that a student that begins well is not led astray."""
+    """Updates at first in which the discriminator alone learns: what knows nothing yet leads a good student astray."""
     adversarial_loss: Literal["hinge", "softplus"] = "hinge"
     """Of the discriminator and the student."""
     discriminator_learning_rate: float = 1e-4

@@ -1,0 +1,40 @@
+"""Attribute accuracy: the share of what prompts name that probes find in the pictures; see `evaluation.attributes`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from stepdistill.evaluation.figures import Figure
+from stepdistill.evaluation.measures.base import Metric, View
+
+
+class Attributes(Metric):
+    """`attribute_accuracy`, and `attribute:NAME` for each; -1 is kept of what a prompt leaves open."""
+
+    name, keeps, better = "attributes", "attributes", {"attribute_accuracy": "higher"}
+
+    @classmethod
+    def fits(cls, tools) -> bool:
+        return tools.clip is not None and tools.probes is not None
+
+    @staticmethod
+    def see(view: View) -> Tensor:
+        tools, last = view.tools, view.first + len(view.pictures)
+        truth, named = (values[view.first : last] for values in (tools.prompts.attributes, tools.prompts.mentioned))
+        return tools.probes.judge(view.embedding, truth, named)
+
+    @staticmethod
+    def figures(kept: Tensor, tools) -> dict[str, Figure]:
+        shares = {"attribute_accuracy": _share(kept)}
+        shares |= {f"attribute:{name}": _share(kept[:, i : i + 1]) for i, name in enumerate(tools.probes.classes)}
+        return {name: share for name, share in shares.items() if share is not None}
+
+
+def _share(judged: Tensor) -> Figure | None:
+    """Right answers over questions asked: a ratio of sums, whose influence is (right - share asked) / mean(asked)."""
+    asked = (judged >= 0).double().sum(1)
+    right = (judged == 1).double().sum(1)
+    if not asked.any():
+        return None
+    share = (right.sum() / asked.sum()).item()
+    return Figure(share, (right - share * asked) / asked.mean())

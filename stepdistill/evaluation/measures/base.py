@@ -1,0 +1,72 @@
+"""What a metric is: it looks at pictures batch by batch, and gives figures in the end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from stepdistill.evaluation.figures import Figure
+
+if TYPE_CHECKING:
+    from stepdistill.evaluation.metrics import Instruments
+
+
+@dataclass(frozen=True)
+class View:
+    """A batch of pictures and what the instruments see in them, each looked at once whatever number of metrics ask.
+
+    Attributes:
+        pictures: (B, 3, H, W) uint8, number `first` and on of the set.
+    """
+
+    tools: Instruments
+    first: int
+    pictures: Tensor
+
+    @cached_property
+    def features(self) -> Tensor:
+        """(B, D) float32 of the extractor, on the CPU."""
+        return self.tools.extractor(self.pictures).cpu()
+
+    @cached_property
+    def embedding(self) -> Tensor:
+        """(B, E) float32, unit length: CLIP's of the pictures."""
+        return self.tools.clip.images(self.pictures)
+
+    @cached_property
+    def text(self) -> Tensor:
+        """(B, E) float32, unit length: CLIP's of their prompts."""
+        return self.tools.clip.texts(self.tools.prompts.prompts[self.first : self.first + len(self.pictures)])
+
+
+class Metric(ABC):
+    """One metric of one cell. A metric more is a file here, a line in `measures.METRICS`, and a test.
+
+    Attributes:
+        name: as protocols list it. keeps: the name of what it keeps of each picture; metrics of the same share it.
+        better: "lower" or "higher", by figure.
+    """
+
+    name: ClassVar[str]
+    keeps: ClassVar[str]
+    better: ClassVar[Mapping[str, str]]
+
+    @classmethod
+    def fits(cls, tools: Instruments) -> bool:
+        """Whether the instruments have what it needs; where not, its figures are left out."""
+        return True
+
+    @staticmethod
+    @abstractmethod
+    def see(view: View) -> Tensor:
+        """What is kept of a batch, (B, ...). It depends on each picture alone, so that processes can share the work."""
+
+    @staticmethod
+    @abstractmethod
+    def figures(kept: Tensor, tools: Instruments) -> dict[str, Figure]:
+        """Figures by name, from what was kept of all pictures, (N, ...) in order."""

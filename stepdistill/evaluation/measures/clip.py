@@ -1,0 +1,27 @@
+"""CLIP score: how well pictures fit their prompts (Hessel et al. 2021)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from stepdistill.evaluation.clip import clip_scores
+from stepdistill.evaluation.figures import Figure
+from stepdistill.evaluation.measures.base import Metric, View
+
+
+class ClipScore(Metric):
+    """`clip_score`: the mean of 100 max(cos, 0)."""
+
+    name, keeps, better = "clip", "clip_scores", {"clip_score": "higher"}
+
+    @classmethod
+    def fits(cls, tools) -> bool:
+        return tools.clip is not None
+
+    @staticmethod
+    def see(view: View) -> Tensor:
+        return clip_scores(view.embedding, view.text).cpu()
+
+    @staticmethod
+    def figures(kept: Tensor, tools) -> dict[str, Figure]:
+        return {"clip_score": Figure.mean(kept)}

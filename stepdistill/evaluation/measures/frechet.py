@@ -1,0 +1,23 @@
+"""The Frechet distance of features to those of real pictures; FID where they are Inception's."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from stepdistill.evaluation.figures import Figure
+from stepdistill.evaluation.frechet import frechet_figure
+from stepdistill.evaluation.measures.base import Metric, View
+
+
+class FrechetDistance(Metric):
+    """`fd`: see `evaluation.frechet`."""
+
+    name, keeps, better = "fd", "features", {"fd": "lower"}
+
+    @staticmethod
+    def see(view: View) -> Tensor:
+        return view.features
+
+    @staticmethod
+    def figures(kept: Tensor, tools) -> dict[str, Figure]:
+        return {"fd": frechet_figure(kept, tools.reference)}
