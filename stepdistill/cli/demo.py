@@ -48,7 +48,13 @@ FULL = Size(
         "lcm": {"max_train_steps": 500, "rank": 32},
         "progressive": {"max_train_steps": 60, "guide_updates": 60, "start_steps": 8},
         "add": {"max_train_steps": 50, "rank": 32},
-        "ladd": {"max_train_steps": 80, "rank": 32},
+        "ladd": {
+            "max_train_steps": 80,
+            "rank": 32,
+            "head_start": 40,
+            "learning_rate": 2e-4,
+            "discriminator_learning_rate": 3e-2,  # in so few updates the discriminator has to hurry
+        },
     },
     measured=300,
 )

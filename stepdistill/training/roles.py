@@ -29,6 +29,9 @@ LORA_TARGETS = (  # what of these a UNet, an MMDiT or a linear DiT has
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
     "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp",
     "conv_inverted", "conv_point",
+    # what carries the time in a transformer, as time_emb_proj does in a UNet: an adapter without it learns far slower
+    "norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear", "adaln_single.linear",
+    "time_embed.linear", "timestep_embedder.linear_1", "timestep_embedder.linear_2",
 )  # fmt: skip
 GUIDANCE_WIDTH = 256
 
