@@ -37,7 +37,8 @@ def refused(capsys, *argv: object) -> str:
 @pytest.fixture
 def pools(monkeypatch):
     """Twelve features in the place of EfficientNet's, and no Inception."""
-    monkeypatch.setitem(features.EXTRACTORS, "efficientnet_lite2", ("Pools", 12, 32, lambda: (Pools(), "w")))
+    pools = features.Extractor("efficientnet_lite2", "Pools", Pools(), 12, 32, "bilinear", "w")
+    monkeypatch.setitem(features.EXTRACTORS, "efficientnet_lite2", lambda size, resize: pools)
     monkeypatch.setattr(features, "best_to_be_had", lambda: "efficientnet_lite2")
 
 

@@ -76,7 +76,7 @@ def test_an_unknown_extractor_and_pictures_of_the_wrong_type_are_refused():
     with pytest.raises(InputError, match="uint8"):
         extractor(torch.zeros(1, 3, 4, 4))
     with pytest.raises(InputError, match=r"allowed: bilinear"):
-        resize(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), 8, "lanczos")
+        resize(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), 8, "box")
 
 
 def test_features_are_of_the_resized_pictures():
@@ -98,3 +98,19 @@ def test_nearest_enlarges_pixel_by_pixel():
     pictures = torch.randint(0, 256, (1, 3, 4, 4), dtype=torch.uint8)
     big = resize(pictures, 12, "nearest")
     assert torch.equal(big, pictures.float().repeat_interleave(3, -1).repeat_interleave(3, -2))
+
+
+def test_dinov2_gives_its_pooled_embedding_of_normalised_pictures_under_its_own_name(monkeypatch):
+    import timm
+
+    from stepdistill.methods.feature_networks import from_vit
+
+    vit = timm.create_model("vit_small_patch14_dinov2.lvd142m", pretrained=False, num_classes=0, img_size=28, depth=4)
+    monkeypatch.setattr(features, "load_feature_network", lambda name, size: from_vit(vit, name))
+    extractor = load_extractor("dinov2_vits14", size=28)
+    pictures = torch.randint(0, 256, (2, 3, 20, 20), dtype=torch.uint8)
+    mean, std = (torch.tensor(vit.pretrained_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
+    with torch.no_grad():
+        want = vit((resize(pictures, 28, "bicubic") / 255 - mean) / std)
+    assert torch.allclose(extractor(pictures), want, atol=1e-4) and want.shape == (2, 384)
+    assert extractor.title == "DINOv2-ViT-S14" and "dinov2_vits14" in extractor.identity

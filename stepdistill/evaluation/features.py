@@ -9,6 +9,7 @@ A distance is reported under its extractor's own title: FD-EfficientNet-Lite2 is
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.errors import InputError
-from stepdistill.evaluation.resize import check_images, resize
+from stepdistill.evaluation.resize import check_images, check_resize, resize
 from stepdistill.files import sha256
-from stepdistill.methods.feature_networks import LITE2_SHA256, load_lite2
+from stepdistill.methods.feature_networks import LITE2_SHA256, FeatureNetwork, load_feature_network, load_lite2
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256_PREFIX = "6726825d"
+INCEPTION_PLACE = "STEPDISTILL_INCEPTION"  # names a file of weights to use in place of the published ones
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,7 @@ class Extractor:
     Attributes:
         name: the key it is asked for by. title: the name that figures are reported under.
         net: (B, 3, size, size) float32 in [0, 255] -> (B, dim).
-        dim: length of a feature. size: pixels it works at, 0 where the network resizes by itself.
-        resize: how pictures get there.
+        dim: length of a feature. size: pixels it works at. resize: how pictures get there.
         weights: hash of the weights, which statistics are keyed by.
     """
 
@@ -50,12 +51,15 @@ class Extractor:
         """One line that fixes every number that comes out: weights, resize and size."""
         return f"{self.name}:{self.weights}:{self.resize}@{self.size}"
 
-    @torch.no_grad()
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.net.parameters()).device
+
+    @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """Features (B, dim) float32 of pictures (B, 3, H, W) uint8, on the network's device."""
-        weight = next(self.net.parameters())
-        images = check_images(images).to(weight.device)
-        pixels = resize(images, self.size, self.resize) if self.size else images.float()
+        pixels = resize(check_images(images).to(self.device), self.size, self.resize)
         return self.net(pixels).float()
 
 
@@ -70,31 +74,28 @@ class Scaled(nn.Module):
         return self.net((pixels - self.mean) / self.std)
 
 
-def _efficientnet_lite2() -> tuple[nn.Module, str]:
-    return Scaled(load_lite2(LITE2_SHA256), 127.0, 128.0), LITE2_SHA256
-
-
-class _Inception(nn.Module):
-    """torch-fidelity's Inception, which wants uint8 and resizes inside, as TensorFlow 1 did."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.net(pixels.round().to(torch.uint8))[0]
-
-
 def best_to_be_had() -> str:
     """inception, which FID is made with, where its weights are here or can be fetched; else efficientnet_lite2."""
     try:
-        _inception_file()
+        inception_file()
     except InputError:
-        return "efficientnet_lite2"
+        return "inception" if os.environ.get(INCEPTION_PLACE) else "efficientnet_lite2"  # who names a file wants it
     return "inception"
 
 
-def _inception_file() -> Path:
+def inception_file() -> Path:
+    """Inception's weights: the file that STEPDISTILL_INCEPTION names, else torch.hub's, fetched where it is not there.
+
+    Raises:
+        InputError: they cannot be had.
+    """
+    if named := os.environ.get(INCEPTION_PLACE):
+        if not (file := Path(named).expanduser()).is_file():
+            raise InputError(
+                f"extractor inception: got {INCEPTION_PLACE}={named}, which is no file; allowed: {INCEPTION_FILE}, or "
+                "weights of that shape"
+            )
+        return file
     file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
@@ -106,28 +107,76 @@ def _inception_file() -> Path:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InputError(
             f"extractor inception: its weights could not be had ({reason}); put {INCEPTION_FILE} into {file.parent}, "
-            "or use efficientnet_lite2"
+            f"name it in {INCEPTION_PLACE}, or use efficientnet_lite2"
         ) from error
     return file
 
 
-def _inception() -> tuple[nn.Module, str]:
-    file = _inception_file()
+def _inception(size: int | None, resize: str | None) -> Extractor:
+    """torch-fidelity's Inception without the resize inside it. Other weights than FID's go under a name of their own.
+
+    Pixels are scaled as the tool does that the resize is named after: 2 x / 255 - 1 in pytorch-fid, (x - 128) / 128 in
+    the others.
+    """
+    file = inception_file()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    if not (digest := sha256(file)).startswith(INCEPTION_SHA256_PREFIX):
+    digest = sha256(file)
+    published = digest.startswith(INCEPTION_SHA256_PREFIX)
+    if not published and not os.environ.get(INCEPTION_PLACE):
         raise InputError(f"extractor inception: {file} has SHA-256 {digest[:16]}; delete it and it is downloaded again")
     # torch-fidelity would unpickle the file; what it is given here has been through weights_only.
     clean = io.BytesIO()
-    torch.save(torch.load(file, map_location="cpu", weights_only=True), clean)
-    clean.seek(0)
-    return _Inception(FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], clean)), digest
+    try:
+        torch.save(torch.load(file, map_location="cpu", weights_only=True), clean)
+        clean.seek(0)
+        whole = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], clean)
+    except Exception as error:  # no checkpoint, one that wants to run code, other layers
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise InputError(f"extractor inception: got {file}, which holds no such weights ({reason})") from error
+    layers = [layer for name, layer in whole.named_children() if name != "fc"]
+    mean, std = (127.5, 127.5) if resize == "pytorch-fid" else (128.0, 128.0)
+    net = Scaled(nn.Sequential(*map(_folded, layers), nn.Flatten()), mean, std)
+    title = "Inception" if published else f"Inception-{digest[:8]}"
+    return Extractor("inception", title, net, 2048, size or 299, resize or "torch-fidelity", digest)
 
 
-# name: (title, dim, native size, builder). A size of 0 means the network resizes by itself.
-EXTRACTORS: dict[str, tuple[str, int, int, Callable[[], tuple[nn.Module, str]]]] = {
-    "efficientnet_lite2": ("EfficientNet-Lite2", 1280, 260, _efficientnet_lite2),
-    "inception": ("Inception", 2048, 0, _inception),
+def _folded(layer: nn.Module) -> nn.Module:
+    """A layer with each batch norm in the convolution before it: a pass less over every map."""
+    layer.eval()
+    for block in layer.modules():
+        if isinstance(getattr(block, "bn", None), nn.BatchNorm2d):
+            block.conv, block.bn = nn.utils.fusion.fuse_conv_bn_eval(block.conv, block.bn), nn.Identity()
+    return layer
+
+
+class _Pooled(nn.Module):
+    """A feature network's pooled embedding of pixels in [0, 255]."""
+
+    def __init__(self, net: FeatureNetwork) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.net(pixels / 127.5 - 1)[1]
+
+
+def _dinov2(size: int | None, resize: str | None) -> Extractor:
+    net = load_feature_network("dinov2_vits14", size or 0)
+    title = "DINOv2-ViT-S14"
+    return Extractor("dinov2_vits14", title, _Pooled(net), net.width, net.size, resize or "bicubic", net.identity)
+
+
+def _efficientnet_lite2(size: int | None, resize: str | None) -> Extractor:
+    net, title = Scaled(load_lite2(LITE2_SHA256), 127.0, 128.0), "EfficientNet-Lite2"
+    return Extractor("efficientnet_lite2", title, net, 1280, size or 260, resize or "bilinear", LITE2_SHA256)
+
+
+# (size, resize) -> the extractor; None is the network's own
+EXTRACTORS: dict[str, Callable[[int | None, str | None], Extractor]] = {
+    "efficientnet_lite2": _efficientnet_lite2,
+    "inception": _inception,
+    "dinov2_vits14": _dinov2,
 }
 
 
@@ -137,18 +186,17 @@ def load_extractor(
     """An extractor by name.
 
     Args:
-        name: efficientnet_lite2, or inception where its weights can be had.
-        size: pixels to work at; the network's own where not given (260).
-        resize: how pictures get there (see `resize.RESIZES`); bilinear where not given.
+        name: of EXTRACTORS; the weights of inception and dinov2_vits14 are fetched where they are not here.
+        size: pixels to work at; the network's own where not given.
+        resize: how pictures get there (see `resize.RESIZES`); the network's usual one where not given.
 
     Raises:
         InputError: an unknown name, weights that cannot be had, or whose hash is not the pinned one.
     """
     if name not in EXTRACTORS:
         raise InputError(f"extractor: got {name!r}; allowed: {', '.join(EXTRACTORS)}")
-    title, dim, native, build = EXTRACTORS[name]
-    if native == 0 and (size or resize):
-        raise InputError(f"extractor {name}: it resizes by itself; leave size and resize out")
-    net, weights = build()
-    net.eval().requires_grad_(False).to(device)
-    return Extractor(name, title, net, dim, size or native, resize or ("bilinear" if native else "inside"), weights)
+    if resize is not None:
+        check_resize(resize)
+    extractor = EXTRACTORS[name](size, resize)
+    extractor.net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return extractor

@@ -11,6 +11,7 @@ The root's trace is the sum of the roots of eigenvalues of a symmetric matrix: n
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,10 @@ import torch
 from torch import Tensor
 
 from stepdistill.errors import InputError
+from stepdistill.evaluation import arrays
 from stepdistill.evaluation.figures import Figure
+
+PARTS = 5  # FD_inf's line goes through the whole, its halves, ... and its fifths
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,7 @@ class Moments:
         Raises:
             InputError: a feature is not finite, or the shape is another.
         """
-        if features.ndim != 2:
-            raise InputError(f"features: got shape {tuple(features.shape)}; allowed: (N, D)")
-        x = features.to(torch.float64)
-        if not torch.isfinite(x).all():
-            raise InputError(
-                "features: got NaN or infinity; allowed: finite numbers; look at the pictures they come from"
-            )
+        x = _finite(features)
         mean = x.mean(0)
         centred = x - mean
         return cls(len(x), mean, centred.T @ centred)
@@ -84,15 +82,8 @@ class Moments:
 
     def save(self, file: str | Path, dtype: torch.dtype = torch.float64) -> None:
         """Writes a safetensors file, whole or not at all. The lower triangle of the scatter is kept, in `dtype`."""
-        from safetensors.torch import save_file
-
         rows, columns = torch.tril_indices(len(self.mean), len(self.mean))
-        tensors = {"mean": self.mean, "scatter": self.scatter[rows, columns].to(dtype).contiguous()}
-        file = Path(file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".partial")
-        save_file(tensors, partial, metadata={"count": str(self.count)})
-        partial.replace(file)
+        arrays.save(file, {"mean": self.mean, "scatter": self.scatter[rows, columns].to(dtype)}, count=str(self.count))
 
     @classmethod
     def load(cls, file: str | Path) -> Moments:
@@ -101,24 +92,16 @@ class Moments:
         Raises:
             InputError: the file is damaged, or something else.
         """
-        from safetensors import SafetensorError, safe_open
-
+        tensors, facts = arrays.load(file)
         try:
-            with safe_open(file, "pt") as saved:
-                count, mean, half = (
-                    int(saved.metadata()["count"]),
-                    saved.get_tensor("mean"),
-                    saved.get_tensor("scatter"),
-                )
-        except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-            raise InputError(
-                f"statistics: got {file}, which is damaged ({error}); delete it and it is made again"
-            ) from error
+            count, mean, half = int(facts["count"]), tensors["mean"].double(), tensors["scatter"].double()
+        except (KeyError, ValueError) as error:
+            raise InputError(f"statistics: got {file}, which has no {error}; delete it and it is made again") from error
         scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64)
         rows, columns = torch.tril_indices(len(mean), len(mean))
-        scatter[rows, columns] = half.double()
-        scatter[columns, rows] = half.double()
-        return cls(count, mean.double(), scatter)
+        scatter[rows, columns] = half
+        scatter[columns, rows] = half
+        return cls(count, mean, scatter)
 
 
 def frechet_distance(moments: Moments, reference: Moments) -> float:
@@ -127,10 +110,11 @@ def frechet_distance(moments: Moments, reference: Moments) -> float:
     Raises:
         InputError: features of different lengths, or a set of fewer than two.
     """
-    _check(moments, reference)
-    root = reference.root
+    root = _checked(reference, len(moments.mean)).root
     values = torch.linalg.eigvalsh(root @ moments.covariance @ root)
-    return _distance(moments, reference, values)
+    gap = (moments.mean - reference.mean).square().sum()
+    traces = moments.covariance.trace() + reference.covariance.trace()
+    return max(0.0, float(gap + traces - 2 * values.clamp_min(0).sqrt().sum()))
 
 
 def frechet_figure(features: Tensor, reference: Moments) -> Figure:
@@ -142,29 +126,78 @@ def frechet_figure(features: Tensor, reference: Moments) -> Figure:
     resampling costs one a resample. It is about the estimate at this N: the bias of the distance, which falls as 1/N,
     is not in it, nor the reference's own spread.
     """
-    moments = Moments.of(features)
-    _check(moments, reference)
-    root = reference.root
-    values, vectors = torch.linalg.eigh(root @ moments.covariance @ root)
-    distance = _distance(moments, reference, values)
-    kept = values > values[-1].clamp_min(0) * 1e-10
-    inverse = torch.where(kept, values.clamp_min(1e-300).rsqrt(), 0.0)
-    z_i = features.to(torch.float64) - moments.mean
-    moved = z_i @ root @ vectors
-    # tr S and tr T S are the means of their own terms, so centring takes them away.
-    influence = 2 * z_i @ (moments.mean - reference.mean) + z_i.square().sum(1) - (moved.square() * inverse).sum(1)
-    return Figure(distance, influence - influence.mean())
+    x = _finite(features)
+    return _figure(x, x @ _checked(reference, x.shape[1]).root, reference)
 
 
-def _check(moments: Moments, reference: Moments) -> None:
-    if moments.mean.shape != reference.mean.shape:
+def frechet_limit(features: Tensor, reference: Moments, seed: int = 0) -> tuple[Figure, Figure]:
+    """FD_inf, the distance that endlessly many pictures would have, and R^2 of the line it is read from.
+
+    The distance of n pictures is above that of all by about b / n (Chong and Forsyth 2020, section 3): a line through
+    the distances of the whole and of its halves, thirds, quarters and fifths, seeded, is read at 1 / n = 0. Each size
+    has every picture once, so both figures know what each did to them. R^2 says whether the line is one; where n is
+    not far above the length of the features it bends. The bias that the reference's own number brings stays.
+
+    Raises:
+        InputError: fewer than two pictures in a fifth.
+    """
+    x = _finite(features)
+    n = len(x)
+    if n < 2 * PARTS:
+        raise InputError(f"pictures for FD_inf: got {n}; allowed: {2 * PARTS} or more")
+    rooted = x @ _checked(reference, x.shape[1]).root
+    generator = torch.Generator().manual_seed(seed)
+    y, inverse = torch.zeros(PARTS, dtype=torch.float64), torch.zeros(PARTS, dtype=torch.float64)
+    moved = torch.zeros(PARTS, n, dtype=torch.float64)
+    for i in range(PARTS):
+        parts = torch.randperm(n, generator=generator).tensor_split(i + 1)
+        for part in parts:
+            figure = _figure(x[part], rooted[part], reference)
+            y[i] += figure.value / len(parts)
+            inverse[i] += 1 / len(part) / len(parts)
+            moved[i, part] = figure.influence * n / (len(part) * len(parts))
+    line = torch.stack([torch.ones_like(inverse), inverse], 1)
+    fit = torch.linalg.pinv(line)
+    residual, spread = y - line @ (fit @ y), y - y.mean()
+    unexplained = residual.square().sum() / spread.square().sum()
+    gradient = 2 * (unexplained * spread - residual) / spread.square().sum()
+    return Figure((fit[0] @ y).item(), fit[0] @ moved), Figure(1 - unexplained.item(), gradient @ moved)
+
+
+def _finite(features: Tensor) -> Tensor:
+    if features.ndim != 2:
+        raise InputError(f"features: got shape {tuple(features.shape)}; allowed: (N, D)")
+    x = features.to(torch.float64)
+    if not torch.isfinite(x).all():
+        raise InputError("features: got NaN or infinity; allowed: finite numbers; look at the pictures they come from")
+    return x
+
+
+def _checked(reference: Moments, length: int) -> Moments:
+    if len(reference.mean) != length:
         raise InputError(
-            f"features: got length {len(moments.mean)} against a reference of {len(reference.mean)}; allowed: both "
-            "from one extractor"
+            f"features: got length {length} against a reference of {len(reference.mean)}; allowed: both from one "
+            "extractor"
         )
+    return reference
 
 
-def _distance(moments: Moments, reference: Moments, values: Tensor) -> float:
-    gap = (moments.mean - reference.mean).square().sum()
-    traces = moments.covariance.trace() + reference.covariance.trace()
-    return max(0.0, float(gap + traces - 2 * values.clamp_min(0).sqrt().sum()))
+def _figure(x: Tensor, rooted: Tensor, reference: Moments) -> Figure:
+    """Of x (N, D) and x S_r^1/2. The eigenvalues of S_r^1/2 S S_r^1/2 are those of the smaller of A^T A and A A^T."""
+    n, dim = x.shape
+    if n < 2:
+        raise InputError(f"features for a covariance: got {n}; allowed: 2 or more")
+    mean = x.mean(0)
+    z_i, a = x - mean, (rooted - rooted.mean(0)) / math.sqrt(n - 1)
+    values, vectors = torch.linalg.eigh(a @ a.T if n < dim else a.T @ a)
+    roots = values.clamp_min(0).sqrt()
+    if n < dim:
+        carried = vectors.square() @ roots
+    else:
+        inverse = torch.where(values > values[-1].clamp_min(0) * 1e-10, 1 / roots, 0.0)
+        carried = (a @ vectors).square() @ inverse
+    gap, lengths = mean - reference.mean, z_i.square().sum(1)
+    distance = gap.square().sum() + lengths.sum() / (n - 1) + reference.covariance.trace() - 2 * roots.sum()
+    # tr S and tr T S are the means of their own terms, so centring takes them away.
+    influence = 2 * z_i @ gap + lengths - (n - 1) * carried
+    return Figure(max(0.0, distance.item()), influence - influence.mean())

@@ -6,7 +6,6 @@ What is measured of them is in `measures/`, a file each.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +24,9 @@ from stepdistill.evaluation.figures import Figure
 from stepdistill.evaluation.frechet import Moments
 from stepdistill.evaluation.measures import METRICS, View
 from stepdistill.evaluation.protocols import Protocol
+from stepdistill.evaluation.real import Progress, RealPictures, cache_folder, writable
 from stepdistill.evaluation.sets import EvalSet, open_set
 from stepdistill.files import sha256
-
-Progress = Callable[[int, int], None]  # pictures just done, of how many
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,7 @@ class Instruments:
         prompts: the set that is drawn. extractor: features. reference: moments of the real pictures.
         clip: for the score, None where there is none. probes: of attributes, None where there are none.
         content: hashes of all of it, for the protocol's own. metrics: names of `measures.METRICS`.
+        real: what else metrics ask of the real pictures, None where there are moments alone.
     """
 
     prompts: EvalSet
@@ -48,11 +47,7 @@ class Instruments:
     probes: Probes | None = None
     content: tuple[tuple[str, str], ...] = ()
     metrics: tuple[str, ...] = ("fd", "clip", "attributes")
-
-
-def cache_folder() -> Path:
-    """Where statistics are kept: $STEPDISTILL_CACHE, else ~/.cache/stepdistill."""
-    return Path(os.environ.get("STEPDISTILL_CACHE") or Path.home() / ".cache" / "stepdistill")
+    real: RealPictures | None = None
 
 
 def statistics_name(extractor: Extractor, reference: EvalSet, count: int) -> str:
@@ -63,12 +58,13 @@ def statistics_name(extractor: Extractor, reference: EvalSet, count: int) -> str
 
 def reference_statistics(
     extractor: Extractor, reference: EvalSet, *, count: int | None = None, batch: int = 64, folder: Path | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda done, total: None, known: Callable[[], Tensor] | None = None,
 ) -> Moments:  # fmt: skip
     """The moments of a reference set's first `count` pictures: those that ship, those in the cache, or made now.
 
     Args:
         folder: to keep them in; the cache where not given. progress: told how many are done.
+        known: gives the first pictures' features, (few, D), where something else needs them too.
     """
     count = count or reference.count
     name = statistics_name(extractor, reference, count)
@@ -81,15 +77,9 @@ def reference_statistics(
             except InputError:
                 if file == shipped != kept:
                     raise
-    try:  # before minutes of work, not after
-        kept.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cache: got {kept.parent} ({error.strerror}); allowed: a folder that can be written; name one in "
-            "STEPDISTILL_CACHE"
-        ) from error
-    moments = Moments.empty(extractor.dim)
-    for _, pictures in reference.batches(batch, count):
+    writable(kept.parent)
+    moments = Moments.empty(extractor.dim) if known is None else Moments.of(known())
+    for _, pictures in reference.batches(batch, count, moments.count):
         moments = moments + Moments.of(extractor(pictures))
         progress(len(pictures), count)
     moments.save(kept)
@@ -131,8 +121,19 @@ def prepare(
         if prompts.attributes is not None and clip.folder and (clip.folder / "probes.json").is_file():
             probes = load_probes(clip.folder)
             content["probes"] = sha256(clip.folder / "probes.safetensors")
-    moments = reference_statistics(extractor, reference, count=protocol.reference_n, batch=batch, progress=progress)
-    return Instruments(prompts, extractor, moments, clip, probes, tuple(sorted(content.items())), protocol.metrics)
+    for name in protocol.metrics:
+        content |= METRICS[name].prepare(device)
+    count = protocol.reference_n or reference.count
+    real = RealPictures(
+        reference, extractor, min(protocol.n, count), count, clip, content.get("scorer", ""), batch, progress=progress
+    )
+    shared = any("features" in METRICS[name].needs for name in protocol.metrics)
+    moments = reference_statistics(
+        extractor, reference, count=count, batch=batch, progress=progress,
+        known=(lambda: real.features) if shared else None,
+    )  # fmt: skip
+    content = tuple(sorted(content.items()))
+    return Instruments(prompts, extractor, moments, clip, probes, content, protocol.metrics, real)
 
 
 class Pass:
@@ -140,7 +141,8 @@ class Pass:
 
     def __init__(self, instruments: Instruments) -> None:
         self.tools = instruments
-        self.metrics = [METRICS[name] for name in instruments.metrics if METRICS[name].fits(instruments)]
+        listed = [METRICS[name] for name in instruments.metrics]
+        self.metrics = [metric for metric in listed if metric.each == 1 and metric.fits(instruments)]
         self.kept: dict[str, list[Tensor]] = {metric.keeps: [] for metric in self.metrics}
 
     def add(self, first: int, pictures: Tensor) -> None:

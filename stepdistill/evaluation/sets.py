@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +40,8 @@ class EvalSet:
     attributes: Sequence[Mapping[str, str]] | None = None
     mentioned: Sequence[Sequence[str]] | None = None
 
-    def batches(self, size: int, count: int) -> Iterator[tuple[int, Tensor]]:
-        """(first, pictures) of the first `count`, `size` at a time.
+    def batches(self, size: int, count: int, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """(first, pictures) of the first `count`, from number `start` on, `size` at a time.
 
         Raises:
             InputError: there are no pictures, or fewer than `count`.
@@ -48,7 +49,7 @@ class EvalSet:
         if self.pictures is None or count > self.count:
             got = "no pictures" if self.pictures is None else f"{self.count} pictures"
             raise InputError(f"reference set {self.name}: got {got}; allowed: {count} or more; lower n or add pictures")
-        for first in range(0, count, size):
+        for first in range(start, count, size):
             yield first, self.pictures(first, min(first + size, count))
 
 
@@ -117,7 +118,8 @@ def _folder(folder: Path, size: int | None) -> EvalSet:
     files, prompts = listing(folder)
 
     def pictures(first: int, last: int) -> Tensor:
-        batch = [_open(file, size) for file in files[first:last]]
+        with ThreadPoolExecutor() as pool:  # Pillow lets go of Python's lock while it decodes
+            batch = list(pool.map(lambda file: _open(file, size), files[first:last]))
         if len({tuple(picture.shape) for picture in batch}) > 1:
             raise InputError(f"set {folder}: got pictures of several sizes; allowed: one; give the protocol a size")
         return torch.stack(batch)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
 from stepdistill.evaluation.figures import Figure
@@ -28,6 +29,11 @@ class View:
     first: int
     pictures: Tensor
 
+    @property
+    def prompts(self) -> Sequence[str]:
+        """B, what the pictures were drawn for."""
+        return self.tools.prompts.prompts[self.first : self.first + len(self.pictures)]
+
     @cached_property
     def features(self) -> Tensor:
         """(B, D) float32 of the extractor, on the CPU."""
@@ -41,7 +47,7 @@ class View:
     @cached_property
     def text(self) -> Tensor:
         """(B, E) float32, unit length: CLIP's of their prompts."""
-        return self.tools.clip.texts(self.tools.prompts.prompts[self.first : self.first + len(self.pictures)])
+        return self.tools.clip.texts(self.prompts)
 
 
 class Metric(ABC):
@@ -50,16 +56,31 @@ class Metric(ABC):
     Attributes:
         name: as protocols list it. keeps: the name of what it keeps of each picture; metrics of the same share it.
         better: "lower" or "higher", by figure.
+        needs: what it asks of the real pictures: attributes of `real.RealPictures`.
+        each: pictures of a prompt, 1 of the pass over the protocol's own; a metric of more has pictures drawn for
+            itself, each with a seed of its own, for the first `prompts` prompts, and sees those of one prompt in a row.
     """
 
     name: ClassVar[str]
     keeps: ClassVar[str]
     better: ClassVar[Mapping[str, str]]
+    needs: ClassVar[tuple[str, ...]] = ()
+    each: ClassVar[int] = 1
+    prompts: ClassVar[int | None] = None
+
+    @classmethod
+    def prepare(cls, device: torch.device | str) -> dict[str, str]:
+        """Loads what it needs besides the instruments; gives the hashes of it by name, for the protocol's own.
+
+        Raises:
+            InputError: that cannot be had.
+        """
+        return {}
 
     @classmethod
     def fits(cls, tools: Instruments) -> bool:
         """Whether the instruments have what it needs; where not, its figures are left out."""
-        return True
+        return tools.real is not None or not cls.needs
 
     @staticmethod
     @abstractmethod

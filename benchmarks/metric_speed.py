@@ -1,0 +1,172 @@
+"""Pictures per second of our metric pass against torch-fidelity's on the same folders, network and device, as a ratio.
+
+    python benchmarks/metric_speed.py --out benchmarks/results/metric_speed.json
+    python benchmarks/metric_speed.py --quick
+
+Both give the Frechet distance, KID, precision and recall of a folder of pictures against one of real ones, by
+Inception with torch-fidelity's resize, from loading the weights to the figures. torch-fidelity's is what its command
+runs. Ours is timed twice a round: as the first, which looks at the real pictures too, and as a next, which finds them
+in the cache, as all cells of a benchmark but the first do. The three take turns, so that a busy machine slows all
+alike. The goal is a ratio of 2 for the next. Where Inception's weights cannot be had the network has random ones, which
+cost the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+
+from stepdistill.cli._run import guard, parse
+from stepdistill.cli.bench import device_of
+from stepdistill.errors import InputError
+from stepdistill.evaluation import features, metrics, records, sets
+from stepdistill.evaluation.protocols import ExtractorSpec, Protocol
+
+NAMES = {"fd": "frechet_inception_distance", "kid": "kernel_inception_distance_mean", "precision": "precision",
+         "recall": "recall"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of benchmarks/metric_speed.py."""
+
+    n: int = 512
+    """Pictures in each of the two folders, of the embedded set."""
+    batch: int = 64
+    """Pictures at a time, of both tools."""
+    rounds: int = 3
+    """Rounds; each times all three once."""
+    quick: bool = False
+    """16 pictures and one round: to see that it runs."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    out: Path | None = None
+    """JSON file for the figures."""
+
+
+def random_inception(file: Path, seed: int = 0) -> Path:
+    """Writes weights in the shape of FID's Inception, seeded, under which pictures stay apart."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Empty(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_) -> None:
+            """Keeps what it was made with."""
+
+    torch.save({}, file)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = Empty("random", ["2048"], str(file))
+        for layer in net.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight)
+            elif isinstance(layer, nn.BatchNorm2d):
+                for tensor in (layer.weight, layer.running_var):
+                    tensor.uniform_(0.7, 1.3)
+                for tensor in (layer.bias, layer.running_mean):
+                    tensor.uniform_(-0.3, 0.3)
+    torch.save(net.state_dict(), file)
+    return file
+
+
+def ours(model: Path, real: Path, config: Config, device: str, cache: Path) -> dict[str, float]:
+    """The figures of one cell, with the real pictures' known if the cache knows them."""
+    os.environ["STEPDISTILL_CACHE"] = str(cache)
+    extractor = ExtractorSpec("inception", resize="torch-fidelity")
+    protocol = Protocol("speed", config.n, str(model), str(real), extractor, metrics=("fd", "kid", "prdc"))
+    tools = metrics.prepare(protocol, device=device, batch=config.batch)
+    measured = metrics.Pass(tools)
+    for first, pictures in tools.prompts.batches(config.batch, config.n):
+        measured.add(first, pictures)
+    return {name: figure.value for name, figure in measured.figures().items()}
+
+
+def theirs(model: Path, real: Path, config: Config, device: str, weights: Path) -> dict[str, float]:
+    """The same by torch-fidelity. Its KID is of 100 subsets of 1,000, or of all where there are fewer."""
+    import torch_fidelity
+
+    found = torch_fidelity.calculate_metrics(
+        input1=str(model), input2=str(real), fid=True, kid=True, prc=True, feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(weights), kid_subset_size=min(1000, config.n), batch_size=config.batch,
+        cuda=device.startswith("cuda"), verbose=False,
+    )  # fmt: skip
+    return {name: found[key] for name, key in NAMES.items()}
+
+
+def compare(config: Config, device: str, folder: Path) -> dict[str, object]:
+    """Medians over the rounds of pictures per second, and of the rounds' ratios, with both tools' figures."""
+    places = {name: folder / name for name in ("test", "train")}
+    for name, place in places.items():
+        place.mkdir()
+        for i, picture in enumerate(sets.open_set(f"avatars:{name}").pictures(0, config.n)):
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(place / f"{i:06}.png")
+    weights = Path(os.environ[features.INCEPTION_PLACE])
+    figures: dict[str, dict[str, float]] = {}
+    taken: dict[str, list[float]] = {"torch_fidelity": [], "first": [], "next": []}
+    for i in range(config.rounds):
+        cache = folder / f"cache-{i}"
+        jobs: dict[str, Callable[[], dict[str, float]]] = {
+            "first": lambda cache=cache: ours(*places.values(), config, device, cache),
+            "next": lambda cache=cache: ours(*places.values(), config, device, cache),
+            "torch_fidelity": lambda: theirs(*places.values(), config, device, weights),
+        }
+        for name in list(jobs) if i % 2 == 0 else ("torch_fidelity", "first", "next"):
+            start = time.perf_counter()
+            figures[name] = jobs[name]()
+            taken[name].append(time.perf_counter() - start)
+    return {
+        "pictures_per_second": {k: round(config.n / statistics.median(v), 3) for k, v in taken.items()},
+        "ratio_next": round(statistics.median(map(_over, taken["torch_fidelity"], taken["next"])), 3),
+        "ratio_first": round(statistics.median(map(_over, taken["torch_fidelity"], taken["first"])), 3),
+        "figures": {k: {name: round(v, 6) for name, v in found.items()} for k, found in figures.items()},
+    }
+
+
+def _over(theirs: float, ours: float) -> float:
+    return theirs / ours
+
+
+def main(config: Config) -> None:
+    """Measures, prints a line a tool, and writes the figures."""
+    if config.quick:
+        config = Config(n=16, batch=16, rounds=1, device=config.device, out=config.out)
+    if config.n < 16 or config.rounds < 1 or config.batch < 1:
+        raise InputError(
+            f"got n={config.n}, rounds={config.rounds}, batch={config.batch}; allowed: 16 or more pictures, 1 or more "
+            "of the others"
+        )
+    device = device_of(config.device)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            weights, what = features.inception_file(), "FID's"
+        except InputError:
+            weights, what = random_inception(Path(folder) / "random.pth"), "random"
+        os.environ[features.INCEPTION_PLACE] = str(weights)
+        found = compare(config, device, Path(folder))
+    for name, rate in found["pictures_per_second"].items():
+        print(f"{name:>14}: {rate:8.2f} pictures/s")
+    print(f"ratio {found['ratio_next']:.2f} with the real pictures known, {found['ratio_first']:.2f} without")
+    if config.out is not None:
+        record = {
+            "what": "pictures per second, ours / torch-fidelity: fd, kid, precision, recall of a folder", "goal": 2.0,
+            "n": config.n, "batch": config.batch, "rounds": config.rounds, "weights": what, **found,
+            "device": records.device_name(device), "commit": records.commit(),
+            "versions": records.versions(), "command": " ".join(map(shlex.quote, sys.argv)),
+        }  # fmt: skip
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        config.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(guard(lambda: main(parse(Config, description=__doc__))))

@@ -1,0 +1,41 @@
+"""CMMD: the kernel distance of CLIP's embeddings of pictures and of real ones (Jayasumana et al. 2024).
+
+The papers' is CLIP ViT-L/14 at 336 pixels; here it is the protocol's own scorer, under whose name it is reported.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from torch import Tensor
+
+from stepdistill.evaluation.figures import Figure
+from stepdistill.evaluation.kernel import gaussian, mmd_figure, within
+from stepdistill.evaluation.measures.base import Metric, View
+from stepdistill.evaluation.real import RealPictures
+
+SCALE = 1000.0  # the authors' own
+
+
+class Cmmd(Metric):
+    """`cmmd`, without bias as in the paper's eq. 4; the authors' code counts each picture as its own neighbour too,
+    which adds about SCALE (1 - E k) (1 / n + 1 / m)."""
+
+    name, keeps, better, needs = "cmmd", "embeddings", {"cmmd": "lower"}, ("embeddings",)
+
+    @classmethod
+    def fits(cls, tools) -> bool:
+        return tools.clip is not None and super().fits(tools)
+
+    @staticmethod
+    def see(view: View) -> Tensor:
+        return view.embedding.cpu()
+
+    @staticmethod
+    def figures(kept: Tensor, tools) -> dict[str, Figure]:
+        return {"cmmd": mmd_figure(kept, tools.real.embeddings, gaussian, _within(tools.real), SCALE)}
+
+
+@lru_cache(maxsize=1)
+def _within(real: RealPictures) -> float:
+    return within(real.embeddings, gaussian)

@@ -1,0 +1,31 @@
+"""The kernel distance of features to those of real pictures; KID where they are Inception's (Binkowski et al. 2018)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from torch import Tensor
+
+from stepdistill.evaluation.figures import Figure
+from stepdistill.evaluation.kernel import mmd_figure, polynomial, within
+from stepdistill.evaluation.measures.base import Metric, View
+from stepdistill.evaluation.real import RealPictures
+
+
+class KernelDistance(Metric):
+    """`kid`: of all pictures at once, where the tools take the mean of 100 random subsets of 1,000."""
+
+    name, keeps, better, needs = "kid", "features", {"kid": "lower"}, ("features",)
+
+    @staticmethod
+    def see(view: View) -> Tensor:
+        return view.features
+
+    @staticmethod
+    def figures(kept: Tensor, tools) -> dict[str, Figure]:
+        return {"kid": mmd_figure(kept, tools.real.features, polynomial, _within(tools.real))}
+
+
+@lru_cache(maxsize=1)
+def _within(real: RealPictures) -> float:
+    return within(real.features, polynomial)

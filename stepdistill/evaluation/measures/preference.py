@@ -1,0 +1,125 @@
+"""What people would prefer, as models of it guess: PickScore, HPSv2, ImageReward.
+
+A protocol lists them by name. PickScore comes through transformers, from the hub or from the folder that
+STEPDISTILL_PICKSCORE names; the others through packages of their own, which are not installed along.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stepdistill.errors import InputError
+from stepdistill.evaluation import hashes
+from stepdistill.evaluation.figures import Figure
+from stepdistill.evaluation.measures.base import Metric, View
+
+Score = Callable[[Sequence[Image.Image], Sequence[str]], Tensor]  # pictures, their prompts -> (B,)
+PICKSCORE, PICKSCORE_PLACE = "yuvalkirstain/PickScore_v1", "STEPDISTILL_PICKSCORE"
+
+
+class Preference(Metric):
+    """The mean score of pictures for their prompts. One more is a subclass with `load`."""
+
+    load: ClassVar[Callable[[str], tuple[Score, str]]]  # device -> the scorer, and what fixes it
+
+    @classmethod
+    def prepare(cls, device: torch.device | str) -> dict[str, str]:
+        return {cls.name: _loaded(cls, str(device))[1]}
+
+    @classmethod
+    def fits(cls, tools) -> bool:
+        return tools.prompts.prompts is not None
+
+    @classmethod
+    def see(cls, view: View) -> Tensor:
+        score, _ = _loaded(cls, str(view.tools.extractor.device))
+        pictures = [Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()) for picture in view.pictures]
+        return score(pictures, view.prompts).float().cpu()
+
+    @classmethod
+    def figures(cls, kept: Tensor, tools) -> dict[str, Figure]:
+        return {cls.name: Figure.mean(kept)}
+
+
+@lru_cache(maxsize=4)
+def _loaded(metric: type[Preference], device: str) -> tuple[Score, str]:
+    return metric.load(device)
+
+
+class PickScore(Preference):
+    """`pickscore`: CLIP's scaled cosine, after training on choices (Kirstain et al. 2023)."""
+
+    name, keeps, better = "pickscore", "pickscore", {"pickscore": "higher"}
+
+    @staticmethod
+    def load(device: str) -> tuple[Score, str]:
+        from transformers import CLIPModel, CLIPProcessor
+
+        source = os.environ.get(PICKSCORE_PLACE) or PICKSCORE
+        try:
+            model = CLIPModel.from_pretrained(source, use_safetensors=True).eval().to(device)
+            processor = CLIPProcessor.from_pretrained(source)
+        except Exception as error:  # the hub, files and configurations each raise their own kinds
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(
+                f"pickscore: got {source}, which could not be loaded ({reason}); check the network, or name a folder "
+                f"in {PICKSCORE_PLACE}"
+            ) from error
+
+        @torch.inference_mode()
+        def score(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+            inputs = processor(
+                text=list(prompts), images=list(pictures), padding=True, truncation=True,
+                max_length=model.config.text_config.max_position_embeddings, return_tensors="pt",
+            )  # fmt: skip
+            return model(**inputs.to(device)).logits_per_image.diagonal()
+
+        return score, hashes.of_module(model)
+
+
+class Hpsv2(Preference):
+    """`hpsv2`: Human Preference Score, version 2.1 (Wu et al. 2023)."""
+
+    name, keeps, better = "hpsv2", "hpsv2", {"hpsv2": "higher"}
+
+    @staticmethod
+    def load(device: str) -> tuple[Score, str]:
+        _installed("hpsv2", "hpsv2", "hpsv2")
+        import hpsv2
+
+        def score(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+            pairs = zip(pictures, prompts, strict=True)
+            return torch.tensor([float(hpsv2.score(p, text, hps_version="v2.1")[0]) for p, text in pairs])
+
+        return score, "v2.1"
+
+
+class ImageReward(Preference):
+    """`imagereward`: ImageReward-v1.0 (Xu et al. 2023)."""
+
+    name, keeps, better = "imagereward", "imagereward", {"imagereward": "higher"}
+
+    @staticmethod
+    def load(device: str) -> tuple[Score, str]:
+        _installed("imagereward", "ImageReward", "image-reward")
+        import ImageReward as Package
+
+        model = Package.load("ImageReward-v1.0", device=device)
+
+        def score(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+            return torch.tensor([float(model.score(t, p)) for p, t in zip(pictures, prompts, strict=True)])
+
+        return score, hashes.of_module(model)
+
+
+def _installed(metric: str, module: str, package: str) -> None:
+    if find_spec(module) is None:
+        raise InputError(f"metric {metric}: got no package {package}; allowed: with it; pip install {package}")

@@ -1,0 +1,119 @@
+"""What the instruments see in the real pictures, made when a metric first asks and kept under a hash of its content.
+
+    real = RealPictures(open_set("avatars:train"), extractor, few=2000, count=20000)
+    real.features        # (2000, D): from the cache where they are, else made and kept there
+
+Features and embeddings are of as many real pictures as are drawn of a model, the first of the set: that is how the
+tools compare, and all pairs of a large set would take hours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stepdistill.errors import InputError
+from stepdistill.evaluation import arrays
+from stepdistill.evaluation.clip import ClipModel
+from stepdistill.evaluation.features import Extractor
+from stepdistill.evaluation.resize import resize
+from stepdistill.evaluation.sets import EvalSet
+
+Progress = Callable[[int, int], None]  # pictures just done, of how many
+SIDE = 32  # of the small pictures that copies are looked for in
+
+
+def cache_folder() -> Path:
+    """Where statistics are kept: $STEPDISTILL_CACHE, else ~/.cache/stepdistill."""
+    return Path(os.environ.get("STEPDISTILL_CACHE") or Path.home() / ".cache" / "stepdistill")
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made where it is not there: before minutes of work, not after.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cache: got {folder} ({error.strerror}); allowed: a folder that can be written; name one in "
+            "STEPDISTILL_CACHE"
+        ) from error
+    return folder
+
+
+def small(pictures: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) uint8 at 32 x 32, antialiased, (B, 3072) uint8."""
+    return resize(pictures, SIDE, "bilinear").round().to(torch.uint8).flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class RealPictures:
+    """A reference set through the instruments.
+
+    Attributes:
+        reference: the set. extractor: of features. clip: of embeddings, None where there is none.
+        clip_key: hash of CLIP's weights. few: how many, from the first, have features and embeddings.
+        count: how many are compared with at all. batch: pictures at a time. folder: to keep arrays in; the cache where
+            None. progress: told how many are done.
+    """
+
+    reference: EvalSet
+    extractor: Extractor
+    few: int
+    count: int
+    clip: ClipModel | None = None
+    clip_key: str = ""
+    batch: int = 64
+    folder: Path | None = None
+    progress: Progress = lambda done, total: None
+
+    @cached_property
+    def features(self) -> Tensor:
+        """(few, D) float32 of the extractor."""
+        what = f"features-1 {self.extractor.identity} {self.few}"
+        return self.kept("features", what, lambda: self._seen(self.extractor, self.few))
+
+    @cached_property
+    def embeddings(self) -> Tensor:
+        """(few, E) float32, unit length, of CLIP."""
+        what = f"embeddings-1 {self.clip_key} {self.clip.size} {self.few}"
+        return self.kept("embeddings", what, lambda: self._seen(self.clip.images, self.few))
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """(count, 3072) uint8, at 32 x 32."""
+        return self.kept("pixels", f"pixels-1 {self.count}", lambda: self._seen(small, self.count))
+
+    def kept(self, name: str, what: str, make: Callable[[], Tensor]) -> Tensor:
+        """An array about this set: from the cache, else made and kept; made again where the file is damaged.
+
+        Args:
+            name: of the file, to people. what: all that it depends on besides the pictures.
+        """
+        key = hashlib.sha256(f"{what} {self.reference.key}".encode()).hexdigest()[:16]
+        file = writable(self.folder or cache_folder() / "statistics") / f"{name}-{key}.safetensors"
+        if file.is_file():
+            try:
+                return arrays.load(file)[0]["array"]
+            except (InputError, KeyError):
+                pass
+        array = make()
+        arrays.save(file, {"array": array})
+        return array
+
+    def _seen(self, see: Callable[[Tensor], Tensor], count: int) -> Tensor:
+        parts = []
+        for _, pictures in self.reference.batches(self.batch, count):
+            parts.append(see(pictures).cpu())
+            self.progress(len(pictures), count)
+        return torch.cat(parts)

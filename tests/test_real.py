@@ -1,0 +1,212 @@
+"""What is known of the real pictures is made once, kept by content, made again when damaged, and feeds the metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from torch import nn
+
+from stepdistill.errors import InputError
+from stepdistill.evaluation import arrays, metrics
+from stepdistill.evaluation.clip import ClipModel
+from stepdistill.evaluation.features import Extractor
+from stepdistill.evaluation.frechet import Moments
+from stepdistill.evaluation.kernel import gaussian, mmd_figure, within
+from stepdistill.evaluation.measures import METRICS, View, copies, preference
+from stepdistill.evaluation.metrics import Instruments, Pass, reference_statistics
+from stepdistill.evaluation.real import RealPictures, small
+from stepdistill.evaluation.sets import EvalSet
+
+
+class Pools(nn.Module):
+    """2 x 2 averages: twelve features; and the pictures it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.seen = nn.Parameter(torch.ones(())), 0
+
+    def forward(self, pixels):
+        self.seen += len(pixels)
+        return nn.functional.adaptive_avg_pool2d(pixels, 2).flatten(1) * self.scale / 255
+
+    encode_image = forward
+
+
+def pictures(n: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 3, 32, 32), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def real_of(found: torch.Tensor, folder, *, key: str = "k", few: int = 20, clip: ClipModel | None = None):
+    reference = EvalSet("set", key, len(found), None, lambda a, b: found[a:b])
+    extractor = Extractor("pools", "Pools", Pools(), 12, 32, "nearest", "w")
+    return RealPictures(reference, extractor, few, len(found), clip, "c", 8, folder)
+
+
+def test_features_are_made_once_and_found_again_under_their_content(tmp_path):
+    found = pictures(30, 0)
+    first = real_of(found, tmp_path)
+    assert first.features.shape == (20, 12) and torch.equal(first.features, first.extractor(found[:20]))
+    again = real_of(found, tmp_path)
+    assert torch.equal(again.features, first.features) and again.extractor.net.seen == 0
+    assert torch.equal(again.pixels, found.flatten(1))
+    for other in (
+        real_of(found, tmp_path, key="other"),
+        real_of(found, tmp_path, few=19),
+        dataclasses.replace(again, extractor=dataclasses.replace(again.extractor, weights="v")),
+    ):
+        before = other.extractor.net.seen
+        assert other.features is not None and other.extractor.net.seen > before
+
+
+@pytest.mark.parametrize("damage", ["a byte", "cut", "another file"])
+def test_a_damaged_file_is_known_by_its_hash_and_made_again(tmp_path, damage):
+    found = pictures(30, 0)
+    want = real_of(found, tmp_path).features
+    file = next(tmp_path.glob("features-*"))
+    data = bytearray(file.read_bytes())
+    if damage == "a byte":
+        data[-5] ^= 1
+    file.write_bytes(data[:-9] if damage == "cut" else b"{}" if damage == "another file" else data)
+    with pytest.raises(InputError, match="damaged"):
+        arrays.load(file)
+    assert torch.equal(real_of(found, tmp_path).features, want)
+    assert torch.equal(arrays.load(file)[0]["array"], want)
+
+
+def test_moments_with_one_wrong_byte_are_made_again(tmp_path):
+    real = real_of(pictures(30, 0), tmp_path)
+    want = reference_statistics(real.extractor, real.reference, batch=8, folder=tmp_path)
+    file = next(tmp_path.glob("statistics-*"))
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 64
+    file.write_bytes(data)
+    assert torch.equal(reference_statistics(real.extractor, real.reference, batch=8, folder=tmp_path).mean, want.mean)
+    assert Moments.load(file).count == 30
+
+
+def test_statistics_take_the_features_that_are_known_and_look_at_the_rest_alone(tmp_path):
+    real = real_of(pictures(30, 0), tmp_path)
+    plain = reference_statistics(real.extractor, real.reference, folder=tmp_path / "a")
+    assert len(real.features) == 20
+    real.extractor.net.seen = 0
+    known = reference_statistics(real.extractor, real.reference, folder=tmp_path / "b", known=lambda: real.features)
+    assert real.extractor.net.seen == 10 and known.count == 30
+    assert torch.allclose(known.scatter, plain.scatter, rtol=1e-9, atol=1e-12)
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    real = real_of(pictures(9, 0), tmp_path / "file")
+    with pytest.raises(InputError, match="STEPDISTILL_CACHE"):
+        _ = real.pixels
+    assert real.extractor.net.seen == 0
+
+
+@pytest.fixture
+def tools(tmp_path) -> Instruments:
+    found = pictures(40, 1)
+    clip = ClipModel("pools", Pools(), None, None, (32, 32), (0.5,) * 3, (0.5,) * 3)
+    real = real_of(found, tmp_path, clip=clip)
+    prompts = EvalSet("set", "k", 40, [f"a cat {i}" for i in range(40)])
+    moments = Moments.of(real.extractor(found))
+    names = ("fd", "fd_inf", "kid", "prdc", "cmmd", "copies", "diversity", "attributes")
+    return Instruments(prompts, real.extractor, moments, clip, None, (), names, real)
+
+
+def test_one_pass_gives_every_figure_that_the_instruments_allow_with_its_number_and_unit(tools):
+    measured, found = Pass(tools), pictures(30, 2)
+    for first in range(0, 30, 8):
+        measured.add(first, found[first : first + 8])
+    assert tools.extractor.net.seen == 40 + 30  # each picture once, for five metrics
+    figures = measured.figures()
+    better = {name: way for metric in METRICS.values() for name, way in metric.better.items()}
+    assert set(figures) == {"fd", "fd_inf", "fd_inf_r2", "kid", "cmmd", "copies", "precision", "recall", "density",
+                            "coverage"} and set(figures) <= set(better)  # fmt: skip
+    assert {n for n, f in figures.items() if f.unit == "real pictures"} == {"recall", "coverage"}
+    assert all(len(f.influence) == (20 if f.unit == "real pictures" else 30) for f in figures.values())
+    real = tools.clip.images(tools.real.reference.pictures(0, 20))
+    want = mmd_figure(tools.clip.images(found), real, gaussian, within(real, gaussian), 1000.0)
+    assert figures["cmmd"].value == pytest.approx(want.value, rel=1e-6)
+    row = metrics.row_of(figures, tools)["metrics"]
+    assert row["recall"]["n"] == 20 and row["kid"]["low"] < row["kid"]["value"] < row["kid"]["high"]
+
+
+def test_without_the_real_pictures_metrics_that_need_them_are_left_out(tools):
+    measured = Pass(dataclasses.replace(tools, real=None))
+    assert [metric.name for metric in measured.metrics] == ["fd", "fd_inf"]
+
+
+def test_a_model_that_learnt_by_heart_is_found_out_and_one_that_did_not_is_as_expected(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(1500, 4, generator=generator) @ torch.randn(4, 3072, generator=generator) * 20 + 128
+    drawn = drawn.clamp(0, 255).to(torch.uint8).view(-1, 3, 32, 32)  # pictures of a few dimensions, as real ones are
+    real = real_of(drawn[:500], tmp_path)
+    limit = copies.threshold(real)
+    spacing = copies.nearest(real.pixels, real.pixels, but_itself=True)
+    assert (spacing < limit).double().mean() < 0.01 <= (spacing <= limit).double().mean() < 0.014  # two are a pair
+    fresh = copies.nearest(small(drawn[500:]), real.pixels) <= limit
+    assert fresh.double().mean().item() == pytest.approx(0.01, abs=0.01)
+    noisy = (drawn[:500].int() + torch.randint(-1, 2, (500, 3, 32, 32), generator=generator)).clamp(0, 255).byte()
+    assert (copies.nearest(small(noisy), real.pixels) <= limit).all()
+
+
+def test_diversity_is_of_the_extractors_features_where_lpips_trunk_is_not_here(tools, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    metric = METRICS["diversity"]
+    assert (metric.each, metric.prompts) == (4, 64)
+    kept = metric.see(View(tools, 0, pictures(8, 3)))
+    figure = metric.figures(kept, tools)["diversity_features"]
+    assert (figure.unit, len(figure.influence)) == ("prompts", 2) and figure.value > 0
+
+
+@pytest.fixture
+def pickscore(tmp_path, monkeypatch):
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    torch.manual_seed(0)
+    words = tiny.tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": len(words), "max_position_embeddings": 16, "eos_token_id": words.eos_token_id}
+    config = CLIPConfig(text_config=text, vision_config=sizes | {"image_size": 24, "patch_size": 8}, projection_dim=8)
+    CLIPModel(config).save_pretrained(tmp_path / "pick")
+    side = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
+    CLIPProcessor(CLIPImageProcessor(**side), words).save_pretrained(tmp_path / "pick")
+    monkeypatch.setenv(preference.PICKSCORE_PLACE, str(tmp_path / "pick"))
+    preference._loaded.cache_clear()
+    yield tmp_path / "pick"
+    preference._loaded.cache_clear()
+
+
+def test_pickscore_is_its_clips_scaled_cosine_of_each_picture_and_its_prompt(pickscore, tools):
+    from transformers import CLIPModel, CLIPProcessor
+
+    metric = METRICS["pickscore"]
+    content = metric.prepare("cpu")
+    found = pictures(3, 4)
+    kept = torch.cat([metric.see(View(tools, first, found[first : first + 2])) for first in (0, 2)])
+    model, processor = CLIPModel.from_pretrained(pickscore), CLIPProcessor.from_pretrained(pickscore)
+    for i in range(3):
+        picture = Image.fromarray(np.asarray(found[i].permute(1, 2, 0)))
+        inputs = processor(text=[f"a cat {i}"], images=[picture], return_tensors="pt")
+        with torch.no_grad():
+            out = model(**inputs)
+        want = model.logit_scale.exp() * torch.cosine_similarity(out.image_embeds, out.text_embeds)
+        assert kept[i].item() == pytest.approx(want.item(), rel=1e-4)
+    assert metric.figures(kept, tools)["pickscore"].value == pytest.approx(kept.mean().item(), rel=1e-6)
+    assert len(content["pickscore"]) == 64
+
+
+def test_a_preference_model_that_is_not_here_is_said_with_what_to_install(monkeypatch, tmp_path):
+    preference._loaded.cache_clear()
+    monkeypatch.setenv(preference.PICKSCORE_PLACE, str(tmp_path))
+    with pytest.raises(InputError, match=r"pickscore: got .*could not be loaded"):
+        METRICS["pickscore"].prepare("cpu")
+    monkeypatch.setattr(preference, "find_spec", lambda name: None)
+    for name, package in (("hpsv2", "hpsv2"), ("imagereward", "image-reward")):
+        with pytest.raises(InputError, match=f"pip install {package}"):
+            METRICS[name].prepare("cpu")
