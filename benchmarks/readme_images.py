@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from stepdistill.cli._run import guard, parse
 from stepdistill.errors import InputError
+from stepdistill.evaluation.cells import cells, read_folder
 from stepdistill.evaluation.records import grid_name
 from stepdistill.evaluation.report import write_report
-from stepdistill.evaluation.summary import cells, read_folder
 
 GAP, LABEL, INK, MUTE = 10, 170, "#1c2024", "#60646c"
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import hashlib
+import io
 import json
 import re
 import shutil
@@ -12,10 +16,12 @@ import torch
 
 from stepdistill import cli
 from stepdistill.errors import InputError
-from stepdistill.evaluation import plots
+from stepdistill.evaluation.cells import cells, measured, read_folder
 from stepdistill.evaluation.records import Book
-from stepdistill.evaluation.report import write_report
-from stepdistill.evaluation.summary import cells, columns, read_folder, verdicts
+from stepdistill.evaluation.report import plots, write_report
+from stepdistill.evaluation.report.verdicts import duration, gains
+from stepdistill.evaluation.report.verdicts import verdicts as verdicts_of
+from stepdistill.evaluation.summary import columns, digits
 
 EVIL = 'a <script>alert(1)</script> hat & "more" | {{ 7*7 }}'
 COMMON = {
@@ -34,13 +40,28 @@ def row(model: str, steps: int, fd: float, ms: float | None, **more):
     )
 
 
-ROWS = [
+def figure(value: float, half: float, n: int = 5, of: str = "pictures"):
+    return {"value": value, "low": value - half, "high": value + half, "n": n, "of": of}
+
+
+def full(fd: float, clip: float, kid: float, recall: float):
+    """The `metrics` of a row of today: every figure with its interval."""
+    return {"fd": figure(fd, fd / 10), "clip_score": figure(clip, 0.25), "attribute_accuracy": figure(0.9, 0.02),
+            "kid": figure(kid, 0.0012), "recall": figure(recall, 0.031, 7, "real pictures")}  # fmt: skip
+
+
+ROWS = [  # the first is of before `metrics`
     row("real", 0, 2.0, None, method="floor"),
-    row("teacher", 1, 100.0, 10.0, method="teacher"),
-    row("teacher", 50, 20.0, 400.0, method="teacher"),
-    row("student <i>", 1, 30.0, 8.0, method="lcm"),
-    row("student <i>", 4, 25.0, 40.0, method="lcm"),
+    row("teacher", 1, 100.0, 10.0, method="teacher", metrics=full(100.0, 28.5, 0.05, 0.2)),
+    row("teacher", 50, 20.0, 400.0, method="teacher", metrics=full(20.0, 31.0, 0.004, 0.7)),
+    row("student <i>", 1, 30.0, 8.0, method="lcm", metrics=full(30.0, 29.0, -0.0004, 0.4), train_seconds=180.0),
+    row("student <i>", 4, 25.0, 40.0, method="lcm", metrics=full(25.0, 30.0, 0.006, 0.6), train_seconds=180.0),
+    row("=1+1", 4, 24.0, 40.0, method="add", metrics=full(24.0, 30.5, 0.005, 0.65), train_seconds=7200.0),
 ]
+
+
+def verdicts(found):
+    return verdicts_of(gains(found))
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +84,24 @@ class Reader(HTMLParser):
         self.tags: list[str] = []
         self.links: list[str] = []
         self.ids: list[str] = []
-        self.text = ""
+        self.text = self.script = ""
+        self.policy = ""
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        if ("http-equiv", "Content-Security-Policy") in attrs:
+            self.policy = dict(attrs)["content"]
         self.links += [v for k, v in attrs if k in ("src", "href", "srcset", "data", "action") and v]
         self.ids += [v for k, v in attrs if k == "id"]
 
     def handle_data(self, data):
-        self.text += data
+        if self.tags and self.tags[-1] == "script":
+            self.script += data
+        else:
+            self.text += data
+
+    def handle_endtag(self, tag):
+        self.tags.append(f"/{tag}")
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +112,18 @@ def page(folder):
 
 
 def test_what_others_wrote_is_escaped(folder, page):
-    assert "script" not in page.tags and "b" in page.tags and "i" not in page.tags
-    assert EVIL in page.text and "student <i>" in page.text
+    assert page.tags.count("script") == 1 and "b" in page.tags and "i" not in page.tags
+    assert EVIL in page.text and "student <i>" in page.text and "alert" not in page.script
     markdown = (folder / "report.md").read_text()
     assert "<script>" not in markdown and "<i>" not in markdown and "&lt;script&gt;" in markdown
 
 
 def test_the_page_needs_nothing_from_outside(folder, page):
     assert all(link.startswith(("data:", "#")) for link in page.links) and page.links
+    key = base64.b64encode(hashlib.sha256(page.script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{key}'" in page.policy and "default-src 'none'" in page.policy
     text = (folder / "report.html").read_text()
-    assert "@import" not in text and not re.search(r"url\((?!#)", text) and "default-src 'none'" in text
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
     outside = set(re.findall(r"https?://[^\s\"'<]+", text)) - {
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",
@@ -102,7 +134,30 @@ def test_the_page_needs_nothing_from_outside(folder, page):
 def test_the_page_has_the_protocol_figures_curves_and_grids(page):
     for said in ("tiny", "abc123", "FD-Pools", "it is not FID", "25.0", "22.5–27.5", "90.0 %", "c0ffee"):
         assert said in page.text
-    assert page.tags.count("svg") == 4 and page.tags.count("img") == 5 and len(page.ids) == len(set(page.ids))
+    drawn, empty = len(ROWS), 2  # the comparer's two are filled by the script
+    assert page.tags.count("img") == drawn + empty and len(page.ids) == len(set(page.ids))
+    # four main curves, two more figures, distance by training time, and the gap to the teacher
+    assert page.tags.count("svg") == 8
+
+
+def test_every_figure_stands_there_with_its_interval_and_count(folder, page):
+    for text in (page.text, (folder / "report.md").read_text()):
+        for value, ends in (("0.0500", "0.0488–0.0512"), ("−0.0004", "−0.0016 to 0.0008"), ("0.200", "0.169–0.231"),
+                            ("30.50", "30.25–30.75"), ("24.0", "21.6–26.4"), ("90.0 %", "88.0–92.0")):  # fmt: skip
+            assert value in text and ends in text, (value, ends)
+        assert "5 pictures" in text and "7 real pictures" in text
+
+
+def test_the_csv_has_every_row_and_figure_and_no_formulas(page):
+    (link,) = (link for link in page.links if link.startswith("data:text/csv"))
+    told = list(csv.DictReader(io.StringIO(base64.b64decode(link.partition("base64,")[2]).decode())))
+    assert [(r["model"], r["steps"]) for r in told[:-1]] == [(r["model"], str(r["steps"])) for r in ROWS[:-1]]
+    assert told[-1]["model"] == "'=1+1"
+    for line, source in zip(told, ROWS, strict=True):
+        for name, found in measured(source).items():
+            shown = [line[f"{name}{part}"] for part in ("", "_low", "_high", "_n")]
+            assert shown == ["" if v is None else str(v) for v in (found.value, found.low, found.high, found.n)]
+    assert told[0]["kid"] == "" and float(told[3]["kid"]) == -0.0004 and told[2]["latency_ms_total_p50"] == "400.0"
 
 
 def test_light_and_dark_and_small_screens_are_provided_for(folder):
@@ -113,19 +168,30 @@ def test_light_and_dark_and_small_screens_are_provided_for(folder):
 
 def test_markdown_has_a_row_a_cell_and_its_pictures_exist(folder):
     markdown = (folder / "report.md").read_text()
-    assert sum(line.startswith("| ") for line in markdown.splitlines()) == 1 + len(ROWS)
+    main = markdown[: markdown.index("![quality")]
+    assert sum(line.startswith("| ") for line in main.splitlines()) == 1 + len(ROWS)
     files = re.findall(r"\]\(([^)]+)\)", markdown)
     assert len(files) == 2 + len(ROWS) and all((folder / name).is_file() for name in files)
 
 
 def test_the_headline_is_the_students_best_few_steps_against_the_teachers_longest():
-    (said,) = verdicts(cells(ROWS))
-    assert said["model"] == "student <i>" and said["steps"] == "4 steps"
+    said, other = verdicts(cells(ROWS))
+    assert said["model"] == "student <i>" and said["steps"] == "4 steps" and other["model"] == "=1+1"
     assert said["stats"] == [
-        ("25.0", "FD, where the teacher has 20.0 at 50 steps"),
-        ("1.25×", "the teacher’s distance at 50 steps"),
+        ("25.0", "FD ± 2.5, where the teacher has 20.0 at 50 steps"),
+        ("1.25×", "the teacher’s distance at 50 steps: worse"),  # 5 ± 3.2
         ("10.0×", "faster than the teacher at 50 steps"),
     ]
+    near = [row("teacher", 50, 20.0, None, method="teacher"), row("s", 2, 22.0, None, method="lcm")]
+    assert verdicts(cells(near))[0]["stats"][1][1].endswith("equal within the interval")  # 2 ± 2.97
+
+
+def test_gains_are_of_the_same_steps_and_gaps_of_the_teachers_longest():
+    one, four, other = gains(cells(ROWS))
+    assert one.nearer == pytest.approx(100 / 30) and four.nearer is None and other.last.steps == 50
+    assert (four.gap.gap.value, four.gap.gap.paired) == (5.0, False)
+    assert four.gap.gap.high - four.gap.gap.value == pytest.approx((2.5**2 + 2.0**2) ** 0.5)
+    assert [duration(s) for s in (None, 60.0, 180.0, 9000.0)] == ["–", "60 s", "3.0 min", "2.5 h"]
 
 
 def test_without_a_teacher_nothing_is_compared_and_with_two_each_student_is_held_against_its_own(tmp_path):
@@ -140,19 +206,28 @@ def test_without_a_teacher_nothing_is_compared_and_with_two_each_student_is_held
                 row("xl", 50, 5.0, 800.0, method="teacher", spec="xl")]  # fmt: skip
     mine = [row("of-xl", 4, 10.0, 80.0, method="lcm", teacher="xl"), row("of-none", 4, 20.0, 80.0, method="lcm")]
     said = {each["model"]: each["stats"] for each in verdicts(cells(teachers + mine))}
-    assert said["of-xl"][0] == ("10.0", "FD, where xl has 5.0 at 50 steps")
+    assert said["of-xl"][0] == ("10.0", "FD ± 1.0, where xl has 5.0 at 50 steps")
     assert said["of-none"][-1] == ("5.0×", "faster than sd at 50 steps")
 
 
 def test_seeds_are_averaged_into_one_cell():
-    found = cells([row("m", 4, 10.0, 5.0), row("m", 4, 20.0, 5.0, seed=1)])
+    both = [row("m", 4, 10.0, 5.0, metrics=full(10.0, 30.0, 0.1, 0.5)),
+            row("m", 4, 20.0, 5.0, seed=1, metrics=full(20.0, 31.0, 0.3, 0.5))]  # fmt: skip
+    found = cells(both)
     assert len(found) == 1 and found[0].fd == 15.0 and found[0].seeds == 2
+    assert found[0].figures["kid"].value == pytest.approx(0.2) and found[0].figures["clip_score"].low == 30.25
 
 
 def test_a_column_without_a_figure_is_a_dash():
-    cell = cells([row("m", 4, 10.0, None, clip_score=None, attribute_accuracy=None)])[0]
-    shown = columns(cell)
-    assert shown["ms"] == shown["CLIP"] == shown["attributes"] == "–" and shown["FD"] == "10.0"
+    found = cells([row("m", 4, 10.0, None, clip_score=None, attribute_accuracy=None), row("full", 4, 10.0, 5.0)])
+    shown = columns(found)[0]
+    assert shown["ms"] == shown["CLIP"] == shown["attributes"] == "–" and shown["FD"] == "10.0 ± 1.0"
+
+
+def test_figures_are_shown_as_exactly_as_their_intervals_allow():
+    assert [digits(name, cells(ROWS)) for name in ("fd", "clip_score", "attribute_accuracy", "kid", "recall")] == [
+        1, 2, 1, 4, 3,
+    ]  # fmt: skip
 
 
 def test_the_pareto_front_is_what_none_beats_in_both():
@@ -164,7 +239,7 @@ def test_a_bench_without_latency_or_prompts_is_reported_too(tmp_path):
     book = Book(tmp_path, "abc123", "tiny")
     book.add(row("m", 2, 10.0, None, clip_score=None, attribute_accuracy=None))
     text = write_report(tmp_path).read_text()
-    assert text.count("<svg ") == 1 and "The same seeds" not in text
+    assert text.count("<svg ") == 1 and "The same seeds" not in text and 'id="comparer"' not in text
 
 
 def test_folders_that_are_no_benchmark_are_refused_in_one_line(tmp_path, capsys):
@@ -179,6 +254,17 @@ def test_folders_that_are_no_benchmark_are_refused_in_one_line(tmp_path, capsys)
     (tmp_path / "results.jsonl").write_text("\n".join(rows))
     with pytest.raises(InputError, match=r"abc123.*other.*cannot be compared"):
         read_folder(tmp_path)
+
+
+def test_large_pictures_go_into_the_page_as_photographs_and_small_ones_pixel_by_pixel(tmp_path):
+    small, large = row("small", 2, 10.0, None), row("large", 2, 10.0, None)
+    book = Book(tmp_path, "abc123", "tiny")
+    for each, side in ((small, 8), (large, 512)):
+        book.grid(each, torch.zeros(2, 3, side, side, dtype=torch.uint8))
+        book.add(each)
+    text = write_report(tmp_path).read_text()
+    assert re.search(r'class="pixels" alt="small, 2 steps"[^>]* data-count="2"[^>]* src="data:image/png', text)
+    assert re.search(r'<img alt="large, 2 steps"[^>]* data-count="2"[^>]* src="data:image/webp', text)
 
 
 def test_the_report_command_prints_the_table_and_where_the_page_is(folder, tmp_path, capsys):

@@ -16,6 +16,8 @@ COMMANDS = {
     "cache": "encode pictures and captions to latents and embeddings, once",
     "sample": "draw a grid of pictures from any model in any number of steps",
     "bench": "measure quality and latency of models by number of steps",
+    "bench compare": "say of two models what is better, worse or equal, with intervals",
+    "bench gate": "hold a benchmark's figures against bounds; exit code 1 where one is missed",
     "report": "turn a benchmark's folder into report.md and one report.html",
     "export": "convert a student: diffusers, kohya, or fused into its teacher",
 }
@@ -44,17 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line, without the program's name.
 
     Returns:
-        The exit code: 0; 2 for what was refused or failed; 130 for Ctrl-C.
+        The exit code: 0; 1 for a gate that is shut; 2 for what was refused or failed; 130 for Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
-        commands = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+        commands = "\n".join(f"  {name:<13} {what}" for name, what in COMMANDS.items())
         print(HELP.format(version=__version__, commands=commands))
         return 0
     if argv[0] in ("-V", "--version"):
         print(f"stepdistill {__version__}")
         return 0
-    return guard(lambda: _command(argv[0], argv[1:]))
+    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    return guard(lambda: _command(" ".join(argv[:words]), argv[words:]))
 
 
 def _command(name: str, argv: list[str]) -> int | None:
@@ -62,7 +65,7 @@ def _command(name: str, argv: list[str]) -> int | None:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"command: got {name!r}; allowed: {', '.join(COMMANDS)}{hint}")
-    module_name = f"stepdistill.cli.{name}"
+    module_name = f"stepdistill.cli.{name.split()[-1]}"
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:

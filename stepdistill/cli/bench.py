@@ -7,6 +7,8 @@ The first is on the embedded pictures of 32 pixels, the second on your own: IMAG
 for training. Every model sees the same prompts and the same noise. Rows go to results.jsonl as they are made: the same
 command takes up an interrupted run where it stopped, and measures only what is new. report.md and report.html come at
 the end.
+
+`stepdistill bench compare` gives the verdict on two models, `stepdistill bench gate` holds figures against bounds.
 """
 
 from __future__ import annotations

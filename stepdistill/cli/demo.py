@@ -118,10 +118,11 @@ def train(
 def measure(students: dict[str, dict[int, Path]], out: Path, size: Size, seed: int) -> None:
     """Benchmarks teacher and students, writes the report and the figures of the students' cards."""
     from stepdistill.evaluation.cards import write_cards
+    from stepdistill.evaluation.cells import read_folder
     from stepdistill.evaluation.protocols import load_protocol
     from stepdistill.evaluation.report import write_report
     from stepdistill.evaluation.suite import Settings, evaluate
-    from stepdistill.evaluation.summary import print_table, read_folder
+    from stepdistill.evaluation.summary import print_table
 
     protocol = dataclasses.replace(load_protocol("avatars-2k"), n=size.measured)
     print(f"measuring teacher and students at {', '.join(map(str, FEW + MANY))} steps, {size.measured} pictures a cell")

@@ -24,8 +24,9 @@ class Config:
 
 def main(config: Config) -> None:
     """Writes the report and says where it is."""
+    from stepdistill.evaluation.cells import read_folder
     from stepdistill.evaluation.report import write_report
-    from stepdistill.evaluation.summary import print_table, read_folder
+    from stepdistill.evaluation.summary import print_table
 
     folder = config.folder
     if not (folder / "results.jsonl").is_file() and (folder / "bench" / "results.jsonl").is_file():

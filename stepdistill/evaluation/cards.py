@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from stepdistill.evaluation.cells import Row, cells
 from stepdistill.evaluation.spec import parse
-from stepdistill.evaluation.summary import Row, cells, columns, markdown_table
+from stepdistill.evaluation.summary import columns, markdown_table
 from stepdistill.export.card import put_figures
 
-SHOWN = ("steps", "NFE", "FD", "interval", "CLIP", "attributes", "ms", "guidance", "scheduler")
+SHOWN = ("steps", "NFE", "FD", "CLIP", "attributes", "ms", "guidance", "scheduler")
 
 
 def write_cards(rows: Sequence[Row]) -> list[Path]:
@@ -26,12 +27,12 @@ def write_cards(rows: Sequence[Row]) -> list[Path]:
         spec = parse(spec_of)
         folder = Path(spec.lora or spec.path)
         shown = [cell for cell in found if cell.row["spec"] == spec_of or cell.method in ("teacher", "floor")]
-        names = [name for name in columns(shown[0]) if name in SHOWN]
+        names = [name for name in columns(shown)[0] if name in SHOWN]
         seeds = sorted({r["seed"] for r in rows if r["model"] == model and r.get("seed") is not None})
         text = (
             f"Protocol {row['protocol']} (`{row['protocol_hash']}`), n = {row['n']} a cell, "
             f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, on {row['device']}. FD is a Frechet distance "
-            f"on {row['fd_extractor']} features with its 95 % interval; ms is the median of a whole call.\n\n"
+            f"on {row['fd_extractor']} features; ± is half of a 95 % interval; ms is the median of a whole call.\n\n"
             + markdown_table(shown, names)
         )
         if put_figures(folder, text):

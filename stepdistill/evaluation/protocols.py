@@ -86,10 +86,14 @@ class Protocol:
         Args:
             content: hashes of the prompts, the reference and the networks, by name.
         """
-        settings = dataclasses.asdict(self)
-        del settings["description"], settings["seed"], settings["prompts"], settings["reference"]
-        text = json.dumps([settings, dict(content)], sort_keys=True)
+        text = json.dumps([self.settings(), dict(content)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that the hash covers, as JSON has them. What prompts and reference hold is hashed as content."""
+        settings = dataclasses.asdict(self) | {"metrics": list(self.metrics)}
+        del settings["description"], settings["seed"], settings["prompts"], settings["reference"]
+        return settings
 
 
 def folders() -> list[Path]:

@@ -23,14 +23,14 @@ from stepdistill.evaluation.figures import Figure
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "timm", "stepdistill")
 KEY = ("protocol_hash", "model", "weights", "steps", "guidance", "seed")
 FIELDS = (
-    "protocol", "protocol_hash", "model", "method", "teacher", "spec", "weights",
+    "protocol", "protocol_hash", "settings", "model", "method", "teacher", "spec", "weights",
     "steps", "nfe", "guidance", "scheduler", "sigmas", "n", "seed",
     "fd", "fd_low", "fd_high", "fd_extractor", "clip_score", "clip_model", "attribute_accuracy", "attributes",
     "metrics",
     "latency_ms", "peak_memory_mb", "batch", "dtype", "device", "versions", "commit", "command", "train_seconds",
 )  # fmt: skip
 FOREIGN = ("config.json", "model_index.json", "manifest.json", "metrics.jsonl", "checkpoints", "export")
-TILE = 96  # pixels a picture in a grid has at least
+TILE, LARGE = 96, 384  # pixels a picture in a grid has at least, and at most
 
 
 def key_of(row: dict[str, Any]) -> list[Any]:
@@ -131,7 +131,7 @@ class Book:
             return
         from safetensors.torch import save_file
 
-        file = self.folder / "units" / grid_name(row).replace(".png", ".safetensors")
+        file = units_file(self.folder, row)
         file.parent.mkdir(exist_ok=True)
         partial = file.with_name(file.name + ".partial")
         tensors = {name: figure.influence.float().contiguous() for name, figure in found.items()}
@@ -154,9 +154,9 @@ class Book:
         picture = Image.fromarray(strip)
         if factor > 1:
             picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-        elif pictures.shape[-2] > 2 * TILE:
-            scale = 2 * TILE / pictures.shape[-2]
-            picture = picture.resize((round(picture.width * scale), 2 * TILE), Image.Resampling.LANCZOS)
+        elif pictures.shape[-2] > LARGE:
+            scale = LARGE / pictures.shape[-2]
+            picture = picture.resize((round(picture.width * scale), LARGE), Image.Resampling.LANCZOS)
         picture.save(self.folder / "grids" / grid_name(row))
 
 
@@ -165,6 +165,29 @@ def grid_name(row: dict[str, Any]) -> str:
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", str(row["model"])).strip("-.") or "model"
     key = hashlib.sha256(json.dumps(key_of(row)).encode()).hexdigest()[:6]
     return f"{safe}_{row['steps']}_{key}.png"
+
+
+def units_file(folder: Path, row: dict[str, Any]) -> Path:
+    """Where a row keeps what each unit did to its figures."""
+    return folder / "units" / grid_name(row).replace(".png", ".safetensors")
+
+
+def read_units(folder: Path, row: dict[str, Any]) -> dict[str, tuple[Tensor, str]]:
+    """What each unit did to a row's figures: (N,) and what the units are, by figure; empty where it was not kept.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = units_file(folder, row)
+    if not file.is_file():
+        return {}
+    try:
+        with safe_open(file, "pt") as saved:
+            return {name: (saved.get_tensor(name).double(), unit) for name, unit in saved.metadata().items()}
+    except (SafetensorError, OSError, AttributeError) as error:
+        raise InputError(f"units: got {file}, which is damaged ({error}); delete it, or measure again") from error
 
 
 @lru_cache(maxsize=1)

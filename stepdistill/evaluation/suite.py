@@ -155,6 +155,7 @@ class _Bench:
         self.facts = {
             "protocol": protocol.name, "protocol_hash": protocol.hash(dict(tools.content)),
             "n": protocol.n, "seed": protocol.seed,
+            "settings": protocol.settings() | {"content": dict(tools.content)},
             "batch": settings.batch, "device": records.device_name(settings.device), "versions": records.versions(),
             "commit": records.commit(), "command": command,
         }  # fmt: skip

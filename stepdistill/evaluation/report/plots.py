@@ -54,13 +54,13 @@ def _series_colour(index: int) -> str:
 
 
 def quality_by_steps(
-    curves: Sequence[Curve], ylabel: str, floors: Sequence[tuple[str, float]], *, log: bool, better: str
+    curves: Sequence[Curve], ylabel: str, floors: Sequence[tuple[str, float]], *, log: bool, better: str | None
 ):
     """A figure of a quality against the number of steps. floors: (name, y) of levels that are no models."""
-    figure, axes = _figure(f"{ylabel} ({better} is better)")
+    figure, axes = _figure(f"{ylabel} ({better} is better)" if better else ylabel)
     ticks = sorted({p.steps for c in curves for p in c.points})
     for curve in curves:
-        _draw(axes, curve)
+        _draw(axes, curve, log=log)
     _floors(axes, floors)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(t) for t in ticks])
@@ -70,8 +70,10 @@ def quality_by_steps(
     return figure
 
 
-def quality_by_latency(curves: Sequence[Curve], ylabel: str, floors: Sequence[tuple[str, float]], xlabel: str):
-    """A figure of a distance against latency, with the front of cells that no other beats in both."""
+def quality_by_cost(
+    curves: Sequence[Curve], ylabel: str, floors: Sequence[tuple[str, float]], xlabel: str, *, front: bool
+):
+    """A figure of a distance against what it costs. front: draw that of cells which no other beats in both."""
     figure, axes = _figure(f"{ylabel} (low and left is better)")
     for curve in curves:
         _draw(axes, curve, line=0.35)
@@ -84,14 +86,16 @@ def quality_by_latency(curves: Sequence[Curve], ylabel: str, floors: Sequence[tu
                 fontsize=8,
                 color=_series_colour(curve.colour),
             )
-    front = pareto([(p.x, p.y) for c in curves for p in c.points])
-    if len(front) > 1:
+    best = pareto([(p.x, p.y) for c in curves for p in c.points]) if front else []
+    if len(best) > 1:
         dashes = {"color": INK, "linewidth": 1, "linestyle": (0, (4, 3)), "drawstyle": "steps-post"}
-        axes.plot(*zip(*front, strict=True), **dashes, zorder=1, label="Pareto front")
+        axes.plot(*zip(*best, strict=True), **dashes, zorder=1, label="Pareto front")
     _floors(axes, floors)
-    axes.set_xscale("log")
+    xs = [p.x for c in curves for p in c.points]
+    if max(xs) > 8 * min(xs):
+        axes.set_xscale("log")
+        _plain(axes.xaxis)
     axes.set_xlabel(xlabel)
-    _plain(axes.xaxis)
     _finish(axes, log=True)
     return figure
 
@@ -126,13 +130,12 @@ def _figure(title: str):
     return figure, axes
 
 
-def _draw(axes, curve: Curve, line: float = 1.0) -> None:
+def _draw(axes, curve: Curve, line: float = 1.0, log: bool = False) -> None:
     points = sorted(curve.points, key=lambda p: p.x)
     x, y, colour = [p.x for p in points], [p.y for p in points], _series_colour(curve.colour)
     if points and all(p.low is not None and p.high is not None for p in points):
-        axes.fill_between(
-            x, [max(p.low, 1e-9) for p in points], [p.high for p in points], color=colour, alpha=0.16, linewidth=0
-        )
+        low = [max(p.low, p.y / 4) if log else p.low for p in points]  # a logarithmic axis has no room for 0
+        axes.fill_between(x, low, [p.high for p in points], color=colour, alpha=0.16, linewidth=0)
     axes.plot(x, y, color=colour, linewidth=2.2 * max(line, 0.5), alpha=line, solid_capstyle="round", zorder=2)
     axes.plot(x, y, color=colour, linestyle="", marker="o", markersize=5.5, zorder=3, label=curve.name)
 

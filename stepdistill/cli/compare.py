@@ -1,0 +1,123 @@
+"""The verdict on two models of one protocol: each figure's difference A - B, its 95 % interval, better, worse or equal.
+
+    stepdistill bench compare out/new out/old                                  # one model each
+    stepdistill bench compare out/new out/old --model-a student                # of that name in both
+    stepdistill bench compare out/bench --model-a student --model-b teacher    # two models of one run
+    stepdistill bench compare out/bench --model-a student --steps-a 4 --model-b teacher --steps-b 50
+
+Where both were drawn from the same noise, pictures are compared one by one, from the influences that a run keeps in
+units/; else by the intervals of the rows. Rows of two protocols are refused, and what differs is named.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from stepdistill.errors import InputError
+
+if TYPE_CHECKING:
+    from stepdistill.evaluation.compare import Comparison
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of `stepdistill bench compare`."""
+
+    a: tyro.conf.Positional[Path]
+    """Folder of a run of `stepdistill bench` or `stepdistill demo`."""
+    b: tyro.conf.Positional[Path | None] = None
+    """The folder it is held against; A again where not given, for two models of one run."""
+    model_a: str | None = None
+    """A's model, where it has several."""
+    model_b: str | None = None
+    """B's model, where it has several."""
+    steps_a: int | None = None
+    """A's step count; where not given, all that both have are compared."""
+    steps_b: int | None = None
+    """B's step count, which may be another."""
+    metric: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A figure to compare; once for each; all of them where not given."""
+    json: bool = False
+    """Print JSON in place of the table."""
+
+
+def main(config: Config) -> None:
+    """Prints the verdict."""
+    from stepdistill.evaluation.cells import read_run
+    from stepdistill.evaluation.compare import compare, pairs
+
+    found_a = read_run(config.a)
+    same = config.b is None or config.b.resolve() == config.a.resolve()
+    found_b = found_a if same else read_run(config.b)
+    both = pairs(found_a, found_b, config.model_a, config.model_b, config.steps_a, config.steps_b)
+    found = [comparison for a, b in both for comparison in compare(a, b, config.metric)]
+    if not found:
+        known = sorted({name for pair in both for cell in pair for name in cell.figures})
+        raise InputError(
+            f"--metric: got {', '.join(config.metric) or 'none'}, of which nothing can be compared; allowed: figures "
+            f"with intervals in both, of {', '.join(known)}; measure runs of before again"
+        )
+    if config.json:
+        print(json.dumps(as_json(config, found), indent=2))
+    else:
+        print_comparisons(config, found)
+
+
+def as_json(config: Config, found: list[Comparison]) -> dict:
+    """Everything the table says."""
+    first = found[0]
+    sides = {side: {"folder": str(folder), "model": cell.model, "seeds": seeds_of(cell)} for side, folder, cell in
+             (("a", config.a, first.cell_a), ("b", config.b or config.a, first.cell_b))}  # fmt: skip
+    row = first.cell_a.row
+    protocol = {name: row.get(name) for name in ("protocol", "protocol_hash", "n", "fd_extractor", "clip_model")}
+    return sides | protocol | {"comparisons": [comparison.row() for comparison in found]}
+
+
+def seeds_of(cell) -> list[int]:
+    """The seeds of a cell's pictures."""
+    return sorted({row["seed"] for row in cell.rows if row.get("seed") is not None})
+
+
+def print_comparisons(config: Config, found: list[Comparison]) -> None:
+    """A line a figure, on the terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from stepdistill.evaluation.summary import digits, label, number
+
+    console, first = Console(), found[0]
+    for side, folder, cell in (("A", config.a, first.cell_a), ("B", config.b or config.a, first.cell_b)):
+        console.print(Text(f"{side}  {cell.model} of {folder}, seed {', '.join(map(str, seeds_of(cell))) or 'none'}"))
+    row = first.cell_a.row
+    console.print(Text(f"{row.get('protocol')} ({row['protocol_hash']}), FD-{row.get('fd_extractor')}"))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name, justify in (
+        ("steps", "right"), ("figure", "left"), ("A", "right"), ("B", "right"), ("A - B", "right"),
+        ("95 % interval", "right"), ("n", "right"), ("A is", "left"),
+    ):  # fmt: skip
+        table.add_column(name, justify=justify)
+    colours = {"better": "green", "worse": "red"}
+    for one in found:
+        places = digits(one.name, [one.cell_a, one.cell_b])
+        values = (one.a.value, one.b.value, one.gap.value, one.gap.low, one.gap.high)
+        a, b, gap, low, high = (number(one.name, value, places) for value in values)
+        steps = (
+            f"{one.cell_a.steps}" if one.cell_a.steps == one.cell_b.steps else f"{one.cell_a.steps}, {one.cell_b.steps}"
+        )
+        how = "" if one.gap.paired else "*"
+        table.add_row(
+            steps, label(one.name), a, b, gap, f"{low} to {high}{how}", f"{one.a.n:,}",
+            Text(one.word, colours.get(one.word, "")),
+        )  # fmt: skip
+    console.print(table)
+    if any(not one.gap.paired for one in found):
+        console.print(Text("* not paired: other seeds, or influences that were not kept; the interval is wider"))
+    if len(found) > 10:
+        console.print(Text(f"of {len(found)} intervals of 95 %, about {len(found) / 20:.0f} miss 0 by chance alone"))

@@ -1,0 +1,196 @@
+"""A benchmark's rows as cells: seeds averaged, every figure with its interval; rows of two protocols are told apart.
+
+found = cells(read_folder("out/bench"), folder)
+found[0].figures["fd"]        # Measured(value, low, high, n, of)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from stepdistill.errors import InputError
+from stepdistill.evaluation.measures import METRICS
+from stepdistill.evaluation.records import read_rows
+
+Row = dict[str, Any]
+BETTER = {figure: way for metric in METRICS.values() for figure, way in metric.better.items()}
+MAIN = ("fd", "clip_score", "attribute_accuracy")  # the figures that come first, and were there before `metrics`
+AVERAGED = ("fd", "fd_low", "fd_high", "clip_score", "attribute_accuracy", "nfe")
+
+
+def read_folder(folder: str | Path) -> list[Row]:
+    """The rows of a benchmark's folder.
+
+    Raises:
+        InputError: it holds no results, broken ones, or rows of several protocols.
+    """
+    file = Path(folder) / "results.jsonl"
+    if not file.is_file():
+        raise InputError(
+            f"report: got {folder}, which holds no results.jsonl; allowed: a folder of stepdistill bench or demo"
+        )
+    rows = read_rows(file)
+    if not rows:
+        raise InputError(f"report: got {file}, which is empty; run stepdistill bench first")
+    for row in rows:
+        check_same_protocol(rows[0], row, f"{file}, line 1", "a later line")
+    return rows
+
+
+def check_same_protocol(a: Row, b: Row, where_a: str, where_b: str) -> None:
+    """Refuses to compare figures of two protocols, and says in what these differ.
+
+    Raises:
+        InputError: their hashes differ.
+    """
+    if a["protocol_hash"] == b["protocol_hash"]:
+        return
+    one, other = _settings(a), _settings(b)
+    differ = [name for name in one | other if one.get(name) != other.get(name)]
+    said = ", ".join(f"{name} {_short(one.get(name))} and {_short(other.get(name))}" for name in differ)
+    raise InputError(
+        f"protocol: got {a.get('protocol')} ({a['protocol_hash']}) in {where_a} and {b.get('protocol')} "
+        f"({b['protocol_hash']}) in {where_b}; they differ in {said or 'what these rows do not record'}; figures of "
+        "different protocols cannot be compared; measure both by one"
+    )
+
+
+def _settings(row: Row) -> dict[str, Any]:
+    """What a row says of its protocol, nested names joined by dots; rows of before `settings` say less."""
+    told = {"protocol": row.get("protocol")}
+    told |= {name: row.get(name) for name in ("n", "fd_extractor", "clip_model") if row.get(name) is not None}
+    if row.get("settings"):
+        told = {"protocol": row["settings"].get("name")}
+    for name, value in (row.get("settings") or {}).items():
+        if name != "name":
+            told |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return told
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 24 else text[:16] + "…"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure of a cell.
+
+    Attributes:
+        value, low, high: it and its 95 % interval; rows made before all figures had one may have none.
+        n, of: over how many units, and of what kind.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    of: str = "pictures"
+
+    @property
+    def half(self) -> float | None:
+        """Half the interval's width."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
+
+def measured(row: Row) -> dict[str, Measured]:
+    """The figures of a row by name, of a row without `metrics` too."""
+    if row.get("metrics"):
+        known = [field.name for field in fields(Measured)]
+        return {name: Measured(**{k: f[k] for k in known if k in f}) for name, f in row["metrics"].items()}
+    found = {}
+    for name in MAIN:
+        if row.get(name) is not None:
+            found[name] = Measured(row[name], row.get(f"{name}_low"), row.get(f"{name}_high"), row.get("n"))
+    return found
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model at a number of steps: a row, or the mean of its rows where there are several seeds.
+
+    Attributes:
+        row: with the means. rows: as they were measured. folder: that they are of.
+    """
+
+    model: str
+    steps: int
+    row: Row
+    rows: tuple[Row, ...]
+    folder: Path | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self.row.get(name)
+
+    @cached_property
+    def figures(self) -> dict[str, Measured]:
+        """Every figure by name. Of several seeds, the ends of intervals are averaged too, which leaves them wide."""
+        return measured(self.row)
+
+    @property
+    def seeds(self) -> int:
+        """How many."""
+        return len({row.get("seed") for row in self.rows})
+
+    @property
+    def latency(self) -> float | None:
+        """Median milliseconds of a whole picture."""
+        timing = self.row.get("latency_ms")
+        return timing["total_p50"] / timing.get("batch", 1) if timing else None
+
+
+def cells(rows: Sequence[Row], folder: Path | None = None) -> list[Cell]:
+    """One cell for each model and step count, models in order of first appearance."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["steps"]), []).append(row)
+    models = list(dict.fromkeys(model for model, _ in groups))
+    found = []
+    for (model, steps), same in sorted(groups.items(), key=lambda item: (models.index(item[0][0]), item[0][1])):
+        row = dict(same[0])
+        for name in AVERAGED:
+            row[name] = _mean([r.get(name) for r in same])
+        figures = [measured(r) for r in same]
+        row["metrics"] = {name: asdict(_averaged([f[name] for f in figures if name in f])) for name in
+                          dict.fromkeys(name for f in figures for name in f)}  # fmt: skip
+        found.append(Cell(model, steps, row, tuple(same), folder))
+    return found
+
+
+def read_run(folder: str | Path) -> list[Cell]:
+    """The cells of a benchmark's folder, or of the bench/ in a demo's.
+
+    Raises:
+        InputError: see `read_folder`.
+    """
+    folder = Path(folder)
+    if not (folder / "results.jsonl").is_file() and (folder / "bench" / "results.jsonl").is_file():
+        folder = folder / "bench"
+    return cells(read_folder(folder), folder)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _averaged(figures: Sequence[Measured]) -> Measured:
+    parts = {name: _mean([getattr(f, name) for f in figures]) for name in ("value", "low", "high")}
+    return Measured(**parts, n=figures[0].n, of=figures[0].of)
+
+
+def floors(found: Sequence[Cell]) -> list[Cell]:
+    """Real pictures and reconstructions: what no model can be expected to beat."""
+    return [cell for cell in found if cell.steps == 0]
+
+
+def names(found: Sequence[Cell]) -> list[str]:
+    """The figures that any cell has, the main ones first."""
+    present = dict.fromkeys(name for cell in found for name in cell.figures)
+    return [n for n in MAIN if n in present] + [n for n in present if n not in MAIN]

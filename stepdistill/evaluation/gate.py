@@ -1,0 +1,152 @@
+"""A gate: bounds that a model's figures must keep, for use in CI; in a YAML file or from flags.
+
+gate = load_gate("benchmarks/gates/mlperf-sdxl.yaml")
+judgements = judge(cells, gate)              # all(j.met for j in judgements)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepdistill.errors import InputError
+from stepdistill.evaluation.cells import Cell, Measured
+from stepdistill.evaluation.summary import digits
+
+SHORT = {"clip": "clip_score", "attributes": "attribute_accuracy"}
+LATENCY = "ms"  # median of a whole picture, which is bounded like a figure but has no interval
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a figure must keep to: low <= value <= high."""
+
+    figure: str
+    low: float = -math.inf
+    high: float = math.inf
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "figure", SHORT.get(self.figure, self.figure))
+        if not self.low <= self.high:
+            raise InputError(f"{self.figure}: got a window from {self.low:g} to {self.high:g}; allowed: low up to high")
+
+    def __str__(self) -> str:
+        if math.isinf(self.low):
+            return f"at most {self.high:.12g}"
+        return f"at least {self.low:.12g}" if math.isinf(self.high) else f"within {self.low:.12g} and {self.high:.12g}"
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Bounds, and what they are for.
+
+    Attributes:
+        bounds: all of them must be kept. steps: the step counts they are for; all where none.
+        rows: what each row must say of itself, by field: bounds of one protocol mean nothing in another.
+        description: for people.
+    """
+
+    bounds: tuple[Bound, ...] = ()
+    steps: tuple[int, ...] = ()
+    rows: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A bound, and what a cell has."""
+
+    cell: Cell
+    bound: Bound
+    figure: Measured
+
+    @property
+    def met(self) -> bool:
+        """Whether the value, not its whole interval, keeps the bound; NaN never does."""
+        return self.bound.low <= self.figure.value <= self.bound.high
+
+    def __str__(self) -> str:
+        name, found = self.bound.figure, self.figure
+        places = digits(name, [self.cell])
+        trust = (
+            "" if found.half is None else f" (95 %: {found.low:.{places}f} to {found.high:.{places}f}, n = {found.n:,})"
+        )
+        at = f"{self.cell.steps} step{'s' * (self.cell.steps > 1)}"
+        word = "met   " if self.met else "missed"
+        return f"{word} {self.cell.model}, {at}: {name} {found.value:.{max(places, 4)}g}{trust}, {self.bound}"
+
+
+def load_gate(file: str | Path) -> Gate:
+    """A gate from its YAML file.
+
+    Raises:
+        InputError: no such file, no YAML, or unknown or unreadable fields.
+    """
+    import yaml
+
+    try:
+        told = yaml.safe_load(Path(file).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"--gate: got {file}, which cannot be read ({why}); allowed: a gate's .yaml") from error
+    allowed = ("description", "rows", "steps", "figures")
+    if not isinstance(told, dict) or set(told) - set(allowed) or not isinstance(told.get("figures"), dict):
+        raise InputError(f"--gate: got {file}, which is no gate; allowed: figures, and {', '.join(allowed[:3])}; see "
+                         "benchmarks/gates")  # fmt: skip
+    bounds = []
+    for name, ends in told["figures"].items():
+        if not isinstance(ends, dict) or not ends or set(ends) - {"min", "max"}:
+            raise InputError(f"--gate {file}: got {name}: {ends}; allowed: min and max, or one of them")
+        try:
+            bounds.append(Bound(name, float(ends.get("min", -math.inf)), float(ends.get("max", math.inf))))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"--gate {file}: got {name}: {ends}; allowed: numbers, min up to max") from error
+    try:
+        steps = tuple(int(count) for count in told.get("steps") or ())
+        return Gate(tuple(bounds), steps, dict(told.get("rows") or {}), str(told.get("description") or ""))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"--gate {file}: got steps or rows of another kind ({error}); allowed: a list, a map"
+        ) from error
+
+
+def judge(found: Sequence[Cell], gate: Gate, model: str | None = None) -> list[Judgement]:
+    """Every bound of a gate on every cell it is for.
+
+    Raises:
+        InputError: no bounds, no such cell, a figure that was not measured, or rows that are not what the gate is for.
+    """
+    if not gate.bounds:
+        raise InputError("gate: got no bounds; allowed: --max-fd, --min-clip, --max NAME=VALUE, ...; give one")
+    drawn = [cell for cell in found if cell.steps > 0]
+    names = list(dict.fromkeys(cell.model for cell in drawn))
+    if model is not None and model not in names:
+        raise InputError(f"--model: got {model}; allowed: {', '.join(names)}")
+    own = [cell for cell in drawn if model in (None, cell.model)]
+    counts = sorted({cell.steps for cell in own})
+    if missing := [count for count in gate.steps if count not in counts]:
+        raise InputError(f"--steps: got {missing[0]}; allowed: {', '.join(map(str, counts))}, which were measured")
+    own = [cell for cell in own if not gate.steps or cell.steps in gate.steps]
+    if not own:
+        raise InputError("gate: got a run without models; allowed: one that measured some; run stepdistill bench first")
+    for cell in own:
+        for name, value in gate.rows.items():
+            if cell.row.get(name) != value:
+                raise InputError(
+                    f"gate: got {cell.model} with {name} {cell.row.get(name)}; allowed: {name} {value}, which the "
+                    "bounds are of; measure by that"
+                )
+    return [Judgement(cell, bound, _figure(cell, bound.figure)) for cell in own for bound in gate.bounds]
+
+
+def _figure(cell: Cell, name: str) -> Measured:
+    if name == LATENCY and cell.latency is not None:
+        return Measured(cell.latency)
+    if name in cell.figures:
+        return cell.figures[name]
+    known = [*cell.figures, *([LATENCY] if cell.latency is not None else [])]
+    raise InputError(f"gate: got {name}; allowed: {', '.join(known)}, which {cell.model} has at {cell.steps} steps")

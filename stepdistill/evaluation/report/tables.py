@@ -1,0 +1,167 @@
+"""The report's tables as data, and all rows as one CSV file."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stepdistill.evaluation.cells import BETTER, MAIN, Cell, Row, measured, names
+from stepdistill.evaluation.report.verdicts import SAID, Gain, duration
+from stepdistill.evaluation.summary import digits, figure, label, number, percent, spread
+
+FACTS = (
+    "protocol", "protocol_hash", "model", "method", "teacher", "spec", "steps", "nfe", "guidance", "scheduler", "n",
+    "seed", "fd_extractor", "clip_model",
+)  # fmt: skip
+COSTS = ("peak_memory_mb", "batch", "dtype", "device", "train_seconds", "commit", "command")
+
+
+@dataclass(frozen=True)
+class Head:
+    """A column: its name, what is said under it, whether a high value is the better one, and whether it is text."""
+
+    name: str
+    note: str = ""
+    high: bool = False
+    text: bool = False
+
+
+@dataclass(frozen=True)
+class Value:
+    """What stands in a cell, what stands small beside it, and what it is sorted by; None is sorted last."""
+
+    text: str
+    small: str = ""
+    sort: float | str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and, for each line, its cell and values."""
+
+    title: str
+    heads: list[Head]
+    lines: list[tuple[Cell, list[Value]]]
+
+
+def tables(found: Sequence[Cell]) -> list[Table]:
+    """Overview, every figure, and latency: those that have something to show."""
+    made = [_overview(found), _everything(found), _latency(found)]
+    return [table for table in made if table.lines]
+
+
+def _overview(found: Sequence[Cell]) -> Table:
+    main = [name for name in MAIN if name in names(found)]
+    timed = any(cell.latency for cell in found)
+    heads = [Head("steps"), Head("NFE"), *(_head(name) for name in main), *([Head("ms")] if timed else []),
+             Head("guidance"), Head("scheduler", text=True)]  # fmt: skip
+    lines = []
+    for cell in found:
+        figures = [_figure(name, cell, found, ends=False) for name in main]
+        times = [_plain(cell.latency, 1)] if timed else []
+        told = [_plain(cell.guidance), _text((cell.scheduler or "").removesuffix("Scheduler"))]
+        lines.append((cell, [*_steps(cell), *figures, *times, *told]))
+    return Table("Overview", heads, lines)
+
+
+def _everything(found: Sequence[Cell]) -> Table:
+    heads = [Head("steps")]
+    for name in names(found):
+        of = next(cell.figures[name] for cell in found if name in cell.figures)
+        heads.append(_head(name, "" if of.n is None else f"{of.n:,} {of.of}"))
+    lines = [
+        (cell, [_steps(cell)[0], *(_figure(name, cell, found, ends=True) for name in names(found))]) for cell in found
+    ]
+    return Table("Every figure", heads, lines)
+
+
+def _latency(found: Sequence[Cell]) -> Table:
+    heads = [Head("steps"), Head("NFE"), Head("ms", "median"), Head("ms", "p90"), Head("text"), Head("per step"),
+             Head("decode"), Head("batch"), Head("peak MB"), Head("dtype", text=True)]  # fmt: skip
+    lines = []
+    for cell in found:
+        if not (timing := cell.latency_ms):
+            continue
+        batch = timing.get("batch", 1)
+        whole = [_plain(timing[name] / batch, 1) for name in ("total_p50", "total_p90")]
+        stages = [_plain(timing.get(name), 2) for name in ("text", "denoiser_step", "decode")]
+        told = [_plain(batch, 0), _plain(cell.peak_memory_mb, 0), _text(cell.dtype or "")]
+        lines.append((cell, [*_steps(cell), *whole, *stages, *told]))
+    return Table("Latency", heads, lines)
+
+
+def cost_table(gained: Sequence[Gain]) -> Table:
+    """What training cost, what it gained at as many steps, and the gap that is left to the teacher's longest."""
+    heads = [Head("trained"), Head("steps"), Head("FD"), Head("teacher", "same steps"), Head("nearer", high=True),
+             Head("teacher", "its longest"), Head("gap", "95 % interval"), Head("student is", text=True)]  # fmt: skip
+    lines = []
+    for gain in gained:
+        cell, gap = gain.cell, gain.gap
+        fd = [cell.fd, gain.same and gain.same.fd, gain.last.fd]
+        left = Value("–")
+        if gap is not None:
+            ends = f"{figure(gap.gap.low, 1)} to {figure(gap.gap.high, 1)}"
+            left = Value(figure(gap.gap.value, 1), ends, gap.gap.value)
+        lines.append((cell, [
+            Value(duration(cell.train_seconds), sort=cell.train_seconds), _steps(cell)[0], _plain(fd[0], 1),
+            _plain(fd[1], 1), Value(f"{gain.nearer:.1f}×" if gain.nearer else "–", sort=gain.nearer),
+            Value(figure(fd[2], 1), f"{gain.last.steps} steps", fd[2]), left, _text(SAID[gap.word] if gap else ""),
+        ]))  # fmt: skip
+    return Table("Training cost", heads, lines)
+
+
+def _head(name: str, note: str | None = None) -> Head:
+    better = BETTER.get(name, "")
+    return Head(label(name), f"{better} is better" if note is None and better else note or "", better == "higher")
+
+
+def _steps(cell: Cell) -> list[Value]:
+    if not cell.steps:
+        return [Value("–"), Value("–")]
+    return [Value(str(cell.steps), sort=cell.steps), _plain(cell.nfe)]
+
+
+def _figure(name: str, cell: Cell, found: Sequence[Cell], *, ends: bool) -> Value:
+    if name not in cell.figures:
+        return Value("–")
+    own, places = cell.figures[name], digits(name, found)
+    unit = " %" if percent(name) else ""
+    return Value(number(name, own.value, places) + unit, spread(name, own, places, ends=ends), own.value)
+
+
+def _plain(value: float | None, places: int | None = None) -> Value:
+    if value is None:
+        return Value("–")
+    return Value(f"{value:g}" if places is None else figure(value, places), sort=value)
+
+
+def _text(value: str) -> Value:
+    return Value(value or "–", sort=value or None)
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """Every row with every figure, its interval and count, and its times: a line a model, step count and seed."""
+    figures = [measured(row) for row in rows]
+    known = list(dict.fromkeys(name for each in figures for name in each))
+    stages = list(dict.fromkeys(name for row in rows for name in row.get("latency_ms") or {}))
+    parts = [f"{name}{part}" for name in known for part in ("", "_low", "_high", "_n", "_of")]
+    target = io.StringIO()
+    writer = csv.writer(target, lineterminator="\r\n")
+    writer.writerow([*FACTS, *parts, *(f"latency_ms_{name}" for name in stages), *COSTS])
+    for row, own in zip(rows, figures, strict=True):
+        line: list[Any] = [row.get(name) for name in FACTS]
+        for name in known:
+            found = own.get(name)
+            line += [None] * 5 if found is None else [found.value, found.low, found.high, found.n, found.of]
+        timing = row.get("latency_ms") or {}
+        line += [timing.get(name) for name in stages] + [row.get(name) for name in COSTS]
+        writer.writerow(map(_harmless, line))
+    return target.getvalue()
+
+
+def _harmless(value: Any) -> Any:
+    """A text that a spreadsheet would run as a formula gets an apostrophe before it."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" and value else value

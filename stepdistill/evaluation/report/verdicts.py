@@ -1,0 +1,93 @@
+"""What the students gained, what is left to their teachers, and what training them cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stepdistill.evaluation.cells import Cell
+from stepdistill.evaluation.compare import Comparison, compare
+from stepdistill.evaluation.summary import figure
+
+FEW = 8  # steps at most, of the cell that a student is known by
+SAID = {"equal": "equal within the interval", "better": "better", "worse": "worse"}
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A student's cell beside its teacher's.
+
+    Attributes:
+        same: the teacher's at as many steps; None where it was not measured. last: the teacher's longest.
+        gap: of the distances, student - last; None where one has no interval.
+    """
+
+    cell: Cell
+    same: Cell | None
+    last: Cell
+    gap: Comparison | None
+
+    @property
+    def nearer(self) -> float | None:
+        """How many times nearer the student is to real pictures than its teacher in as many steps."""
+        return self.same.fd / self.cell.fd if self.same is not None and self.cell.fd > 0 else None
+
+
+def gains(found: Sequence[Cell]) -> list[Gain]:
+    """Each cell of each student beside its teacher's: of what it was made from, or else of the first measured.
+
+    Without a teacher there is nothing to say.
+    """
+    measured = [cell for cell in found if cell.steps > 0 and cell.fd is not None]
+    teachers = [cell for cell in measured if cell.method == "teacher"]
+    said = []
+    for cell in measured:
+        if not teachers or cell.method == "teacher":
+            continue
+        own = next((c for c in teachers if str(c.spec).split(",")[0] == cell.teacher), teachers[0])
+        baseline = [c for c in teachers if c.model == own.model]
+        same = next((c for c in baseline if c.steps == cell.steps), None)
+        gap = next(iter(compare(cell, baseline[-1], ("fd",))), None)
+        said.append(Gain(cell, same, baseline[-1], gap))
+    return said
+
+
+def verdicts(gained: Sequence[Gain]) -> list[dict[str, Any]]:
+    """For each student, its best cell of few steps against its teacher's longest: the page's headline.
+
+    Returns:
+        cell, model, steps, and stats: (figure, what it is) pairs.
+    """
+    several = len({gain.last.model for gain in gained}) > 1
+    said = []
+    for model in dict.fromkeys(gain.cell.model for gain in gained):
+        few = [gain for gain in gained if gain.cell.model == model and gain.cell.steps <= FEW]
+        if not few:
+            continue
+        best = min(few, key=lambda gain: gain.cell.fd)
+        cell, last, same = best.cell, best.last, best.same
+        who = last.model if several else "the teacher"
+        at = f"{cell.steps} step{'s' * (cell.steps > 1)}"
+        half = cell.figures["fd"].half
+        trust = "" if half is None else f" ± {figure(half, 1)}"
+        stats = [(figure(cell.fd, 1), f"FD{trust}, where {who} has {figure(last.fd, 1)} at {last.steps} steps")]
+        if last.fd > 0:
+            word = f": {SAID[best.gap.word]}" if best.gap else ""
+            stats.append((f"{figure(cell.fd / last.fd, 2)}×", f"{who}’s distance at {last.steps} steps{word}"))
+        if same is not None and same.fd > 0:
+            stats.append((f"{figure(cell.fd / same.fd, 2)}×", f"{who}’s distance at the same {at}"))
+        if cell.latency and last.latency:
+            faster = figure(last.latency / cell.latency, 1)
+            stats.append((f"{faster}×", f"faster than {who} at {last.steps} steps"))
+        said.append({"cell": cell, "model": model, "steps": at, "stats": stats})
+    return said
+
+
+def duration(seconds: float | None) -> str:
+    """A time of training, for people."""
+    if seconds is None:
+        return "–"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

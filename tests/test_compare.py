@@ -1,0 +1,240 @@
+"""The verdict on two runs: equal where they are, better or worse where they are not, refused where it means nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import test_suite
+import torch
+from test_suite import base, protocol, tools  # noqa: F401 (fixtures)
+from torch import Tensor
+
+from stepdistill import cli
+from stepdistill.errors import InputError
+from stepdistill.evaluation.cells import Cell, cells, read_run
+from stepdistill.evaluation.compare import compare, pairs
+from stepdistill.evaluation.figures import Figure, difference
+from stepdistill.evaluation.frechet import Moments, frechet_figure
+from stepdistill.evaluation.protocols import ExtractorSpec, Protocol
+from stepdistill.evaluation.records import Book, units_file
+
+PROTOCOL = Protocol("tiny", 400, "set", "set", ExtractorSpec("pools", 32), guidance=2.0)
+CONTENT = {"prompts": "p" * 64, "reference": "r" * 64}
+
+
+def draws(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def row(model: str, steps: int, seed: int | None, found: dict[str, Figure], by: Protocol = PROTOCOL):
+    metrics = {
+        name: dict(zip(("low", "high"), f.interval(), strict=True))
+        | {"value": f.value, "n": len(f.influence), "of": f.unit}
+        for name, f in found.items()
+    }
+    return {
+        "protocol": by.name, "protocol_hash": by.hash(CONTENT), "n": by.n, "model": model,
+        "settings": by.settings() | {"content": CONTENT}, "weights": model, "steps": steps, "seed": seed,
+        "guidance": 1.0, "fd_extractor": "Pools", "metrics": metrics,
+    }  # fmt: skip
+
+
+def run(folder, *measured: tuple[str, int, int | None, dict[str, Figure]]):
+    """A folder of these cells, with their influences."""
+    book = Book(folder, PROTOCOL.hash(CONTENT), PROTOCOL.name)
+    for model, steps, seed, found in measured:
+        each = row(model, steps, seed, found)
+        book.units(each, found)
+        book.add(each)
+    return folder
+
+
+def loose(found: dict[str, Figure], seed: int = 0) -> Cell:
+    """A cell whose influences were not kept."""
+    return cells([row("m", 4, seed, found)])[0]
+
+
+def test_two_runs_of_one_model_with_different_seeds_are_called_equal():
+    """Of 300 pairs of 95 %, fewer than 4 or more than 27 would be told apart once in 500 times."""
+    reference = Moments.of(draws(10_000, 20_000, 4))
+    runs = [
+        loose({"fd": frechet_figure(0.5 + 1.2 * draws(seed, 400, 4), reference),
+               "clip_score": Figure.mean(30 + draws(seed + 5_000, 400))}, seed)
+        for seed in range(600)
+    ]  # fmt: skip
+    for name in ("fd", "clip_score"):
+        words = [compare(a, b, [name])[0].word for a, b in zip(runs[::2], runs[1::2], strict=True)]
+        assert 273 <= words.count("equal") <= 296, (name, words)
+
+
+def test_a_known_shift_is_called_better_or_worse_by_what_the_figure_means():
+    reference = Moments.of(draws(10_000, 20_000, 4))
+
+    def at(shift: float, seed: int) -> Cell:
+        features = shift + draws(seed, 400, 4)
+        score, other = Figure.mean(30 - shift + draws(seed + 1, 400)), Figure.mean(shift + draws(seed + 2, 400))
+        return loose({"fd": frechet_figure(features, reference), "clip_score": score, "unheard of": other}, seed)
+
+    near, far = at(0.2, 100), at(0.6, 200)
+    assert {c.name: c.word for c in compare(near, far)} == {
+        "fd": "better",
+        "clip_score": "better",
+        "unheard of": "lower",
+    }
+    assert {c.name: c.word for c in compare(far, near)} == {
+        "fd": "worse",
+        "clip_score": "worse",
+        "unheard of": "higher",
+    }
+    (gap,) = compare(near, far, ["clip_score"])
+    assert gap.gap.low < 0.4 < gap.gap.high and not gap.gap.paired
+
+
+def test_pictures_of_the_same_noise_are_compared_one_by_one_and_the_interval_is_narrower(tmp_path):
+    hard = 3 * draws(0, 400)
+    ours, theirs = Figure.mean(30 + hard + 0.3 * draws(1, 400)), Figure.mean(29.8 + hard + 0.3 * draws(2, 400))
+    a = run(tmp_path / "a", ("m", 4, 0, {"clip_score": ours}))
+    b = run(tmp_path / "b", ("m", 4, 0, {"clip_score": theirs}))
+    (paired,) = compare(*pairs(read_run(a), read_run(b))[0])
+    exact = difference(ours, theirs, paired=True)
+    assert paired.gap.paired and paired.word == "better"
+    # influences are kept in single precision
+    assert (paired.gap.value, paired.gap.low, paired.gap.high) == pytest.approx(
+        (exact.value, exact.low, exact.high), abs=1e-6
+    )
+    for file in (tmp_path / "b" / "units").iterdir():
+        file.unlink()
+    (apart,) = compare(*pairs(read_run(a), read_run(b))[0])
+    exact = difference(ours, theirs, paired=False)
+    assert not apart.gap.paired and apart.word == "equal"
+    assert (apart.gap.low, apart.gap.high) == pytest.approx((exact.low, exact.high), abs=1e-6)
+    assert paired.gap.high - paired.gap.low < 0.2 * (apart.gap.high - apart.gap.low)
+
+
+def test_what_was_not_drawn_alike_is_not_paired(tmp_path):
+    figure = Figure.mean(draws(0, 400))
+    real = Figure(figure.value, figure.influence, "real pictures")
+    first = read_run(run(tmp_path / "a", ("m", 4, 0, {"clip_score": figure, "recall": figure})))
+    for name, seed, found in (("seed", 1, {"clip_score": figure}), ("unit", 0, {"recall": real})):
+        other = read_run(run(tmp_path / name, ("m", 4, seed, found)))
+        assert [c.gap.paired for c in compare(first[0], other[0])] == [False]
+    floor = read_run(run(tmp_path / "floor", ("real", 0, None, {"clip_score": figure})))
+    assert not compare(first[0], floor[0])[0].gap.paired
+
+
+def test_of_several_seeds_those_of_both_are_averaged_prompt_by_prompt(tmp_path):
+    ours = [Figure.mean(draws(seed, 400)) for seed in range(3)]
+    theirs = [Figure.mean(draws(seed + 10, 400)) for seed in range(2)]
+    a = read_run(run(tmp_path / "a", *(("m", 4, i, {"clip_score": f}) for i, f in enumerate(ours))))
+    b = read_run(run(tmp_path / "b", *(("m", 4, i, {"clip_score": f}) for i, f in enumerate(theirs))))
+    (found,) = compare(a[0], b[0])
+    gaps = torch.stack([ours[i].value + ours[i].influence - theirs[i].value - theirs[i].influence for i in range(2)])
+    exact = Figure.mean(gaps.mean(0))
+    assert found.gap.paired and found.gap.value == pytest.approx(exact.value, abs=1e-9)
+    assert (found.gap.low, found.gap.high) == pytest.approx(exact.interval(), abs=1e-6)
+    assert found.a.value == pytest.approx((ours[0].value + ours[1].value) / 2)
+
+
+def test_rows_of_two_protocols_are_refused_and_what_differs_is_named():
+    found = {"clip_score": Figure.mean(draws(0, 400))}
+    other = Protocol("tiny", 300, "set", "set", ExtractorSpec("pools", 64), version=2, guidance=2.0)
+    one, two = (cells([row("m", 4, 0, found, by)])[0] for by in (PROTOCOL, other))
+    with pytest.raises(InputError, match=r"differ in n 400 and 300, extractor.size 32 and 64, version 1 and 2;"):
+        compare(one, two)
+    same = cells([row("m", 4, 0, found) | {"protocol_hash": "x", "settings": PROTOCOL.settings() | {"content": {
+        "prompts": "q" * 64, "reference": "r" * 64}}}])[0]  # fmt: skip
+    with pytest.raises(InputError, match=r"differ in content.prompts p{16}… and q{16}…;"):
+        compare(one, same)
+    old = [cells([row("m", 4, 0, found, p) | {"settings": None}])[0] for p in (PROTOCOL, other)]
+    with pytest.raises(InputError, match="differ in n 400 and 300;"):
+        compare(*old)
+    blind = cells([row("m", 4, 0, found) | {"protocol_hash": "x", "settings": None}])[0]
+    with pytest.raises(InputError, match="what these rows do not record"):
+        compare(old[0], blind)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A teacher and a student at two step counts, and a second student alone in another folder."""
+    hard = draws(0, 400)
+
+    def figures(seed: int, fd: float) -> dict[str, Figure]:
+        return {"fd": Figure(fd, 20 * hard + draws(seed, 400)), "kid": Figure(fd / 1e4, 0.001 * draws(seed + 1, 400))}
+
+    run(tmp_path / "b", ("again", 4, 0, figures(40, 25.0)))
+    return run(
+        tmp_path / "a", ("teacher", 4, 0, figures(10, 50.0)), ("teacher", 50, 0, figures(20, 25.0)),
+        ("student", 4, 0, figures(30, 25.05)), ("student", 8, 0, figures(50, 24.0)),
+    )  # fmt: skip
+
+
+def said(capsys, *argv: object) -> tuple[int, str, str]:
+    code = cli.main(["bench", "compare", *map(str, argv)])
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+def test_the_command_compares_two_models_of_one_run_at_the_steps_of_both(folder, capsys):
+    code, out, _ = said(capsys, folder, "--model-a", "student", "--model-b", "teacher")
+    assert code == 0 and re.search(r"4 +FD +25\.\d+ +50\.\d+ +−2[45]\.\d+ .* 400 +better", out) and " 50 " not in out
+    code, out, _ = said(
+        capsys, folder, "--model-a", "student", "--steps-a", 4, "--model-b", "teacher", "--steps-b", 50, "--json"
+    )
+    told = json.loads(out)
+    assert code == 0 and (told["a"]["model"], told["b"]["model"], told["n"]) == ("student", "teacher", 400)
+    fd = told["comparisons"][0]
+    assert (
+        fd["metric"] == "fd" and fd["verdict"] == "equal" and fd["paired"] and (fd["steps_a"], fd["steps_b"]) == (4, 50)
+    )
+    assert fd["low"] < fd["difference"] < fd["high"] and fd["difference"] == pytest.approx(0.05)
+
+
+def test_the_command_finds_the_only_model_of_a_run(folder, capsys):
+    code, out, _ = said(capsys, folder, folder.parent / "b", "--model-a", "student", "--metric", "kid")
+    assert code == 0 and "again" in out and "KID" in out and "FD " not in out.split("\n\n")[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "--model-a: got none; allowed: teacher, student"),
+        (["--model-a", "nobody"], "got nobody"),
+        (["--model-a", "student"], "--model-b: got none"),
+        (["--model-a", "student", "--model-b", "teacher", "--steps-a", "3"], "--steps-a: got 3; allowed: 4, 8"),
+        (["--model-a", "student", "--model-b", "teacher", "--metric", "cmmd"], "--metric: got cmmd"),
+        (["nowhere"], "holds no results.jsonl"),
+    ],
+)
+def test_bad_input_gets_one_line(folder, capsys, flags, words):
+    code, _, err = said(capsys, folder, *flags)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+def test_what_a_benchmark_keeps_is_what_is_compared(base, protocol, tools, tmp_path):  # noqa: F811
+    models = {"ddim": f"{base},scheduler=ddim", "euler": f"{base},scheduler=euler"}
+    test_suite.run(models, protocol, tools, tmp_path, (2,))
+    found = read_run(tmp_path)
+    told = compare(*pairs(found, found, "ddim", "euler")[0])
+    assert {c.name for c in told} >= {"fd", "clip_score", "attribute_accuracy"} and all(c.gap.paired for c in told)
+    assert all(c.word == "equal" for c in compare(*pairs(found, found, "ddim", "ddim")[0]))
+    assert found[0].row["settings"]["extractor"]["name"] == "pools" and found[0].row["settings"]["content"] == {
+        "prompts": "k"
+    }
+
+
+def test_a_damaged_influence_file_is_named(folder, capsys):
+    (cell,) = (c for c in read_run(folder) if (c.model, c.steps) == ("student", 4))
+    units_file(folder, cell.row).write_bytes(b"nothing")
+    code, _, err = said(capsys, folder, "--model-a", "student", "--model-b", "teacher")
+    assert code == 2 and "which is damaged" in err and "student_4" in err
+
+
+def test_help_lists_the_words_of_bench_and_bench_itself_still_takes_flags(capsys):
+    assert cli.main([]) == 0
+    told = capsys.readouterr().out
+    assert "bench compare" in told and "bench gate" in told
+    assert cli.main(["bench", "--help"]) == 0 and "bench compare" in capsys.readouterr().out
+    assert cli.main(["bench", "compare", "--help"]) == 0 and "--model-a" in capsys.readouterr().out
+    assert cli.main(["compare"]) == 2 and "did you mean bench compare?" in capsys.readouterr().err
