@@ -60,8 +60,8 @@ def words(prompts):
     return torch.tensor([[len(p), p.count("a") + 1, 1] for p in prompts])
 
 
-@pytest.fixture
-def tools() -> Instruments:
+def instruments() -> Instruments:
+    """What the tiny protocol measures with: five prompts, five pictures, and networks of a line."""
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randint(0, 256, (5, 3, 32, 32), generator=generator, dtype=torch.uint8)
     truth = [{"hat": "no" if i % 2 else "yes"} for i in range(5)]
@@ -73,9 +73,17 @@ def tools() -> Instruments:
     return Instruments(prompts, extractor, reference, clip, probes, (("prompts", "k"),))
 
 
-@pytest.fixture(scope="module")
+TINY = Protocol("tiny", 5, "set", "set", ExtractorSpec("pools"), guidance=2.0)
+
+
+@pytest.fixture
+def tools() -> Instruments:
+    return instruments()
+
+
+@pytest.fixture
 def protocol() -> Protocol:
-    return Protocol("tiny", 5, "set", "set", ExtractorSpec("pools"), guidance=2.0)
+    return TINY
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +123,10 @@ def test_rows_have_every_field_and_the_figures_of_a_hand_computation(base, proto
     assert row["attribute_accuracy"] == 0.6 and row["attributes"] == {"hat": 0.6}
 
 
-def test_every_step_count_starts_from_the_same_latents(base, protocol, tools, monkeypatch):
+def test_every_step_count_starts_from_the_same_latents(base, protocol, tools, tmp_path, monkeypatch):
     from diffusers import StableDiffusionPipeline
 
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path))
     seen: dict[int, list] = {}
     original = StableDiffusionPipeline.prepare_latents
 
