@@ -301,8 +301,19 @@ def test_statistics_are_cached_by_content_and_rebuilt_when_damaged(pictures, tmp
     kept = next(tmp_path.glob("statistics-*.safetensors"))
     kept.write_bytes(kept.read_bytes()[:100])
     assert torch.equal(make().mean, first.mean) and told == [4, 2, 4, 2]
+    Moments.of(torch.rand(9, 12)).save(kept)  # of another protocol, under this one's name
+    assert torch.equal(make().mean, first.mean) and told == [4, 2] * 3
     other = dataclasses.replace(tools.extractor, resize="bilinear")
     assert metrics.statistics_name(other, reference, 6) != metrics.statistics_name(tools.extractor, reference, 6)
+
+
+def test_shipped_statistics_of_another_protocol_are_refused(tmp_path, tools, monkeypatch):
+    monkeypatch.setattr(metrics.embedded, "path", lambda _: tmp_path)
+    reference = dataclasses.replace(tools.prompts, name="avatars:train")
+    file = tmp_path / metrics.statistics_name(tools.extractor, reference, 5)
+    Moments.of(torch.rand(9, 12)).save(file)
+    with pytest.raises(InputError, match=f"got {file}, of 9 pictures and 12 features; allowed: 5 and 12"):
+        reference_statistics(tools.extractor, reference)
 
 
 def test_sets_that_are_none_are_refused(tmp_path):

@@ -69,7 +69,7 @@ class Config:
 def main(config: Config) -> int:
     """Runs the benchmark; 2 where a cell failed. What can be wrong is looked for before anything is measured."""
     from stepdistill import files
-    from stepdistill.evaluation import places, processes, records, spec, suite
+    from stepdistill.evaluation import places, records, spec, suite
 
     models, steps = spec.as_models(config.model), suite.check_steps(config.steps)
     device = device_of(config.device)
@@ -92,7 +92,6 @@ def main(config: Config) -> int:
         return 0
     results = suite.evaluate(models, protocol, steps, out=config.out, seed=config.seed, settings=settings)
     if not results.main:
-        processes.leave()
         return 0
     resolved = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()} | {
         "device": device, "pictures": {name: str(folder) for name, folder in results.store.cells.items()},
@@ -114,7 +113,6 @@ def main(config: Config) -> int:
     for failure in results.failed:
         at = f" at {failure.steps} steps" if failure.steps else ""
         print(f"failed: {failure.model}{at}: {failure.reason}", file=sys.stderr)
-    processes.leave()
     return 2 if results.failed else 0
 
 

@@ -77,7 +77,7 @@ def reference_statistics(
     for file in (shipped, kept):
         if file.is_file():
             try:
-                return Moments.load(file)
+                return _of(Moments.load(file), extractor, count, file)
             except InputError:
                 if file == shipped != kept:
                     raise
@@ -93,6 +93,16 @@ def reference_statistics(
         moments = moments + Moments.of(extractor(pictures))
         progress(len(pictures), count)
     moments.save(kept)
+    return moments
+
+
+def _of(moments: Moments, extractor: Extractor, count: int, file: Path) -> Moments:
+    """Moments, where they are of that many pictures and of that extractor's features."""
+    if (moments.count, len(moments.mean)) != (count, extractor.dim):
+        raise InputError(
+            f"statistics: got {file}, of {moments.count} pictures and {len(moments.mean)} features; allowed: {count} "
+            f"and {extractor.dim}, which the protocol names; delete it and it is made again"
+        )
     return moments
 
 

@@ -9,6 +9,7 @@ they are those of one process: what is kept of a batch depends on that batch alo
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ class Processes:
             return cls()
         from accelerate import PartialState
 
+        if not torch.distributed.is_initialized():
+            atexit.register(_leave)
         state = PartialState(cpu=torch.device(device).type == "cpu", timeout=PATIENCE)
         if state.num_processes != launched:
             raise InputError(
@@ -98,7 +101,7 @@ def reason(error: Exception) -> str:
     return words if isinstance(error, InputError) else f"{type(error).__name__}: {words}"
 
 
-def leave() -> None:
-    """Parts from the other processes; NCCL complains at the end of one that did not."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+def _leave() -> None:
+    """Parts from the other processes. Threads of gloo and NCCL that still listen when Python ends may abort it."""
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

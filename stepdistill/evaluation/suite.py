@@ -12,7 +12,7 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,9 +133,8 @@ def evaluate(
     weight = 4
     total = protocol.n * len(models) * sum(2 * s + weight for s in steps)
     for turn in (True, False) if instruments is None else ():  # statistics are made once, and then read
-        with team.alike():
+        with team.alike(), closing(ReferenceBar(settings.progress)) as told:
             if team.main is turn:
-                told = ReferenceBar(settings.progress)
                 instruments = prepare(protocol, device=settings.device, batch=settings.batch, progress=told)
     with progress_bar(total, settings.progress) as bar, quiet(), Store(settings.keep) as store:
         with team.alike():
