@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from test_suite import PROMPTS, TINY, instruments
 from test_trainer import environment
 
 from stepdistill.draws import Draws
+from stepdistill.errors import InputError
 from stepdistill.evaluation import generate, pictures, spec, suite
+from stepdistill.evaluation.processes import Processes
 from stepdistill.evaluation.records import read_rows
 
 TIMES = ("latency_ms", "peak_memory_mb", "command")
@@ -128,7 +131,7 @@ def test_a_batch_that_is_damaged_is_drawn_again_and_no_other(base, cache, drawn,
     drawn.clear()
     again = run(base)
     assert drawn == [(2, 2)] and figures(again.rows) == figures(first.rows)
-    assert "1 kept batches were broken and are drawn again" in again.store.line()
+    assert "1 kept batches were broken and were drawn again" in again.store.line()
     assert {file.name: file.read_bytes() for file in cell.iterdir()} == before
     assert run(base).store.broken == 0 and drawn == [(2, 2)]
 
@@ -199,7 +202,7 @@ def test_a_cache_that_cannot_be_written_ends_no_benchmark(base, cache):
 def test_a_disk_without_room_for_the_whole_cell_is_not_filled(base, cache, monkeypatch):
     usage = shutil.disk_usage(cache.parent)._replace(free=2 * 5 * 3 * 32 * 32 - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    assert "has not twice the room" in run(base).store.line() and not [*cache.glob("*/*/*.png")]
+    assert run(base).store.line().startswith("pictures: some could not be kept") and not [*cache.glob("*/*")]
 
 
 def test_a_pipeline_that_is_handed_over_is_always_drawn(cache, drawn):
@@ -312,6 +315,23 @@ def test_two_processes_share_a_benchmark_and_fail_together(base, cache, tmp_path
     assert [row["steps"] for row in failing["rows"]] == [row["steps"] for row in also["rows"]] == [4]
 
 
+def test_launched_processes_that_do_not_find_each_other_are_refused(monkeypatch):
+    import accelerate
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    alone = SimpleNamespace(num_processes=1, process_index=0)
+    monkeypatch.setattr(accelerate, "PartialState", lambda **_: alone)
+    with pytest.raises(InputError, match="got 2 launched, which do not find each other on cpu"):
+        Processes.found("cpu")
+
+
+def test_a_drawn_picture_lies_in_memory_as_one_that_is_read():
+    images = torch.rand(2, 3, 8, 8)
+    drawn = generate.to_uint8(images.to(memory_format=torch.channels_last))
+    assert drawn.is_contiguous() and torch.equal(drawn, generate.to_uint8(images.permute(0, 2, 3, 1).numpy()))
+
+
 def test_every_part_of_a_pipelines_settings_is_in_its_hash():
     pipe = tiny.sd()
     before = pictures.setup_of(pipe)
@@ -319,7 +339,9 @@ def test_every_part_of_a_pipelines_settings_is_in_its_hash():
     pipe.unet.register_to_config(sample_size=16)
     larger = pictures.setup_of(pipe)
     pipe.text_encoder.config.num_attention_heads = 1
-    assert len({before, larger, pictures.setup_of(pipe)}) == 3
+    fewer = pictures.setup_of(pipe)
+    pipe.vae.to(memory_format=torch.channels_last)
+    assert len({before, larger, fewer, pictures.setup_of(pipe)}) == 4
 
 
 def test_nothing_of_a_cell_is_read_while_its_manifest_is_missing(base, cache, drawn):

@@ -136,7 +136,7 @@ class Series:
     prompts: Sequence[str] | None
     n: int
     batch: int
-    _encoded: dict[int, dict[str, Any]] = field(default_factory=dict)
+    _encoded: dict[int, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
 
     def draw(self, steps: int, first: int, count: int) -> Drawn:
         """Pictures number `first` to `first + count - 1`.
@@ -173,6 +173,8 @@ def evaluated(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 def to_uint8(images: Any) -> Tensor:
     """What a pipeline returns, in [0, 1] as a tensor (B, 3, H, W) or an array (B, H, W, 3), to uint8 on the CPU.
 
+    It is contiguous, as pictures read from files are: convolutions of other layouts round otherwise.
+
     Raises:
         InputError: a value is not finite.
     """
@@ -182,7 +184,7 @@ def to_uint8(images: Any) -> Tensor:
         raise InputError("pictures: got NaN from the model; try dtype=fp32 (or bf16), or look at its training")
     if images.shape[1] == 1:
         images = images.expand(-1, 3, -1, -1)
-    return images.clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+    return images.clamp(0, 1).mul(255).round().to(torch.uint8).cpu().contiguous()
 
 
 @torch.no_grad()

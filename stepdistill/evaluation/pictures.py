@@ -33,7 +33,11 @@ COMPRESSION = 1  # of PNG: the fastest, some 5 % larger than the usual
 
 
 def setup_of(pipeline) -> str:
-    """16 hex digits of what a pipeline draws by beside its weights: every part's configuration, and so the size."""
+    """16 hex digits of what a pipeline draws by beside its weights.
+
+    That is every part's configuration, which says the size, and whether its weights lie in memory in another order, as
+    channels_last, which rounds otherwise.
+    """
     told: dict[str, Any] = {}
     for name, part in {"": pipeline, **pipeline.components}.items():
         config = getattr(part, "config", None)
@@ -42,6 +46,8 @@ def setup_of(pipeline) -> str:
             continue
         settings = config if isinstance(config, Mapping) else config.to_dict()
         told[name] = {k: v for k, v in settings.items() if not k.startswith("_") and k != "transformers_version"}
+        if isinstance(part, torch.nn.Module):
+            told[f"{name} in order"] = all(weight.is_contiguous() for weight in part.parameters())
     return _hash(told)[:16]
 
 
@@ -78,11 +84,12 @@ class Store:
         return Cell(self, measured if measured.is_dir() else cache / "drawing" / key, facts, n)
 
     def finish(self, name: str, cell: Cell) -> None:
-        """A cell is measured: it stays, or goes."""
+        """A cell is measured: it stays where all of it is there and is to be kept, or goes."""
         place = cache_folder() / "pictures" / cell.folder.name
         if cell.folder != place and cell.folder.is_dir():
             try:
-                if not self.keep or _bytes(cell.folder) > LIMIT:
+                sizes = _sizes(cell.folder)
+                if not self.keep or len(sizes) < cell.n or sum(sizes) > LIMIT:
                     raise OSError("not to be kept")
                 place.parent.mkdir(parents=True, exist_ok=True)
                 cell.folder.rename(place)
@@ -97,17 +104,18 @@ class Store:
         """What there is to say in the end; None where nothing is kept and nothing was wrong."""
         said = []
         if self.cells:
-            size = sum(map(_bytes, self.cells.values())) / 1e6
+            size = sum(sum(_sizes(folder)) for folder in self.cells.values()) / 1e6
             said.append(f"{len(self.cells)} cells, {size:.1f} MB in {cache_folder() / 'pictures'}")
         if self.broken:
-            said.append(f"{self.broken} kept batches were broken and are drawn again")
+            said.append(f"{self.broken} kept batches were broken and were drawn again")
         if self.why_not:
             said.append(f"some could not be kept ({self.why_not})")
         return f"pictures: {'; '.join(said)}" if said else None
 
 
-def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+def _sizes(folder: Path) -> list[int]:
+    """Bytes of each picture in a folder."""
+    return [file.stat().st_size for file in folder.glob("[0-9]*.png")]
 
 
 class Cell:

@@ -102,7 +102,7 @@ def evaluate(
     instruments: Instruments | None = None,
     command: str | None = None,
 ) -> Results:
-    """Measures one model or several.
+    """Measures one model or several. Where several processes were launched, each must call it, with the same arguments.
 
     Args:
         pipeline: a SPEC, a ModelSpec, a loaded diffusers pipeline, a sequence of SPECs, or a mapping
@@ -245,7 +245,8 @@ class _Bench:
     def _model_cell(self, row: dict[str, Any], series: generate.Series, setup: str | None, unit: int) -> None:
         """A cell that is drawn, or read where it was drawn before. A pipeline that was handed over as an object, which
         has no `setup`, is always drawn: what it does is not in its weights and settings alone."""
-        cell = None if setup is None else self.store.cell(self._key(row, setup), self.protocol.n)
+        key = self._key(row, series.sampler, setup)
+        cell = None if setup is None else self.store.cell(key, self.protocol.n)
 
         def draw(first: int, count: int) -> Drawn:
             drawn = cell.read(first, count) if cell else None
@@ -261,12 +262,12 @@ class _Bench:
         if cell and self.team.main:
             self.store.finish(records.grid_name(self.facts | row).removesuffix(".png"), cell)
 
-    def _key(self, row: Mapping[str, Any], setup: str) -> dict[str, Any]:
+    def _key(self, row: Mapping[str, Any], sampler: generate.Sampler, setup: str | None) -> dict[str, Any]:
         """All that a picture's bits depend on."""
+        told = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler) if f.name != "pipeline"}
         libraries = {name: self.facts["versions"].get(name) for name in LIBRARIES}
-        named = {k: row[k] for k in ("weights", "steps", "guidance", "sigmas", "dtype")}
-        shared = {k: self.facts[k] for k in ("seed", "batch", "device")}
-        return {"setup": setup, "prompts": self.tools.prompts.key, "libraries": libraries} | named | shared
+        named = {k: row[k] for k in ("weights", "steps", "dtype")} | {k: self.facts[k] for k in ("batch", "device")}
+        return {"setup": setup, "prompts": self.tools.prompts.key, "sampler": told, "libraries": libraries} | named
 
     def _reconstruction(self, name: str, pipeline) -> None:
         key = hashes.of_module(pipeline.vae)[:16]
