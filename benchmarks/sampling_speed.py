@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,15 +52,12 @@ class Config:
     """JSON file for the figures."""
 
 
-@torch.no_grad()
-def compare(sampler: Sampler, prompt: str, *, steps: int, batch: int, rounds: int) -> dict[str, float]:
-    """Medians over the rounds, in ms, and the median of the rounds' ratios with its spread.
-
-    Returns:
-        generation_ms, forward_ms (one call of the network), calls, decode_ms, ratio, ratio_low, ratio_high (quartiles).
-    """
+def parts(
+    sampler: Sampler, condition: dict[str, Any], *, steps: int, batch: int
+) -> tuple[int, Callable[[], None], Callable[[], None]]:
+    """What generation must do: how often it calls the network, and the calls of the network and of the decoder by
+    themselves, with the very tensors that generation gives them."""
     pipeline, network = sampler.pipeline, backbone(sampler.pipeline)
-    condition = sampler.encode([prompt] * batch)
     calls: list[tuple[tuple, dict]] = []
     decoded: list[tuple[tuple, dict]] = []
     hook = network.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
@@ -81,28 +79,46 @@ def compare(sampler: Sampler, prompt: str, *, steps: int, batch: int, rounds: in
         for args, kwargs in decoded:
             decode(*args, **kwargs)
 
+    return len(calls), forwards, decodes
+
+
+@torch.no_grad()
+def compare(sampler: Sampler, prompt: str, *, steps: int, batch: int, rounds: int) -> dict[str, float]:
+    """Medians over the rounds, in ms, and the median of the rounds' ratios with its spread.
+
+    Returns:
+        generation_ms, forward_ms (one call of the network), calls, decode_ms, ratio, ratio_low, ratio_high (quartiles).
+    """
+    condition = sampler.encode([prompt] * batch)
+    calls, forwards, decodes = parts(sampler, condition, steps=steps, batch=batch)
+
     def generation() -> None:
         sampler(condition, first=0, count=batch, steps=steps)
 
-    jobs: dict[str, Callable[[], None]] = {"generation": generation, "forwards": forwards, "decodes": decodes}
-    for job in jobs.values():
-        job()
-    taken: dict[str, list[float]] = {name: [] for name in jobs}
-    for i in range(rounds):
-        order = list(jobs) if i % 2 == 0 else list(reversed(jobs))
-        for name in order:
-            taken[name].append(_milliseconds(jobs[name], network.device))
+    jobs = {"generation": generation, "forwards": forwards, "decodes": decodes}
+    taken = by_turns(jobs, rounds, backbone(sampler.pipeline).device)
     ratios = [g / (f + d) for g, f, d in zip(*taken.values(), strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
     return {
         "generation_ms": statistics.median(taken["generation"]),
-        "forward_ms": statistics.median(taken["forwards"]) / len(calls),
-        "calls": len(calls),
+        "forward_ms": statistics.median(taken["forwards"]) / calls,
+        "calls": calls,
         "decode_ms": statistics.median(taken["decodes"]),
         "ratio": statistics.median(ratios),
         "ratio_low": low,
         "ratio_high": high,
     }
+
+
+def by_turns(jobs: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """The ms of each job in each round, after one round that is not timed; every second round goes backwards."""
+    for job in jobs.values():
+        job()
+    taken: dict[str, list[float]] = {name: [] for name in jobs}
+    for i in range(rounds):
+        for name in list(jobs) if i % 2 == 0 else list(reversed(jobs)):
+            taken[name].append(_milliseconds(jobs[name], device))
+    return taken
 
 
 def _milliseconds(job: Callable[[], None], device: torch.device) -> float:

@@ -185,6 +185,40 @@ def test_a_folders_pictures_are_brought_to_a_size_as_training_brings_them(mixed,
 
 
 @pytest.mark.usefixtures("pools")
+def test_a_set_that_is_broken_uneven_or_too_small_is_told_in_one_line_and_leaves_nothing(
+    tmp_path, pipelines, mixed, capsys
+):
+    command = ["bench", "--model", pipelines["sd"], "--steps", 1, "--out", tmp_path / "out", "--batch", 2]
+    broken = tmp_path / "broken"
+    shutil.copytree(mixed, broken)
+    (broken / "4.png").write_bytes((mixed / "4.png").read_bytes()[:300])
+    line = refused(capsys, *command, "--data", broken)
+    assert f"got {broken / '4.png'}, which is broken" in line and "replace or remove it" in line
+    line = refused(capsys, *command, "--data", mixed, "--n", 9)
+    assert "got 7 prompts for n=9; lower n or add prompts" in line
+    (tmp_path / "uneven.yaml").write_text(
+        f"name: uneven\nn: 7\nprompts: {mixed}\nreference: {mixed}\nextractor: {{name: efficientnet_lite2}}\n"
+    )
+    line = refused(capsys, *command, "--protocol", tmp_path / "uneven.yaml")
+    assert "several sizes (1.png of 48 x 32 among others of 32 x 32); allowed: one; give the protocol a size" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("pools")
+def test_bench_says_where_the_pictures_are_and_keeps_none_where_it_is_told_so(
+    tmp_path, pipelines, mixed, capsys, monkeypatch
+):
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
+    command = ["bench", "--model", f"t={pipelines['sd']}", "--data", mixed, "--steps", 1, "--latency-repeats", 0]
+    for flags, out in ((["--no-keep-pictures"], "none"), ([], "kept")):
+        code, said, _ = run(capsys, *command, *flags, "--out", tmp_path / out)
+        assert code == 0 and ("pictures: 1 cells, 0.0 MB in" in said) == (out == "kept")
+        (*_, settings) = json.loads((tmp_path / out / "bench.json").read_text()).values()
+        folders = [tmp_path / "cache" / "pictures" / f.name for f in tmp_path.glob("cache/pictures/*")]
+        assert list(settings.values()) == [str(f) for f in folders] and len(folders) == (out == "kept")
+
+
+@pytest.mark.usefixtures("pools")
 def test_a_model_that_fails_later_is_told_and_the_others_finish_with_exit_code_2(tmp_path, pipelines, mixed, capsys):
     shutil.copytree(pipelines["sd"], tmp_path / "bad")
     (tmp_path / "bad" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"nothing")

@@ -60,8 +60,8 @@ def words(prompts):
     return torch.tensor([[len(p), p.count("a") + 1, 1] for p in prompts])
 
 
-@pytest.fixture
-def tools() -> Instruments:
+def instruments() -> Instruments:
+    """What the tiny protocol measures with: five prompts, five pictures, and networks of a line."""
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randint(0, 256, (5, 3, 32, 32), generator=generator, dtype=torch.uint8)
     truth = [{"hat": "no" if i % 2 else "yes"} for i in range(5)]
@@ -73,9 +73,17 @@ def tools() -> Instruments:
     return Instruments(prompts, extractor, reference, clip, probes, (("prompts", "k"),))
 
 
-@pytest.fixture(scope="module")
+TINY = Protocol("tiny", 5, "set", "set", ExtractorSpec("pools"), guidance=2.0)
+
+
+@pytest.fixture
+def tools() -> Instruments:
+    return instruments()
+
+
+@pytest.fixture
 def protocol() -> Protocol:
-    return Protocol("tiny", 5, "set", "set", ExtractorSpec("pools"), guidance=2.0)
+    return TINY
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +123,10 @@ def test_rows_have_every_field_and_the_figures_of_a_hand_computation(base, proto
     assert row["attribute_accuracy"] == 0.6 and row["attributes"] == {"hat": 0.6}
 
 
-def test_every_step_count_starts_from_the_same_latents(base, protocol, tools, monkeypatch):
+def test_every_step_count_starts_from_the_same_latents(base, protocol, tools, tmp_path, monkeypatch):
     from diffusers import StableDiffusionPipeline
 
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path))
     seen: dict[int, list] = {}
     original = StableDiffusionPipeline.prepare_latents
 
@@ -292,8 +301,19 @@ def test_statistics_are_cached_by_content_and_rebuilt_when_damaged(pictures, tmp
     kept = next(tmp_path.glob("statistics-*.safetensors"))
     kept.write_bytes(kept.read_bytes()[:100])
     assert torch.equal(make().mean, first.mean) and told == [4, 2, 4, 2]
+    Moments.of(torch.rand(9, 12)).save(kept)  # of another protocol, under this one's name
+    assert torch.equal(make().mean, first.mean) and told == [4, 2] * 3
     other = dataclasses.replace(tools.extractor, resize="bilinear")
     assert metrics.statistics_name(other, reference, 6) != metrics.statistics_name(tools.extractor, reference, 6)
+
+
+def test_shipped_statistics_of_another_protocol_are_refused(tmp_path, tools, monkeypatch):
+    monkeypatch.setattr(metrics.embedded, "path", lambda _: tmp_path)
+    reference = dataclasses.replace(tools.prompts, name="avatars:train")
+    file = tmp_path / metrics.statistics_name(tools.extractor, reference, 5)
+    Moments.of(torch.rand(9, 12)).save(file)
+    with pytest.raises(InputError, match=f"got {file}, of 9 pictures and 12 features; allowed: 5 and 12"):
+        reference_statistics(tools.extractor, reference)
 
 
 def test_sets_that_are_none_are_refused(tmp_path):

@@ -6,7 +6,7 @@
 The first is on the embedded pictures of 32 pixels, the second on your own: IMAGES is a folder with metadata.jsonl, as
 for training. Every model sees the same prompts and the same noise. Rows go to results.jsonl as they are made: the same
 command takes up an interrupted run where it stopped, and measures only what is new. report.md and report.html come at
-the end.
+the end. Several GPUs share the work: accelerate launch --multi_gpu --num_processes 8 -m stepdistill bench ...
 
 `stepdistill bench compare` gives the verdict on two models, `stepdistill bench gate` holds figures against bounds.
 """
@@ -57,6 +57,9 @@ class Config:
     """Pictures in a timed call."""
     latency_repeats: int = 10
     """Timed calls; 0 leaves latency out."""
+    keep_pictures: bool = True
+    """Keep drawn pictures in the cache, of cells up to 2 GiB, so that they are not drawn again for other metrics.
+    Others are kept only until their cell is measured."""
     floor: bool = True
     """Measure real pictures that were held out, where there are some, and the autoencoder's reconstructions too."""
     card: bool = False
@@ -77,6 +80,7 @@ def main(config: Config) -> int:
         device=device,
         latency_batch=config.latency_batch,
         latency_repeats=config.latency_repeats,
+        keep=config.keep_pictures,
         floor=config.floor,
     )
     for model in models.values():
@@ -89,9 +93,11 @@ def main(config: Config) -> int:
             print(f"  {name}: {model} at {' '.join(map(str, steps))} steps")
         return 0
     results = suite.evaluate(models, protocol, steps, out=config.out, seed=config.seed, settings=settings)
+    if not results.main:
+        return 0
     resolved = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()} | {
-        "device": device
-    }
+        "device": device, "pictures": {name: str(folder) for name, folder in results.store.cells.items()},
+    }  # fmt: skip
     files.write(config.out / "bench.json", json.dumps(resolved, indent=2) + "\n")
     if results.rows:
         from stepdistill.evaluation.report import write_report
@@ -104,6 +110,8 @@ def main(config: Config) -> int:
             for folder in write_cards(results.rows):
                 print(f"card: {folder / 'README.md'}")
         print(f"report: {write_report(config.out)}")
+    if line := results.store.line():
+        print(line)
     for failure in results.failed:
         at = f" at {failure.steps} steps" if failure.steps else ""
         print(f"failed: {failure.model}{at}: {failure.reason}", file=sys.stderr)

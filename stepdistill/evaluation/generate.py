@@ -7,8 +7,9 @@ scheduler adds any, do not depend on the batch, the model, or what was drawn bef
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +26,13 @@ ENCODED = {
         "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
     ),
 }  # fmt: skip
+EMBEDDINGS_LIMIT = 1 << 30  # bytes of prompt embeddings kept from one step count to the next
+
+
+@lru_cache(maxsize=16)
+def accepted(kind: type) -> frozenset[str]:
+    """The arguments that a class of pipelines is called with."""
+    return frozenset(inspect.signature(kind.__call__).parameters)
 
 
 def backbone(pipeline) -> torch.nn.Module:
@@ -59,7 +67,7 @@ class Sampler:
     @property
     def takes_prompts(self) -> bool:
         """Whether the pipeline is text-to-image."""
-        return "prompt" in inspect.signature(type(self.pipeline).__call__).parameters
+        return "prompt" in accepted(type(self.pipeline))
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> dict[str, Any]:
@@ -88,23 +96,84 @@ class Sampler:
         Raises:
             InputError: the model gave NaN.
         """
-        accepted = inspect.signature(type(self.pipeline).__call__).parameters
+        known = accepted(type(self.pipeline))
         options: dict[str, Any] = {
             "generator": Draws.at(self.seed, first, count).generators,
             "num_inference_steps": steps,
         }
         options["output_type"] = "pt"
-        if "guidance_scale" in accepted:
+        if "guidance_scale" in known:
             options["guidance_scale"] = self.guidance
-        if "batch_size" in accepted:
+        if "batch_size" in known:
             options["batch_size"] = count
         if self.even:
             options["sigmas"] = even_sigmas(steps)
         return to_uint8(self.pipeline(**condition, **options).images)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A batch as it was drawn.
+
+    Attributes:
+        pictures: (B, 3, H, W) uint8. evaluations: pictures that went through the denoiser for it, guidance's second
+            half counted.
+    """
+
+    pictures: Tensor
+    evaluations: int = 0
+
+
+@dataclass(frozen=True)
+class Series:
+    """The batches of a model at all its numbers of steps; what stands for a prompt is made once for all of them.
+
+    Attributes:
+        sampler: draws. prompts: of all pictures, None where there are none. n: pictures. batch: drawn at a time.
+    """
+
+    sampler: Sampler
+    prompts: Sequence[str] | None
+    n: int
+    batch: int
+    _encoded: dict[int, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
+
+    def draw(self, steps: int, first: int, count: int) -> Drawn:
+        """Pictures number `first` to `first + count - 1`.
+
+        Raises:
+            InputError: the model gave NaN.
+        """
+        condition, evaluations = self._condition(first, count), []
+        hook = backbone(self.sampler.pipeline).register_forward_pre_hook(
+            lambda _, args, kwargs: evaluations.append(evaluated(args, kwargs)), with_kwargs=True
+        )
+        try:
+            pictures = self.sampler(condition, first=first, count=count, steps=steps)
+        finally:
+            hook.remove()
+        return Drawn(pictures, sum(evaluations))
+
+    def _condition(self, first: int, count: int) -> dict[str, Any]:
+        if (kept := self._encoded.get(first)) is not None:
+            return kept
+        prompts = self.prompts
+        condition = self.sampler.encode(prompts[first : first + count]) if prompts is not None else {}
+        size = sum(v.nbytes for v in condition.values() if isinstance(v, Tensor))
+        if size * -(-self.n // self.batch) <= EMBEDDINGS_LIMIT:
+            self._encoded[first] = condition
+        return condition
+
+
+def evaluated(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """How many pictures a call of a denoiser is of."""
+    return len(args[0] if args else kwargs.get("sample", kwargs.get("hidden_states")))
+
+
 def to_uint8(images: Any) -> Tensor:
     """What a pipeline returns, in [0, 1] as a tensor (B, 3, H, W) or an array (B, H, W, 3), to uint8 on the CPU.
+
+    It is contiguous, as pictures read from files are: convolutions of other layouts round otherwise.
 
     Raises:
         InputError: a value is not finite.
@@ -115,7 +184,7 @@ def to_uint8(images: Any) -> Tensor:
         raise InputError("pictures: got NaN from the model; try dtype=fp32 (or bf16), or look at its training")
     if images.shape[1] == 1:
         images = images.expand(-1, 3, -1, -1)
-    return images.clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+    return images.clamp(0, 1).mul(255).round().to(torch.uint8).cpu().contiguous()
 
 
 @torch.no_grad()

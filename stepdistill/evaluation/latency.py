@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from stepdistill.errors import InputError
-from stepdistill.evaluation.generate import Sampler, backbone
+from stepdistill.evaluation.generate import Sampler, backbone, evaluated
 
 
 class Stages:
@@ -49,8 +49,7 @@ class Stages:
 
         def before(_module, args, kwargs) -> None:
             if stage == "denoiser_step":
-                x = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-                self.evaluations += len(x)
+                self.evaluations += evaluated(args, kwargs)
             started.append(self._now())
 
         def after(*_) -> None:

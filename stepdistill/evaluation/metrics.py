@@ -73,7 +73,7 @@ def reference_statistics(
     for file in (shipped, kept):
         if file.is_file():
             try:
-                return Moments.load(file)
+                return _of(Moments.load(file), extractor, count, file)
             except InputError:
                 if file == shipped != kept:
                     raise
@@ -83,6 +83,16 @@ def reference_statistics(
         moments = moments + Moments.of(extractor(pictures))
         progress(len(pictures), count)
     moments.save(kept)
+    return moments
+
+
+def _of(moments: Moments, extractor: Extractor, count: int, file: Path) -> Moments:
+    """Moments, where they are of that many pictures and of that extractor's features."""
+    if (moments.count, len(moments.mean)) != (count, extractor.dim):
+        raise InputError(
+            f"statistics: got {file}, of {moments.count} pictures and {len(moments.mean)} features; allowed: {count} "
+            f"and {extractor.dim}, which the protocol names; delete it and it is made again"
+        )
     return moments
 
 
@@ -137,24 +147,28 @@ def prepare(
 
 
 class Pass:
-    """Takes pictures batch by batch; `figures` gives what the protocol's metrics make of them all."""
+    """Takes pictures batch by batch; `figures` gives what the protocol's metrics make of them all.
+
+    Attributes:
+        kept: of each batch, by the number of its first picture. Other processes' parts are added to it.
+    """
 
     def __init__(self, instruments: Instruments) -> None:
         self.tools = instruments
         listed = [METRICS[name] for name in instruments.metrics]
         self.metrics = [metric for metric in listed if metric.each == 1 and metric.fits(instruments)]
-        self.kept: dict[str, list[Tensor]] = {metric.keeps: [] for metric in self.metrics}
+        self.kept: dict[int, dict[str, Tensor]] = {}
 
     def add(self, first: int, pictures: Tensor) -> None:
         """Pictures (B, 3, H, W) uint8, number `first` and on of the set."""
         view = View(self.tools, first, pictures)
         seen = {metric.keeps: metric.see for metric in self.metrics}
-        for keeps, see in seen.items():
-            self.kept[keeps].append(see(view))
+        self.kept[first] = {keeps: see(view).cpu() for keeps, see in seen.items()}
 
     def figures(self) -> dict[str, Figure]:
-        """Every figure by name."""
-        whole = {keeps: torch.cat(parts) for keeps, parts in self.kept.items()}
+        """Every figure by name, in whatever order the batches came."""
+        parts = [self.kept[first] for first in sorted(self.kept)]
+        whole = {metric.keeps: torch.cat([part[metric.keeps] for part in parts]) for metric in self.metrics}
         found: dict[str, Figure] = {}
         for metric in self.metrics:
             found |= metric.figures(whole[metric.keeps], self.tools)

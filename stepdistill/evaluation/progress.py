@@ -20,6 +20,11 @@ class ReferenceBar:
         if self.bar.n >= total:
             self.bar.close()
 
+    def close(self) -> None:
+        """Ends its line, so that an error has one of its own."""
+        if self.bar is not None:
+            self.bar.close()
+
 
 @contextmanager
 def quiet():

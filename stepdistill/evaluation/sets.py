@@ -46,11 +46,19 @@ class EvalSet:
         Raises:
             InputError: there are no pictures, or fewer than `count`.
         """
+        self.check(count)
+        for first in range(start, count, size):
+            yield first, self.pictures(first, min(first + size, count))
+
+    def check(self, count: int) -> None:
+        """Looks whether there are `count` pictures.
+
+        Raises:
+            InputError: there are fewer.
+        """
         if self.pictures is None or count > self.count:
             got = "no pictures" if self.pictures is None else f"{self.count} pictures"
             raise InputError(f"reference set {self.name}: got {got}; allowed: {count} or more; lower n or add pictures")
-        for first in range(start, count, size):
-            yield first, self.pictures(first, min(first + size, count))
 
 
 def open_set(name: str, size: int | None = None) -> EvalSet:
@@ -117,11 +125,18 @@ def listing(folder: str | Path) -> tuple[list[Path], list[str] | None]:
 def _folder(folder: Path, size: int | None) -> EvalSet:
     files, prompts = listing(folder)
 
+    sizes: list[tuple[int, ...]] = []
+
     def pictures(first: int, last: int) -> Tensor:
         with ThreadPoolExecutor() as pool:  # Pillow lets go of Python's lock while it decodes
             batch = list(pool.map(lambda file: _open(file, size), files[first:last]))
-        if len({tuple(picture.shape) for picture in batch}) > 1:
-            raise InputError(f"set {folder}: got pictures of several sizes; allowed: one; give the protocol a size")
+        sizes[:] = sizes[:1] or [tuple(batch[0].shape)]
+        for file, picture in zip(files[first:last], batch, strict=True):
+            if tuple(picture.shape) != sizes[0]:
+                got = f"{file.name} of {_side(picture.shape)} among others of {_side(sizes[0])}"
+                raise InputError(
+                    f"set {folder}: got pictures of several sizes ({got}); allowed: one; give the protocol a size"
+                )
         return torch.stack(batch)
 
     key = _hash(*(part for file in files for part in (file.name, file.read_bytes())), *(prompts or []), f"size {size}")
@@ -132,3 +147,7 @@ def _open(file: Path, size: int | None) -> Tensor:
     picture = sources.open_picture(file, str(file))
     side = (size, size) if size else picture.size[::-1]
     return sources.to_tensor(picture, side).add(1).mul(127.5).round().to(torch.uint8)
+
+
+def _side(shape: Sequence[int]) -> str:
+    return f"{shape[2]} x {shape[1]}"

@@ -2,7 +2,8 @@
 
     results = evaluate("avatars,scheduler=ddim", "avatars-2k", steps=(1, 2, 4, 8, 50), out="out/bench")
 
-A cell that is done is not done again; a cell that fails is reported, and the others finish.
+A cell that is done is not done again, nor is a batch that was drawn before; a cell that fails is reported, and the
+others finish. Under `accelerate launch` all processes draw.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,17 @@ from torch import Tensor
 
 from stepdistill.errors import InputError
 from stepdistill.evaluation import generate, hashes, latency, records
+from stepdistill.evaluation.generate import Drawn
 from stepdistill.evaluation.metrics import Instruments, Pass, prepare, row_of
+from stepdistill.evaluation.pictures import LIBRARIES, Store, setup_of
 from stepdistill.evaluation.places import check
+from stepdistill.evaluation.processes import Processes, reason
 from stepdistill.evaluation.progress import ReferenceBar, progress_bar, quiet
 from stepdistill.evaluation.protocols import Protocol, load_protocol
 from stepdistill.evaluation.spec import ModelSpec, as_models, even_of, fingerprint, guidance_of, load, training_record
 from stepdistill.files import unwritable
 
 STEPS = (1, 2, 4, 8, 50)
-EMBEDDINGS_LIMIT = 1 << 30  # bytes of prompt embeddings kept from one step count to the next
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,15 @@ class Results:
 
     Attributes:
         rows: the cells asked for, in order, floor rows first. failed: those that could not be measured.
-        folder: where results.jsonl is; None where nothing was written.
+        folder: where results.jsonl is; None where nothing was written, and in all processes but the main one.
+        store: where the drawn pictures are. main: whether this is the process that wrote; the only one is.
     """
 
     rows: list[dict[str, Any]]
     failed: list[Failure] = field(default_factory=list)
     folder: Path | None = None
+    store: Store | None = None
+    main: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Settings:
     Attributes:
         batch: pictures drawn at a time. device: where. latency_batch, latency_repeats: of the timing, 0 repeats are
             none.
+        keep: keep the drawn pictures of cells up to 2 GiB (see `pictures`); others only until they are measured.
         floor: measure real pictures and reconstructions too. grid: pictures kept of each cell. progress: show a bar.
 
     Raises:
@@ -72,6 +79,7 @@ class Settings:
     device: str = "cpu"
     latency_batch: int = 1
     latency_repeats: int = 10
+    keep: bool = True
     floor: bool = True
     grid: int = 8
     progress: bool = True
@@ -94,7 +102,7 @@ def evaluate(
     instruments: Instruments | None = None,
     command: str | None = None,
 ) -> Results:
-    """Measures one model or several.
+    """Measures one model or several. Where several processes were launched, each must call it, with the same arguments.
 
     Args:
         pipeline: a SPEC, a ModelSpec, a loaded diffusers pipeline, a sequence of SPECs, or a mapping
@@ -110,6 +118,8 @@ def evaluate(
         OSError: the results cannot be written, for want of room or permission. What is done is kept.
     """
     settings = settings or Settings(device="cuda" if torch.cuda.is_available() else "cpu")
+    team = Processes.found(settings.device)
+    settings = dataclasses.replace(settings, progress=settings.progress and team.main)
     protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)
     changes = {k: v for k, v in {"n": n, "seed": seed}.items() if v is not None}
     protocol = dataclasses.replace(protocol, **changes)
@@ -122,14 +132,21 @@ def evaluate(
     # The bar counts network evaluations, guidance's included, and a few for the metrics: pictures cost unlike much.
     weight = 4
     total = protocol.n * len(models) * sum(2 * s + weight for s in steps)
-    if instruments is None:
-        told = ReferenceBar(settings.progress)
-        instruments = prepare(protocol, device=settings.device, batch=settings.batch, progress=told)
-    with progress_bar(total, settings.progress) as bar, quiet():
-        bench = _Bench(protocol, instruments, settings, command or " ".join(map(shlex.quote, sys.argv)), out, bar)
+    for turn in (True, False) if instruments is None else ():  # statistics are made once, and then read
+        with team.alike(), closing(ReferenceBar(settings.progress)) as told:
+            if team.main is turn:
+                instruments = prepare(protocol, device=settings.device, batch=settings.batch, progress=told)
+    with progress_bar(total, settings.progress) as bar, quiet(), Store(settings.keep) as store:
+        with team.alike():
+            command = command or " ".join(map(shlex.quote, sys.argv))
+            bench = _Bench(protocol, instruments, settings, command, out if team.main else None, bar, team, store)
+        bench.real()
         for name, model in models.items():
             bench.model(name, model, steps, weight)
-    return Results(bench.rows, bench.failed, bench.book.folder)
+        troubles = team.gather((store.broken, store.why_not))
+    store.broken = sum(broken for broken, _ in troubles)
+    store.why_not = next((why for _, why in troubles if why), None)
+    return Results(bench.rows, bench.failed, bench.book.folder, store, team.main)
 
 
 def check_steps(steps: Sequence[int]) -> tuple[int, ...]:
@@ -147,9 +164,11 @@ class _Bench:
     """One run: its book of rows, and what was found on the way."""
 
     def __init__(
-        self, protocol: Protocol, tools: Instruments, settings: Settings, command: str, out: str | Path | None, bar: Any
-    ) -> None:
+        self, protocol: Protocol, tools: Instruments, settings: Settings, command: str, out: str | Path | None,
+        bar: Any, team: Processes, store: Store,
+    ) -> None:  # fmt: skip
         self.protocol, self.tools, self.settings, self.bar = protocol, tools, settings, bar
+        self.team, self.store = team, store
         self.rows: list[dict[str, Any]] = []
         self.failed: list[Failure] = []
         self.facts = {
@@ -161,15 +180,19 @@ class _Bench:
         }  # fmt: skip
         self.book = records.Book(out, self.facts["protocol_hash"], protocol.name)
         self.book.prompts(list((tools.prompts.prompts or [])[: settings.grid]))
-        content = dict(tools.content)
-        held_out = "reference" not in content or content["reference"] != content.get("prompts")
-        if settings.floor and tools.prompts.pictures is not None and held_out:
-            self._floor("real", tools.prompts.key[:16], lambda pictures: pictures)
 
-    def _floor(self, name: str, weights: str, change) -> None:
+    def real(self) -> None:
+        """The floor of real pictures, where they are not those that are compared with."""
+        content = dict(self.tools.content)
+        held_out = "reference" not in content or content["reference"] != content.get("prompts")
+        if self.settings.floor and self.tools.prompts.pictures is not None and held_out:
+            self._floor("real", self.tools.prompts.key[:16], lambda pictures: pictures)
+
+    def _floor(self, name: str, weights: str, change: Callable[[Tensor], Tensor]) -> None:
         row = {"model": name, "method": "floor", "weights": weights, "steps": 0, "nfe": 0, "seed": None}
-        batches = ((i, change(p)) for i, p in self.tools.prompts.batches(self.settings.batch, self.protocol.n))
-        self._cell(row, batches)
+        prompts = self.tools.prompts
+        prompts.check(self.protocol.n)
+        self._cell(row, lambda first, count: Drawn(change(prompts.pictures(first, first + count))))
 
     def model(self, name: str, model: Any, steps: Sequence[int], weight: int) -> None:
         """All cells of one model."""
@@ -181,12 +204,13 @@ class _Bench:
         )
         self.bar.set_description(f"{name}: loading")
         try:
-            pipeline = load(spec, device=self.settings.device) if model is spec else model
-            guidance, even = guidance_of(spec, pipeline, self.protocol.guidance), even_of(spec, pipeline)
-            sampler = generate.Sampler(pipeline, guidance, self.protocol.seed, even)
-            if sampler.takes_prompts and self.tools.prompts.prompts is None:
-                raise InputError(f"model {name}: got a set without prompts; allowed: a protocol with prompts")
-            weights = fingerprint(pipeline)
+            with self.team.alike():
+                pipeline = load(spec, device=self.settings.device) if model is spec else model
+                guidance, even = guidance_of(spec, pipeline, self.protocol.guidance), even_of(spec, pipeline)
+                sampler = generate.Sampler(pipeline, guidance, self.protocol.seed, even)
+                if sampler.takes_prompts and self.tools.prompts.prompts is None:
+                    raise InputError(f"model {name}: got a set without prompts; allowed: a protocol with prompts")
+                weights = fingerprint(pipeline)
         except Exception as error:  # whatever goes wrong with one model, the others are still measured
             self._fail(name, None, error)
             self.bar.update(cells)
@@ -208,15 +232,43 @@ class _Bench:
             "dtype": str(generate.backbone(pipeline).dtype).removeprefix("torch."),
             "train_seconds": record.get("train_seconds"),
         }  # fmt: skip
-        kept: dict[int, dict[str, Any]] = {}
+        series = generate.Series(sampler, self.tools.prompts.prompts, self.protocol.n, self.settings.batch)
+        kept = setup_of(pipeline) if model is spec else None
         for count in steps:
             self.bar.set_description(f"{name}, {count} step{'s' * (count > 1)}")
             before = self.bar.n
             try:
-                self._cell(facts | {"steps": count}, self._draw(sampler, count, kept, (2 * count + weight)), sampler)
+                self._model_cell(facts | {"steps": count}, series, kept, 2 * count + weight)
             except Exception as error:
                 self._fail(name, count, error)
             self.bar.update(self.protocol.n * (2 * count + weight) - (self.bar.n - before))
+
+    def _model_cell(self, row: dict[str, Any], series: generate.Series, setup: str | None, unit: int) -> None:
+        """A cell that is drawn, or read where it was drawn before. A pipeline that was handed over as an object, which
+        has no `setup`, is always drawn: what it does is not in its weights and settings alone."""
+        key = self._key(row, series.sampler, setup)
+        cell = None if setup is None else self.store.cell(key, self.protocol.n)
+
+        def draw(first: int, count: int) -> Drawn:
+            drawn = cell.read(first, count) if cell else None
+            if drawn is None:
+                drawn = series.draw(row["steps"], first, count)
+                if cell:
+                    cell.keep(first, drawn)
+            self.bar.update(unit * min(count * self.team.count, self.protocol.n - first))
+            return drawn
+
+        with cell or nullcontext():
+            self._cell(row, draw, series.sampler)
+        if cell and self.team.main:
+            self.store.finish(records.grid_name(self.facts | row).removesuffix(".png"), cell)
+
+    def _key(self, row: Mapping[str, Any], sampler: generate.Sampler, setup: str | None) -> dict[str, Any]:
+        """All that a picture's bits depend on."""
+        told = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler) if f.name != "pipeline"}
+        libraries = {name: self.facts["versions"].get(name) for name in LIBRARIES}
+        named = {k: row[k] for k in ("weights", "steps", "dtype")} | {k: self.facts[k] for k in ("batch", "device")}
+        return {"setup": setup, "prompts": self.tools.prompts.key, "sampler": told, "libraries": libraries} | named
 
     def _reconstruction(self, name: str, pipeline) -> None:
         key = hashes.of_module(pipeline.vae)[:16]
@@ -229,41 +281,44 @@ class _Bench:
         except Exception as error:
             self._fail(title, 0, error)
 
-    def _draw(self, sampler: generate.Sampler, steps: int, kept: dict, unit: int) -> Iterator[tuple[int, Tensor]]:
-        n, batch, prompts = self.protocol.n, self.settings.batch, self.tools.prompts.prompts
-        for first in range(0, n, batch):
-            count = min(batch, n - first)
-            condition = kept.get(first)
-            if condition is None:
-                condition = sampler.encode(prompts[first : first + count]) if prompts is not None else {}
-                size = sum(v.nbytes for v in condition.values() if isinstance(v, Tensor))
-                if size * -(-n // batch) <= EMBEDDINGS_LIMIT:
-                    kept[first] = condition
-            yield first, sampler(condition, first=first, count=count, steps=steps)
-            self.bar.update(count * unit)
-
     def _cell(
-        self, row: dict[str, Any], batches: Iterator[tuple[int, Tensor]], sampler: generate.Sampler | None = None
+        self, row: dict[str, Any], draw: Callable[[int, int], Drawn], sampler: generate.Sampler | None = None
     ) -> None:
+        """Has this process's share of the pictures looked at, and the main process make the row."""
         row = self.facts | row
-        if (done := self.book.find(row)) is not None:
+        if (done := self.team.tell(self.book.find(row))) is not None:
             self.rows.append(done)
             return
-        measured = Pass(self.tools)
-        shown: list[Tensor] = []
-        with latency.Stages(sampler.pipeline) if sampler else nullcontext() as stages:
-            for first, pictures in batches:
-                measured.add(first, pictures)
-                if sum(map(len, shown)) < self.settings.grid:
-                    shown.append(pictures)
+        n, batch = self.protocol.n, self.settings.batch
+        measured, evaluations = Pass(self.tools), 0
+        shown: dict[int, Tensor] = {}
+        with self.team.alike():
+            for first in self.team.share(range(0, n, batch)):
+                drawn = draw(first, min(batch, n - first))
+                measured.add(first, drawn.pictures)
+                evaluations += drawn.evaluations
+                if first < self.settings.grid:
+                    shown[first] = drawn.pictures
+        parts = self.team.gather((measured.kept, shown, evaluations))
+        with self.team.alike():
+            if self.team.main:
+                for kept, pictures, _ in parts:
+                    measured.kept |= kept
+                    shown |= pictures
+                nfe = {"nfe": round(sum(part[2] for part in parts) / n, 4)} if sampler else {}
+                row = self._written(row | nfe, measured, [shown[first] for first in sorted(shown)], sampler)
+        self.rows.append(self.team.tell(row))
+
+    def _written(
+        self, row: dict[str, Any], measured: Pass, shown: list[Tensor], sampler: generate.Sampler | None
+    ) -> dict[str, Any]:
         found = measured.figures()
         row |= row_of(found, self.tools)
         if sampler is not None:
-            row["nfe"] = round(stages.evaluations / self.protocol.n, 4)
             row |= self._timed(sampler, row["steps"])
-        self.book.grid(row, torch.cat(shown)[: self.settings.grid] if shown and self.settings.grid else None)
+        self.book.grid(row, torch.cat(shown)[: self.settings.grid] if shown else None)
         self.book.units(row, found)
-        self.rows.append(self.book.add(row))
+        return self.book.add(row)
 
     def _timed(self, sampler: generate.Sampler, steps: int) -> dict[str, Any]:
         settings, prompts = self.settings, list(self.tools.prompts.prompts or [])[:64]
@@ -278,7 +333,4 @@ class _Bench:
         """Notes what could not be measured; a disk that is full or closed is no model's fault, and ends the run."""
         if unwritable(error):
             raise error
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, InputError):
-            reason = f"{type(error).__name__}: {reason}"
-        self.failed.append(Failure(name, steps, reason[:300]))
+        self.failed.append(Failure(name, steps, reason(error)[:300]))

@@ -1,0 +1,132 @@
+"""What a benchmark adds to generation: (drawing + keeping) / (NFE x one denoiser forward + decode), in the same run.
+
+    python benchmarks/harness_overhead.py --steps 4 50 --batch 8 --n 32 --out benchmarks/results/harness_overhead.json
+
+What is timed is what `stepdistill bench` does to have the pictures of a cell: every batch drawn by the plain pipeline
+from noise of its own, network evaluations counted, and written as PNG files with their hashes, the last one waited for.
+Prompts are encoded once for all numbers of steps, so their time is told apart. The parts are timed in the same rounds,
+by turns, so that a busy machine slows all alike. The goal is 1.05 at most for batches of 8 and more.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from sampling_speed import by_turns, parts
+
+from stepdistill.cli._run import guard, parse
+from stepdistill.cli.bench import device_of
+from stepdistill.errors import InputError
+from stepdistill.evaluation import records, spec
+from stepdistill.evaluation.generate import Sampler, Series, backbone
+from stepdistill.evaluation.pictures import Cell, Store
+from stepdistill.evaluation.sets import open_set
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of benchmarks/harness_overhead.py."""
+
+    model: str = "avatars,scheduler=ddim"
+    """A model SPEC."""
+    prompts: str = "avatars:test"
+    """The set they are taken from: avatars:test, a folder with captions, or a .txt file."""
+    steps: tuple[int, ...] = (4, 50)
+    """Step counts."""
+    batch: int = 8
+    """Pictures drawn at a time."""
+    n: int = 32
+    """Pictures of a cell."""
+    rounds: int = 5
+    """Rounds; each times a cell and its parts once."""
+    guidance: float | None = None
+    """In place of the SPEC's."""
+    seed: int = 0
+    """Of the initial noise."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    out: Path | None = None
+    """JSON file for the figures."""
+
+
+@torch.no_grad()
+def compare(series: Series, *, steps: int, rounds: int, folder: Path) -> dict[str, float]:
+    """Medians over the rounds, in ms a batch, and the median of the rounds' ratios with its quartiles.
+
+    Args:
+        folder: for the pictures. They are never read.
+    """
+    sampler, batch = series.sampler, series.batch
+    batches, numbers = series.n // batch, itertools.count()
+    condition = sampler.encode(series.prompts[:batch])
+    calls, forwards, decodes = parts(sampler, condition, steps=steps, batch=batch)
+
+    def cell() -> None:
+        with Store() as store, Cell(store, folder / f"{steps}-{next(numbers)}", {}, series.n) as kept:
+            for first in range(0, series.n, batch):
+                kept.keep(first, series.draw(steps, first, batch))
+
+    def times(part):
+        return lambda: [part() for _ in range(batches)]
+
+    jobs = {
+        "cell": cell, "forwards": times(forwards), "decodes": times(decodes),
+        "text": times(lambda: sampler.encode(series.prompts[:batch])),
+    }  # fmt: skip
+    taken = by_turns(jobs, rounds, backbone(sampler.pipeline).device)
+    ratios = [c / (f + d) for c, f, d in zip(taken["cell"], taken["forwards"], taken["decodes"], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    ms = {name: statistics.median(values) / batches for name, values in taken.items()}
+    return {
+        "generation_ms": ms["cell"], "forward_ms": ms["forwards"] / calls, "calls": calls, "decode_ms": ms["decodes"],
+        "text_ms": ms["text"], "ratio": statistics.median(ratios), "ratio_low": low, "ratio_high": high,
+    }  # fmt: skip
+
+
+def main(config: Config) -> None:
+    """Measures, prints a line a step count, and writes the figures."""
+    if config.rounds < 2 or config.batch < 1 or config.n < config.batch or config.n % config.batch:
+        raise InputError(
+            f"got rounds={config.rounds}, batch={config.batch}, n={config.n}; allowed: 2 or more rounds, whole batches"
+        )
+    device = device_of(config.device)
+    model = spec.parse(config.model)
+    pipeline = spec.load(model, device=device)
+    guidance = config.guidance if config.guidance is not None else spec.guidance_of(model, pipeline, 3.0)
+    prompts = open_set(config.prompts).prompts
+    if prompts is None or len(prompts) < config.n:
+        raise InputError(f"--prompts: got {len(prompts or ())} in {config.prompts}; allowed: {config.n} or more")
+    series = Series(Sampler(pipeline, guidance, config.seed), prompts, config.n, config.batch)
+    figures = []
+    with tempfile.TemporaryDirectory() as folder:
+        for steps in config.steps:
+            found = compare(series, steps=steps, rounds=config.rounds, folder=Path(folder))
+            figures.append({"steps": steps, **{k: round(v, 4) for k, v in found.items()}})
+            print(
+                f"{steps:>3} steps, batch {config.batch}: {found['generation_ms']:.1f} ms a batch, {found['calls']} x "
+                f"forward {found['forward_ms']:.1f} ms + decode {found['decode_ms']:.1f} ms: ratio "
+                f"{found['ratio']:.3f} ({found['ratio_low']:.3f} to {found['ratio_high']:.3f}); text "
+                f"{found['text_ms']:.1f} ms, once for all steps"
+            )
+    if config.out is not None:
+        record = {
+            "what": "(drawing + keeping) / (calls x forward + decode)", "goal": 1.05, "model": config.model,
+            "guidance": guidance, "batch": config.batch, "n": config.n, "rounds": config.rounds, "seed": config.seed,
+            "figures": figures, "dtype": str(backbone(pipeline).dtype).removeprefix("torch."),
+            "device": records.device_name(device), "commit": records.commit(), "versions": records.versions(),
+            "command": " ".join(map(shlex.quote, sys.argv)),
+        }  # fmt: skip
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        config.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(guard(lambda: main(parse(Config, description=__doc__))))

@@ -1,0 +1,107 @@
+"""The processes that `accelerate launch` started: they share the batches of a benchmark, and fail together.
+
+    accelerate launch --multi_gpu --num_processes 8 -m stepdistill bench --model ...
+    torchrun --nproc-per-node 2 -m stepdistill bench --device cpu --model ...
+
+Process r of R draws batches r, r + R, ... of each cell. The main process, r = 0, has all figures made and written, and
+they are those of one process: what is kept of a batch depends on that batch alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+
+from stepdistill.errors import InputError
+from stepdistill.files import unwritable
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=6)  # the others wait while the main process makes figures or reads real pictures
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Process `rank` of `count`; the only one where none were launched."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def found(cls, device: str) -> Processes:
+        """Those that were launched, connected: by gloo where `device` is a CPU.
+
+        Raises:
+            InputError: they were connected before, for another kind of device, and do not find each other.
+        """
+        launched = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+        if launched == 1:
+            return cls()
+        from accelerate import PartialState
+
+        if not torch.distributed.is_initialized():
+            atexit.register(_leave)
+        state = PartialState(cpu=torch.device(device).type == "cpu", timeout=PATIENCE)
+        if state.num_processes != launched:
+            raise InputError(
+                f"processes: got {launched} launched, which do not find each other on {device}; allowed: one kind of "
+                "device; give Accelerator(cpu=True) on a CPU"
+            )
+        return cls(state.process_index, state.num_processes)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part of what is to be done."""
+        return items[self.rank :: self.count]
+
+    def gather(self, own: T) -> list[T]:
+        """What each process has, in order of rank, in every process."""
+        if self.count == 1:
+            return [own]
+        from accelerate.utils import gather_object
+
+        return gather_object([own])
+
+    def tell(self, value: T) -> T:
+        """The main process's value, in every process."""
+        return self.gather(value if self.main else None)[0]
+
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """Within, what fails in one process fails in all, so that none waits for another. It cannot be nested.
+
+        Raises:
+            OSError: another process cannot write. InputError: another failed for whatever other reason.
+        """
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            own = error
+        said = self.gather(None if own is None else (unwritable(own), getattr(own, "errno", None), reason(own)))
+        if own is not None:
+            raise own
+        for cannot_write, number, words in filter(None, said):
+            raise OSError(number, words) if cannot_write else InputError(words)
+
+
+def reason(error: Exception) -> str:
+    """An error in one line; with its kind, where it is not one of our own lines."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if isinstance(error, InputError) else f"{type(error).__name__}: {words}"
+
+
+def _leave() -> None:
+    """Parts from the other processes. Threads of gloo and NCCL that still listen when Python ends may abort it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

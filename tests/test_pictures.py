@@ -1,0 +1,351 @@
+"""Drawn pictures are read, whole or not at all; a benchmark that was killed, or shared, comes to the same figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_suite import PROMPTS, TINY, instruments
+from test_trainer import environment
+
+from stepdistill.draws import Draws
+from stepdistill.errors import InputError
+from stepdistill.evaluation import generate, pictures, spec, suite
+from stepdistill.evaluation.processes import Processes
+from stepdistill.evaluation.records import read_rows
+
+TIMES = ("latency_ms", "peak_memory_mb", "command")
+SETTINGS = suite.Settings(batch=2, latency_repeats=0, grid=3, floor=False, progress=False)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("pictures") / "base")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[tuple[int, int]]:
+    """(steps, first) of every batch that is drawn."""
+    calls: list[tuple[int, int]] = []
+    draw = generate.Series.draw
+
+    def spy(self, steps, first, count):
+        calls.append((steps, first))
+        return draw(self, steps, first, count)
+
+    monkeypatch.setattr(generate.Series, "draw", spy)
+    return calls
+
+
+def run(base, out=None, steps=(2,), protocol=TINY, model=None, **changes):
+    settings = dataclasses.replace(SETTINGS, **changes)
+    models = {"t": model or f"{base},scheduler=ddim"}
+    return suite.evaluate(models, protocol, steps, out=out, settings=settings, instruments=instruments())
+
+
+def figures(rows):
+    """Rows without what a clock says."""
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def same_files(a: Path, b: Path) -> int:
+    """How many pictures, manifests and influences are under one folder; all are under the other, and equal."""
+    files = [f for f in a.rglob("*") if f.suffix in (".png", ".safetensors") or f.name.startswith("batch-")]
+    for file in files:
+        other = b / file.relative_to(a)
+        if file.suffix != ".safetensors":
+            assert file.read_bytes() == other.read_bytes()
+            continue
+        ours, theirs = load_file(file), load_file(other)  # the order of a header is by chance
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    return len(files)
+
+
+def test_pictures_that_were_drawn_are_read_and_give_the_same_figures(base, cache, tmp_path, drawn):
+    first = run(base, tmp_path / "a", (1, 2))
+    assert drawn == [(1, 0), (1, 2), (1, 4), (2, 0), (2, 2), (2, 4)]
+    again = run(base, tmp_path / "b", (1, 2))
+    assert len(drawn) == 6 and [row["nfe"] for row in again.rows] == [2, 4]
+    assert figures(again.rows) == figures(first.rows)
+    assert same_files(tmp_path / "a", tmp_path / "b") == 4
+    assert again.store.cells == first.store.cells and "2 cells" in again.store.line()
+    assert run(base, tmp_path / "b", (1, 2)).store.cells == first.store.cells and len(drawn) == 6
+
+
+def test_a_cells_folder_holds_the_pictures_as_plain_png_files(base, cache):
+    (folder,) = run(base).store.cells.values()
+    assert folder.parent == cache / "pictures" and json.loads((folder / "cell.json").read_text())["steps"] == 2
+    assert sorted(f.name for f in folder.glob("*.png")) == [f"{i:06d}.png" for i in range(5)]
+    pipe = spec.load(spec.parse(f"{base},scheduler=ddim"))
+    generators = Draws.at(0, 2, 2).generators
+    images = pipe(PROMPTS[2:4], num_inference_steps=2, guidance_scale=2.0, generator=generators).images
+    for i, image in enumerate(images, 2):
+        kept = np.asarray(Image.open(folder / f"{i:06d}.png"))
+        assert (kept == np.asarray(image)).all()
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES = {
+    "a bit of a picture": lambda cell: flip(cell / "000002.png"),
+    "half a picture": lambda cell: (cell / "000003.png").write_bytes((cell / "000003.png").read_bytes()[:50]),
+    "no picture": lambda cell: (cell / "000003.png").unlink(),
+    "another picture": lambda cell: shutil.copy(cell / "000000.png", cell / "000002.png"),
+    "an empty manifest": lambda cell: (cell / "batch-000002.json").write_bytes(b""),
+    "another manifest": lambda cell: shutil.copy(cell / "batch-000000.json", cell / "batch-000002.json"),
+    "no table": lambda cell: (cell / "batch-000002.json").write_text("[]"),
+    "another NFE": lambda cell: (cell / "batch-000002.json").write_text(
+        (cell / "batch-000002.json").read_text().replace('"evaluations": 8', '"evaluations": 4')
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_batch_that_is_damaged_is_drawn_again_and_no_other(base, cache, drawn, damage):
+    first = run(base)
+    (cell,) = first.store.cells.values()
+    before = {file.name: file.read_bytes() for file in cell.iterdir()}
+    DAMAGES[damage](cell)
+    assert {file.name: file.read_bytes() for file in cell.iterdir()} != before
+    drawn.clear()
+    again = run(base)
+    assert drawn == [(2, 2)] and figures(again.rows) == figures(first.rows)
+    assert "1 kept batches were broken and were drawn again" in again.store.line()
+    assert {file.name: file.read_bytes() for file in cell.iterdir()} == before
+    assert run(base).store.broken == 0 and drawn == [(2, 2)]
+
+
+def test_whatever_can_change_a_picture_changes_its_folder(base, cache, tmp_path, monkeypatch):
+    def folder(**options) -> Path:
+        (found,) = run(base, **options).store.cells.values()
+        return found
+
+    rescaled = tiny.sd(vae_options={"scaling_factor": 0.25})  # the same weights: it is in the settings alone
+    rescaled.save_pretrained(tmp_path / "rescaled")
+    seeded = dataclasses.replace(TINY, seed=1)
+    others = [
+        folder(), folder(steps=(3,)), folder(protocol=seeded), folder(batch=3), folder(model=f"{base},scheduler=lcm"),
+        folder(model=f"{base},scheduler=ddim,guidance=3"), folder(model=f"{base},scheduler=ddim,dtype=bf16"),
+        folder(model=f"{tmp_path / 'rescaled'},scheduler=ddim"),
+    ]  # fmt: skip
+    shutil.copytree(base, tmp_path / "moved")
+    same = [folder(model=f"{tmp_path / 'moved'},scheduler=ddim"), folder(protocol=dataclasses.replace(TINY, n=4))]
+    assert set(same) == {others[0]}
+    monkeypatch.setattr(suite.records, "versions", lambda: {"torch": "0"})
+    assert len({*others, folder()}) == len(others) + 1
+
+
+def test_a_smaller_n_is_a_prefix_but_for_a_batch_of_another_size(base, cache, drawn):
+    run(base)
+    drawn.clear()
+    run(base, protocol=dataclasses.replace(TINY, n=4))
+    assert drawn == []
+    run(base, protocol=dataclasses.replace(TINY, n=3))
+    assert drawn == [(2, 2)]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_cut_cell_goes_on_where_it_was_and_stays_only_where_it_is_to_be_kept(
+    base, cache, tmp_path, drawn, monkeypatch, keep
+):
+    whole = figures(run(base, tmp_path / "whole", keep=False).rows)
+    assert not [*cache.glob("*/*")] and len(drawn) == 3
+    with monkeypatch.context() as patch:
+        count = generate.evaluated
+
+        def cut(*call):
+            if drawn[-1] == (2, 4):
+                raise KeyboardInterrupt
+            return count(*call)
+
+        patch.setattr(generate, "evaluated", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run(base, tmp_path / "cut", keep=keep)
+    drawn.clear()
+    assert figures(run(base, tmp_path / "cut", keep=keep).rows) == whole and drawn == [(2, 4)]
+    assert [place.parent.name for place in cache.glob("*/*")] == ["pictures"] * keep
+
+
+def test_a_cell_above_the_limit_is_not_kept(base, cache, monkeypatch):
+    monkeypatch.setattr(pictures, "LIMIT", 1000)
+    assert run(base).store.line() is None and not [*cache.glob("*/*")]
+
+
+def test_a_cache_that_cannot_be_written_ends_no_benchmark(base, cache):
+    cache.write_text("a file")
+    results = run(base)
+    assert len(results.rows) == 1 and not results.failed
+    assert "some could not be kept" in results.store.line() and str(cache) in results.store.line()
+
+
+def test_a_disk_without_room_for_the_whole_cell_is_not_filled(base, cache, monkeypatch):
+    usage = shutil.disk_usage(cache.parent)._replace(free=2 * 5 * 3 * 32 * 32 - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert run(base).store.line().startswith("pictures: some could not be kept") and not [*cache.glob("*/*")]
+
+
+def test_a_pipeline_that_is_handed_over_is_always_drawn(cache, drawn):
+    pipe = tiny.sd()
+    for _ in range(2):
+        results = suite.evaluate({"p": pipe}, TINY, (1,), settings=SETTINGS, instruments=instruments())
+        assert results.store.line() is None
+    assert len(drawn) == 6
+
+
+KILLED = """
+import os, random, signal, sys, traceback
+from pathlib import Path
+
+from test_pictures import run
+
+base, root = sys.argv[1], Path(sys.argv[2])
+writes, kill_at = [], None
+
+
+def hook(event, told):
+    # The process ends at its kill_at-th write or rename under root.
+    if event == "os.rename" or (event == "open" and isinstance(told[1], str) and set(told[1]) & set("wax")):
+        if str(told[0]).startswith(str(root)):
+            writes.append(told[0])
+            if len(writes) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def bench(name):
+    os.environ["STEPDISTILL_CACHE"] = str(root / name / "cache")
+    run(base, root / name / "out", (1, 2))
+
+
+def forked(name):
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    try:
+        writes.clear()
+        bench(name)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+sys.addaudithook(hook)
+bench("whole")
+for i, point in enumerate(random.Random(0).sample(range(1, len(writes)), 5)):
+    kill_at = point
+    assert forked(f"cut-{i}") == signal.SIGKILL, f"it ended before write {point} of {len(writes)}"
+    kill_at = None
+    assert forked(f"cut-{i}") == 0
+"""
+
+
+def test_a_benchmark_killed_at_five_random_points_ends_with_the_same_figures(base, tmp_path):
+    path = f"{Path(__file__).parent}:{environment()['PYTHONPATH']}"
+    words = [sys.executable, "-c", KILLED, str(base), str(tmp_path)]
+    done = subprocess.run(words, env=environment() | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole = tmp_path / "whole"
+    for cut in (tmp_path / f"cut-{i}" for i in range(5)):
+        assert figures(read_rows(cut / "out" / "results.jsonl")) == figures(read_rows(whole / "out" / "results.jsonl"))
+        assert same_files(whole, cut) == 2 * (5 + 3 + 1 + 1)  # pictures, manifests, the grid and the units of two cells
+
+
+SHARED = """
+import json, os, sys
+from pathlib import Path
+
+from test_pictures import generate, run
+
+base, root, rank = sys.argv[1], Path(sys.argv[2]), int(os.environ["RANK"])
+os.environ["STEPDISTILL_CACHE"] = str(root / "cache")
+results = [run(base, root / "two", (1, 2), latency_repeats=1, floor=True)]
+draw = generate.Series.draw
+
+
+def breaks(self, steps, first, count):
+    if rank == 1 and steps == 3:
+        raise RuntimeError("out of luck")
+    return draw(self, steps, first, count)
+
+
+generate.Series.draw = breaks
+results.append(run(base, root / "failing", (3, 4)))
+told = [{"rows": r.rows, "failed": [(f.steps, f.reason) for f in r.failed], "main": r.main} for r in results]
+(root / f"{rank}.json").write_text(json.dumps(told))
+"""
+
+
+def test_two_processes_share_a_benchmark_and_fail_together(base, cache, tmp_path):
+    one = run(base, tmp_path / "one", (1, 2), floor=True)
+    shutil.rmtree(cache)
+    (tmp_path / "shared.py").write_text(SHARED)
+    path = f"{Path(__file__).parent}:{environment()['PYTHONPATH']}"
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "shared.py")]
+    done = subprocess.run(
+        [sys.executable, *words, str(base), str(tmp_path)], env=environment() | {"PYTHONPATH": path},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (whole, failing), (other, also) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert figures(whole["rows"]) == figures(other["rows"]) == figures(one.rows)
+    assert read_rows(tmp_path / "two" / "results.jsonl") == whole["rows"] and (whole["main"], other["main"]) == (1, 0)
+    assert same_files(tmp_path / "one", tmp_path / "two") == 8
+    assert failing["failed"] == also["failed"] == [[3, "RuntimeError: out of luck"]]
+    assert [row["steps"] for row in failing["rows"]] == [row["steps"] for row in also["rows"]] == [4]
+
+
+def test_launched_processes_that_do_not_find_each_other_are_refused(monkeypatch):
+    import accelerate
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    alone = SimpleNamespace(num_processes=1, process_index=0)
+    monkeypatch.setattr(accelerate, "PartialState", lambda **_: alone)
+    with pytest.raises(InputError, match="got 2 launched, which do not find each other on cpu"):
+        Processes.found("cpu")
+
+
+def test_a_drawn_picture_lies_in_memory_as_one_that_is_read():
+    images = torch.rand(2, 3, 8, 8)
+    drawn = generate.to_uint8(images.to(memory_format=torch.channels_last))
+    assert drawn.is_contiguous() and torch.equal(drawn, generate.to_uint8(images.permute(0, 2, 3, 1).numpy()))
+
+
+def test_every_part_of_a_pipelines_settings_is_in_its_hash():
+    pipe = tiny.sd()
+    before = pictures.setup_of(pipe)
+    assert before == pictures.setup_of(tiny.sd())
+    pipe.unet.register_to_config(sample_size=16)
+    larger = pictures.setup_of(pipe)
+    pipe.text_encoder.config.num_attention_heads = 1
+    fewer = pictures.setup_of(pipe)
+    pipe.vae.to(memory_format=torch.channels_last)
+    assert len({before, larger, fewer, pictures.setup_of(pipe)}) == 4
+
+
+def test_nothing_of_a_cell_is_read_while_its_manifest_is_missing(base, cache, drawn):
+    (cell,) = run(base).store.cells.values()
+    (cell / "batch-000000.json").unlink()
+    again = run(base)
+    assert drawn[3:] == [(2, 0)] and again.store.broken == 0
