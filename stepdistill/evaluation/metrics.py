@@ -5,6 +5,7 @@ What is measured of them is in `measures/`, a file each.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Mapping
@@ -22,10 +23,12 @@ from stepdistill.evaluation.attributes import Probes, load_probes
 from stepdistill.evaluation.clip import ClipModel, load_clip
 from stepdistill.evaluation.features import Extractor, load_extractor
 from stepdistill.evaluation.figures import Figure
+from stepdistill.evaluation.frame import Frame
 from stepdistill.evaluation.frechet import Moments
 from stepdistill.evaluation.measures import METRICS, View
-from stepdistill.evaluation.protocols import Protocol
+from stepdistill.evaluation.protocols import Protocol, with_data
 from stepdistill.evaluation.sets import EvalSet, open_set
+from stepdistill.evaluation.statistics import are_statistics, read_statistics
 from stepdistill.files import sha256
 
 Progress = Callable[[int, int], None]  # pictures just done, of how many
@@ -39,6 +42,7 @@ class Instruments:
         prompts: the set that is drawn. extractor: features. reference: moments of the real pictures.
         clip: for the score, None where there is none. probes: of attributes, None where there are none.
         content: hashes of all of it, for the protocol's own. metrics: names of `measures.METRICS`.
+        frame: how pictures are brought before all that looks at them.
     """
 
     prompts: EvalSet
@@ -48,6 +52,7 @@ class Instruments:
     probes: Probes | None = None
     content: tuple[tuple[str, str], ...] = ()
     metrics: tuple[str, ...] = ("fd", "clip", "attributes")
+    frame: Frame | None = None
 
 
 def cache_folder() -> Path:
@@ -104,18 +109,20 @@ def prepare(
     Raises:
         InputError: fewer prompts than pictures, or a set, extractor or scorer that cannot be had.
     """
-    prompts = open_set(protocol.prompts, protocol.size)
+    protocol = with_data(protocol, None, None)
+    size = protocol.frame or protocol.size
+    prompts = open_set(protocol.prompts, size)
     if prompts.prompts is not None and prompts.count < protocol.n:
         raise InputError(
             f"protocol {protocol.name}: got {prompts.count} prompts for n={protocol.n}; lower n or add prompts"
         )
-    same = protocol.reference == protocol.prompts
-    reference = prompts if same else open_set(protocol.reference, protocol.size)
-    if protocol.reference_n and protocol.reference_n > reference.count:
+    same, given = protocol.reference == protocol.prompts, are_statistics(protocol.reference)
+    reference = prompts if same else open_set("none" if given else protocol.reference, size)
+    if protocol.reference_n and protocol.reference_n > reference.count and not given:
         raise InputError(
             f"protocol {protocol.name}: got reference_n={protocol.reference_n}; allowed: up to {reference.count}"
         )
-    if reference.pictures is None:
+    if reference.pictures is None and not given:
         raise InputError(
             f"protocol {protocol.name}: got reference {protocol.reference}, which has no pictures; name a set that has"
         )
@@ -124,15 +131,20 @@ def prepare(
     clip = probes = None
     content = {"prompts": prompts.key, "reference": reference.key, "extractor": extractor.identity}
     if protocol.scorer and prompts.prompts is not None:
-        clip = load_clip(
-            protocol.scorer.model, pretrained=protocol.scorer.pretrained, prefix=protocol.scorer.prefix, device=device
-        )
+        scorer = protocol.scorer
+        clip = load_clip(scorer.model, pretrained=scorer.pretrained, prefix=scorer.prefix, device=device)
+        clip = dataclasses.replace(clip, scale=scorer.scale, frame=scorer.frame)
         content["scorer"] = hashes.of_module(clip.model)
         if prompts.attributes is not None and clip.folder and (clip.folder / "probes.json").is_file():
             probes = load_probes(clip.folder)
             content["probes"] = sha256(clip.folder / "probes.safetensors")
-    moments = reference_statistics(extractor, reference, count=protocol.reference_n, batch=batch, progress=progress)
-    return Instruments(prompts, extractor, moments, clip, probes, tuple(sorted(content.items())), protocol.metrics)
+    if given:
+        moments = read_statistics(protocol.reference, dim=extractor.dim, count=protocol.reference_n)
+        content["reference"] = sha256(protocol.reference)
+    else:
+        moments = reference_statistics(extractor, reference, count=protocol.reference_n, batch=batch, progress=progress)
+    content = tuple(sorted(content.items()))
+    return Instruments(prompts, extractor, moments, clip, probes, content, protocol.metrics, frame=protocol.frame)
 
 
 class Pass:
