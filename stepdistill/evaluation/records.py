@@ -19,6 +19,7 @@ from torch import Tensor
 from stepdistill import files
 from stepdistill.errors import InputError
 from stepdistill.evaluation.figures import Figure
+from stepdistill.evaluation.protocols import differences
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "timm", "stepdistill")
 KEY = ("protocol_hash", "model", "weights", "steps", "guidance", "seed")
@@ -165,8 +166,6 @@ class Book:
 
 def _in_what(row: Mapping[str, Any], settings: Mapping[str, Any] | None) -> str:
     """The fields that a row's protocol differs in, the first few; rows of before `settings` say nothing."""
-    from stepdistill.evaluation.protocols import differences
-
     if not settings or not row.get("settings"):
         return ""
     found = differences(row["settings"], settings)
