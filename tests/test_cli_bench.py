@@ -123,6 +123,9 @@ def test_published_models_and_protocols_are_planned_without_a_network(tmp_path, 
     line = refused(capsys, "bench", *models, "--protocol", "coco10k-512", "--prompts", tmp_path / "p.txt")
     assert "got no --reference; give the path of yours; DMD2's scripts/download_sdxl.sh" in line
     assert "got 50 for fast, which is for 1 2 4 8" in refused(capsys, "bench", *models, "--steps", 50)
+    sample = ["sample", "--prompt", "a cat", "--dry-run", "--model"]
+    assert "in 4 steps with stabilityai/stable-diffusion-xl" in run(capsys, *sample, "@hyper-sdxl")[1]
+    assert "in 50 steps with black-forest-labs" in run(capsys, *sample, "@flux-dev")[1]
     code, said, _ = run(capsys, "bench", "--list-models")
     assert code == 0 and said.count("\n@") + 1 == len(catalogue()) and "stabilityai/sdxl-turbo" in said
 

@@ -49,8 +49,8 @@ class Sampler:
 
     Attributes:
         pipeline: plain diffusers. guidance: 1.0 is none. seed: of the run. even: ask a flow for even `sigmas`.
-        call: more arguments of the pipeline's call (see `spec.call_of`). negative: the prompt that guidance leads away
-            from, of pipelines that take one.
+        call: more arguments of the pipeline's call (see `models.call_of`). negative: the prompt that guidance leads
+            away from, of pipelines that take one.
     """
 
     pipeline: Any

@@ -105,11 +105,12 @@ def parse(text: str) -> ModelSpec:
             f"--model {text!r}: got no path; allowed: a pipeline folder, a hub id, or avatars, then options"
         )
     values |= _options(rest, text)
-    if first.startswith("@"):
-        return _ready(first[1:], values)
-    values.setdefault("name", Path(values.get("lora") or first).name)
+    named = Path(values.get("lora") or first).name
     if values.get("lora"):
         values["lora"] = export_in(values["lora"])
+    if first.startswith("@"):
+        return _ready(first[1:], values)
+    values.setdefault("name", named)
     return ModelSpec(path=first if first in embedded.TEACHERS else export_in(first), **values)
 
 
