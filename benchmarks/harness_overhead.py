@@ -25,7 +25,7 @@ from sampling_speed import by_turns, parts
 from stepdistill.cli._run import guard, parse
 from stepdistill.cli.bench import device_of
 from stepdistill.errors import InputError
-from stepdistill.evaluation import records, spec
+from stepdistill.evaluation import models, records, spec
 from stepdistill.evaluation.generate import Sampler, Series, backbone
 from stepdistill.evaluation.pictures import Cell, Store
 from stepdistill.evaluation.sets import open_set
@@ -99,8 +99,8 @@ def main(config: Config) -> None:
         )
     device = device_of(config.device)
     model = spec.parse(config.model)
-    pipeline = spec.load(model, device=device)
-    guidance = config.guidance if config.guidance is not None else spec.guidance_of(model, pipeline, 3.0)
+    pipeline = models.load(model, device=device)
+    guidance = config.guidance if config.guidance is not None else models.guidance_of(model, pipeline, 3.0)
     prompts = open_set(config.prompts).prompts
     if prompts is None or len(prompts) < config.n:
         raise InputError(f"--prompts: got {len(prompts or ())} in {config.prompts}; allowed: {config.n} or more")

@@ -24,7 +24,7 @@ import torch
 from stepdistill.cli._run import guard, parse
 from stepdistill.cli.bench import device_of
 from stepdistill.errors import InputError
-from stepdistill.evaluation import records, spec
+from stepdistill.evaluation import models, records, spec
 from stepdistill.evaluation.generate import Sampler, backbone
 
 
@@ -139,8 +139,8 @@ def main(config: Config) -> None:
         )
     device = device_of(config.device)
     model = spec.parse(config.model)
-    pipeline = spec.load(model, device=device)
-    guidance = config.guidance if config.guidance is not None else spec.guidance_of(model, pipeline, 3.0)
+    pipeline = models.load(model, device=device)
+    guidance = config.guidance if config.guidance is not None else models.guidance_of(model, pipeline, 3.0)
     sampler = Sampler(pipeline, guidance, config.seed)
     figures = []
     for steps in config.steps:

@@ -16,6 +16,7 @@ from test_suite import Pools
 from stepdistill.cli import _run, main
 from stepdistill.errors import InputError
 from stepdistill.evaluation import features, metrics, sets
+from stepdistill.evaluation.catalogue import catalogue
 from stepdistill.export.lora import LORA_FILE
 
 
@@ -104,6 +105,42 @@ def test_bench_refuses_what_cannot_be_measured_before_it_measures(tmp_path, pipe
     ):
         assert words in refused(capsys, "bench", "--model", good, *flags, *out)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("nothing_is_measured")
+def test_published_models_and_protocols_are_planned_without_a_network(tmp_path, capsys):
+    models = ["--model", "@sdxl", "--model", "fast=@hyper-sdxl,dtype=fp32", "--dry-run"]
+    data = ["--prompts", tmp_path / "p.txt", "--reference", tmp_path]
+    code, said, _ = run(capsys, "bench", *models, "--protocol", "coco10k-512", *data)
+    assert code == 0 and "coco10k-512: 10000 pictures a cell, 5 cells" in said
+    for words in (
+        "euler,guidance=5.0",
+        "Hyper-SDXL-4steps-lora.safetensors",
+        "dtype=fp32",
+        "at 8 steps",
+        "at 50 steps",
+    ):
+        assert words in said
+    line = refused(capsys, "bench", *models, "--protocol", "coco10k-512", "--prompts", tmp_path / "p.txt")
+    assert "got no --reference; give the path of yours; DMD2's scripts/download_sdxl.sh" in line
+    assert "got 50 for fast, which is for 1 2 4 8" in refused(capsys, "bench", *models, "--steps", 50)
+    sample = ["sample", "--prompt", "a cat", "--dry-run", "--model"]
+    assert "in 4 steps with stabilityai/stable-diffusion-xl" in run(capsys, *sample, "@hyper-sdxl")[1]
+    assert "in 50 steps with black-forest-labs" in run(capsys, *sample, "@flux-dev")[1]
+    code, said, _ = run(capsys, "bench", "--list-models")
+    assert code == 0 and said.count("\n@") + 1 == len(catalogue()) and "stabilityai/sdxl-turbo" in said
+
+
+@pytest.mark.usefixtures("pools")
+def test_two_timings_dtype_and_layout_are_in_the_rows(tmp_path, pipelines, mixed, capsys):
+    out = tmp_path / "out"
+    command = ["bench", "--model", f"t={pipelines['sd']}", "--steps", 1, "--data", mixed, "--out", out, "--no-floor"]
+    flags = ["--latency-batch", 2, "--latency-repeats", 1, "--dtype", "bf16", "--channels-last"]
+    assert run(capsys, *command, *flags)[0] == 0
+    (row,) = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert (row["latency_ms"]["batch"], row["latency_ms_batch"]["batch"], row["dtype"]) == (1, 2, "bfloat16")
+    assert len(row["latency_ms"]["quantiles"]["total"]) == 3 and row["latency_ms"]["compiled"] is False
+    assert row["settings"]["name"] == "imagefolder" and row["settings"]["content"]["reference"]
 
 
 @pytest.mark.usefixtures("nothing_is_measured")

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from stepdistill.denoiser.load import load_teacher
 from stepdistill.errors import InputError
-from stepdistill.evaluation.spec import parse, training_record
+from stepdistill.evaluation.models import training_record
+from stepdistill.evaluation.spec import parse
 from stepdistill.export.card import model_card
 from stepdistill.export.fused import save_fused
 from stepdistill.export.kohya import read_lora, save_kohya, to_kohya

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
 from stepdistill.errors import InputError
-from stepdistill.evaluation import spec
+from stepdistill.evaluation import latency, schedulers, spec
 from stepdistill.evaluation.generate import Sampler
 from stepdistill.evaluation.latency import Stages, measure, quantile
 
@@ -25,7 +26,7 @@ def test_nfe_counts_guidances_second_half(pipe, guidance, steps, nfe):
 
 def test_heun_costs_two_evaluations_a_step_but_the_last(pipe):
     heun = tiny.sd()
-    heun.scheduler = spec._scheduler(heun, spec.parse("x,scheduler=heun"))
+    heun.scheduler = schedulers.scheduler_of(heun, spec.parse("x,scheduler=heun"))
     assert measure(Sampler(heun), ["a cat"], steps=4, warmup=0, repeats=1).nfe == 7
 
 
@@ -53,6 +54,73 @@ def test_the_pipeline_is_left_as_it_was(pipe):
 
 def test_quantiles_are_linear_between_order_statistics():
     assert quantile([4.0, 1.0, 2.0, 3.0], 0.5) == 2.5 and quantile([0.0, 10.0], 0.9) == pytest.approx(9.0)
+
+
+class Clock:
+    """A clock that only the parts of a pipeline move, each call of theirs by a number of seconds."""
+
+    def __init__(self, pipe, **seconds) -> None:
+        self.now, self.told = 0.0, {name: iter(values) for name, values in seconds.items()}
+        for name in self.told:
+            part = getattr(pipe, name)
+            if name == "vae":
+                decode = part.decode
+                part.decode = lambda *a, d=decode, **k: (self.tick("vae"), d(*a, **k))[1]
+            else:
+                part.register_forward_hook(lambda *_, name=name: self.tick(name))
+
+    def tick(self, name: str) -> None:
+        self.now += next(self.told[name])
+
+
+def test_quantiles_are_those_of_the_calls_and_the_first_call_is_apart(monkeypatch):
+    pipe, calls = tiny.sd(), 5
+    unet = [9.0, 9.0] + [0.01 * i for i in range(1, 2 * calls + 1)]
+    clock = Clock(pipe, text_encoder=[7.0] + [0.002 * i for i in range(1, calls + 1)], unet=unet, vae=[5.0] + [0.1] * 5)
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock.now)
+    timing = measure(Sampler(pipe), ["a cat"], steps=2, warmup=1, repeats=calls)
+    steps = [10.0 * i for i in range(1, 11)]
+    totals = [2.0 * i + steps[2 * i - 2] + steps[2 * i - 1] + 100 for i in range(1, 6)]
+    taken = {"text": [2, 4, 6, 8, 10], "denoiser_step": steps, "decode": [100] * 5, "total": totals}
+    for stage, values in taken.items():
+        wanted = [np.quantile(values, q) for q in (0.5, 0.9, 0.99)]
+        assert timing.quantiles[stage] == pytest.approx(wanted, rel=1e-9)
+    assert (timing.text, timing.denoiser_step, timing.decode) == pytest.approx((6, 55, 100))
+    assert (timing.total_p50, timing.total_p90, timing.total_p99) == pytest.approx(timing.quantiles["total"])
+    assert timing.row()["first"] == 1000 * (7 + 9 + 9 + 5)
+
+
+def test_compiling_is_in_the_first_call_alone_and_is_undone(monkeypatch):
+    pipe, clock = tiny.sd(), [0.0]
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock[0])
+    asked: list[dict] = []
+
+    def compiled(forward, **options):
+        asked.append(options)
+        seconds = iter([60.0])
+
+        def run(*args, **kwargs):
+            clock[0] += next(seconds, 0.5)
+            return forward(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    timing = measure(Sampler(pipe), ["a cat"], steps=1, warmup=1, repeats=3, compiled=True)
+    assert asked == [{"dynamic": False}] and timing.row()["compiled"]
+    assert (timing.first, timing.denoiser_step, timing.total_p99) == (60000, 500, 500)
+    assert "forward" not in vars(pipe.unet)
+
+
+def test_channels_last_lays_out_network_and_decoder_and_draws_the_same():
+    plain, laid = tiny.sd(), tiny.sd()
+    latency.channels_last(laid)
+    for part in (laid.unet, laid.vae):
+        weights = [p for p in part.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
+        assert weights and all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    assert not plain.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    pictures = [Sampler(p)({"prompt": ["a cat"]}, first=0, count=1, steps=2).int() for p in (plain, laid)]
+    assert (pictures[0] - pictures[1]).abs().max() <= 1
 
 
 def test_a_batch_of_zero_is_refused(pipe):

@@ -21,7 +21,7 @@ from test_trainer import environment
 
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
-from stepdistill.evaluation import generate, pictures, spec, suite
+from stepdistill.evaluation import generate, models, pictures, spec, suite
 from stepdistill.evaluation.processes import Processes
 from stepdistill.evaluation.records import read_rows
 
@@ -93,7 +93,7 @@ def test_a_cells_folder_holds_the_pictures_as_plain_png_files(base, cache):
     (folder,) = run(base).store.cells.values()
     assert folder.parent == cache / "pictures" and json.loads((folder / "cell.json").read_text())["steps"] == 2
     assert sorted(f.name for f in folder.glob("*.png")) == [f"{i:06d}.png" for i in range(5)]
-    pipe = spec.load(spec.parse(f"{base},scheduler=ddim"))
+    pipe = models.load(spec.parse(f"{base},scheduler=ddim"))
     generators = Draws.at(0, 2, 2).generators
     images = pipe(PROMPTS[2:4], num_inference_steps=2, guidance_scale=2.0, generator=generators).images
     for i, image in enumerate(images, 2):

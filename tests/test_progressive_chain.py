@@ -20,8 +20,9 @@ from test_trainer import environment, in_two_processes, kill_when
 from stepdistill.denoiser.load import load_teacher
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
+from stepdistill.evaluation.models import guidance_of, load
 from stepdistill.evaluation.places import check_lora
-from stepdistill.evaluation.spec import guidance_of, load, parse
+from stepdistill.evaluation.spec import parse
 from stepdistill.export.adapters import trained_weights
 from stepdistill.export.lora import LORA_FILE
 from stepdistill.training.progressive import ProgressiveConfig, distil_chain, open_stage

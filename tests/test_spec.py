@@ -12,10 +12,11 @@ from diffusers import LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from stepdistill.errors import InputError
-from stepdistill.evaluation import spec
+from stepdistill.evaluation import models, schedulers
 from stepdistill.evaluation.generate import Sampler
 from stepdistill.evaluation.latency import Stages
-from stepdistill.evaluation.spec import ModelSpec, as_models, even_of, fingerprint, guidance_of, load, parse
+from stepdistill.evaluation.models import even_of, fingerprint, guidance_of, load
+from stepdistill.evaluation.spec import ModelSpec, as_models, parse
 from stepdistill.export.adapters import load_whole
 
 
@@ -105,22 +106,22 @@ def test_ddim_is_trailing_and_lands_at_the_clean_end(base):
     assert pipe.scheduler.final_alpha_cumprod == 1 and not pipe.scheduler.config.clip_sample
 
 
-@pytest.mark.parametrize("name", sorted(set(spec.SCHEDULERS) - set(spec.FLOWS)))
+@pytest.mark.parametrize("name", sorted(set(schedulers.SCHEDULERS) - set(schedulers.FLOWS)))
 def test_every_scheduler_keeps_the_models_own_noise_and_samples(base, name):
     pipe = load(parse(f"{base},scheduler={name}"))
-    assert type(pipe.scheduler).__name__ == spec.SCHEDULERS[name][0]
+    assert type(pipe.scheduler).__name__ == schedulers.SCHEDULERS[name][0]
     assert pipe.scheduler.config.beta_end == 0.012 and pipe.scheduler.config.prediction_type == "epsilon"
     images = pipe("a cat", num_inference_steps=4, guidance_scale=1.0, output_type="pt").images
     assert torch.isfinite(images).all()
 
 
-@pytest.mark.parametrize("name", spec.FLOWS)
+@pytest.mark.parametrize("name", schedulers.FLOWS)
 def test_flow_schedulers_are_for_flows_and_keep_their_shift(base, tmp_path, name):
     with pytest.raises(InputError, match=f"scheduler: got {name} .*; allowed: ddim, lcm"):
         load(parse(f"{base},scheduler={name}"))
     flow = tiny.save(tmp_path / "sd3", "sd3")
     scheduler = load(parse(f"{flow},scheduler={name}")).scheduler
-    assert type(scheduler).__name__ == spec.SCHEDULERS[name][0] and scheduler.config.shift == 3.0
+    assert type(scheduler).__name__ == schedulers.SCHEDULERS[name][0] and scheduler.config.shift == 3.0
     with pytest.raises(InputError, match=r"scheduler: got ddim .*; allowed: flow-euler, flow-lcm"):
         load(parse(f"{flow},scheduler=ddim"))
 
@@ -147,7 +148,7 @@ def test_an_export_brings_its_scheduler_and_no_guidance(base, student):
     pipe = load(asked)
     assert type(pipe.scheduler).__name__ == "LCMScheduler" and guidance_of(asked, pipe, 3.0) == 1.0
     assert pipe.unet.peft_config["default_0"].lora_alpha == 2
-    assert spec.training_record(asked) == {"method": "lcm", "teacher": "T", "train_seconds": 7.5}
+    assert models.training_record(asked) == {"method": "lcm", "teacher": "T", "train_seconds": 7.5}
 
 
 def test_guidance_is_the_specs_then_the_protocols_then_the_pipelines(base):
@@ -189,7 +190,7 @@ def test_a_runs_folder_stands_for_its_export(base, student, tmp_path):
     (run / "config.json").write_text("{}")
     asked = parse(f"{base},lora={run}")
     assert asked == ModelSpec(str(base), "run", str(run / "export"))
-    assert spec.training_record(asked)["train_seconds"] == 7.5
+    assert models.training_record(asked)["train_seconds"] == 7.5
     assert fingerprint(load(asked)) == fingerprint(load(parse(f"{base},lora={student}")))
     assert parse(f"{base},lora={run / 'export'}").lora == str(run / "export")
     (tmp_path / "cut" / "checkpoints").mkdir(parents=True)

@@ -109,9 +109,9 @@ def test_rows_have_every_field_and_the_figures_of_a_hand_computation(base, proto
     assert row["method"] == "teacher" and row["command"] == "bench it" and row["fd_extractor"] == "Pools"
     assert set(row["latency_ms"]) >= {"text", "denoiser_step", "decode", "total_p50", "total_p90"}
 
-    from stepdistill.evaluation import spec
+    from stepdistill.evaluation import models, spec
 
-    pipe = spec.load(spec.parse(f"{base},scheduler=ddim"))
+    pipe = models.load(spec.parse(f"{base},scheduler=ddim"))
     images = pipe(PROMPTS, num_inference_steps=2, guidance_scale=2.0, generator=Draws.at(0, 0, 5).generators).images
     pictures = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
     features = tools.extractor(pictures)

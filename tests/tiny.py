@@ -257,9 +257,16 @@ def pixart(seed: int = 0, *, sized: bool = False):
     return pipe
 
 
-def sana(seed: int = 0):
-    """A SanaPipeline with a two-layer Gemma 2 and an AutoencoderDC."""
-    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+def sana(seed: int = 0, *, sprint: bool = False):
+    """A SanaPipeline with a two-layer Gemma 2 and an AutoencoderDC; with `sprint` a SanaSprintPipeline."""
+    from diffusers import (
+        AutoencoderDC,
+        DPMSolverMultistepScheduler,
+        SanaPipeline,
+        SanaSprintPipeline,
+        SanaTransformer2DModel,
+        SCMScheduler,
+    )
     from transformers import Gemma2Config, Gemma2Model
 
     blocks = {
@@ -278,11 +285,12 @@ def sana(seed: int = 0):
         "transformer": SanaTransformer2DModel(
             sample_size=LATENT, patch_size=1, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
             num_attention_heads=2, num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16,
-            caption_channels=16,
+            caption_channels=16, **({"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"} if sprint else {}),
         ),
     }, 5000 + 10 * seed)  # fmt: skip
     flow = DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
-    pipe = SanaPipeline(**parts, tokenizer=word_tokenizer(), scheduler=flow)
+    kind = SanaSprintPipeline if sprint else SanaPipeline
+    pipe = kind(**parts, tokenizer=word_tokenizer(), scheduler=SCMScheduler() if sprint else flow)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

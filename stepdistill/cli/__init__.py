@@ -38,7 +38,8 @@ Train a student of your own, look at it, measure it:
 A model is a SPEC: a diffusers folder, a hub id, or avatars (the embedded teacher), with options behind commas; a
 training run's folder stands for the student in it:
 lora=DIR scheduler=ddim|lcm|tcd|dpmpp|euler|euler-a|heun|unipc guidance=1.5 variant=fp16 dtype=bf16 name=NAME
-sigmas=even (of a flow: no step wasted at 1/1000)
+sigmas=even (of a flow: no step wasted at 1/1000) unet=FILE spacing=trailing timesteps=999+499 size=512 tokens=256
+owner/name/file.safetensors is a file on the hub. @sdxl-turbo is ready: stepdistill bench --list-models lists such.
 """
 
 

@@ -3,10 +3,13 @@
     stepdistill bench --model teacher=avatars,scheduler=ddim --model student=avatars,lora=out/lcm --out out/bench
     stepdistill bench --model teacher=FOLDER,scheduler=ddim --model student=FOLDER,lora=STUDENT --data IMAGES
 
+    stepdistill bench --model @sdxl --model @sdxl-turbo --protocol coco30k-256 --prompts FILE.txt --reference val2014
+
 The first is on the embedded pictures of 32 pixels, the second on your own: IMAGES is a folder with metadata.jsonl, as
-for training. Every model sees the same prompts and the same noise. Rows go to results.jsonl as they are made: the same
-command takes up an interrupted run where it stopped, and measures only what is new. report.md and report.html come at
-the end. Several GPUs share the work: accelerate launch --multi_gpu --num_processes 8 -m stepdistill bench ...
+for training. The third is of published models, by a published protocol, on your copy of its data. Every model sees the
+same prompts and the same noise. Rows go to results.jsonl as they are made: the same command takes up an interrupted run
+where it stopped, and measures only what is new. report.md and report.html come at the end. Several GPUs share the work:
+accelerate launch --multi_gpu --num_processes 8 -m stepdistill bench ...
 
 `stepdistill bench compare` gives the verdict on two models, `stepdistill bench gate` holds figures against bounds.
 """
@@ -19,7 +22,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -35,14 +38,20 @@ class Config:
     """Flags of `stepdistill bench`."""
 
     model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A model, as SPEC or NAME=SPEC; once for each. A SPEC is path[,lora=DIR][,scheduler=..][,guidance=..]; see
-    stepdistill --help."""
+    """A model, as SPEC or NAME=SPEC; once for each. A SPEC is path[,lora=DIR][,scheduler=..][,guidance=..], or a ready
+    one, @sdxl-turbo; see stepdistill --help."""
+    list_models: bool = False
+    """List the ready models, and stop."""
     data: Path | None = None
     """Folder of your own pictures with captions (metadata.jsonl, or a .txt beside each): prompts and reference."""
     protocol: str | None = None
     """A protocol by name, or a .yaml file; imagefolder with --data, else avatars-2k, where not given."""
-    steps: tuple[int, ...] = (1, 2, 4, 8, 50)
-    """Step counts."""
+    prompts: Path | None = None
+    """Text file of prompts, a line each, for a protocol that leaves them to you."""
+    reference: Path | None = None
+    """Folder of real pictures, or their statistics (.npz, .safetensors), for a protocol that leaves them to you."""
+    steps: tuple[int, ...] = ()
+    """Step counts; where not given, a ready model's own, else the protocol's, else 1 2 4 8 50."""
     out: Path = Path("out/bench")
     """Folder for results.jsonl, the grids and the report."""
     n: int | None = None
@@ -53,8 +62,14 @@ class Config:
     """Pictures drawn at a time."""
     device: str = "auto"
     """cpu, cuda, or auto."""
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None
+    """Of the weights, for models whose SPEC says none."""
+    channels_last: bool = False
+    """Lay the weights of UNets and autoencoders out channels last."""
+    compile: bool = False
+    """Time the network compiled; the first call, which compiles, is told apart. Pictures are drawn without."""
     latency_batch: int = 1
-    """Pictures in a timed call."""
+    """Pictures a call of a second timing, beside that of one; 1 leaves it out."""
     latency_repeats: int = 10
     """Timed calls; 0 leaves latency out."""
     keep_pictures: bool = True
@@ -73,7 +88,13 @@ def main(config: Config) -> int:
     from stepdistill import files
     from stepdistill.evaluation import places, records, spec, suite
 
-    models, steps = spec.as_models(config.model), suite.check_steps(config.steps)
+    if config.list_models:
+        from stepdistill.evaluation.catalogue import listed
+
+        print(listed())
+        return 0
+    models, steps = spec.as_models(config.model), suite.check_steps(config.steps) if config.steps else None
+    models = {k: dataclasses.replace(m, dtype=m.dtype or config.dtype) for k, m in models.items()}
     device = device_of(config.device)
     settings = suite.Settings(
         batch=config.batch,
@@ -81,16 +102,20 @@ def main(config: Config) -> int:
         latency_batch=config.latency_batch,
         latency_repeats=config.latency_repeats,
         keep=config.keep_pictures,
+        compiled=config.compile,
+        channels_last=config.channels_last,
         floor=config.floor,
     )
-    for model in models.values():
+    for _, model, _ in spec.plan_of(models, steps, suite.STEPS):
         places.check(model.path, model.lora, remote=not config.dry_run)
     records.check_folder(config.out)
     protocol = protocol_of(config, models)
     if config.dry_run:
-        print(f"{protocol.name}: {protocol.n} pictures a cell, {len(models) * len(steps)} cells, into {config.out}")
-        for name, model in models.items():
-            print(f"  {name}: {model} at {' '.join(map(str, steps))} steps")
+        plan = spec.plan_of(models, steps, protocol.steps or suite.STEPS)
+        cells = sum(len(counts) for _, _, counts in plan)
+        print(f"{protocol.name}: {protocol.n} pictures a cell, {cells} cells, into {config.out}")
+        for name, model, counts in plan:
+            print(f"  {name}: {model} at {' '.join(map(str, counts))} steps")
         return 0
     results = suite.evaluate(models, protocol, steps, out=config.out, seed=config.seed, settings=settings)
     if not results.main:
@@ -128,6 +153,7 @@ def protocol_of(config: Config, models: dict[str, ModelSpec]) -> Protocol:
     from stepdistill.evaluation import features, places, protocols
 
     protocol = protocols.load_protocol(config.protocol or ("imagefolder" if config.data else "avatars-2k"))
+    protocol = protocols.with_data(protocol, config.prompts, config.reference)
     if config.data is not None:
         size = common_size(models, remote=not config.dry_run)
         protocol, captioned = protocols.on_folder(protocol, config.data, size)
@@ -143,7 +169,7 @@ def protocol_of(config: Config, models: dict[str, ModelSpec]) -> Protocol:
         raise InputError(f"protocol {protocol.name}: got no pictures; allowed: a folder of them; give --data FOLDER")
     elif config.protocol is None:
         for name, model in models.items():
-            side = places.picture_size(model.path, remote=not config.dry_run)
+            side = model.size or places.picture_size(model.path, remote=not config.dry_run)
             if side not in (SIZE, None):
                 raise InputError(
                     f"--model {name}: got a model of {side} pixels, and {protocol.name}, the default, has {SIZE}; "
@@ -160,7 +186,7 @@ def common_size(models: dict[str, ModelSpec], remote: bool) -> int | None:
     """
     from stepdistill.evaluation import places
 
-    sizes = {name: places.picture_size(model.path, remote=remote) for name, model in models.items()}
+    sizes = {name: m.size or places.picture_size(m.path, remote=remote) for name, m in models.items()}
     found = {size for size in sizes.values() if size}
     said = ", ".join(f"{name} {size or 'unknown'}" for name, size in sizes.items())
     if len(found) > 1:
@@ -168,7 +194,7 @@ def common_size(models: dict[str, ModelSpec], remote: bool) -> int | None:
     if not found and remote:
         raise InputError(
             f"--model: got pipelines that do not say how large they draw ({said}); allowed: a sample_size in the "
-            "config.json of the unet or transformer; add it"
+            "config.json of the unet or transformer, or size= in the SPEC; add one"
         )
     return next(iter(found), None)
 

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import tyro
 
@@ -28,8 +31,8 @@ class Config:
     """A prompt; once for each row."""
     prompts: Path | None = None
     """A text file of prompts, one a line."""
-    steps: int = 4
-    """Steps of the sampler."""
+    steps: int | None = None
+    """Steps of the sampler; 4 where not given, or what a ready model is for."""
     count: int = 4
     """Pictures for each prompt."""
     guidance: float | None = None
@@ -51,7 +54,8 @@ class Config:
 def main(config: Config) -> int:
     """Draws the grid, writes it and its configuration, and says where."""
     prompts = prompts_of(config)
-    for name, value in (("steps", config.steps), ("count", config.count), ("batch", config.batch)):
+    least = {"steps": 1 if config.steps is None else config.steps, "count": config.count, "batch": config.batch}
+    for name, value in least.items():
         if value < 1:
             raise InputError(f"{name}: got {value}; allowed: 1 or more; try 4")
     if config.guidance is not None and not config.guidance >= 1:
@@ -59,21 +63,27 @@ def main(config: Config) -> int:
     if config.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"--out: got {config.out}; allowed: a .png, .jpg or .webp; name one")
     from stepdistill.cli.bench import device_of
-    from stepdistill.evaluation import spec as specs
+    from stepdistill.denoiser.families import even_sigmas
+    from stepdistill.evaluation import models
     from stepdistill.evaluation.progress import quiet
+    from stepdistill.evaluation.spec import parse
     from stepdistill.training.validation import tile
 
-    spec, device = specs.parse(config.model), device_of(config.device)
+    spec, device = parse(config.model), device_of(config.device)
+    steps = config.steps or (4 if 4 in spec.steps or not spec.steps else spec.steps[-1])
+    spec = spec.at(steps)
     if config.dry_run:
-        print(f"would draw {len(prompts)} x {config.count} pictures in {config.steps} steps with {spec}: {config.out}")
+        print(f"would draw {len(prompts)} x {config.count} pictures in {steps} steps with {spec}: {config.out}")
         return 0
-    pipeline = specs.load(spec, device=device)
-    guidance = config.guidance if config.guidance is not None else specs.guidance_of(spec, pipeline)
+    pipeline = models.load(spec, device=device)
+    guidance = config.guidance if config.guidance is not None else models.guidance_of(spec, pipeline)
     with quiet():
-        pictures = draw(pipeline, prompts, config, guidance, specs.even_of(spec, pipeline))
+        call = models.call_of(spec, pipeline)
+        call |= {"sigmas": even_sigmas(steps)} if models.even_of(spec, pipeline) else {}
+        pictures = draw(pipeline, prompts, dataclasses.replace(config, steps=steps), guidance, call)
     grid = tile([pictures[i : i + config.count] for i in range(0, len(pictures), config.count)])
     record = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
-    record |= {"prompt": prompts, "guidance": guidance, "device": device}
+    record |= {"prompt": prompts, "steps": steps, "guidance": guidance, "device": device}
     record["scheduler"] = type(pipeline.scheduler).__name__
     try:
         config.out.parent.mkdir(parents=True, exist_ok=True)
@@ -103,20 +113,21 @@ def prompts_of(config: Config) -> list[str]:
     return prompts
 
 
-def draw(pipeline, prompts: list[str], config: Config, guidance: float, even: bool = False) -> list:
+def draw(
+    pipeline, prompts: list[str], config: Config, guidance: float, call: Mapping[str, Any] = MappingProxyType({})
+) -> list:
     """`config.count` pictures of each prompt, in order; picture i of any prompt starts from the noise of seed + i.
 
-    `even` asks a flow for even sigmas.
+    `call` is what else the pipeline is called with.
     """
     import torch
     from tqdm import tqdm
 
-    from stepdistill.denoiser.families import even_sigmas
+    from stepdistill.evaluation.generate import step_options
 
     jobs = [(prompt, config.seed + i) for prompt in prompts for i in range(config.count)]
-    common = {} if config.size is None else {"height": config.size, "width": config.size}
-    common |= {"guidance_scale": guidance, "num_inference_steps": config.steps}
-    common |= {"sigmas": even_sigmas(config.steps)} if even else {}
+    common = step_options(pipeline, config.steps, call) | {"guidance_scale": guidance}
+    common |= {} if config.size is None else {"height": config.size, "width": config.size}
     pictures = []
     with tqdm(total=len(jobs), desc=f"{config.steps} steps", unit="img", dynamic_ncols=True) as bar:
         for first in range(0, len(jobs), config.batch):

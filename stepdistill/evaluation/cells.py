@@ -14,6 +14,7 @@ from typing import Any
 
 from stepdistill.errors import InputError
 from stepdistill.evaluation.measures import METRICS
+from stepdistill.evaluation.protocols import flat
 from stepdistill.evaluation.records import read_rows
 
 Row = dict[str, Any]
@@ -61,14 +62,11 @@ def check_same_protocol(a: Row, b: Row, where_a: str, where_b: str) -> None:
 
 def _settings(row: Row) -> dict[str, Any]:
     """What a row says of its protocol, nested names joined by dots; rows of before `settings` say less."""
-    told = {"protocol": row.get("protocol")}
-    told |= {name: row.get(name) for name in ("n", "fd_extractor", "clip_model") if row.get(name) is not None}
     if row.get("settings"):
-        told = {"protocol": row["settings"].get("name")}
-    for name, value in (row.get("settings") or {}).items():
-        if name != "name":
-            told |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-    return told
+        told = flat(row["settings"])
+        return {"protocol": told.pop("name", None)} | told
+    names = ("protocol", "n", "fd_extractor", "clip_model")
+    return {name: row[name] for name in names if row.get(name) is not None}
 
 
 def _short(value: Any) -> str:

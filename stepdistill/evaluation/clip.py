@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from stepdistill import embedded
 from stepdistill.errors import InputError
+from stepdistill.evaluation.frame import Frame
 from stepdistill.evaluation.resize import check_images
 
 LOCAL = "local-dir:"
@@ -34,7 +35,8 @@ class ClipModel:
         title: the name that scores are reported under.
         model: open_clip's. tokenizer: prompts -> ids. transform: a PIL picture -> (3, H, W), open_clip's own.
         size: (height, width) the image tower takes. mean, std: of its pixels in [0, 1].
-        prefix: put before each prompt, as "A photo depicts ".
+        prefix: put before each prompt, as "A photo depicts ". scale: of the score.
+        frame: pictures are brought to before the tower's own transform; None for those that come so.
         folder: where probes may lie; None for a hub model.
     """
 
@@ -47,6 +49,8 @@ class ClipModel:
     std: tuple[float, ...]
     prefix: str = ""
     folder: Path | None = None
+    scale: float = 100.0
+    frame: Frame | None = None
 
     @property
     def device(self) -> torch.device:
@@ -59,6 +63,8 @@ class ClipModel:
 
         Pictures of another size go through open_clip's own transform, one by one, as its users have them.
         """
+        if self.frame is not None:
+            images = self.frame.batch(images)
         if tuple(check_images(images).shape[-2:]) == self.size:
             mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
             pixels = (images.to(self.device).float() / 255 - mean) / std
@@ -76,9 +82,9 @@ class ClipModel:
         return nn.functional.normalize(self.model.encode_text(ids).float(), dim=-1)
 
 
-def clip_scores(images: Tensor, texts: Tensor) -> Tensor:
-    """100 max(cos, 0) of unit-length embeddings, pair by pair: (B, D), (B, D) -> (B,)."""
-    return 100 * (images * texts).sum(-1).clamp_min(0)
+def clip_scores(images: Tensor, texts: Tensor, scale: float = 100.0) -> Tensor:
+    """scale max(cos, 0) of unit-length embeddings, pair by pair: (B, D), (B, D) -> (B,)."""
+    return scale * (images * texts).sum(-1).clamp_min(0)
 
 
 def load_clip(

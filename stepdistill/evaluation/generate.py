@@ -57,12 +57,21 @@ class Sampler:
 
     Attributes:
         pipeline: plain diffusers. guidance: 1.0 is none. seed: of the run. even: ask a flow for even `sigmas`.
+        call: more arguments of the pipeline's call (see `models.call_of`). negative: the prompt that guidance leads
+            away from, of pipelines that take one.
     """
 
     pipeline: Any
     guidance: float = 1.0
     seed: int = 0
     even: bool = False
+    call: Mapping[str, Any] = field(default_factory=dict)
+    negative: str | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether every step evaluates a second prompt."""
+        return self.guidance > 1 and not told_guidance(self.pipeline)
 
     @property
     def takes_prompts(self) -> bool:
@@ -77,12 +86,13 @@ class Sampler:
         names = ENCODED.get(type(self.pipeline).__name__)
         if names is None:
             return {"prompt": list(prompts)}
-        guided = self.guidance > 1 and not told_guidance(self.pipeline)
+        negative = {"negative_prompt": [self.negative] * len(prompts)} if self.guided and self.negative else {}
         encoded = self.pipeline.encode_prompt(
             prompt=list(prompts),
             device=self.pipeline._execution_device,
             num_images_per_prompt=1,
-            do_classifier_free_guidance=guided,
+            do_classifier_free_guidance=self.guided,
+            **negative,
         )
         return {name: value for name, value in zip(names, encoded, strict=True) if value is not None}
 
@@ -97,13 +107,12 @@ class Sampler:
             InputError: the model gave NaN.
         """
         known = accepted(type(self.pipeline))
-        options: dict[str, Any] = {
-            "generator": Draws.at(self.seed, first, count).generators,
-            "num_inference_steps": steps,
-        }
-        options["output_type"] = "pt"
+        options: dict[str, Any] = {"generator": Draws.at(self.seed, first, count).generators, "output_type": "pt"}
+        options |= step_options(self.pipeline, steps, self.call)
         if "guidance_scale" in known:
             options["guidance_scale"] = self.guidance
+        if self.negative and self.guided and "prompt" in condition and "negative_prompt" in known:
+            options["negative_prompt"] = [self.negative] * count
         if "batch_size" in known:
             options["batch_size"] = count
         if self.even:
@@ -168,6 +177,21 @@ class Series:
 def evaluated(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """How many pictures a call of a denoiser is of."""
     return len(args[0] if args else kwargs.get("sample", kwargs.get("hidden_states")))
+
+
+def step_options(pipeline, steps: int, call: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that say how many steps a pipeline takes, and `call`.
+
+    Pictures are drawn at the size they are asked for, not at the nearest of a list and resized, and for the prompt as
+    it is: PixArt rewrites it where Beautiful Soup is installed. SANA-Sprint has a time for the second of two steps, and
+    refuses it for other numbers.
+    """
+    known = accepted(type(pipeline))
+    options = {"num_inference_steps": steps} | dict(call)
+    options |= {name: False for name in ("use_resolution_binning", "clean_caption") if name in known}
+    if "intermediate_timesteps" in known and steps != 2:
+        options["intermediate_timesteps"] = None
+    return options
 
 
 def to_uint8(images: Any) -> Tensor:

@@ -3,14 +3,15 @@
     timing = measure(sampler, prompts, steps=4, batch=1)
     timing.text, timing.denoiser_step, timing.decode, timing.total_p50, timing.total_p90      # ms for the batch
 
-Wall clock on a CPU; on a GPU the stages by CUDA events and the whole by the wall clock, synchronised at both ends.
+Wall clock on a CPU; on a GPU the stages by CUDA events and the whole by the wall clock, synchronised at both ends. With
+`compiled` the network is compiled for the timing alone, and the first call, which compiles, is told apart.
 """
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,24 +83,28 @@ class Stages:
         self._undo.clear()
 
     def milliseconds(self) -> dict[str, list[float]]:
-        """stage -> the duration of each call so far."""
+        """stage -> the duration of each call since it was last asked."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        found: dict[str, list[float]] = defaultdict(list)
+        found: dict[str, list[float]] = {}
         for stage, start, end in self._marks:
-            found[stage].append(start.elapsed_time(end) if self.device.type == "cuda" else 1000 * (end - start))
-        return dict(found)
+            taken = start.elapsed_time(end) if self.device.type == "cuda" else 1000 * (end - start)
+            found.setdefault(stage, []).append(taken)
+        self._marks.clear()
+        return found
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds for one batch; medians but for total_p90.
+    """Milliseconds for one batch; medians where no quantile is named.
 
     Attributes:
         text: all text encoders, guidance's empty prompt included. denoiser_step: one call of the network.
-        decode: latents to pixels. total_p50, total_p90: prompt to pixels. nfe: network evaluations a picture.
-        batch, repeats: what was timed, how often. clock: wall or cuda events. peak_memory_mb: of the device; on a CPU
-            the process's resident memory; None where it cannot be read.
+        decode: latents to pixels. total_p50, total_p90, total_p99: prompt to pixels.
+        quantiles: stage -> (p50, p90, p99), of calls of the network for denoiser_step, of whole calls for the others.
+        first: the first call, before any that was timed, compilation included. nfe: network evaluations a picture.
+        batch, repeats: what was timed, how often. clock: wall or cuda events. compiled: the network was.
+        peak_memory_mb: of the device; on a CPU the process's resident memory; None where it cannot be read.
     """
 
     text: float
@@ -107,16 +112,21 @@ class Timing:
     decode: float
     total_p50: float
     total_p90: float
+    total_p99: float
+    quantiles: dict[str, tuple[float, float, float]]
+    first: float | None
     nfe: float
     batch: int
     repeats: int
     clock: str
+    compiled: bool
     peak_memory_mb: float | None
 
     def row(self) -> dict[str, Any]:
         """The `latency_ms` entry of a benchmark row."""
         fields = asdict(self)
-        del fields["nfe"], fields["peak_memory_mb"]
+        del fields["nfe"]
+        fields["quantiles"] = {stage: [round(v, 3) for v in values] for stage, values in self.quantiles.items()}
         return {k: round(v, 3) if isinstance(v, float) else v for k, v in fields.items()}
 
 
@@ -129,51 +139,68 @@ def measure(
     warmup: int = 1,
     repeats: int = 10,
     seconds: float = 20.0,
+    compiled: bool = False,
 ) -> Timing:
     """Times whole calls of the pipeline, text encoding included.
 
     Args:
         prompts: taken in turn. warmup: calls before the first timed one. repeats: timed calls at most; fewer, but at
-            least three, when they take longer than `seconds` altogether.
+            least three, when they take longer than `seconds` altogether. compiled: compile the network for the while.
     """
     if batch < 1 or repeats < 1:
         raise InputError(f"latency: got batch={batch}, repeats={repeats}; allowed: 1 or more")
     chosen = [prompts[i % len(prompts)] for i in range(batch)] if prompts else []
     condition = {"prompt": chosen} if sampler.takes_prompts else {}
 
-    def once() -> None:
+    def once() -> float:
+        start = time.perf_counter()  # the call returns pictures on the CPU, so it is synchronised at both ends
         sampler(condition, first=0, count=batch, steps=steps)
+        return 1000 * (time.perf_counter() - start)
 
-    for _ in range(warmup):
-        once()
-    memory = PeakMemory(backbone(sampler.pipeline).device)
+    network = backbone(sampler.pipeline)
     totals: list[float] = []
-    per_call: list[float] = []
-    with Stages(sampler.pipeline) as stages:
-        while len(totals) < repeats and (len(totals) < 3 or sum(totals) < 1000 * seconds):
-            start = time.perf_counter()  # the call returns pictures on the CPU, so it is synchronised at both ends
-            once()
-            totals.append(1000 * (time.perf_counter() - start))
-        found = stages.milliseconds()
-        per_call = [
-            sum(found.get("text", [])) / len(totals),
-            *(median(found.get(k, [0.0])) for k in ("denoiser_step", "decode")),
-        ]
+    taken: dict[str, list[float]] = {"text": [], "denoiser_step": [], "decode": []}
+    with compiled_network(network) if compiled else nullcontext():
+        first = [once() for _ in range(warmup)][:1]
+        memory = PeakMemory(network.device)
+        with Stages(sampler.pipeline) as stages:
+            while len(totals) < repeats and (len(totals) < 3 or sum(totals) < 1000 * seconds):
+                totals.append(once())
+                found = stages.milliseconds()
+                taken["denoiser_step"] += found.get("denoiser_step", [])
+                for stage in ("text", "decode"):
+                    taken[stage].append(sum(found.get(stage, [])))
+    quantiles = {
+        stage: tuple(quantile(values, q) for q in (0.5, 0.9, 0.99))
+        for stage, values in (taken | {"total": totals}).items()
+    }
     return Timing(
-        *per_call, quantile(totals, 0.5), quantile(totals, 0.9), stages.evaluations / batch / len(totals), batch,
-        len(totals),
-        "cuda events" if stages.device.type == "cuda" else "wall", memory.read(),
+        *(quantiles[stage][0] for stage in taken), *quantiles["total"], quantiles, first[0] if first else None,
+        stages.evaluations / batch / len(totals), batch, len(totals),
+        "cuda events" if stages.device.type == "cuda" else "wall", compiled, memory.read(),
     )  # fmt: skip
+
+
+@contextmanager
+def compiled_network(network: torch.nn.Module) -> Iterator[None]:
+    """Within, a network's forward is compiled, for each shape anew; its hooks stay outside, where clocks are read."""
+    network.forward = torch.compile(network.forward, dynamic=False)
+    try:
+        yield
+    finally:
+        del network.forward
+
+
+def channels_last(pipeline) -> None:
+    """Lays the weights of a pipeline's UNet or transformer, and of its autoencoder, out with the channels last."""
+    for part in (backbone(pipeline), getattr(pipeline, "vae", None)):
+        if part is not None:
+            part.to(memory_format=torch.channels_last)
 
 
 def quantile(values: Sequence[float], q: float) -> float:
     """The q-quantile, linear between order statistics."""
     return float(torch.quantile(torch.tensor(values, dtype=torch.float64), q))
-
-
-def median(values: Sequence[float]) -> float:
-    """The 0.5-quantile."""
-    return quantile(values, 0.5)
 
 
 class PeakMemory:

@@ -5,6 +5,7 @@ What is measured of them is in `measures/`, a file each.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,11 +22,13 @@ from stepdistill.evaluation.attributes import Probes, load_probes
 from stepdistill.evaluation.clip import ClipModel, load_clip
 from stepdistill.evaluation.features import Extractor, load_extractor
 from stepdistill.evaluation.figures import Figure
+from stepdistill.evaluation.frame import Frame
 from stepdistill.evaluation.frechet import Moments
 from stepdistill.evaluation.measures import METRICS, View
-from stepdistill.evaluation.protocols import Protocol
+from stepdistill.evaluation.protocols import Protocol, with_data
 from stepdistill.evaluation.real import Progress, RealPictures, cache_folder, writable
 from stepdistill.evaluation.sets import EvalSet, open_set
+from stepdistill.evaluation.statistics import are_statistics, read_statistics
 from stepdistill.files import sha256
 
 
@@ -38,6 +41,7 @@ class Instruments:
         clip: for the score, None where there is none. probes: of attributes, None where there are none.
         content: hashes of all of it, for the protocol's own. metrics: names of `measures.METRICS`.
         real: what else metrics ask of the real pictures, None where there are moments alone.
+        frame: how pictures are brought before all that looks at them.
     """
 
     prompts: EvalSet
@@ -48,6 +52,7 @@ class Instruments:
     content: tuple[tuple[str, str], ...] = ()
     metrics: tuple[str, ...] = ("fd", "clip", "attributes")
     real: RealPictures | None = None
+    frame: Frame | None = None
 
 
 def statistics_name(extractor: Extractor, reference: EvalSet, count: int) -> str:
@@ -104,18 +109,20 @@ def prepare(
     Raises:
         InputError: fewer prompts than pictures, or a set, extractor or scorer that cannot be had.
     """
-    prompts = open_set(protocol.prompts, protocol.size)
+    protocol = with_data(protocol, None, None)
+    size = protocol.frame or protocol.size
+    prompts = open_set(protocol.prompts, size)
     if prompts.prompts is not None and prompts.count < protocol.n:
         raise InputError(
             f"protocol {protocol.name}: got {prompts.count} prompts for n={protocol.n}; lower n or add prompts"
         )
-    same = protocol.reference == protocol.prompts
-    reference = prompts if same else open_set(protocol.reference, protocol.size)
-    if protocol.reference_n and protocol.reference_n > reference.count:
+    same, given = protocol.reference == protocol.prompts, are_statistics(protocol.reference)
+    reference = prompts if same else open_set("none" if given else protocol.reference, size)
+    if protocol.reference_n and protocol.reference_n > reference.count and not given:
         raise InputError(
             f"protocol {protocol.name}: got reference_n={protocol.reference_n}; allowed: up to {reference.count}"
         )
-    if reference.pictures is None:
+    if reference.pictures is None and not given:
         raise InputError(
             f"protocol {protocol.name}: got reference {protocol.reference}, which has no pictures; name a set that has"
         )
@@ -124,26 +131,30 @@ def prepare(
     clip = probes = None
     content = {"prompts": prompts.key, "reference": reference.key, "extractor": extractor.identity}
     if protocol.scorer and prompts.prompts is not None:
-        clip = load_clip(
-            protocol.scorer.model, pretrained=protocol.scorer.pretrained, prefix=protocol.scorer.prefix, device=device
-        )
+        scorer = protocol.scorer
+        clip = load_clip(scorer.model, pretrained=scorer.pretrained, prefix=scorer.prefix, device=device)
+        clip = dataclasses.replace(clip, scale=scorer.scale, frame=scorer.frame)
         content["scorer"] = hashes.of_module(clip.model)
         if prompts.attributes is not None and clip.folder and (clip.folder / "probes.json").is_file():
             probes = load_probes(clip.folder)
             content["probes"] = sha256(clip.folder / "probes.safetensors")
     for name in protocol.metrics:
         content |= METRICS[name].prepare(device)
-    count = protocol.reference_n or reference.count
-    real = RealPictures(
-        reference, extractor, min(protocol.n, count), count, clip, content.get("scorer", ""), batch, progress=progress
-    )
-    shared = any("features" in METRICS[name].needs for name in protocol.metrics)
-    moments = reference_statistics(
-        extractor, reference, count=count, batch=batch, progress=progress,
-        known=(lambda: real.features) if shared else None,
-    )  # fmt: skip
+    real = None
+    if given:
+        moments = read_statistics(protocol.reference, dim=extractor.dim, count=protocol.reference_n)
+        content["reference"] = sha256(protocol.reference)
+    else:
+        count = protocol.reference_n or reference.count
+        few, key = min(protocol.n, count), content.get("scorer", "")
+        real = RealPictures(reference, extractor, few, count, clip, key, batch, progress=progress)
+        shared = any("features" in METRICS[name].needs for name in protocol.metrics)
+        moments = reference_statistics(
+            extractor, reference, count=count, batch=batch, progress=progress,
+            known=(lambda: real.features) if shared else None,
+        )  # fmt: skip
     content = tuple(sorted(content.items()))
-    return Instruments(prompts, extractor, moments, clip, probes, content, protocol.metrics, real)
+    return Instruments(prompts, extractor, moments, clip, probes, content, protocol.metrics, real, protocol.frame)
 
 
 class Pass:

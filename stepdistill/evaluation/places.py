@@ -20,6 +20,33 @@ def export_in(folder: str) -> str:
     return str(place) if folder.startswith("~") else folder
 
 
+def hub_file(text: str) -> tuple[str, str] | None:
+    """owner/name/path.safetensors as (hub id, path); None for anything else, and for what is on the disk."""
+    parts = text.split("/")
+    named = len(parts) > 2 and text.endswith(".safetensors") and parts[0] not in ("", ".", "..", "~")
+    return ("/".join(parts[:2]), "/".join(parts[2:])) if named and not Path(text).exists() else None
+
+
+def fetched(text: str) -> str:
+    """A file on the hub, brought here; anything else as it is.
+
+    Raises:
+        InputError: there is no such file, or the hub cannot be reached.
+    """
+    if (found := hub_file(text)) is None:
+        return text
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(*found)
+    except Exception as error:  # offline, gated, no such repository, no such file
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise InputError(
+            f"{text}: got {found[1]} of {found[0]}, which could not be had ({reason[:160]}); check the names, the "
+            "network and `hf auth login`"
+        ) from error
+
+
 def check(path: str, lora: str | None = None, *, remote: bool = True) -> None:
     """Looks whether a pipeline and a LoRA are there.
 
@@ -44,6 +71,8 @@ def check_lora(lora: str) -> None:
         InputError: it is not, or holds no weights.
     """
     folder = Path(lora)
+    if hub_file(lora):
+        return
     if not folder.exists() and (lora.startswith((".", "/")) or lora.count("/") != 1):
         raise InputError(
             f"lora: got {lora}, which does not exist; allowed: an export folder, a .safetensors file, or a hub id"

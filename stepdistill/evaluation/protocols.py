@@ -4,7 +4,8 @@
 
 Two rows can be compared when their hashes are equal. The hash covers the file's settings and the content they name:
 prompts, reference pictures, extractor and scorer weights. It does not cover the description, nor the seed: seeds of one
-protocol are there to be compared.
+protocol are there to be compared. Protocols of published data leave it to the user to have them: `prompts: --prompts`,
+`reference: --reference`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.errors import InputError
+from stepdistill.evaluation.frame import Frame
 from stepdistill.evaluation.measures import METRICS
 
 PACKAGE = Path(__file__).parents[1]
 DATA = "--data"  # in a protocol's file, as its prompts and reference: the folder is the user's to name
+PROMPTS, REFERENCE = "--prompts", "--reference"  # the same, each by itself
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,26 @@ class ExtractorSpec:
 
 @dataclass(frozen=True)
 class ScorerSpec:
-    """Which CLIP: a name of `clip.load_clip`, its weights' tag, and what goes before each prompt."""
+    """Which CLIP: a name of `clip.load_clip`, its weights' tag, and what goes before each prompt.
+
+    Attributes:
+        scale: of the cosine: 100, or 1 where a paper does not scale. frame: how pictures are brought before it, where
+            that is not the protocol's way.
+    """
 
     model: str
     pretrained: str | None = None
     prefix: str = ""
+    scale: float = 100.0
+    frame: Frame | None = None
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """How models are sampled that say nothing of it: a scheduler and a spacing, as in a SPEC."""
+
+    scheduler: str
+    spacing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,13 +65,15 @@ class Protocol:
     """How a benchmark is made.
 
     Attributes:
-        name, version: of the protocol. description: for people; not hashed.
+        name, version: of the protocol. description, where: for people, what it is and where its data are; not hashed.
         n: pictures in a cell. prompts: the set they are drawn for (see `sets.open_set`).
-        reference: the set they are compared with. reference_n: how many of it; all where None.
+        reference: the set they are compared with, or its statistics. reference_n: how many of it; all where None.
         size: side in pixels that a folder's pictures are brought to; as they are where None.
+        frame: how every picture, real or drawn, is brought before all that looks at it.
         extractor: of the Frechet distance. scorer: of the CLIP score; None for a set without prompts.
         metrics: names of `measures.METRICS`; those that need what a set lacks (captions, probes) are left out.
-        guidance: of models that say nothing of their own. seed: of the pictures' own noise.
+        guidance, sampler: of models that say nothing of their own. negative_prompt: of models that are guided by two
+            calls. steps: step counts, where neither the user nor the model says any. seed: of the pictures' own noise.
     """
 
     name: str
@@ -67,8 +87,13 @@ class Protocol:
     metrics: tuple[str, ...] = ("fd", "clip", "attributes")
     guidance: float | None = None
     size: int | None = None
+    frame: Frame | None = None
+    sampler: SamplerSpec | None = None
+    negative_prompt: str | None = None
+    steps: tuple[int, ...] = ()
     seed: int = 0
     description: str = field(default="", compare=False)
+    where: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.n, int) or self.n < 2:
@@ -77,6 +102,7 @@ class Protocol:
             raise InputError(f"protocol {self.name}: got guidance={self.guidance}; allowed: 1.0 (none) or more")
 
         object.__setattr__(self, "metrics", tuple(self.metrics))
+        object.__setattr__(self, "steps", tuple(self.steps))
         if unknown := set(self.metrics) - set(METRICS):
             raise InputError(f"protocol {self.name}: got the metric {min(unknown)!r}; allowed: {', '.join(METRICS)}")
 
@@ -91,9 +117,29 @@ class Protocol:
 
     def settings(self) -> dict[str, Any]:
         """The fields that the hash covers, as JSON has them. What prompts and reference hold is hashed as content."""
-        settings = dataclasses.asdict(self) | {"metrics": list(self.metrics)}
-        del settings["description"], settings["seed"], settings["prompts"], settings["reference"]
+        settings = dataclasses.asdict(self) | {"metrics": list(self.metrics), "steps": list(self.steps)}
+        for name in ("description", "where", "seed", "prompts", "reference"):
+            del settings[name]
         return settings
+
+    def differences(self, other: Protocol) -> list[str]:
+        """What it differs in from another, a line a field: `extractor.resize: bilinear against clean-fid`."""
+        return differences(self.settings(), other.settings())
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """What two protocols' settings differ in, a line a field; a field that one lacks is None there."""
+    a, b = flat(a), flat(b)
+    names = [name for name in dict.fromkeys([*a, *b]) if a.get(name) != b.get(name)]
+    return [f"{name}: {a.get(name)} against {b.get(name)}" for name in names]
+
+
+def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested settings in one mapping, their names joined by dots."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {f"{above}{name}": value}
+    return found
 
 
 def folders() -> list[Path]:
@@ -151,6 +197,34 @@ def on_folder(protocol: Protocol, folder: str | Path, size: int | None) -> tuple
     return dataclasses.replace(protocol, **changes), captions is not None
 
 
+def with_data(protocol: Protocol, prompts: str | Path | None, reference: str | Path | None) -> Protocol:
+    """A protocol of published data, on the user's copy of them.
+
+    Args:
+        prompts: a text file, a prompt a line. reference: a folder of pictures, or their statistics (.npz,
+            .safetensors).
+
+    Raises:
+        InputError: one is missing, with where it can be had, or is not the user's to name.
+    """
+    places = {}
+    for flag, name, given in ((PROMPTS, "prompts", prompts), (REFERENCE, "reference", reference)):
+        asked = getattr(protocol, name) == flag
+        if given is not None and not asked:
+            raise InputError(
+                f"{flag}: got {given} with the protocol {protocol.name}, which names its own {name}; leave it out"
+            )
+        if asked and given is None:
+            where = " ".join(protocol.where.split())
+            raise InputError(f"protocol {protocol.name}: got no {flag}; give the path of yours; {where}")
+        if asked:
+            places[name] = str(Path(given).expanduser())
+    return dataclasses.replace(protocol, **places)
+
+
+PARTS = {"extractor": ExtractorSpec, "scorer": ScorerSpec, "sampler": SamplerSpec, "frame": Frame}
+
+
 def _build(kind: type, fields: Any, where: str) -> Any:
     if not isinstance(fields, dict):
         raise InputError(f"{where}: got {fields!r}; allowed: fields of {kind.__name__}")
@@ -163,7 +237,7 @@ def _build(kind: type, fields: Any, where: str) -> Any:
     if missing := [key for key in missing if key not in fields]:
         raise InputError(f"{where}: got no {missing[0]!r}; add it")
     fields = dict(fields)
-    for key, part in (("extractor", ExtractorSpec), ("scorer", ScorerSpec)):
-        if kind is Protocol and fields.get(key) is not None:
+    for key, part in PARTS.items():
+        if key in known and fields.get(key) is not None:
             fields[key] = _build(part, fields[key], f"{where}, {key}")
     return kind(**fields)

@@ -19,6 +19,7 @@ from torch import Tensor
 from stepdistill import files
 from stepdistill.errors import InputError
 from stepdistill.evaluation.figures import Figure
+from stepdistill.evaluation.protocols import differences
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "timm", "stepdistill")
 KEY = ("protocol_hash", "model", "weights", "steps", "guidance", "seed")
@@ -27,7 +28,8 @@ FIELDS = (
     "steps", "nfe", "guidance", "scheduler", "sigmas", "n", "seed",
     "fd", "fd_low", "fd_high", "fd_extractor", "clip_score", "clip_model", "attribute_accuracy", "attributes",
     "metrics",
-    "latency_ms", "peak_memory_mb", "batch", "dtype", "device", "versions", "commit", "command", "train_seconds",
+    "latency_ms", "latency_ms_batch", "peak_memory_mb", "batch", "dtype", "device", "versions", "commit", "command",
+    "train_seconds",
 )  # fmt: skip
 FOREIGN = ("config.json", "model_index.json", "manifest.json", "metrics.jsonl", "checkpoints", "export")
 TILE, LARGE = 96, 384  # pixels a picture in a grid has at least, and at most
@@ -84,7 +86,9 @@ class Book:
         InputError: the folder holds something else, or rows of another protocol, or cannot be written.
     """
 
-    def __init__(self, folder: str | Path | None, protocol_hash: str, protocol: str) -> None:
+    def __init__(
+        self, folder: str | Path | None, protocol_hash: str, protocol: str, settings: Mapping[str, Any] | None = None
+    ) -> None:
         self.folder = Path(folder) if folder is not None else None
         self.rows: list[dict[str, Any]] = []
         if self.folder is None:
@@ -102,8 +106,8 @@ class Book:
             if row["protocol_hash"] != protocol_hash:
                 raise InputError(
                     f"--out {self.folder}: got rows of {row.get('protocol')} n={row.get('n')} ({row['protocol_hash']}) "
-                    f"there, and {protocol} ({protocol_hash}) asked for; such rows cannot be compared; choose another "
-                    "folder"
+                    f"there, and {protocol} ({protocol_hash}) asked for{_in_what(row, settings)}; such rows cannot be "
+                    "compared; choose another folder"
                 )
 
     @property
@@ -158,6 +162,14 @@ class Book:
             scale = LARGE / pictures.shape[-2]
             picture = picture.resize((round(picture.width * scale), LARGE), Image.Resampling.LANCZOS)
         picture.save(self.folder / "grids" / grid_name(row))
+
+
+def _in_what(row: Mapping[str, Any], settings: Mapping[str, Any] | None) -> str:
+    """The fields that a row's protocol differs in, the first few; rows of before `settings` say nothing."""
+    if not settings or not row.get("settings"):
+        return ""
+    found = differences(row["settings"], settings)
+    return f" ({'; '.join(found[:3])}{'; …' if len(found) > 3 else ''})"
 
 
 def grid_name(row: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 avatars:train, avatars:test    the embedded set
 FOLDER                         pictures; with metadata.jsonl (file_name, text), or a .txt beside each, prompts too
 FILE.txt                       a prompt a line, no pictures
+none                           neither: a model that draws without being asked for anything
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stepdistill.data import sources
 from stepdistill.errors import InputError
+from stepdistill.evaluation.frame import Frame
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,20 @@ class EvalSet:
             raise InputError(f"reference set {self.name}: got {got}; allowed: {count} or more; lower n or add pictures")
 
 
-def open_set(name: str, size: int | None = None) -> EvalSet:
+def open_set(name: str, size: int | Frame | None = None) -> EvalSet:
     """A set by name.
 
     Args:
-        size: side in pixels that a folder's pictures are brought to (shorter side, Lanczos, centre crop).
+        size: side in pixels that a folder's pictures are brought to (shorter side, Lanczos, centre crop), or the frame
+            they are looked at in.
 
     Raises:
         InputError: no such set, or one that is empty or broken.
     """
     if name.split(":")[0] == "avatars":
         return _avatars(name.partition(":")[2] or "test")
+    if name == "none":
+        return EvalSet(name, _hash(name), 0)
     path = Path(name)
     if path.is_file() and path.suffix == ".txt":
         prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
@@ -122,7 +128,7 @@ def listing(folder: str | Path) -> tuple[list[Path], list[str] | None]:
     return files, captions
 
 
-def _folder(folder: Path, size: int | None) -> EvalSet:
+def _folder(folder: Path, size: int | Frame | None) -> EvalSet:
     files, prompts = listing(folder)
 
     sizes: list[tuple[int, ...]] = []
@@ -143,8 +149,10 @@ def _folder(folder: Path, size: int | None) -> EvalSet:
     return EvalSet(str(folder), key, len(files), prompts, pictures)
 
 
-def _open(file: Path, size: int | None) -> Tensor:
+def _open(file: Path, size: int | Frame | None) -> Tensor:
     picture = sources.open_picture(file, str(file))
+    if isinstance(size, Frame):
+        return torch.from_numpy(np.array(size(picture.convert("RGB")))).permute(2, 0, 1)
     side = (size, size) if size else picture.size[::-1]
     return sources.to_tensor(picture, side).add(1).mul(127.5).round().to(torch.uint8)
 

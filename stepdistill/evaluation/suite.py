@@ -24,12 +24,13 @@ from stepdistill.errors import InputError
 from stepdistill.evaluation import generate, hashes, latency, records
 from stepdistill.evaluation.generate import Drawn
 from stepdistill.evaluation.metrics import Instruments, Pass, prepare, row_of
+from stepdistill.evaluation.models import call_of, even_of, fingerprint, guidance_of, load, training_record
 from stepdistill.evaluation.pictures import LIBRARIES, Store, setup_of
 from stepdistill.evaluation.places import check
 from stepdistill.evaluation.processes import Processes, reason
 from stepdistill.evaluation.progress import ReferenceBar, progress_bar, quiet
 from stepdistill.evaluation.protocols import Protocol, load_protocol
-from stepdistill.evaluation.spec import ModelSpec, as_models, even_of, fingerprint, guidance_of, load, training_record
+from stepdistill.evaluation.spec import ModelSpec, as_models, plan_of
 from stepdistill.files import unwritable
 
 STEPS = (1, 2, 4, 8, 50)
@@ -66,8 +67,9 @@ class Settings:
     """How a benchmark is run; none of it changes a quality figure.
 
     Attributes:
-        batch: pictures drawn at a time. device: where. latency_batch, latency_repeats: of the timing, 0 repeats are
-            none.
+        batch: pictures drawn at a time. device: where. latency_repeats: timed calls of one picture, 0 are none;
+            latency_batch: pictures in the calls of a second timing, 1 is none. compiled: time the network compiled.
+        channels_last: lay UNets and autoencoders out so.
         keep: keep the drawn pictures of cells up to 2 GiB (see `pictures`); others only until they are measured.
         floor: measure real pictures and reconstructions too. grid: pictures kept of each cell. progress: show a bar.
 
@@ -80,6 +82,8 @@ class Settings:
     latency_batch: int = 1
     latency_repeats: int = 10
     keep: bool = True
+    compiled: bool = False
+    channels_last: bool = False
     floor: bool = True
     grid: int = 8
     progress: bool = True
@@ -93,7 +97,7 @@ class Settings:
 def evaluate(
     pipeline: Any,
     protocol: str | Path | Protocol = "avatars-2k",
-    steps: Sequence[int] = STEPS,
+    steps: Sequence[int] | None = None,
     *,
     out: str | Path | None = None,
     n: int | None = None,
@@ -107,7 +111,8 @@ def evaluate(
     Args:
         pipeline: a SPEC, a ModelSpec, a loaded diffusers pipeline, a sequence of SPECs, or a mapping
             name -> any of these.
-        protocol: a name, a .yaml file, or a Protocol. steps: step counts, 1 or more each.
+        protocol: a name, a .yaml file, or a Protocol. steps: step counts, 1 or more each; where not given a ready
+            model's own, else the protocol's, else STEPS.
         out: the folder of results.jsonl and the grids; rows already there are kept, and not measured again.
         n, seed: in place of the protocol's. Another n is another protocol, with another hash.
         instruments: in place of those the protocol names. command: what to record; the process's own where not given.
@@ -123,15 +128,15 @@ def evaluate(
     protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)
     changes = {k: v for k, v in {"n": n, "seed": seed}.items() if v is not None}
     protocol = dataclasses.replace(protocol, **changes)
-    steps, models = check_steps(steps), as_models(pipeline)
-    for model in models.values():
+    plan = plan_of(as_models(pipeline), None if steps is None else check_steps(steps), protocol.steps or STEPS)
+    for _, model, _ in plan:
         if isinstance(model, ModelSpec):
             check(model.path, model.lora)
     if out is not None:
         records.check_folder(out)
     # The bar counts network evaluations, guidance's included, and a few for the metrics: pictures cost unlike much.
     weight = 4
-    total = protocol.n * len(models) * sum(2 * s + weight for s in steps)
+    total = protocol.n * sum(2 * s + weight for _, _, counts in plan for s in counts)
     for turn in (True, False) if instruments is None else ():  # statistics are made once, and then read
         with team.alike(), closing(ReferenceBar(settings.progress)) as told:
             if team.main is turn:
@@ -141,8 +146,8 @@ def evaluate(
             command = command or " ".join(map(shlex.quote, sys.argv))
             bench = _Bench(protocol, instruments, settings, command, out if team.main else None, bar, team, store)
         bench.real()
-        for name, model in models.items():
-            bench.model(name, model, steps, weight)
+        for name, model, counts in plan:
+            bench.model(name, model, counts, weight)
         troubles = team.gather((store.broken, store.why_not))
     store.broken = sum(broken for broken, _ in troubles)
     store.why_not = next((why for _, why in troubles if why), None)
@@ -178,7 +183,7 @@ class _Bench:
             "batch": settings.batch, "device": records.device_name(settings.device), "versions": records.versions(),
             "commit": records.commit(), "command": command,
         }  # fmt: skip
-        self.book = records.Book(out, self.facts["protocol_hash"], protocol.name)
+        self.book = records.Book(out, self.facts["protocol_hash"], protocol.name, self.facts["settings"])
         self.book.prompts(list((tools.prompts.prompts or [])[: settings.grid]))
 
     def real(self) -> None:
@@ -205,9 +210,14 @@ class _Bench:
         self.bar.set_description(f"{name}: loading")
         try:
             with self.team.alike():
-                pipeline = load(spec, device=self.settings.device) if model is spec else model
+                own = {"device": self.settings.device, "sampler": self.protocol.sampler}
+                pipeline = load(spec, **own) if model is spec else model
+                if self.settings.channels_last:
+                    latency.channels_last(pipeline)
                 guidance, even = guidance_of(spec, pipeline, self.protocol.guidance), even_of(spec, pipeline)
-                sampler = generate.Sampler(pipeline, guidance, self.protocol.seed, even)
+                sampler = generate.Sampler(
+                    pipeline, guidance, self.protocol.seed, even, call_of(spec, pipeline), self.protocol.negative_prompt
+                )
                 if sampler.takes_prompts and self.tools.prompts.prompts is None:
                     raise InputError(f"model {name}: got a set without prompts; allowed: a protocol with prompts")
                 weights = fingerprint(pipeline)
@@ -324,10 +334,15 @@ class _Bench:
         settings, prompts = self.settings, list(self.tools.prompts.prompts or [])[:64]
         if not settings.latency_repeats:
             return {}
-        timing = latency.measure(
-            sampler, prompts, steps=steps, batch=settings.latency_batch, repeats=settings.latency_repeats
-        )
-        return {"latency_ms": timing.row(), "peak_memory_mb": timing.peak_memory_mb}
+        one, many = (
+            latency.measure(
+                sampler, prompts, steps=steps, batch=batch, repeats=settings.latency_repeats, compiled=settings.compiled
+            ) if batch else None
+            for batch in (1, settings.latency_batch if settings.latency_batch > 1 else 0)
+        )  # fmt: skip
+        return {
+            "latency_ms": one.row(), "latency_ms_batch": many and many.row(), "peak_memory_mb": one.peak_memory_mb,
+        }  # fmt: skip
 
     def _fail(self, name: str, steps: int | None, error: Exception) -> None:
         """Notes what could not be measured; a disk that is full or closed is no model's fault, and ends the run."""

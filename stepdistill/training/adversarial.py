@@ -86,7 +86,8 @@ class AdversarialConfig(TrainConfig):
     @property
     def spent_before(self) -> float:
         """What the run of `start` took, as its export says."""
-        from stepdistill.evaluation.spec import ModelSpec, training_record
+        from stepdistill.evaluation.models import training_record
+        from stepdistill.evaluation.spec import ModelSpec
 
         record = training_record(ModelSpec(str(self._start), "start")) if self.start else {}
         return record.get("train_seconds") or 0.0

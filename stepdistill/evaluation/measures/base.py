@@ -22,12 +22,16 @@ class View:
     """A batch of pictures and what the instruments see in them, each looked at once whatever number of metrics ask.
 
     Attributes:
-        pictures: (B, 3, H, W) uint8, number `first` and on of the set.
+        pictures: (B, 3, H, W) uint8, number `first` and on of the set; in the protocol's frame, where it has one.
     """
 
     tools: Instruments
     first: int
     pictures: Tensor
+
+    def __post_init__(self) -> None:
+        if self.tools.frame is not None:
+            object.__setattr__(self, "pictures", self.tools.frame.batch(self.pictures))
 
     @property
     def prompts(self) -> Sequence[str]:

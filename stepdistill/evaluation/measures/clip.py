@@ -10,7 +10,7 @@ from stepdistill.evaluation.measures.base import Metric, View
 
 
 class ClipScore(Metric):
-    """`clip_score`: the mean of 100 max(cos, 0)."""
+    """`clip_score`: the mean of 100 max(cos, 0), or of the protocol's scale in place of 100."""
 
     name, keeps, better = "clip", "clip_scores", {"clip_score": "higher"}
 
@@ -20,7 +20,7 @@ class ClipScore(Metric):
 
     @staticmethod
     def see(view: View) -> Tensor:
-        return clip_scores(view.embedding, view.text).cpu()
+        return clip_scores(view.embedding, view.text, view.tools.clip.scale).cpu()
 
     @staticmethod
     def figures(kept: Tensor, tools) -> dict[str, Figure]:

@@ -1,0 +1,86 @@
+"""Published models, ready to be measured: benchmarks/models.yaml. `--model @sdxl-turbo` is one of them.
+
+ready("sdxl-lightning")        # its SPEC, what changes with the number of steps, and where that is written
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from stepdistill.errors import InputError
+
+PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A published model and how its authors sample it.
+
+    Attributes:
+        name: after the @. spec: a SPEC. steps: the step counts it is for, and what each adds to the SPEC.
+        method: of the paper. teacher: the id of what it was distilled from; None for a teacher.
+        source: where all this is written. note: what a reader should know.
+    """
+
+    name: str
+    spec: str
+    steps: Mapping[int, str]
+    method: str
+    source: str
+    teacher: str | None = None
+    note: str = ""
+
+
+@lru_cache(maxsize=1)
+def catalogue() -> dict[str, Ready]:
+    """All of them, by name.
+
+    Raises:
+        InputError: an entry that is none.
+    """
+    import yaml
+
+    beside = PACKAGE / "models.yaml"
+    file = beside if beside.is_file() else PACKAGE.parent / "benchmarks" / "models.yaml"
+    return {name: _read(name, entry, file) for name, entry in yaml.safe_load(file.read_text()).items()}
+
+
+def _read(name: str, entry: Any, file: Path) -> Ready:
+    known = {f.name for f in dataclasses.fields(Ready)} - {"name"}
+    if not isinstance(entry, dict) or (unknown := set(entry) - known):
+        got = f"the field {min(unknown)!r}" if isinstance(entry, dict) else repr(entry)
+        raise InputError(f"{file}, {name}: got {got}; allowed: {', '.join(sorted(known))}")
+    if missing := {"spec", "steps", "method", "source"} - set(entry):
+        raise InputError(f"{file}, {name}: got no {min(missing)!r}; add it")
+    steps = entry["steps"]
+    return Ready(name, **entry | {"steps": steps if isinstance(steps, dict) else dict.fromkeys(steps, "")})
+
+
+def ready(name: str) -> Ready:
+    """One by name.
+
+    Raises:
+        InputError: there is none; the nearest is named.
+    """
+    if name not in catalogue():
+        near = difflib.get_close_matches(name, catalogue(), 1)
+        hint = f"did you mean @{near[0]}?" if near else "stepdistill bench --list-models lists them"
+        raise InputError(f"--model @{name}: got no such ready model; allowed: {', '.join(catalogue())}; {hint}")
+    return catalogue()[name]
+
+
+def listed() -> str:
+    """The catalogue as text, a model a paragraph."""
+    lines = []
+    for entry in catalogue().values():
+        steps = " ".join(map(str, entry.steps))
+        lines += [f"@{entry.name}  {entry.method}; steps {steps}", f"    {entry.spec}"]
+        lines += [f"    {count:>3} steps: {more}" for count, more in entry.steps.items() if more]
+        lines += [f"    {entry.source}"]
+    return "\n".join(lines)

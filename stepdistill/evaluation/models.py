@@ -1,0 +1,171 @@
+"""The plain diffusers pipeline of a SPEC, with its LoRA and scheduler, and how it is to be called.
+
+spec = parse("base,lora=out/student,scheduler=lcm")
+pipeline = load(spec)
+pipeline("a red hat", num_inference_steps=4, guidance_scale=guidance_of(spec, pipeline), **call_of(spec, pipeline))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+from stepdistill.errors import InputError
+from stepdistill.evaluation import hashes
+from stepdistill.evaluation.catalogue import ready
+from stepdistill.evaluation.generate import told_guidance
+from stepdistill.evaluation.places import check_lora, fetched
+from stepdistill.evaluation.protocols import SamplerSpec
+from stepdistill.evaluation.schedulers import UNGUIDED, scheduler_of
+from stepdistill.evaluation.spec import ModelSpec
+
+
+def load(spec: ModelSpec, *, device: str = "cpu", sampler: SamplerSpec | None = None):
+    """The plain diffusers pipeline of a SPEC, with its LoRA and scheduler.
+
+    Args:
+        sampler: a protocol's, for a pipeline whose SPEC names no scheduler, and that is not a student of its own.
+
+    Raises:
+        InputError: the pipeline or LoRA is not there, cannot be reached, or does not fit.
+    """
+    import torch
+
+    from stepdistill.denoiser.load import open_pipeline
+
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}[spec.dtype]
+    pipeline = open_pipeline(spec.path, variant=spec.variant, dtype=dtype)
+    for name in ("safety_checker", "watermark"):  # what is measured is what the model draws
+        if getattr(pipeline, name, None) is not None:
+            setattr(pipeline, name, None)
+    if spec.unet:
+        _load_unet(pipeline, spec.unet)
+    if spec.lora:
+        _load_lora(pipeline, spec.lora)
+    if sampler and not (spec.scheduler or spec.spacing or spec.lora or _record(spec).get("method")):
+        spec = dataclasses.replace(spec, scheduler=sampler.scheduler, spacing=sampler.spacing)
+    pipeline.scheduler = scheduler_of(pipeline, spec)
+    call_of(spec, pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def call_of(spec: ModelSpec, pipeline) -> dict[str, Any]:
+    """What a pipeline is called with besides prompt, steps and guidance.
+
+    Raises:
+        InputError: it does not take that.
+    """
+    wanted = {
+        "size": {"height": spec.size, "width": spec.size} if spec.size else {},
+        "tokens": {"max_sequence_length": spec.tokens} if spec.tokens else {},
+        "timesteps": {"timesteps": list(spec.timesteps)} if spec.timesteps else {},
+    }
+    known = inspect.signature(type(pipeline).__call__).parameters
+    for name, arguments in wanted.items():
+        if missing := [argument for argument in arguments if argument not in known]:
+            raise InputError(
+                f"{name}: got {getattr(spec, name)} for a {type(pipeline).__name__}, which takes no {missing[0]}; "
+                "leave it out"
+            )
+    return {k: v for arguments in wanted.values() for k, v in arguments.items()}
+
+
+def _load_unet(pipeline, unet: str) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    network = getattr(pipeline, "unet", None)
+    if network is None:
+        raise InputError(f"unet: got {unet} for a {type(pipeline).__name__}, which has none; leave it out")
+    try:
+        network.load_state_dict(load_file(fetched(unet)))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"unet: got {unet}, whose weights do not fit the pipeline's UNet ({reason})") from error
+
+
+def _load_lora(pipeline, lora: str) -> None:
+    from stepdistill.export.adapters import load_whole
+
+    check_lora(lora)
+    load_whole(pipeline, fetched(lora))
+
+
+def guidance_of(spec: ModelSpec, pipeline, default: float | None = None) -> float:
+    """What a model is guided with.
+
+    The SPEC's guidance, where it says one. Of a student that is told its guidance (LCM's w), the middle of the range it
+    was trained on, then `default`, the protocol's. Of other students, ours and consistency models, none. Else
+    `default`, then the pipeline's own.
+    """
+    if spec.guidance is not None:
+        return spec.guidance
+    told = told_guidance(pipeline)
+    if told and (trained := _record(spec).get("guidance")):
+        ends = trained if isinstance(trained, list) else [trained]
+        return (float(ends[0]) + float(ends[-1])) / 2
+    if not told and (type(pipeline.scheduler).__name__ in UNGUIDED or _record(spec).get("method")):
+        return 1.0
+    parameter = inspect.signature(type(pipeline).__call__).parameters.get("guidance_scale")
+    if parameter is None:
+        return 1.0
+    return default if default is not None else float(parameter.default)
+
+
+def even_of(spec: ModelSpec, pipeline) -> bool:
+    """Whether a model is sampled at even sigmas: as the SPEC says, else as its export's record does.
+
+    Raises:
+        InputError: the SPEC asks for them, and the pipeline or its scheduler takes none.
+    """
+    from stepdistill.denoiser.families import takes_sigmas
+
+    takes = takes_sigmas(pipeline, pipeline.scheduler)
+    if spec.sigmas == "even" and not takes:
+        got = f"{type(pipeline).__name__} with {type(pipeline.scheduler).__name__}"
+        raise InputError(
+            f"sigmas: got even for {got}, which take none; allowed: a flow with flow-euler or flow-lcm; leave it out"
+        )
+    return takes and (spec.sigmas or _record(spec).get("sigmas")) == "even"
+
+
+def fingerprint(pipeline) -> str:
+    """16 hex digits of every weight, LoRA setting and scheduler setting: a row's model, whatever its path is called."""
+    import torch
+
+    digest = hashlib.sha256(type(pipeline).__name__.encode())
+    for name, module in sorted(pipeline.components.items()):
+        if not isinstance(module, torch.nn.Module):
+            continue
+        for adapter, config in sorted((getattr(module, "peft_config", None) or {}).items()):
+            digest.update(f"{name}.{adapter} r={config.r} alpha={config.lora_alpha}".encode())
+        digest.update(f"{name} {hashes.of_module(module)}".encode())
+    scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
+    digest.update(json.dumps([type(pipeline.scheduler).__name__, scheduler], sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def training_record(spec: ModelSpec) -> dict[str, Any]:
+    """What an export, or the catalogue, says of its making: method, teacher, train_seconds. Else empty."""
+    if spec.ready:
+        return {"method": ready(spec.ready).method, "teacher": ready(spec.ready).teacher, "train_seconds": None}
+    record = _record(spec)
+    return {k: record.get(k) for k in ("method", "teacher", "train_seconds")} if record else {}
+
+
+def _record(spec: ModelSpec) -> dict[str, Any]:
+    """The config.json of the LoRA's folder, of a pipeline's without one; of a kohya file, the one in its header."""
+    if spec.lora and Path(spec.lora).is_file():
+        from stepdistill.export.kohya import kohya_record
+
+        return kohya_record(Path(spec.lora))
+    try:
+        record = json.loads((Path(spec.lora or spec.path) / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

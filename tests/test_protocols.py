@@ -1,0 +1,176 @@
+"""Protocols of published data: what they do to a picture is what their tools do, and what differs is named."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from test_suite import PROMPTS, Pools, Towers, run, words
+from torchvision import transforms
+
+from stepdistill.errors import InputError
+from stepdistill.evaluation import metrics, protocols, sets
+from stepdistill.evaluation.clip import ClipModel, clip_scores
+from stepdistill.evaluation.features import Extractor
+from stepdistill.evaluation.frame import Frame
+from stepdistill.evaluation.frechet import Moments, frechet_distance
+from stepdistill.evaluation.measures import View
+from stepdistill.evaluation.metrics import Instruments
+from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, load_protocol, with_data
+from stepdistill.evaluation.statistics import read_statistics
+
+PUBLISHED = ("cifar10-50k", "coco30k-256", "coco10k-512", "coco10k-512-patch", "mjhq30k", "mlperf-sdxl-5k")
+POOLS = Extractor("pools", "Pools", Pools(), 12, 32, "nearest", "w")
+
+
+def picture(width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(width * height)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def batch(given: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(given)).permute(2, 0, 1)[None]
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (90, 61), (47, 120), (33, 40)])
+def test_frames_are_what_the_papers_code_does(width, height):
+    """DMD2: CenterCropLongEdge, then Pillow's Lanczos; its patches: a centre crop. SANA: Resize, then CenterCrop."""
+    given = picture(width, height)
+    square = transforms.functional.center_crop(given, min(given.size)).resize((40, 40), Image.LANCZOS)
+    cover = transforms.Compose([transforms.Resize(40), transforms.CenterCrop(40)])(given)
+    large = width >= 40 and height >= 40
+    crop = transforms.functional.center_crop(given, 40) if large else given.resize((40, 40), Image.BICUBIC)
+    for wanted, frame in (
+        (square, Frame(40, "square", "lanczos")),
+        (cover, Frame(40, "cover", "bilinear")),
+        (crop, Frame(40, "crop", "bicubic")),
+    ):
+        assert np.array_equal(np.asarray(frame(given)), np.asarray(wanted))
+        assert torch.equal(frame.batch(batch(given)), batch(wanted))
+
+
+def test_real_and_drawn_pictures_are_looked_at_in_one_frame(tmp_path):
+    sides = [(64, 48), (40, 70), (50, 50)]
+    for i, side in enumerate(sides):
+        picture(*side).save(tmp_path / f"{i}.png")
+    frame = Frame(32)
+    real = sets.open_set(str(tmp_path), frame)
+    assert real.key != sets.open_set(str(tmp_path), Frame(16)).key
+    tools = Instruments(real, POOLS, Moments.empty(12), metrics=("fd",), frame=frame)
+    for i, side in enumerate(sides):
+        drawn = View(tools, i, batch(picture(*side)))
+        assert torch.equal(drawn.pictures, real.pictures(i, i + 1))
+        assert torch.equal(drawn.features, POOLS(real.pictures(i, i + 1)))
+
+
+def test_clip_is_scaled_and_framed_as_the_protocol_says():
+    images, texts = torch.tensor([[0.6, 0.8], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    assert clip_scores(images, texts, 1.0).tolist() == pytest.approx([0.6, 0.0])
+    assert clip_scores(images, texts).tolist() == pytest.approx([60.0, 0.0])
+    plain = ClipModel("towers", Towers(), words, None, (32, 32), (0.5,) * 3, (0.5,) * 3)
+    framed = dataclasses.replace(plain, frame=Frame(32))
+    given = batch(picture(64, 48))
+    assert torch.equal(framed.images(given), plain.images(Frame(32).batch(given)))
+
+
+@pytest.mark.parametrize("caption", ["a red cat", "word " * 100])
+def test_a_prefix_is_dmd2s_tokens(caption):
+    """DMD2 puts the three tokens of the prefix after the start, cuts at 77 and ends with the end."""
+    import open_clip
+
+    tokenize = open_clip.get_tokenizer("ViT-g-14")
+    prefix = load_protocol("coco30k-256").scorer.prefix
+    tokens, front = tokenize([caption]), tokenize([prefix])[:, 1:4]
+    wanted = torch.cat([tokens[:, :1], front, tokens[:, 1:]], 1)[:, :77]
+    if wanted[0, 76] > 0:
+        wanted[0, 76] = 49407
+    assert torch.equal(tokenize([prefix + caption]), wanted)
+
+
+def test_statistics_of_an_npz_give_the_distance_of_their_pictures(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    real, drawn = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (500, 80))
+    np.savez(tmp_path / "s.npz", mu=real.numpy().mean(0), sigma=np.cov(real.numpy(), rowvar=False))
+    Moments.of(real).save(tmp_path / "s.safetensors")
+    wanted = frechet_distance(Moments.of(drawn), Moments.of(real))
+    for file, count in (("s.npz", None), ("s.npz", 500), ("s.safetensors", None)):
+        moments = read_statistics(tmp_path / file, dim=6, count=count)
+        assert frechet_distance(Moments.of(drawn), moments) == pytest.approx(wanted, rel=1e-10)
+
+
+def test_statistics_that_are_none_are_refused_in_one_line(tmp_path):
+    np.savez(tmp_path / "half.npz", mu=np.zeros(3))
+    np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
+    np.savez(tmp_path / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
+    np.savez(tmp_path / "pickle.npz", mu=np.array([{}]), sigma=np.eye(1))
+    np.savez(tmp_path / "short.npz", mu=np.zeros(3), sigma=np.eye(3))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "odd.npz").read_bytes()[:40])
+    for name, reason in (
+        ("half", "sigma"), ("odd", "do not fit"), ("nan", "not finite"), ("pickle", "pickle"), ("cut", "no statistics"),
+        ("short", "length 3, for an extractor of 6"), ("gone", "does not exist"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=reason) as caught:
+            read_statistics(tmp_path / f"{name}.npz", dim=6)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_reference_of_statistics_is_part_of_the_hash_by_its_content(tmp_path, monkeypatch):
+    for name, mean in (("a", 0.0), ("b", 1.0)):
+        np.savez(tmp_path / f"{name}.npz", mu=np.full(12, mean), sigma=np.eye(12))
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    monkeypatch.setattr(metrics, "load_extractor", lambda *_, **__: POOLS)
+    asked = dataclasses.replace(load_protocol("mlperf-sdxl-5k"), n=5, scorer=None)
+    found = set()
+    for name in ("a", "b"):
+        protocol = with_data(asked, tmp_path / "p.txt", tmp_path / f"{name}.npz")
+        tools = metrics.prepare(protocol)
+        assert tools.reference.mean[0] == (name == "b") and tools.prompts.prompts == PROMPTS
+        found.add(protocol.hash(dict(tools.content)))
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_protocol_says_where_its_data_are(name, tmp_path):
+    protocol = load_protocol(name)
+    with pytest.raises(InputError, match=rf"protocol {name}: got no --(prompts|reference)") as caught:
+        metrics.prepare(protocol)
+    assert " ".join(protocol.where.split()) in str(caught.value) and "\n" not in str(caught.value)
+    prompts = tmp_path / "p.txt" if protocol.prompts == protocols.PROMPTS else None
+    placed = with_data(protocol, prompts, tmp_path)
+    assert (placed.prompts, placed.reference) == (str(prompts or "none"), str(tmp_path))
+    assert placed.hash({}) == protocol.hash({})
+
+
+def test_data_that_a_protocol_names_itself_are_not_the_users_to_name():
+    with pytest.raises(InputError, match="avatars-2k, which names its own prompts; leave it out"):
+        with_data(load_protocol("avatars-2k"), "x.txt", None)
+
+
+def test_what_two_protocols_differ_in_is_named_field_by_field():
+    a = load_protocol("coco30k-256")
+    b = dataclasses.replace(a, n=10, extractor=ExtractorSpec("inception", 128, "bilinear"), frame=Frame(512), seed=9)
+    assert b.differences(a) == [
+        "n: 10 against 30000",
+        "extractor.size: 128 against None",
+        "extractor.resize: bilinear against clean-fid",
+        "frame.size: 512 against 256",
+    ]
+    assert a.differences(dataclasses.replace(a, description="x", where="y", seed=3)) == []
+
+
+def test_rows_of_another_protocol_are_refused_with_the_difference_named(tmp_path):
+    pictures = torch.cat([batch(picture(32, 32))] * 5)
+    prompts = sets.EvalSet("set", "k" * 64, 5, PROMPTS, lambda a, b: pictures[a:b])
+    reference = Moments.of(torch.rand(40, 12, generator=torch.Generator().manual_seed(0)))
+    tools = Instruments(prompts, POOLS, reference, content=(("prompts", "k"),), metrics=("fd",))
+    protocol = Protocol("tiny", 5, "set", "set", ExtractorSpec("pools"), guidance=2.0, metrics=("fd",))
+    pipe = {"p": tiny.sd()}
+    run(pipe, protocol, tools, tmp_path, (1,))
+    with pytest.raises(InputError, match=r"asked for \(n: 5 against 4; guidance: 2.0 against 3.0\); such rows"):
+        run(pipe, dataclasses.replace(protocol, guidance=3.0), tools, tmp_path, (1,), n=4)
+    with pytest.raises(InputError, match=r"\(content.prompts: k against other\)"):
+        run(pipe, protocol, dataclasses.replace(tools, content=(("prompts", "other"),)), tmp_path, (1,))
