@@ -17,7 +17,7 @@ from torch import nn
 
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
-from stepdistill.evaluation import metrics, protocols, suite
+from stepdistill.evaluation import generate, metrics, models, protocols, records, spec, suite
 from stepdistill.evaluation.attributes import Probes
 from stepdistill.evaluation.clip import ClipModel
 from stepdistill.evaluation.features import Extractor
@@ -123,6 +123,25 @@ def test_rows_have_every_field_and_the_figures_of_a_hand_computation(base, proto
     assert row["attribute_accuracy"] == 0.6 and row["attributes"] == {"hat": 0.6}
 
 
+def test_diversity_is_that_of_four_more_pictures_of_each_prompt(base, protocol, tools, tmp_path, monkeypatch):
+    monkeypatch.setattr("stepdistill.evaluation.measures.diversity.trunk", lambda: False)
+    several = dataclasses.replace(tools, metrics=("fd", "diversity"))
+    row = run(f"teacher={base},scheduler=ddim", protocol, several, tmp_path, (1,)).rows[-1]
+    pipe = models.load(spec.parse(f"{base},scheduler=ddim"))
+    total = 0.0
+    for i, prompt in enumerate(PROMPTS):  # the five pictures of the cell have the noise of numbers 0 to 4
+        options = {"num_inference_steps": 1, "guidance_scale": 2.0, "output_type": "pt"}
+        images = pipe([prompt] * 4, generator=Draws.at(0, 5 + 4 * i, 4).generators, **options).images
+        features = tools.extractor(generate.to_uint8(images)).double()
+        cosines = torch.nn.functional.cosine_similarity(features[:, None], features[None], dim=-1)
+        total += (1 - cosines).triu(1).sum().item() / 6
+    figure = row["metrics"]["diversity_features"]
+    assert figure["value"] == pytest.approx(total / 5, rel=1e-3) and figure["n"] == 5 and figure["of"] == "prompts"
+    assert row["metrics"]["fd"]["n"] == 5 and row["nfe"] == 2 and "diversity_features" not in run(
+        f"teacher={base},scheduler=ddim", protocol, tools, tmp_path / "without", (1,)
+    ).rows[-1]["metrics"]  # fmt: skip
+
+
 def test_every_step_count_starts_from_the_same_latents(base, protocol, tools, tmp_path, monkeypatch):
     from diffusers import StableDiffusionPipeline
 
@@ -153,7 +172,7 @@ def test_a_second_run_measures_nothing_again_and_a_cut_one_gets_the_same_figures
         raise AssertionError("drawn again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(suite.generate.Sampler, "__call__", never)
+        patch.setattr(generate.Sampler, "__call__", never)
         assert run(model, protocol, tools, tmp_path).rows == first
     assert file.read_text() == whole
     file.write_text("".join(line + "\n" for line in whole.splitlines()[:3]))
@@ -194,7 +213,7 @@ def test_a_disk_that_is_full_or_closed_ends_the_run_and_is_no_models_failure(pro
         def refuse(*_, code=code):
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr(suite.records.Book, "add", refuse)
+        monkeypatch.setattr(records.Book, "add", refuse)
         with pytest.raises(OSError, match=os.strerror(code)):
             run({"p": tiny.sd()}, protocol, tools, tmp_path, (1,))
 

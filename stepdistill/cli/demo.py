@@ -69,6 +69,7 @@ QUICK = Size(
     measured=48,
 )
 FEW, MANY = (1, 2, 4), (50,)
+METRICS = ("fd", "kid", "prdc", "clip", "attributes")  # those that so few pictures tell something of
 
 
 def main(config: Config) -> None:
@@ -124,7 +125,7 @@ def measure(students: dict[str, dict[int, Path]], out: Path, size: Size, seed: i
     from stepdistill.evaluation.suite import Settings, evaluate
     from stepdistill.evaluation.summary import print_table
 
-    protocol = dataclasses.replace(load_protocol("avatars-2k"), n=size.measured)
+    protocol = dataclasses.replace(load_protocol("avatars-2k"), n=size.measured, metrics=METRICS)
     print(f"measuring teacher and students at {', '.join(map(str, FEW + MANY))} steps, {size.measured} pictures a cell")
     bench = {"protocol": protocol, "out": out / "bench", "seed": seed, "settings": Settings(latency_repeats=5)}
     teacher = {"teacher": "avatars,scheduler=ddim"}

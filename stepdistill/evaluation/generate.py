@@ -139,12 +139,15 @@ class Series:
 
     Attributes:
         sampler: draws. prompts: of all pictures, None where there are none. n: pictures. batch: drawn at a time.
+        each: pictures of a prompt, in a row. offset: the number of the first picture, which its noise goes by.
     """
 
     sampler: Sampler
     prompts: Sequence[str] | None
     n: int
     batch: int
+    each: int = 1
+    offset: int = 0
     _encoded: dict[int, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
 
     def draw(self, steps: int, first: int, count: int) -> Drawn:
@@ -158,10 +161,15 @@ class Series:
             lambda _, args, kwargs: evaluations.append(evaluated(args, kwargs)), with_kwargs=True
         )
         try:
-            pictures = self.sampler(condition, first=first, count=count, steps=steps)
+            pictures = self.sampler(condition, first=self.offset + first, count=count, steps=steps)
         finally:
             hook.remove()
         return Drawn(pictures, sum(evaluations))
+
+    def several(self, each: int, prompts: int | None = None) -> Series:
+        """`each` pictures of every prompt, or of the first few, all with noise that this series has not."""
+        asked = [prompt for prompt in self.prompts[:prompts] for _ in range(each)]
+        return Series(self.sampler, asked, len(asked), self.batch, each, self.offset + self.n)
 
     def _condition(self, first: int, count: int) -> dict[str, Any]:
         if (kept := self._encoded.get(first)) is not None:

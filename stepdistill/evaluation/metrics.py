@@ -162,12 +162,15 @@ class Pass:
 
     Attributes:
         kept: of each batch, by the number of its first picture. Other processes' parts are added to it.
+
+    Args:
+        each: feeds the metrics that see so many pictures of a prompt.
     """
 
-    def __init__(self, instruments: Instruments) -> None:
+    def __init__(self, instruments: Instruments, each: int = 1) -> None:
         self.tools = instruments
         listed = [METRICS[name] for name in instruments.metrics]
-        self.metrics = [metric for metric in listed if metric.each == 1 and metric.fits(instruments)]
+        self.metrics = [metric for metric in listed if metric.each == each and metric.fits(instruments)]
         self.kept: dict[int, dict[str, Tensor]] = {}
 
     def add(self, first: int, pictures: Tensor) -> None:

@@ -1,0 +1,305 @@
+"""The work of a benchmark: each model loaded, its pictures drawn or read, looked at, timed, and put into a row.
+
+`suite.evaluate` is the way in. Where several processes were launched, each draws and looks at its share of the batches,
+and the main one makes the figures and writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepdistill.errors import InputError
+from stepdistill.evaluation import generate, hashes, latency, records
+from stepdistill.evaluation.figures import Figure
+from stepdistill.evaluation.generate import Drawn
+from stepdistill.evaluation.measures import METRICS, Metric
+from stepdistill.evaluation.metrics import Instruments, Pass, row_of
+from stepdistill.evaluation.models import call_of, even_of, fingerprint, guidance_of, load, training_record
+from stepdistill.evaluation.pictures import LIBRARIES, Cell, Store, setup_of
+from stepdistill.evaluation.processes import Processes, reason
+from stepdistill.evaluation.protocols import Protocol
+from stepdistill.evaluation.spec import ModelSpec
+from stepdistill.files import unwritable
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell that could not be measured, and why, in a line."""
+
+    model: str
+    steps: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a benchmark is run; none of it changes a quality figure.
+
+    Attributes:
+        batch: pictures drawn at a time. device: where. latency_repeats: timed calls of one picture, 0 are none;
+            latency_batch: pictures in the calls of a second timing, 1 is none. compiled: time the network compiled.
+        channels_last: lay UNets and autoencoders out so.
+        keep: keep the drawn pictures of cells up to 2 GiB (see `pictures`); others only until they are measured.
+        floor: measure real pictures and reconstructions too. grid: pictures kept of each cell. progress: show a bar.
+
+    Raises:
+        InputError: a number out of range.
+    """
+
+    batch: int = 64
+    device: str = "cpu"
+    latency_batch: int = 1
+    latency_repeats: int = 10
+    keep: bool = True
+    compiled: bool = False
+    channels_last: bool = False
+    floor: bool = True
+    grid: int = 8
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("latency_batch", 1), ("latency_repeats", 0), ("grid", 0)):
+            if (value := getattr(self, name)) < least:
+                raise InputError(f"{name}: got {value}; allowed: {least} or more")
+
+
+@dataclass(frozen=True)
+class Look:
+    """Pictures to be looked at.
+
+    Attributes:
+        measured: what looks. draw: (first, count) to a batch. n: how many there are.
+    """
+
+    measured: Pass
+    draw: Callable[[int, int], Drawn]
+    n: int
+
+
+class Bench:
+    """One run: its book of rows, and what was found on the way."""
+
+    def __init__(
+        self, protocol: Protocol, tools: Instruments, settings: Settings, command: str, out: str | Path | None,
+        bar: Any, team: Processes, store: Store,
+    ) -> None:  # fmt: skip
+        self.protocol, self.tools, self.settings, self.bar = protocol, tools, settings, bar
+        self.team, self.store = team, store
+        self.rows: list[dict[str, Any]] = []
+        self.failed: list[Failure] = []
+        self.facts = {
+            "protocol": protocol.name, "protocol_hash": protocol.hash(dict(tools.content)),
+            "n": protocol.n, "seed": protocol.seed,
+            "settings": protocol.settings() | {"content": dict(tools.content)},
+            "batch": settings.batch, "device": records.device_name(settings.device), "versions": records.versions(),
+            "commit": records.commit(), "command": command,
+        }  # fmt: skip
+        self.book = records.Book(out, self.facts["protocol_hash"], protocol.name, self.facts["settings"])
+        self.book.prompts(list((tools.prompts.prompts or [])[: settings.grid]))
+
+    def real(self) -> None:
+        """The floor of real pictures, where they are not those that are compared with."""
+        content = dict(self.tools.content)
+        held_out = "reference" not in content or content["reference"] != content.get("prompts")
+        if self.settings.floor and self.tools.prompts.pictures is not None and held_out:
+            self._floor("real", self.tools.prompts.key[:16], lambda pictures: pictures)
+
+    def _floor(self, name: str, weights: str, change: Callable[[Tensor], Tensor]) -> None:
+        row = {"model": name, "method": "floor", "weights": weights, "steps": 0, "nfe": 0, "seed": None}
+        prompts = self.tools.prompts
+        prompts.check(self.protocol.n)
+
+        def draw(first: int, count: int) -> Drawn:
+            return Drawn(change(prompts.pictures(first, first + count)))
+
+        self._cell(row, [Look(Pass(self.tools), draw, self.protocol.n)])
+
+    def model(self, name: str, model: Any, steps: Sequence[int], weight: int) -> None:
+        """All cells of one model."""
+        cells = self.protocol.n * sum(2 * s + weight for s in steps)
+        spec = (
+            model
+            if isinstance(model, ModelSpec)
+            else ModelSpec(path=getattr(model, "name_or_path", "") or name, name=name)
+        )
+        self.bar.set_description(f"{name}: loading")
+        try:
+            with self.team.alike():
+                own = {"device": self.settings.device, "sampler": self.protocol.sampler}
+                pipeline = load(spec, **own) if model is spec else model
+                if self.settings.channels_last:
+                    latency.channels_last(pipeline)
+                guidance, even = guidance_of(spec, pipeline, self.protocol.guidance), even_of(spec, pipeline)
+                sampler = generate.Sampler(
+                    pipeline, guidance, self.protocol.seed, even, call_of(spec, pipeline), self.protocol.negative_prompt
+                )
+                if sampler.takes_prompts and self.tools.prompts.prompts is None:
+                    raise InputError(f"model {name}: got a set without prompts; allowed: a protocol with prompts")
+                weights = fingerprint(pipeline)
+        except Exception as error:  # whatever goes wrong with one model, the others are still measured
+            self._fail(name, None, error)
+            self.bar.update(cells)
+            return
+        if (
+            self.settings.floor
+            and self.tools.prompts.pictures is not None
+            and getattr(pipeline, "vae", None) is not None
+        ):
+            self._reconstruction(name, pipeline)
+        record = training_record(spec)
+        student = record.get("teacher") or generate.told_guidance(pipeline)
+        made = "lora" if spec.lora else "student" if student else "teacher"
+        facts = {
+            "model": name, "method": record.get("method") or made, "spec": str(spec),
+            "teacher": record.get("teacher") or (spec.path if spec.lora else None),
+            "weights": weights, "guidance": sampler.guidance,
+            "scheduler": type(pipeline.scheduler).__name__, "sigmas": "even" if even else None,
+            "dtype": str(generate.backbone(pipeline).dtype).removeprefix("torch."),
+            "train_seconds": record.get("train_seconds"),
+        }  # fmt: skip
+        series = generate.Series(sampler, self.tools.prompts.prompts, self.protocol.n, self.settings.batch)
+        kept = setup_of(pipeline) if model is spec else None
+        for count in steps:
+            self.bar.set_description(f"{name}, {count} step{'s' * (count > 1)}")
+            before = self.bar.n
+            try:
+                self._model_cell(facts | {"steps": count}, series, kept, 2 * count + weight)
+            except Exception as error:
+                self._fail(name, count, error)
+            self.bar.update(self.protocol.n * (2 * count + weight) - (self.bar.n - before))
+
+    def _model_cell(self, row: dict[str, Any], series: generate.Series, setup: str | None, unit: int) -> None:
+        """A cell that is drawn, or read where it was drawn before. A pipeline that was handed over as an object, which
+        has no `setup`, is always drawn: what it does is not in its weights and settings alone."""
+        name = records.grid_name(self.facts | row).removesuffix(".png")
+        parts = {name: (Pass(self.tools), series)}
+        for each, prompts in sorted({(m.each, m.prompts) for m in self._several()}):
+            parts[f"{name}-{each}"] = Pass(self.tools, each), series.several(each, prompts)
+        looks, cells = [], {}
+        with ExitStack() as stack:
+            for part, (measured, own) in parts.items():
+                if setup is not None:
+                    key = self._key(row, own, setup)
+                    cells[part] = stack.enter_context(self.store.cell(key, own.n))
+                progress = unit if own is series else 0
+                looks.append(Look(measured, self._drawer(own, row["steps"], cells.get(part), progress), own.n))
+            self._cell(row, looks, series.sampler)
+        if self.team.main:
+            for part, cell in cells.items():
+                self.store.finish(part, cell)
+
+    def _several(self) -> list[type[Metric]]:
+        """The metrics that see several pictures of a prompt."""
+        listed = [METRICS[name] for name in self.tools.metrics if self.tools.prompts.prompts is not None]
+        return [metric for metric in listed if metric.each > 1 and metric.fits(self.tools)]
+
+    def _drawer(self, series: generate.Series, steps: int, cell: Cell | None, unit: int) -> Callable[[int, int], Drawn]:
+        """What gives a batch of a series, read where it was drawn before."""
+
+        def draw(first: int, count: int) -> Drawn:
+            drawn = cell.read(first, count) if cell else None
+            if drawn is None:
+                drawn = series.draw(steps, first, count)
+                if cell:
+                    cell.keep(first, drawn)
+            self.bar.update(unit * min(count * self.team.count, series.n - first))
+            return drawn
+
+        return draw
+
+    def _key(self, row: Mapping[str, Any], series: generate.Series, setup: str | None) -> dict[str, Any]:
+        """All that a picture's bits depend on."""
+        sampler = series.sampler
+        told = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler) if f.name != "pipeline"}
+        libraries = {name: self.facts["versions"].get(name) for name in LIBRARIES}
+        named = {k: row[k] for k in ("weights", "steps", "dtype")} | {k: self.facts[k] for k in ("batch", "device")}
+        each = {"each": series.each} if series.each > 1 else {}
+        prompts = self.tools.prompts.key
+        return {"setup": setup, "prompts": prompts, "sampler": told, "libraries": libraries} | named | each
+
+    def _reconstruction(self, name: str, pipeline) -> None:
+        key = hashes.of_module(pipeline.vae)[:16]
+        done = [row for row in self.rows if row["model"].startswith("reconstruction")]
+        if any(row["weights"] == key for row in done):
+            return
+        title = "reconstruction" if not done else f"reconstruction ({name})"
+        try:
+            self._floor(title, key, lambda pictures: generate.reconstruct(pipeline, pictures))
+        except Exception as error:
+            self._fail(title, 0, error)
+
+    def _cell(self, row: dict[str, Any], looks: Sequence[Look], sampler: generate.Sampler | None = None) -> None:
+        """Has this process's share of the pictures looked at, and the main process make the row."""
+        row = self.facts | row
+        if (done := self.team.tell(self.book.find(row))) is not None:
+            self.rows.append(done)
+            return
+        (shown, evaluations), *_ = [self._look(look) for look in looks]
+        with self.team.alike():
+            if self.team.main:
+                nfe = {"nfe": round(evaluations / self.protocol.n, 4)} if sampler else {}
+                row = self._written(row | nfe, [look.measured for look in looks], shown, sampler)
+        self.rows.append(self.team.tell(row))
+
+    def _look(self, look: Look) -> tuple[list[Tensor], int]:
+        """Has all batches looked at; the main process then has what all of them kept.
+
+        Returns:
+            Pictures for the grid, and the network's evaluations, of all processes.
+        """
+        batch, evaluations = self.settings.batch, 0
+        shown: dict[int, Tensor] = {}
+        with self.team.alike():
+            for first in self.team.share(range(0, look.n, batch)):
+                drawn = look.draw(first, min(batch, look.n - first))
+                look.measured.add(first, drawn.pictures)
+                evaluations += drawn.evaluations
+                if first < self.settings.grid:
+                    shown[first] = drawn.pictures
+        parts = self.team.gather((look.measured.kept, shown, evaluations))
+        if self.team.main:
+            for kept, pictures, _ in parts:
+                look.measured.kept |= kept
+                shown |= pictures
+        return [shown[first] for first in sorted(shown)], sum(part[2] for part in parts)
+
+    def _written(
+        self, row: dict[str, Any], passes: Sequence[Pass], shown: list[Tensor], sampler: generate.Sampler | None
+    ) -> dict[str, Any]:
+        found: dict[str, Figure] = {}
+        for measured in passes:
+            found |= measured.figures()
+        row |= row_of(found, self.tools)
+        if sampler is not None:
+            row |= self._timed(sampler, row["steps"])
+        self.book.grid(row, torch.cat(shown)[: self.settings.grid] if shown else None)
+        self.book.units(row, found)
+        return self.book.add(row)
+
+    def _timed(self, sampler: generate.Sampler, steps: int) -> dict[str, Any]:
+        settings, prompts = self.settings, list(self.tools.prompts.prompts or [])[:64]
+        if not settings.latency_repeats:
+            return {}
+        one, many = (
+            latency.measure(
+                sampler, prompts, steps=steps, batch=batch, repeats=settings.latency_repeats, compiled=settings.compiled
+            ) if batch else None
+            for batch in (1, settings.latency_batch if settings.latency_batch > 1 else 0)
+        )  # fmt: skip
+        return {
+            "latency_ms": one.row(), "latency_ms_batch": many and many.row(), "peak_memory_mb": one.peak_memory_mb,
+        }  # fmt: skip
+
+    def _fail(self, name: str, steps: int | None, error: Exception) -> None:
+        """Notes what could not be measured; a disk that is full or closed is no model's fault, and ends the run."""
+        if unwritable(error):
+            raise error
+        self.failed.append(Failure(name, steps, reason(error)[:300]))
