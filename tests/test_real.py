@@ -147,12 +147,14 @@ def test_a_model_that_learnt_by_heart_is_found_out_and_one_that_did_not_is_as_ex
     drawn = drawn.clamp(0, 255).to(torch.uint8).view(-1, 3, 32, 32)  # pictures of a few dimensions, as real ones are
     real = real_of(drawn[:500], tmp_path)
     limit = copies.threshold(real)
-    spacing = copies.nearest(real.pixels, real.pixels, but_itself=True)
+    spacing = copies.nearness(real.pixels, real.pixels, but_itself=True)
     assert (spacing < limit).double().mean() < 0.01 <= (spacing <= limit).double().mean() < 0.014  # two are a pair
-    fresh = copies.nearest(small(drawn[500:]), real.pixels) <= limit
+    fresh = copies.nearness(small(drawn[500:]), real.pixels) <= limit
     assert fresh.double().mean().item() == pytest.approx(0.01, abs=0.01)
     noisy = (drawn[:500].int() + torch.randint(-1, 2, (500, 3, 32, 32), generator=generator)).clamp(0, 255).byte()
-    assert (copies.nearest(small(noisy), real.pixels) <= limit).all()
+    assert (copies.nearness(small(noisy), real.pixels) <= limit).all()
+    blurred = drawn[:500].float().lerp(drawn.float().mean(0), 0.9).byte()  # near to all pictures, a copy of none
+    assert (copies.nearness(small(blurred), real.pixels) > limit).all()
 
 
 def test_diversity_is_of_the_extractors_features_where_lpips_trunk_is_not_here(tools, monkeypatch, tmp_path):
