@@ -26,6 +26,7 @@ from stepdistill.evaluation.records import commit, device_name, read_rows, versi
 
 STUDENT, TEACHER = "student", "teacher"
 FEW, MANY = (1, 2, 4), (50,)
+PARTS = ("grids", "units")  # of a benchmark's folder, besides its rows
 Rows = dict[tuple[str, int], dict]
 
 
@@ -99,12 +100,14 @@ def gather(config: Config) -> None:
     from stepdistill.evaluation.summary import print_table
 
     config.results.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(config.results / "grids", ignore_errors=True)  # those of an earlier recording
+    for part in PARTS:
+        shutil.rmtree(config.results / part, ignore_errors=True)  # those of an earlier recording
     cells: Rows = {}
     for folder in (config.out / "bench-teacher", *(config.out / f"bench-{seed}" for seed in config.seeds)):
         for row in read_rows(folder / "results.jsonl"):
             cells.setdefault((row["model"], row["steps"]), row)  # real pictures are the same in every folder
-        shutil.copytree(folder / "grids", config.results / "grids", dirs_exist_ok=True)
+        for part in filter(lambda part: (folder / part).is_dir(), PARTS):
+            shutil.copytree(folder / part, config.results / part, dirs_exist_ok=True)
     rows = list(cells.values())
     (config.results / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = claims({seed: of_student(cells, name(config.method, seed)) for seed in config.seeds})
