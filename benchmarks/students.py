@@ -105,7 +105,7 @@ def gather(config: Config) -> None:
     cells: Rows = {}
     for folder in (config.out / "bench-teacher", *(config.out / f"bench-{seed}" for seed in config.seeds)):
         for row in read_rows(folder / "results.jsonl"):
-            cells.setdefault((row["model"], row["steps"]), row)  # real pictures are the same in every folder
+            cells[row["model"], row["steps"]] = row  # real pictures are the same in every folder
         for part in filter(lambda part: (folder / part).is_dir(), PARTS):
             shutil.copytree(folder / part, config.results / part, dirs_exist_ok=True)
     rows = list(cells.values())

@@ -238,3 +238,14 @@ def test_help_lists_the_words_of_bench_and_bench_itself_still_takes_flags(capsys
     assert cli.main(["bench", "--help"]) == 0 and "bench compare" in capsys.readouterr().out
     assert cli.main(["bench", "compare", "--help"]) == 0 and "--model-a" in capsys.readouterr().out
     assert cli.main(["compare"]) == 2 and "did you mean bench compare?" in capsys.readouterr().err
+
+
+def test_of_a_model_measured_again_under_its_name_the_newest_row_counts():
+    old, new = (row("student", 4, 0, {"fd": Figure.mean(torch.full((5,), value))}) for value in (50.0, 40.0))
+    other = row("student", 4, 1, {"fd": Figure.mean(torch.full((5,), 44.0))})
+    (cell,) = cells([old | {"guidance": 1.0}, other, new | {"guidance": 3.0}])
+    assert (
+        cell.seeds == 2
+        and cell.row["metrics"]["fd"]["value"] == 42.0
+        and {r["guidance"] for r in cell.rows if r["seed"] == 0} == {3.0}
+    )

@@ -76,12 +76,13 @@ class Look:
     """Pictures to be looked at.
 
     Attributes:
-        measured: what looks. draw: (first, count) to a batch. n: how many there are.
+        measured: what looks. draw: (first, count) to a batch. n: how many there are. cell: where they are kept, if so.
     """
 
     measured: Pass
     draw: Callable[[int, int], Drawn]
     n: int
+    cell: Cell | None = None
 
 
 class Bench:
@@ -190,7 +191,8 @@ class Bench:
                     key = self._key(row, own, setup)
                     cells[part] = stack.enter_context(self.store.cell(key, own.n))
                 progress = unit if own is series else 0
-                looks.append(Look(measured, self._drawer(own, row["steps"], cells.get(part), progress), own.n))
+                draw = self._drawer(own, row["steps"], cells.get(part), progress)
+                looks.append(Look(measured, draw, own.n, cells.get(part)))
             self._cell(row, looks, series.sampler)
         if self.team.main:
             for part, cell in cells.items():
@@ -221,7 +223,7 @@ class Bench:
         told = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler) if f.name != "pipeline"}
         libraries = {name: self.facts["versions"].get(name) for name in LIBRARIES}
         named = {k: row[k] for k in ("weights", "steps", "dtype")} | {k: self.facts[k] for k in ("batch", "device")}
-        each = {"each": series.each} if series.each > 1 else {}
+        each = {"each": series.each, "offset": series.offset} if series.each > 1 else {}
         prompts = self.tools.prompts.key
         return {"setup": setup, "prompts": prompts, "sampler": told, "libraries": libraries} | named | each
 
@@ -264,6 +266,8 @@ class Bench:
                 evaluations += drawn.evaluations
                 if first < self.settings.grid:
                     shown[first] = drawn.pictures
+            if look.cell:
+                look.cell.flush()
         parts = self.team.gather((look.measured.kept, shown, evaluations))
         if self.team.main:
             for kept, pictures, _ in parts:

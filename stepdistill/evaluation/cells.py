@@ -144,7 +144,11 @@ class Cell:
 
 
 def cells(rows: Sequence[Row], folder: Path | None = None) -> list[Cell]:
-    """One cell for each model and step count, models in order of first appearance."""
+    """One cell for each model and step count, models in order of first appearance.
+
+    Of a seed that was measured again under one name, with other weights or guidance say, the newest row counts.
+    """
+    rows = list({(row["model"], row["steps"], row.get("seed")): row for row in rows}.values())
     groups: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["model"], row["steps"]), []).append(row)

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -129,8 +130,12 @@ class Cell:
         return self
 
     def __exit__(self, *_) -> None:
-        for job in self.writing:
-            job.result()
+        self.flush()
+
+    def flush(self) -> None:
+        """Waits until all that was kept is on the disk: before others are told that this share is done."""
+        while self.writing:
+            self.writing.pop(0).result()
 
     def read(self, first: int, count: int) -> Drawn | None:
         """Pictures number `first` to `first + count - 1`, where they are there, drawn in one batch, and whole."""
@@ -192,7 +197,7 @@ class Cell:
 
 def _place(file: Path, data: Any) -> None:
     """Writes a file whole or not at all; hashes tell of one that a power cut left empty."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}.new")
+    beside = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.new")
     try:
         beside.write_bytes(data)
         beside.replace(file)

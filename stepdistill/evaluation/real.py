@@ -86,7 +86,9 @@ class RealPictures:
     @cached_property
     def embeddings(self) -> Tensor:
         """(few, E) float32, unit length, of CLIP."""
-        what = f"embeddings-1 {self.clip_key} {self.clip.size} {self.few}"
+        clip = self.clip
+        seen = f"{clip.title} {clip.size} {clip.mean} {clip.std} {clip.frame}"
+        what = f"embeddings-2 {self.clip_key} {seen} {self.few}"
         return self.kept("embeddings", what, lambda: self._seen(self.clip.images, self.few))
 
     @cached_property

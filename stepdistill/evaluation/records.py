@@ -47,7 +47,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         InputError: a line that is no row.
     """
     rows = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or not {"model", "steps", "protocol_hash"} <= row.keys():

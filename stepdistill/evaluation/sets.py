@@ -80,7 +80,12 @@ def open_set(name: str, size: int | Frame | None = None) -> EvalSet:
         return EvalSet(name, _hash(name), 0)
     path = Path(name)
     if path.is_file() and path.suffix == ".txt":
-        prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        try:
+            prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"set: got {name}, which cannot be read; allowed: a text file in UTF-8; save it so"
+            ) from error
         return EvalSet(name, _hash("\n".join(prompts)), len(prompts), prompts)
     if path.is_dir():
         return _folder(path, size)
