@@ -101,6 +101,27 @@ def test_a_cells_folder_holds_the_pictures_as_plain_png_files(base, cache):
         assert (kept == np.asarray(image)).all()
 
 
+def test_of_another_n_the_pictures_of_one_prompt_are_drawn_anew(base, cache, tmp_path, monkeypatch):
+    """Their noise begins where the cell's ends, so it is another."""
+    monkeypatch.setattr("stepdistill.evaluation.measures.diversity.trunk", lambda: False)
+
+    def diversity(n: int) -> float:
+        several = dataclasses.replace(instruments(), metrics=("fd", "diversity"))
+        few = dataclasses.replace(TINY, n=n)
+        asked = {
+            "steps": (1,),
+            "settings": suite.Settings(batch=3, latency_repeats=0, floor=False, progress=False),
+            "instruments": several,
+        }
+        rows = suite.evaluate(f"teacher={base},scheduler=ddim", few, **asked).rows
+        return rows[-1]["metrics"]["diversity_features"]["value"]
+
+    diversity(5)
+    warm = diversity(4)
+    shutil.rmtree(cache)
+    assert warm == diversity(4)
+
+
 def flip(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
