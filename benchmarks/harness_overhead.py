@@ -1,6 +1,6 @@
 """What a benchmark adds to generation: (drawing + keeping) / (NFE x one denoiser forward + decode), in the same run.
 
-    python benchmarks/harness_overhead.py --steps 4 50 --batch 8 --n 32 --out benchmarks/results/harness_overhead.json
+    python benchmarks/harness_overhead.py --out benchmarks/results/harness_overhead.json
 
 What is timed is what `stepdistill bench` does to have the pictures of a cell: every batch drawn by the plain pipeline
 from noise of its own, network evaluations counted, and written as PNG files with their hashes, the last one waited for.
@@ -11,16 +11,16 @@ by turns, so that a busy machine slows all alike. The goal is 1.05 at most for b
 from __future__ import annotations
 
 import itertools
-import json
-import shlex
 import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from sampling_speed import by_turns, parts
 
 from stepdistill.cli._run import guard, parse
 from stepdistill.cli.bench import device_of
@@ -39,7 +39,7 @@ class Config:
     """A model SPEC."""
     prompts: str = "avatars:test"
     """The set they are taken from: avatars:test, a folder with captions, or a .txt file."""
-    steps: tuple[int, ...] = (4, 50)
+    steps: tuple[int, ...] = (1, 4, 8, 50)
     """Step counts."""
     batch: int = 8
     """Pictures drawn at a time."""
@@ -55,6 +55,36 @@ class Config:
     """cpu, cuda, or auto."""
     out: Path | None = None
     """JSON file for the figures."""
+
+
+def parts(
+    sampler: Sampler, condition: dict[str, Any], *, steps: int, batch: int
+) -> tuple[int, Callable[[], None], Callable[[], None]]:
+    """What generation must do: how often it calls the network, and the calls of the network and of the decoder by
+    themselves, with the very tensors that generation gives them."""
+    pipeline, network = sampler.pipeline, backbone(sampler.pipeline)
+    calls: list[tuple[tuple, dict]] = []
+    decoded: list[tuple[tuple, dict]] = []
+    hook = network.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    decode = pipeline.vae.decode if getattr(pipeline, "vae", None) is not None else None
+    if decode is not None:
+        pipeline.vae.decode = lambda *args, **kwargs: decoded.append((args, kwargs)) or decode(*args, **kwargs)
+    try:
+        sampler(condition, first=0, count=batch, steps=steps)
+    finally:
+        hook.remove()
+        if decode is not None:
+            del pipeline.vae.decode
+
+    def forwards() -> None:
+        for args, kwargs in calls:
+            network(*args, **kwargs)
+
+    def decodes() -> None:
+        for args, kwargs in decoded:
+            decode(*args, **kwargs)
+
+    return len(calls), forwards, decodes
 
 
 @torch.no_grad()
@@ -91,6 +121,27 @@ def compare(series: Series, *, steps: int, rounds: int, folder: Path) -> dict[st
     }  # fmt: skip
 
 
+def by_turns(jobs: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """The ms of each job in each round, after one round that is not timed; every second round goes backwards."""
+    for job in jobs.values():
+        job()
+    taken: dict[str, list[float]] = {name: [] for name in jobs}
+    for i in range(rounds):
+        for name in list(jobs) if i % 2 == 0 else list(reversed(jobs)):
+            taken[name].append(_milliseconds(jobs[name], device))
+    return taken
+
+
+def _milliseconds(job: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    job()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1000 * (time.perf_counter() - start)
+
+
 def main(config: Config) -> None:
     """Measures, prints a line a step count, and writes the figures."""
     if config.rounds < 2 or config.batch < 1 or config.n < config.batch or config.n % config.batch:
@@ -121,11 +172,8 @@ def main(config: Config) -> None:
             "what": "(drawing + keeping) / (calls x forward + decode)", "goal": 1.05, "model": config.model,
             "guidance": guidance, "batch": config.batch, "n": config.n, "rounds": config.rounds, "seed": config.seed,
             "figures": figures, "dtype": str(backbone(pipeline).dtype).removeprefix("torch."),
-            "device": records.device_name(device), "commit": records.commit(), "versions": records.versions(),
-            "command": " ".join(map(shlex.quote, sys.argv)),
         }  # fmt: skip
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.write_text(json.dumps(record, indent=2) + "\n")
+        records.write_record(config.out, record, device)
 
 
 if __name__ == "__main__":

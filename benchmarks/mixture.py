@@ -10,8 +10,6 @@ mixture.json has the curves, mixture.png draws them.
 
 from __future__ import annotations
 
-import json
-import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from pathlib import Path
 from plane import MODES, add, from_the_data, ladd, lcm, off_the_map, progressive, shares
 
 from stepdistill.cli._run import guard, parse
-from stepdistill.evaluation.records import commit, device_name, versions
+from stepdistill.evaluation.records import write_record
 
 METHODS = {"lcm": lcm, "progressive": progressive, "add": add, "ladd": ladd}
 MAP = ("lcm", "progressive")
@@ -85,10 +83,8 @@ def main(config: Config) -> None:
     curves = {name: curve(name) for name in config.methods}
     record = {
         "what": f"one-step students on {MODES} modes in the plane, update by update", "methods": curves,
-        "device": device_name("cpu"), "commit": commit(), "versions": versions(),
-        "command": " ".join(map(shlex.quote, sys.argv)),
     }  # fmt: skip
-    (config.out / "mixture.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_record(config.out / "mixture.json", record)
     draw(curves, config.out / "mixture.png")
     print(config.out / "mixture.png")
 

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
-import shlex
 import statistics
 import subprocess
 import sys
@@ -366,11 +364,8 @@ def main(config: Config) -> None:
         record = {
             "what": "training step / unavoidable calls, and the public script's way / our step",
             "goals": {"step_over_unavoidable": 1.10, "script_over_step": 1.3}, **settings, "figures": found,
-            "device": records.device_name(device), "commit": records.commit(), "versions": records.versions(),
-            "command": " ".join(map(shlex.quote, sys.argv)),
         }  # fmt: skip
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.write_text(json.dumps(record, indent=2) + "\n")
+        records.write_record(config.out, record, device)
 
 
 if __name__ == "__main__":

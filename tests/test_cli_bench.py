@@ -15,7 +15,7 @@ from test_suite import Pools
 
 from stepdistill.cli import _run, main
 from stepdistill.errors import InputError
-from stepdistill.evaluation import features, metrics, sets
+from stepdistill.evaluation import features, metrics, places, sets
 from stepdistill.evaluation.catalogue import catalogue
 from stepdistill.export.lora import LORA_FILE
 
@@ -307,3 +307,12 @@ def test_a_place_closed_to_the_user_is_told_in_one_line_and_other_faults_are_not
     )
     with pytest.raises(FileNotFoundError):
         _run.guard(broken)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pixart", "sana"])
+def test_a_models_picture_size_is_that_which_its_pipeline_draws_untold(family, tmp_path):
+    """Sana's autoencoder names its blocks otherwise."""
+    pipe = tiny.make(family)
+    network = pipe.components.get("transformer") or pipe.unet
+    tiny.save(tmp_path, family)
+    assert places.picture_size(str(tmp_path)) == network.config.sample_size * pipe.vae_scale_factor

@@ -43,7 +43,7 @@ def row(model: str, steps: int, seed: int | None, found: dict[str, Figure], by: 
 
 def run(folder, *measured: tuple[str, int, int | None, dict[str, Figure]]):
     """A folder of these cells, with their influences."""
-    book = Book(folder, PROTOCOL.hash(CONTENT), PROTOCOL.name)
+    book = Book(folder, {"protocol_hash": PROTOCOL.hash(CONTENT), "protocol": PROTOCOL.name})
     for model, steps, seed, found in measured:
         each = row(model, steps, seed, found)
         book.units(each, found)

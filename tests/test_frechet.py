@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stepdistill.errors import InputError
-from stepdistill.evaluation.frechet import Moments, frechet_distance, frechet_figure
+from stepdistill.evaluation.frechet import Moments, frechet_distance, frechet_figure, frechet_limit
 
 
 def draws(n: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -106,3 +106,9 @@ def test_bad_features_are_refused():
         frechet_distance(Moments.of(draws(1, 3)), Moments.of(draws(5, 3)))
     with pytest.raises(InputError, match="one extractor"):
         frechet_distance(Moments.of(draws(5, 3)), Moments.of(draws(5, 4)))
+
+
+def test_features_that_are_all_alike_have_a_limit_too():
+    limit, r2 = frechet_limit(torch.ones(20, 3), Moments.of(draws(50, 3)))
+    assert limit.value == pytest.approx(frechet_distance(Moments.of(torch.ones(20, 3)), Moments.of(draws(50, 3))))
+    assert (r2.value, r2.error) == (1.0, 0.0)

@@ -26,7 +26,7 @@ def row(model: str, steps: int, fd: float, clip: float, **more):
 
 @pytest.fixture
 def folder(tmp_path):
-    book = Book(tmp_path / "bench", "abc", "tiny")
+    book = Book(tmp_path / "bench", {"protocol_hash": "abc", "protocol": "tiny"})
     real = row("real", 0, 5.0, 33.0)
     for each in (real, row("teacher", 50, 20.0, 32.0), row("student", 1, 60.0, 29.0), row("student", 4, 25.0, 31.0)):
         book.add(each)
@@ -66,6 +66,17 @@ def test_a_line_says_the_figure_its_interval_its_count_and_the_bound(folder, cap
     assert lines == ["missed student, 4 steps: fd 25 (95 %: 23.0 to 27.0, n = 500), at most 24"]
 
 
+def test_a_line_shows_shares_and_large_figures_as_they_are_bounded():
+    figures = {
+        "attribute_accuracy": {"value": 0.52341, "low": 0.5013, "high": 0.5455, "n": 500, "of": "pictures"},
+        "fd": {"value": 23.01085757, "low": 22.9, "high": 23.1, "n": 500, "of": "pictures"},
+    }
+    found = cells([row("m", 4, 0, 0, metrics=figures)])
+    share, distance = map(str, judge(found, Gate((Bound("attributes", low=0.5), Bound("fd", low=23.01085758)))))
+    assert share == "met    m, 4 steps: attribute_accuracy 0.52341 (95 %: 0.501 to 0.545, n = 500), at least 0.5"
+    assert distance == "missed m, 4 steps: fd 23.01085757 (95 %: 22.90 to 23.10, n = 500), at least 23.01085758"
+
+
 def test_without_a_model_or_steps_every_cell_but_the_floors_is_judged(folder, capsys):
     code, lines, _ = gate(capsys, folder, "--max-fd", 100)
     assert code == 0 and [line.split(":")[0].split(None, 1)[1] for line in lines] == [
@@ -84,10 +95,12 @@ def test_mlperfs_windows_ship_and_open_for_figures_inside_them_only(tmp_path, ca
     told = {"protocol": "mlperf-sdxl-5k", "n": 5000, "fd_extractor": "Inception", "guidance": 8.0,
             "scheduler": "EulerDiscreteScheduler"}  # fmt: skip
     for i, (fd, clip, expected) in enumerate([(23.5, 31.75, 0), (23.0, 31.75, 1), (23.5, 31.82, 1), (23.95, 31.69, 0)]):
-        Book(tmp_path / str(i), "abc", "tiny").add(row("sdxl", 20, fd, clip, **told))
+        Book(tmp_path / str(i), {"protocol_hash": "abc", "protocol": "tiny"}).add(row("sdxl", 20, fd, clip, **told))
         code, lines, _ = gate(capsys, tmp_path / str(i), "--gate", MLPERF)
         assert code == expected and len(lines) == 2 and "within 23.01085758 and 23.95007626" in lines[0]
-    Book(tmp_path / "other", "abc", "tiny").add(row("sdxl", 20, 23.5, 31.75, **told | {"n": 500}))
+    Book(tmp_path / "other", {"protocol_hash": "abc", "protocol": "tiny"}).add(
+        row("sdxl", 20, 23.5, 31.75, **told | {"n": 500})
+    )
     code, _, err = gate(capsys, tmp_path / "other", "--gate", MLPERF)
     assert code == 2 and "got sdxl with n 500; allowed: n 5000" in err
 

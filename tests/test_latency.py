@@ -139,3 +139,31 @@ def test_pictures_do_not_depend_on_the_batch_they_are_in(pipe):
     last = sampler({"prompt": prompts[2:]}, first=2, count=1, steps=2)
     assert (together[2:].int() - last.int()).abs().max() <= 1
     assert not torch.equal(together[0], together[1])
+
+
+def test_every_network_is_compiled_however_many_there_were_before():
+    """Left alone, dynamo gives up on a function after eight compilations."""
+    made = []
+
+    def backend(graph, _):
+        made.append(graph)
+        return graph.forward
+
+    with pytest.MonkeyPatch.context() as patch:
+        compile_ = torch.compile
+        patch.setattr(torch, "compile", lambda forward, **options: compile_(forward, backend=backend, **options))
+        for width in range(1, 12):
+            network, x = torch.nn.Sequential(torch.nn.Linear(width, 1)), torch.ones(1, width)
+            own = network(x)
+            before = len(made)
+            with latency.compiled_network(network):
+                assert torch.equal(network(x), own)
+            assert len(made) == before + 1 and "forward" not in network.__dict__
+
+
+def test_a_forward_that_was_put_on_a_network_is_there_again_afterwards():
+    network = torch.nn.Linear(1, 1)
+    network.forward = own = lambda x: 2 * x
+    with latency.compiled_network(network):
+        pass
+    assert network.__dict__["forward"] is own

@@ -21,6 +21,7 @@ from stepdistill.evaluation.frechet import Moments, frechet_distance
 from stepdistill.evaluation.measures import View
 from stepdistill.evaluation.metrics import Instruments
 from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, load_protocol, with_data
+from stepdistill.evaluation.records import check_same_protocol
 from stepdistill.evaluation.statistics import read_statistics
 
 PUBLISHED = ("cifar10-50k", "coco30k-256", "coco10k-512", "coco10k-512-patch", "mjhq30k", "mlperf-sdxl-5k")
@@ -153,13 +154,15 @@ def test_data_that_a_protocol_names_itself_are_not_the_users_to_name():
 def test_what_two_protocols_differ_in_is_named_field_by_field():
     a = load_protocol("coco30k-256")
     b = dataclasses.replace(a, n=10, extractor=ExtractorSpec("inception", 128, "bilinear"), frame=Frame(512), seed=9)
-    assert b.differences(a) == [
-        "n: 10 against 30000",
-        "extractor.size: 128 against None",
-        "extractor.resize: bilinear against clean-fid",
-        "frame.size: 512 against 256",
-    ]
-    assert a.differences(dataclasses.replace(a, description="x", where="y", seed=3)) == []
+    same = dataclasses.replace(a, description="x", where="y", seed=3)
+    said = [{"protocol": p.name, "protocol_hash": p.hash({}), "settings": p.settings()} for p in (a, b, same)]
+    with pytest.raises(InputError) as caught:
+        check_same_protocol(said[0], said[1], "one", "two")
+    differ = (
+        "n 30000 and 10, extractor.size none and 128, extractor.resize clean-fid and bilinear, frame.size 256 and 512"
+    )
+    assert f"they differ in {differ}; figures" in str(caught.value)
+    check_same_protocol(said[0], said[2], "one", "two")
 
 
 def test_rows_of_another_protocol_are_refused_with_the_difference_named(tmp_path):
@@ -170,7 +173,7 @@ def test_rows_of_another_protocol_are_refused_with_the_difference_named(tmp_path
     protocol = Protocol("tiny", 5, "set", "set", ExtractorSpec("pools"), guidance=2.0, metrics=("fd",))
     pipe = {"p": tiny.sd()}
     run(pipe, protocol, tools, tmp_path, (1,))
-    with pytest.raises(InputError, match=r"asked for \(n: 5 against 4; guidance: 2.0 against 3.0\); such rows"):
+    with pytest.raises(InputError, match=r"differ in n 5 and 4, guidance 2.0 and 3.0; .* choose another folder"):
         run(pipe, dataclasses.replace(protocol, guidance=3.0), tools, tmp_path, (1,), n=4)
-    with pytest.raises(InputError, match=r"\(content.prompts: k against other\)"):
+    with pytest.raises(InputError, match=r"differ in content.prompts k and other; "):
         run(pipe, protocol, dataclasses.replace(tools, content=(("prompts", "other"),)), tmp_path, (1,))

@@ -67,7 +67,7 @@ def verdicts(found):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench")
-    book = Book(path, "abc123", "tiny")
+    book = Book(path, {"protocol_hash": "abc123", "protocol": "tiny"})
     book.prompts([EVIL, "a cat"])
     for i, each in enumerate(ROWS):
         book.grid(each, torch.full((2, 3, 8, 8), 40 * i, dtype=torch.uint8))
@@ -197,7 +197,7 @@ def test_gains_are_of_the_same_steps_and_gaps_of_the_teachers_longest():
 def test_without_a_teacher_nothing_is_compared_and_with_two_each_student_is_held_against_its_own(tmp_path):
     students = [row("a", 4, 30.0, 8.0, method="lora"), row("b", 4, 20.0, 8.0, method="lcm")]
     assert verdicts(cells(students)) == []
-    book = Book(tmp_path, "abc123", "tiny")
+    book = Book(tmp_path, {"protocol_hash": "abc123", "protocol": "tiny"})
     for each in students:
         book.add(each)
     page = write_report(tmp_path).read_text()
@@ -236,7 +236,7 @@ def test_the_pareto_front_is_what_none_beats_in_both():
 
 
 def test_a_bench_without_latency_or_prompts_is_reported_too(tmp_path):
-    book = Book(tmp_path, "abc123", "tiny")
+    book = Book(tmp_path, {"protocol_hash": "abc123", "protocol": "tiny"})
     book.add(row("m", 2, 10.0, None, clip_score=None, attribute_accuracy=None))
     text = write_report(tmp_path).read_text()
     assert text.count("<svg ") == 1 and "The same seeds" not in text and 'id="comparer"' not in text
@@ -258,7 +258,7 @@ def test_folders_that_are_no_benchmark_are_refused_in_one_line(tmp_path, capsys)
 
 def test_large_pictures_go_into_the_page_as_photographs_and_small_ones_pixel_by_pixel(tmp_path):
     small, large = row("small", 2, 10.0, None), row("large", 2, 10.0, None)
-    book = Book(tmp_path, "abc123", "tiny")
+    book = Book(tmp_path, {"protocol_hash": "abc123", "protocol": "tiny"})
     for each, side in ((small, 8), (large, 512)):
         book.grid(each, torch.zeros(2, 3, side, side, dtype=torch.uint8))
         book.add(each)

@@ -30,7 +30,7 @@ FLAGS = (
 def page(tmp_path_factory):
     """A report whose every picture has a colour of its own; its file:// address."""
     path = tmp_path_factory.mktemp("bench")
-    book = Book(path, "abc123", "tiny")
+    book = Book(path, {"protocol_hash": "abc123", "protocol": "tiny"})
     book.prompts([EVIL, "a cat"])
     for each, colours in zip(ROWS, COLOURS, strict=True):
         book.grid(each, colours.expand(2, 3, 8, 8))

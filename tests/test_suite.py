@@ -123,6 +123,31 @@ def test_rows_have_every_field_and_the_figures_of_a_hand_computation(base, proto
     assert row["attribute_accuracy"] == 0.6 and row["attributes"] == {"hat": 0.6}
 
 
+def test_another_way_of_calling_a_pipeline_is_another_cell(base, protocol, tools, tmp_path):
+    model = f"teacher={base},scheduler=lcm"
+    ways = ("", ",timesteps=499", "")
+    own, later, again = (run(model + way, protocol, tools, tmp_path, (1,)).rows[-1] for way in ways)
+    assert own["call"] is None and later["call"] == {"timesteps": [499]}
+    assert later["fd"] != own["fd"] and again == own
+
+
+def test_what_was_measured_is_kept_where_the_timing_fails(base, protocol, tools, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("stepdistill.evaluation.latency.measure", fails)
+    results = run(f"teacher={base},scheduler=ddim", protocol, tools, tmp_path, (1,))
+    assert results.rows[-1]["fd"] > 0 and results.rows[-1]["latency_ms"] is None
+    assert [(f.steps, f.reason) for f in results.failed] == [(1, "RuntimeError: out of memory")]
+    assert read_rows(tmp_path / "results.jsonl") == results.rows
+
+
+def test_too_few_pictures_for_a_metric_are_refused_before_any_is_drawn():
+    few = dataclasses.replace(load_protocol("avatars-2k"), n=8)
+    with pytest.raises(InputError, match=r"got n=8 with the metric fd_inf; allowed: 10 or more; raise n"):
+        metrics.prepare(few)
+
+
 def test_diversity_is_that_of_four_more_pictures_of_each_prompt(base, protocol, tools, tmp_path, monkeypatch):
     monkeypatch.setattr("stepdistill.evaluation.measures.diversity.trunk", lambda: False)
     several = dataclasses.replace(tools, metrics=("fd", "diversity"))
@@ -234,7 +259,7 @@ def test_nan_pictures_fail_their_cell_with_a_clear_line(protocol, tools):
 
 def test_rows_of_another_protocol_are_not_mixed_in(base, protocol, tools, tmp_path):
     run(f"t={base}", protocol, tools, tmp_path, (1,))
-    with pytest.raises(InputError, match=r"n=5 .*cannot be compared"):
+    with pytest.raises(InputError, match=r"differ in n 5 and 4; .*cannot be compared"):
         run(f"t={base}", protocol, tools, tmp_path, (1,), n=4)
 
 

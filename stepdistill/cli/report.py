@@ -24,12 +24,9 @@ class Config:
 
 def main(config: Config) -> None:
     """Writes the report and says where it is."""
-    from stepdistill.evaluation.cells import read_folder
+    from stepdistill.evaluation.cells import of_run, read_folder
     from stepdistill.evaluation.report import write_report
     from stepdistill.evaluation.summary import print_table
 
-    folder = config.folder
-    if not (folder / "results.jsonl").is_file() and (folder / "bench" / "results.jsonl").is_file():
-        folder = folder / "bench"  # a demo's
-    print_table(read_folder(folder))
-    print(f"report: {write_report(folder, title=config.title)}")
+    print_table(read_folder(config.folder))
+    print(f"report: {write_report(of_run(config.folder), title=config.title)}")

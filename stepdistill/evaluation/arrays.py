@@ -47,9 +47,7 @@ def load(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if facts.get(HASH, own := _hash(tensors)) != own:
             raise ValueError("its hash is another")
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(
-            f"statistics: got {file}, which is damaged ({error}); delete it and it is made again"
-        ) from error
+        raise InputError(f"arrays: got {file}, which is damaged ({error}); delete it and it is made again") from error
     return tensors, facts
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a benchmark is run; none of it changes a quality figure.
+    """How a benchmark is run; none of it changes a quality figure but by rounding.
 
     Attributes:
-        batch: pictures drawn at a time. device: where. latency_repeats: timed calls of one picture, 0 are none;
-            latency_batch: pictures in the calls of a second timing, 1 is none. compiled: time the network compiled.
+        batch: pictures drawn at a time. device: where; a GPU if there is one.
+        latency_repeats: timed calls of one picture, 0 are none. latency_batch: pictures in the calls of another timing,
+            1 is none. compiled: time the network compiled.
         channels_last: lay UNets and autoencoders out so.
         keep: keep the drawn pictures of cells up to 2 GiB (see `pictures`); others only until they are measured.
         floor: measure real pictures and reconstructions too. grid: pictures kept of each cell. progress: show a bar.
@@ -55,7 +56,7 @@ class Settings:
     """
 
     batch: int = 64
-    device: str = "cpu"
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
     latency_batch: int = 1
     latency_repeats: int = 10
     keep: bool = True
@@ -103,7 +104,7 @@ class Bench:
             "batch": settings.batch, "device": records.device_name(settings.device), "versions": records.versions(),
             "commit": records.commit(), "command": command,
         }  # fmt: skip
-        self.book = records.Book(out, self.facts["protocol_hash"], protocol.name, self.facts["settings"])
+        self.book = records.Book(out, self.facts)
         self.book.prompts(list((tools.prompts.prompts or [])[: settings.grid]))
 
     def real(self) -> None:
@@ -163,10 +164,13 @@ class Bench:
             "teacher": record.get("teacher") or (spec.path if spec.lora else None),
             "weights": weights, "guidance": sampler.guidance,
             "scheduler": type(pipeline.scheduler).__name__, "sigmas": "even" if even else None,
+            "call": dict(sampler.call) or None,
             "dtype": str(generate.backbone(pipeline).dtype).removeprefix("torch."),
             "train_seconds": record.get("train_seconds"),
         }  # fmt: skip
-        series = generate.Series(sampler, self.tools.prompts.prompts, self.protocol.n, self.settings.batch)
+        own = generate.Series(sampler, self.tools.prompts.prompts, self.protocol.n, self.settings.batch)
+        kinds = sorted({(metric.each, metric.prompts) for metric in self._several()})
+        series = {1: own} | {each: own.several(each, prompts) for each, prompts in kinds}
         kept = setup_of(pipeline) if model is spec else None
         for count in steps:
             self.bar.set_description(f"{name}, {count} step{'s' * (count > 1)}")
@@ -177,23 +181,26 @@ class Bench:
                 self._fail(name, count, error)
             self.bar.update(self.protocol.n * (2 * count + weight) - (self.bar.n - before))
 
-    def _model_cell(self, row: dict[str, Any], series: generate.Series, setup: str | None, unit: int) -> None:
+    def _model_cell(
+        self, row: dict[str, Any], series: Mapping[int, generate.Series], setup: str | None, unit: int
+    ) -> None:
         """A cell that is drawn, or read where it was drawn before. A pipeline that was handed over as an object, which
-        has no `setup`, is always drawn: what it does is not in its weights and settings alone."""
+        has no `setup`, is always drawn: what it does is not in its weights and settings alone.
+
+        Args:
+            series: by how many pictures of a prompt they have.
+        """
         name = records.grid_name(self.facts | row).removesuffix(".png")
-        parts = {name: (Pass(self.tools), series)}
-        for each, prompts in sorted({(m.each, m.prompts) for m in self._several()}):
-            parts[f"{name}-{each}"] = Pass(self.tools, each), series.several(each, prompts)
         looks, cells = [], {}
         with ExitStack() as stack:
-            for part, (measured, own) in parts.items():
+            for each, own in series.items():
+                cell = None
                 if setup is not None:
-                    key = self._key(row, own, setup)
-                    cells[part] = stack.enter_context(self.store.cell(key, own.n))
-                progress = unit if own is series else 0
-                draw = self._drawer(own, row["steps"], cells.get(part), progress)
-                looks.append(Look(measured, draw, own.n, cells.get(part)))
-            self._cell(row, looks, series.sampler)
+                    cell = stack.enter_context(self.store.cell(self._key(row, own, setup), own.n))
+                    cells[name if each == 1 else f"{name}-{each}"] = cell
+                draw = self._drawer(own, row["steps"], cell, unit if each == 1 else 0)
+                looks.append(Look(Pass(self.tools, each), draw, own.n, cell))
+            self._cell(row, looks, series[1].sampler)
         if self.team.main:
             for part, cell in cells.items():
                 self.store.finish(part, cell)
@@ -229,10 +236,10 @@ class Bench:
 
     def _reconstruction(self, name: str, pipeline) -> None:
         key = hashes.of_module(pipeline.vae)[:16]
-        done = [row for row in self.rows if row["model"].startswith("reconstruction")]
-        if any(row["weights"] == key for row in done):
+        if any(row["weights"] == key for row in self.rows):
             return
-        title = "reconstruction" if not done else f"reconstruction ({name})"
+        done = {row["weights"]: row["model"] for row in self.book.rows if row["model"].startswith("reconstruction")}
+        title = done.get(key) or (f"reconstruction ({name})" if done else "reconstruction")
         try:
             self._floor(title, key, lambda pictures: generate.reconstruct(pipeline, pictures))
         except Exception as error:
@@ -283,7 +290,10 @@ class Bench:
             found |= measured.figures()
         row |= row_of(found, self.tools)
         if sampler is not None:
-            row |= self._timed(sampler, row["steps"])
+            try:
+                row |= self._timed(sampler, row["steps"])
+            except Exception as error:  # what was measured is worth keeping
+                self._fail(row["model"], row["steps"], error)
         self.book.grid(row, torch.cat(shown)[: self.settings.grid] if shown else None)
         self.book.units(row, found)
         return self.book.add(row)

@@ -82,5 +82,5 @@ def listed() -> str:
         steps = " ".join(map(str, entry.steps))
         lines += [f"@{entry.name}  {entry.method}; steps {steps}", f"    {entry.spec}"]
         lines += [f"    {count:>3} steps: {more}" for count, more in entry.steps.items() if more]
-        lines += [f"    {entry.source}"]
+        lines += [f"    {text}" for text in (entry.note, entry.source) if text]
     return "\n".join(lines)

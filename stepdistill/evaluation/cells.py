@@ -14,8 +14,7 @@ from typing import Any
 
 from stepdistill.errors import InputError
 from stepdistill.evaluation.measures import METRICS
-from stepdistill.evaluation.protocols import flat
-from stepdistill.evaluation.records import read_rows
+from stepdistill.evaluation.records import check_same_protocol, read_rows
 
 Row = dict[str, Any]
 BETTER = {figure: way for metric in METRICS.values() for figure, way in metric.better.items()}
@@ -23,55 +22,33 @@ MAIN = ("fd", "clip_score", "attribute_accuracy")  # the figures that come first
 AVERAGED = ("fd", "fd_low", "fd_high", "clip_score", "attribute_accuracy", "nfe")
 
 
+def of_run(folder: str | Path) -> Path:
+    """The folder that holds results.jsonl: a benchmark's, or the bench/ in a demo's.
+
+    Raises:
+        InputError: neither does.
+    """
+    for place in (Path(folder), Path(folder) / "bench"):
+        if (place / "results.jsonl").is_file():
+            return place
+    raise InputError(
+        f"results: got {folder}, which holds no results.jsonl; allowed: a folder of stepdistill bench or demo"
+    )
+
+
 def read_folder(folder: str | Path) -> list[Row]:
-    """The rows of a benchmark's folder.
+    """The rows of a benchmark's folder, or of a demo's.
 
     Raises:
         InputError: it holds no results, broken ones, or rows of several protocols.
     """
-    file = Path(folder) / "results.jsonl"
-    if not file.is_file():
-        raise InputError(
-            f"report: got {folder}, which holds no results.jsonl; allowed: a folder of stepdistill bench or demo"
-        )
+    file = of_run(folder) / "results.jsonl"
     rows = read_rows(file)
     if not rows:
-        raise InputError(f"report: got {file}, which is empty; run stepdistill bench first")
+        raise InputError(f"results: got {file}, which is empty; run stepdistill bench first")
     for row in rows:
         check_same_protocol(rows[0], row, f"{file}, line 1", "a later line")
     return rows
-
-
-def check_same_protocol(a: Row, b: Row, where_a: str, where_b: str) -> None:
-    """Refuses to compare figures of two protocols, and says in what these differ.
-
-    Raises:
-        InputError: their hashes differ.
-    """
-    if a["protocol_hash"] == b["protocol_hash"]:
-        return
-    one, other = _settings(a), _settings(b)
-    differ = [name for name in one | other if one.get(name) != other.get(name)]
-    said = ", ".join(f"{name} {_short(one.get(name))} and {_short(other.get(name))}" for name in differ)
-    raise InputError(
-        f"protocol: got {a.get('protocol')} ({a['protocol_hash']}) in {where_a} and {b.get('protocol')} "
-        f"({b['protocol_hash']}) in {where_b}; they differ in {said or 'what these rows do not record'}; figures of "
-        "different protocols cannot be compared; measure both by one"
-    )
-
-
-def _settings(row: Row) -> dict[str, Any]:
-    """What a row says of its protocol, nested names joined by dots; rows of before `settings` say less."""
-    if row.get("settings"):
-        told = flat(row["settings"])
-        return {"protocol": told.pop("name", None)} | told
-    names = ("protocol", "n", "fd_extractor", "clip_model")
-    return {name: row[name] for name in names if row.get(name) is not None}
-
-
-def _short(value: Any) -> str:
-    text = "none" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if len(text) <= 24 else text[:16] + "…"
 
 
 @dataclass(frozen=True)
@@ -166,15 +143,12 @@ def cells(rows: Sequence[Row], folder: Path | None = None) -> list[Cell]:
 
 
 def read_run(folder: str | Path) -> list[Cell]:
-    """The cells of a benchmark's folder, or of the bench/ in a demo's.
+    """The cells of a benchmark's folder, or of a demo's.
 
     Raises:
         InputError: see `read_folder`.
     """
-    folder = Path(folder)
-    if not (folder / "results.jsonl").is_file() and (folder / "bench" / "results.jsonl").is_file():
-        folder = folder / "bench"
-    return cells(read_folder(folder), folder)
+    return cells(read_folder(folder), of_run(folder))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

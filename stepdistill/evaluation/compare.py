@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from stepdistill.errors import InputError
-from stepdistill.evaluation.cells import BETTER, Cell, Measured, Row, check_same_protocol
+from stepdistill.evaluation.cells import BETTER, Cell, Measured, Row
 from stepdistill.evaluation.figures import Difference, Figure, Z, difference
-from stepdistill.evaluation.records import read_units
+from stepdistill.evaluation.records import check_same_protocol, read_units
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,11 @@ def compare(a: Cell, b: Cell, only: Sequence[str] = ()) -> list[Comparison]:
         InputError: the cells are of different protocols, or an influence file is damaged.
     """
     check_same_protocol(a.row, b.row, f"{a.folder}", f"{b.folder}")
-    paired = _paired(a, b)
+    names = [name for name in a.figures if name in b.figures and (not only or name in only)]
+    paired = _paired(a, b, names)
     found = []
-    for name, one in a.figures.items():
-        other = b.figures.get(name)
-        if other is None or (only and name not in only):
-            continue
+    for name in names:
+        one, other = a.figures[name], b.figures[name]
         if name in paired:
             found.append(Comparison(name, a, b, *paired[name]))
         elif one.half is not None and other.half is not None:
@@ -85,8 +84,8 @@ def _apart(a: Measured, b: Measured) -> Difference:
     return Difference(value, value - half, value + half, paired=False)
 
 
-def _paired(a: Cell, b: Cell) -> dict[str, tuple[Measured, Measured, Difference]]:
-    """The figures whose influences both cells keep for the same units at the same seeds."""
+def _paired(a: Cell, b: Cell, names: Sequence[str]) -> dict[str, tuple[Measured, Measured, Difference]]:
+    """Those figures whose influences both cells keep for the same units at the same seeds."""
     if a.folder is None or b.folder is None:
         return {}
     rows_a, rows_b = ({row["seed"]: row for row in cell.rows if row.get("seed") is not None} for cell in (a, b))
@@ -95,7 +94,7 @@ def _paired(a: Cell, b: Cell) -> dict[str, tuple[Measured, Measured, Difference]
         return {}
     one, other = ([read_units(cell.folder, rows[seed]) for seed in seeds] for cell, rows in ((a, rows_a), (b, rows_b)))
     found = {}
-    for name in a.figures:
+    for name in names:
         kept = [units.get(name) for units in (*one, *other)]
         if any(k is None for k in kept) or len({(k[1], len(k[0])) for k in kept}) > 1:
             continue

@@ -158,10 +158,13 @@ def frechet_limit(features: Tensor, reference: Moments, seed: int = 0) -> tuple[
             moved[i, part] = figure.influence * n / (len(part) * len(parts))
     line = torch.stack([torch.ones_like(inverse), inverse], 1)
     fit = torch.linalg.pinv(line)
+    limit = Figure((fit[0] @ y).item(), fit[0] @ moved)
     residual, spread = y - line @ (fit @ y), y - y.mean()
+    if spread.abs().max() <= 1e-9 * y.abs().max():  # features that are all alike: a level line
+        return limit, Figure(1.0, torch.zeros(n, dtype=torch.float64))
     unexplained = residual.square().sum() / spread.square().sum()
     gradient = 2 * (unexplained * spread - residual) / spread.square().sum()
-    return Figure((fit[0] @ y).item(), fit[0] @ moved), Figure(1 - unexplained.item(), gradient @ moved)
+    return limit, Figure(1 - unexplained.item(), gradient @ moved)
 
 
 def _finite(features: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 
 from stepdistill.errors import InputError
 from stepdistill.evaluation.cells import Cell, Measured
-from stepdistill.evaluation.summary import digits
+from stepdistill.evaluation.summary import digits, percent
 
 SHORT = {"clip": "clip_score", "attributes": "attribute_accuracy"}
 LATENCY = "ms"  # median of a whole picture, which is bounded like a figure but has no interval
@@ -71,13 +71,13 @@ class Judgement:
 
     def __str__(self) -> str:
         name, found = self.bound.figure, self.figure
-        places = digits(name, [self.cell])
-        trust = (
-            "" if found.half is None else f" (95 %: {found.low:.{places}f} to {found.high:.{places}f}, n = {found.n:,})"
-        )
+        places = digits(name, [self.cell]) + 2 * percent(name)  # shares are not shown in percent here
+        ends = ""
+        if found.half is not None:
+            ends = f" (95 %: {found.low:.{places}f} to {found.high:.{places}f}, n = {found.n:,})"
         at = f"{self.cell.steps} step{'s' * (self.cell.steps > 1)}"
         word = "met   " if self.met else "missed"
-        return f"{word} {self.cell.model}, {at}: {name} {found.value:.{max(places, 4)}g}{trust}, {self.bound}"
+        return f"{word} {self.cell.model}, {at}: {name} {found.value:.10g}{ends}, {self.bound}"
 
 
 def load_gate(file: str | Path) -> Gate:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ class Instruments:
         clip: for the score, None where there is none. probes: of attributes, None where there are none.
         content: hashes of all of it, for the protocol's own. metrics: names of `measures.METRICS`.
         real: what else metrics ask of the real pictures, None where there are moments alone.
-        frame: how pictures are brought before all that looks at them.
+        frame: how pictures are brought before all that looks at them. texts: CLIP's of prompts, once they were asked.
     """
 
     prompts: EvalSet
@@ -53,6 +55,7 @@ class Instruments:
     metrics: tuple[str, ...] = ("fd", "clip", "attributes")
     real: RealPictures | None = None
     frame: Frame | None = None
+    texts: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
 
 def statistics_name(extractor: Extractor, reference: EvalSet, count: int) -> str:
@@ -79,9 +82,10 @@ def reference_statistics(
         if file.is_file():
             try:
                 return _of(Moments.load(file), extractor, count, file)
-            except InputError:
+            except InputError as error:
                 if file == shipped != kept:
                     raise
+                print(f"{error}: it is being made again", file=sys.stderr)
     writable(kept.parent)
     moments = Moments.empty(extractor.dim) if known is None else Moments.of(known())
     for _, pictures in reference.batches(batch, count, moments.count):
@@ -139,6 +143,9 @@ def prepare(
             probes = load_probes(clip.folder)
             content["probes"] = sha256(clip.folder / "probes.safetensors")
     for name in protocol.metrics:
+        if protocol.n < (least := METRICS[name].least):
+            got = f"n={protocol.n} with the metric {name}"
+            raise InputError(f"protocol {protocol.name}: got {got}; allowed: {least} or more; raise n")
         content |= METRICS[name].prepare(device)
     real = None
     if given:
@@ -206,6 +213,6 @@ def row_of(found: Mapping[str, Figure], tools: Instruments) -> dict[str, Any]:
         "metrics": {
             name: {"value": round(f.value, 6), "low": round(f.interval()[0], 6), "high": round(f.interval()[1], 6),
                    "n": len(f.influence), "of": f.unit}
-            for name, f in found.items() if not name.startswith("attribute:")
+            for name, f in found.items() if not name.startswith("attribute:") and math.isfinite(f.value + f.error)
         },
     }  # fmt: skip

@@ -101,7 +101,8 @@ def picture_size(path: str, *, remote: bool = True) -> int | None:
     path = find(path)
     sides = [_config(path, part, remote).get("sample_size") for part in ("unet", "transformer")]
     side = next((side for side in sides if isinstance(side, int)), None)
-    blocks = _config(path, "vae", remote).get("block_out_channels")
+    vae = _config(path, "vae", remote)
+    blocks = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")  # the latter Sana's
     return side and side * 2 ** (len(blocks) - 1 if blocks else 0)
 
 

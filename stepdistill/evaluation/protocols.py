@@ -122,17 +122,6 @@ class Protocol:
             del settings[name]
         return settings
 
-    def differences(self, other: Protocol) -> list[str]:
-        """What it differs in from another, a line a field: `extractor.resize: bilinear against clean-fid`."""
-        return differences(self.settings(), other.settings())
-
-
-def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """What two protocols' settings differ in, a line a field; a field that one lacks is None there."""
-    a, b = flat(a), flat(b)
-    names = [name for name in dict.fromkeys([*a, *b]) if a.get(name) != b.get(name)]
-    return [f"{name}: {a.get(name)} against {b.get(name)}" for name in names]
-
 
 def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Nested settings in one mapping, their names joined by dots."""

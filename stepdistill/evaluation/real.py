@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,8 +108,8 @@ class RealPictures:
         if file.is_file():
             try:
                 return arrays.load(file)[0]["array"]
-            except (InputError, KeyError):
-                pass
+            except (InputError, KeyError) as error:
+                print(f"{error}: it is being made again", file=sys.stderr)
         array = make()
         arrays.save(file, {"array": array})
         return array

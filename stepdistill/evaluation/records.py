@@ -7,7 +7,9 @@ import importlib.metadata
 import json
 import platform
 import re
+import shlex
 import subprocess
+import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -18,14 +20,15 @@ from torch import Tensor
 
 from stepdistill import files
 from stepdistill.errors import InputError
+from stepdistill.evaluation import arrays
 from stepdistill.evaluation.figures import Figure
-from stepdistill.evaluation.protocols import differences
+from stepdistill.evaluation.protocols import flat
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "timm", "stepdistill")
 KEY = ("protocol_hash", "model", "weights", "steps", "guidance", "seed")
 FIELDS = (
     "protocol", "protocol_hash", "settings", "model", "method", "teacher", "spec", "weights",
-    "steps", "nfe", "guidance", "scheduler", "sigmas", "n", "seed",
+    "steps", "nfe", "guidance", "scheduler", "sigmas", "call", "n", "seed",
     "fd", "fd_low", "fd_high", "fd_extractor", "clip_score", "clip_model", "attribute_accuracy", "attributes",
     "metrics",
     "latency_ms", "latency_ms_batch", "peak_memory_mb", "batch", "dtype", "device", "versions", "commit", "command",
@@ -37,7 +40,7 @@ TILE, LARGE = 96, 384  # pixels a picture in a grid has at least, and at most
 
 def key_of(row: dict[str, Any]) -> list[Any]:
     """What makes a row the one of its cell."""
-    return [row.get(name) for name in KEY] + ([row["sigmas"]] if row.get("sigmas") else [])
+    return [row.get(name) for name in KEY] + [row[name] for name in ("sigmas", "call") if row.get(name)]
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -82,13 +85,14 @@ def check_folder(folder: str | Path) -> None:
 class Book:
     """The rows of a folder, or of memory where there is no folder.
 
+    Args:
+        facts: what the rows to come say of their protocol: its name, hash and settings.
+
     Raises:
         InputError: the folder holds something else, or rows of another protocol, or cannot be written.
     """
 
-    def __init__(
-        self, folder: str | Path | None, protocol_hash: str, protocol: str, settings: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, folder: str | Path | None, facts: Mapping[str, Any]) -> None:
         self.folder = Path(folder) if folder is not None else None
         self.rows: list[dict[str, Any]] = []
         if self.folder is None:
@@ -103,12 +107,7 @@ class Book:
         if self.file.is_file():
             self.rows = read_rows(self.file)
         for row in self.rows:
-            if row["protocol_hash"] != protocol_hash:
-                raise InputError(
-                    f"--out {self.folder}: got rows of {row.get('protocol')} n={row.get('n')} ({row['protocol_hash']}) "
-                    f"there, and {protocol} ({protocol_hash}) asked for{_in_what(row, settings)}; such rows cannot be "
-                    "compared; choose another folder"
-                )
+            check_same_protocol(row, facts, f"--out {self.folder}", "this run", "choose another folder")
 
     @property
     def file(self) -> Path:
@@ -131,16 +130,9 @@ class Book:
 
     def units(self, row: dict[str, Any], found: Mapping[str, Figure]) -> None:
         """Keeps what each picture did to each figure, so that two models can be compared picture by picture."""
-        if self.folder is None or not found:
-            return
-        from safetensors.torch import save_file
-
-        file = units_file(self.folder, row)
-        file.parent.mkdir(exist_ok=True)
-        partial = file.with_name(file.name + ".partial")
-        tensors = {name: figure.influence.float().contiguous() for name, figure in found.items()}
-        save_file(tensors, partial, metadata={name: figure.unit for name, figure in found.items()})
-        partial.replace(file)
+        if self.folder is not None and found:
+            moved = {name: figure.influence.float() for name, figure in found.items()}
+            arrays.save(units_file(self.folder, row), moved, **{name: figure.unit for name, figure in found.items()})
 
     def prompts(self, prompts: list[str]) -> None:
         """Keeps the prompts of the grids' pictures."""
@@ -164,12 +156,38 @@ class Book:
         picture.save(self.folder / "grids" / grid_name(row))
 
 
-def _in_what(row: Mapping[str, Any], settings: Mapping[str, Any] | None) -> str:
-    """The fields that a row's protocol differs in, the first few; rows of before `settings` say nothing."""
-    if not settings or not row.get("settings"):
-        return ""
-    found = differences(row["settings"], settings)
-    return f" ({'; '.join(found[:3])}{'; …' if len(found) > 3 else ''})"
+def check_same_protocol(
+    a: Mapping[str, Any], b: Mapping[str, Any], where_a: str, where_b: str, fix: str = "measure both by one"
+) -> None:
+    """Refuses to compare rows of two protocols, and says in what these differ.
+
+    Raises:
+        InputError: their hashes differ.
+    """
+    if a["protocol_hash"] == b["protocol_hash"]:
+        return
+    one, other = _told(a), _told(b)
+    differ = [name for name in one | other if one.get(name) != other.get(name)]
+    said = ", ".join(f"{name} {_short(one.get(name))} and {_short(other.get(name))}" for name in differ)
+    raise InputError(
+        f"protocol: got {a.get('protocol')} ({a['protocol_hash']}) in {where_a} and {b.get('protocol')} "
+        f"({b['protocol_hash']}) in {where_b}; they differ in {said or 'what these rows do not record'}; figures of "
+        f"different protocols cannot be compared; {fix}"
+    )
+
+
+def _told(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row says of its protocol, nested names joined by dots; rows of before `settings` say less."""
+    if row.get("settings"):
+        told = flat(row["settings"])
+        return {"protocol": told.pop("name", None)} | told
+    names = ("protocol", "n", "fd_extractor", "clip_model")
+    return {name: row[name] for name in names if row.get(name) is not None}
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 24 else text[:16] + "…"
 
 
 def grid_name(row: dict[str, Any]) -> str:
@@ -190,16 +208,19 @@ def read_units(folder: Path, row: dict[str, Any]) -> dict[str, tuple[Tensor, str
     Raises:
         InputError: the file is damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
     file = units_file(folder, row)
     if not file.is_file():
         return {}
-    try:
-        with safe_open(file, "pt") as saved:
-            return {name: (saved.get_tensor(name).double(), unit) for name, unit in saved.metadata().items()}
-    except (SafetensorError, OSError, AttributeError) as error:
-        raise InputError(f"units: got {file}, which is damaged ({error}); delete it, or measure again") from error
+    moved, units = arrays.load(file)
+    return {name: (influence.double(), units[name]) for name, influence in moved.items()}
+
+
+def write_record(file: Path, record: Mapping[str, Any], device: str = "cpu") -> None:
+    """Writes what a script under benchmarks/ measured, with the device, commit, versions and command that made it."""
+    made = {"device": device_name(device), "commit": commit(), "versions": versions()}
+    made["command"] = " ".join(map(shlex.quote, sys.argv))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    files.write(file, json.dumps({**record, **made}, indent=2) + "\n")
 
 
 @lru_cache(maxsize=1)

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stepdistill.errors import InputError
 from stepdistill.evaluation import records
 from stepdistill.evaluation.bench import Bench, Failure, Settings
@@ -78,7 +76,7 @@ def evaluate(
             or a folder with something else or with rows of another protocol.
         OSError: the results cannot be written, for want of room or permission. What is done is kept.
     """
-    settings = settings or Settings(device="cuda" if torch.cuda.is_available() else "cpu")
+    settings = settings or Settings()
     team = Processes.found(settings.device)
     settings = dataclasses.replace(settings, progress=settings.progress and team.main)
     protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)

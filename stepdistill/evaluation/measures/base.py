@@ -51,7 +51,11 @@ class View:
     @cached_property
     def text(self) -> Tensor:
         """(B, E) float32, unit length: CLIP's of their prompts."""
-        return self.tools.clip.texts(self.prompts)
+        known = self.tools.texts  # prompts are the same in every cell
+        key = self.first, len(self.pictures)
+        if key not in known:
+            known[key] = self.tools.clip.texts(self.prompts)
+        return known[key]
 
 
 class Metric(ABC):
@@ -60,7 +64,7 @@ class Metric(ABC):
     Attributes:
         name: as protocols list it. keeps: the name of what it keeps of each picture; metrics of the same share it.
         better: "lower" or "higher", by figure.
-        needs: what it asks of the real pictures: attributes of `real.RealPictures`.
+        least: pictures it needs. needs: what it asks of the real pictures: attributes of `real.RealPictures`.
         each: pictures of a prompt, 1 of the pass over the protocol's own; a metric of more has pictures drawn for
             itself, each with a seed of its own, for the first `prompts` prompts, and sees those of one prompt in a row.
     """
@@ -68,6 +72,7 @@ class Metric(ABC):
     name: ClassVar[str]
     keeps: ClassVar[str]
     better: ClassVar[Mapping[str, str]]
+    least: ClassVar[int] = 2
     needs: ClassVar[tuple[str, ...]] = ()
     each: ClassVar[int] = 1
     prompts: ClassVar[int | None] = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from stepdistill.evaluation.figures import Figure
-from stepdistill.evaluation.frechet import frechet_limit
+from stepdistill.evaluation.frechet import PARTS, frechet_limit
 from stepdistill.evaluation.measures.base import Metric, View
 
 
@@ -13,6 +13,7 @@ class FrechetLimit(Metric):
     """`fd_inf`, and `fd_inf_r2` of the line it is read from; see `evaluation.frechet.frechet_limit`."""
 
     name, keeps, better = "fd_inf", "features", {"fd_inf": "lower", "fd_inf_r2": "higher"}
+    least = 2 * PARTS
 
     @staticmethod
     def see(view: View) -> Tensor:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from stepdistill.evaluation.figures import Figure
-from stepdistill.evaluation.manifold import prdc_figures, radii
+from stepdistill.evaluation.manifold import LARGEST, prdc_figures, radii
 from stepdistill.evaluation.measures.base import Metric, View
 from stepdistill.evaluation.real import RealPictures
 
@@ -16,6 +16,7 @@ class Prdc(Metric):
     """`precision` and `recall` with 3 neighbours, `density` and `coverage` with 5."""
 
     name, keeps, needs = "prdc", "features", ("features",)
+    least = LARGEST + 1
     better = dict.fromkeys(("precision", "recall", "density", "coverage"), "higher")
 
     @staticmethod
