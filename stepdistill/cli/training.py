@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from stepdistill.cli._run import parse
-from stepdistill.training.config import TrainConfig, from_yaml
+from stepdistill.training.config import LoopConfig, from_yaml
 
-C = TypeVar("C", bound=TrainConfig)
+C = TypeVar("C", bound=LoopConfig)
 
 
 def parse_training(kind: type[C], description: str | None, argv: list[str] | None = None) -> C:

@@ -34,25 +34,15 @@ def launcher_precision() -> str:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Flags of every training script."""
+class LoopConfig:
+    """Flags of everything that trains."""
 
-    teacher: str = "avatars"
-    """Pipeline folder, hub id, or an embedded teacher: "avatars", or "avatars-flow", a rectified flow."""
-    variant: str | None = None
-    """Of the teacher's weight files, as "fp16"."""
-    revision: str | None = None
-    """Of the teacher's hub repository."""
-    data: str = "avatars"
-    """Image folder with metadata.jsonl, `datasets` name, webdataset shards, cache folder, prompts (.txt), "avatars"."""
     out: Path = Path("out/student")
-    """Folder for checkpoints, logs and the export. Run the same command again to resume."""
+    """Folder for checkpoints, logs and what is made. Run the same command again to resume."""
     config: Path | None = None
     """YAML file of defaults for any of these flags; flags win."""
     seed: int = 0
     """Seed of everything drawn."""
-    resolution: int | None = None
-    """Side of the pictures in pixels; the teacher's own where not given."""
 
     max_train_steps: int = 1000
     """Updates."""
@@ -77,6 +67,64 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Longer gradients are scaled down to this norm."""
 
+    mixed_precision: Literal["no", "fp16", "bf16"] = field(default_factory=launcher_precision)
+    """Of the networks; frozen weights are kept in it. Losses, adapters and optimizer stay float32. That of `accelerate
+    launch` where not given."""
+    checkpoint_every: int = 500
+    """Updates between checkpoints."""
+    validate_every: int = 0
+    """Updates between looks at the student; 0 for none before the end."""
+    log_every: int = 10
+    """Updates between lines of metrics.jsonl."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Besides metrics.jsonl; from the extra `trackers`."""
+    dry_run: bool = False
+    """Print the resolved configuration, do one update on a few samples without saving, and stop."""
+
+    def check(self) -> None:
+        """Raises InputError where a setting is out of range, or needs a package that is not installed."""
+        positive = ("max_train_steps", "batch_size", "gradient_accumulation", "learning_rate", "checkpoint_every",
+                    "log_every", "max_grad_norm")  # fmt: skip
+        for name in positive:
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name}: got {getattr(self, name)}; allowed: above 0; raise it")
+        for name in ("lr_warmup", "validate_every", "weight_decay", "adam_epsilon"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name}: got {getattr(self, name)}; allowed: 0 or more; 0 is none")
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise InputError(f"adam_betas: got {self.adam_betas}; allowed: 0 to below 1; try {LoopConfig.adam_betas}")
+        if self.mixed_precision not in ("no", "fp16", "bf16"):
+            got = f"{self.mixed_precision}, from `accelerate launch`"
+            raise InputError(f"mixed_precision: got {got}; allowed: no, fp16, bf16; give --mixed-precision")
+        for tracker in self.trackers:
+            _check_installed("trackers", tracker, tracker, "trackers")
+        if self.optimizer == "adamw8bit":
+            _check_installed("optimizer", "adamw8bit", "bitsandbytes", "quant")
+
+    def of(self, role: str) -> LoopConfig:
+        """The settings of a role's optimizer; methods with several may give each its own."""
+        return self
+
+    def record(self) -> dict:
+        """The configuration as JSON holds it."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+@dataclass(frozen=True)
+class TrainConfig(LoopConfig):
+    """Flags of every training script that distils a pipeline."""
+
+    teacher: str = "avatars"
+    """Pipeline folder, hub id, or an embedded teacher: "avatars", or "avatars-flow", a rectified flow."""
+    variant: str | None = None
+    """Of the teacher's weight files, as "fp16"."""
+    revision: str | None = None
+    """Of the teacher's hub repository."""
+    data: str = "avatars"
+    """Image folder with metadata.jsonl, `datasets` name, webdataset shards, cache folder, prompts (.txt), "avatars"."""
+    resolution: int | None = None
+    """Side of the pictures in pixels; the teacher's own where not given."""
+
     lora: bool = True
     """Train an adapter; --no-lora trains every weight."""
     rank: int = 64
@@ -92,54 +140,26 @@ class TrainConfig:
     export_ema: float = 0.0
     """Decay of the average that is shown and exported; 0 for the trained weights themselves."""
 
-    mixed_precision: Literal["no", "fp16", "bf16"] = field(default_factory=launcher_precision)
-    """Of the networks; frozen weights are kept in it. Losses, adapters and optimizer stay float32. That of `accelerate
-    launch` where not given."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them."""
     compile: bool = False
     """torch.compile the backbone."""
 
-    checkpoint_every: int = 500
-    """Updates between checkpoints."""
-    validate_every: int = 0
-    """Updates between validation grids; 0 for none before the end."""
     validation_prompts: tuple[str, ...] = ()
     """Prompts of the grids; a few of the data's where not given."""
-    log_every: int = 10
-    """Updates between lines of metrics.jsonl."""
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Besides metrics.jsonl; from the extra `trackers`."""
     push_to_hub: str | None = None
     """Hub repository to upload the export to."""
-    dry_run: bool = False
-    """Print the resolved configuration, do one update on a few samples without saving, and stop."""
 
     def check(self) -> None:
-        """Raises InputError where a setting is out of range, or needs a package that is not installed."""
-        positive = ("max_train_steps", "batch_size", "gradient_accumulation", "learning_rate", "checkpoint_every",
-                    "log_every", "max_grad_norm")  # fmt: skip
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name}: got {getattr(self, name)}; allowed: above 0; raise it")
-        for name in ("lr_warmup", "validate_every", "weight_decay", "adam_epsilon"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name}: got {getattr(self, name)}; allowed: 0 or more; 0 is none")
-        below_one = {"target_ema": self.target_ema, "export_ema": self.export_ema, "lora_dropout": self.lora_dropout}
-        for name, value in (below_one | {"adam_betas": self.adam_betas}).items():
-            if not all(0 <= v < 1 for v in (value if isinstance(value, tuple) else (value,))):
+        """See LoopConfig.check."""
+        super().check()
+        for name in ("target_ema", "export_ema", "lora_dropout"):
+            if not 0 <= (value := getattr(self, name)) < 1:
                 raise InputError(f"{name}: got {value}; allowed: 0 to below 1; try {getattr(type(self), name)}")
         if self.lora and self.rank < 1:
             raise InputError(f"rank: got {self.rank}; allowed: 1 or more; the papers use 64")
         if self.lora and self.alpha is not None and not 0 < self.alpha < math.inf:
             raise InputError(f"alpha: got {self.alpha:g}; allowed: above 0; leave it out for alpha = rank")
-        if self.mixed_precision not in ("no", "fp16", "bf16"):
-            got = f"{self.mixed_precision}, from `accelerate launch`"
-            raise InputError(f"mixed_precision: got {got}; allowed: no, fp16, bf16; give --mixed-precision")
-        for tracker in self.trackers:
-            _check_installed("trackers", tracker, tracker, "trackers")
-        if self.optimizer == "adamw8bit":
-            _check_installed("optimizer", "adamw8bit", "bitsandbytes", "quant")
 
     def method(self) -> Method:
         """The method these flags describe; each method's flags say."""
@@ -164,14 +184,6 @@ class TrainConfig:
         """Seconds that went into what the student begins with."""
         return 0.0
 
-    def of(self, role: str) -> TrainConfig:
-        """The settings of a role's optimizer; methods with several may give each its own."""
-        return self
-
-    def record(self) -> dict:
-        """The configuration as JSON holds it."""
-        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
-
 
 def _check_installed(flag: str, value: str, package: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
@@ -179,7 +191,7 @@ def _check_installed(flag: str, value: str, package: str, extra: str) -> None:
         raise InputError(f"{flag}: got {value}, but {package} is not installed; {fix}")
 
 
-C = TypeVar("C", bound=TrainConfig)
+C = TypeVar("C", bound=LoopConfig)
 
 
 def from_yaml(path: Path, kind: type[C]) -> C:

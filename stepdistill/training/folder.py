@@ -12,12 +12,12 @@ from pathlib import Path
 
 from stepdistill import files
 from stepdistill.errors import InputError
-from stepdistill.training.config import FREE, TrainConfig
+from stepdistill.training.config import FREE, LoopConfig
 
 MARK = "samples_per_update"  # in every run's config.json, and in no other
 
 
-def claim(config: TrainConfig, processes: int = 1, write: bool = True) -> None:
+def claim(config: LoopConfig, processes: int = 1, write: bool = True) -> None:
     """Takes the folder for a run: writes config.json, or checks that the one there is of this run.
 
     A folder whose run never logged anything, say for a flag that was refused, is free to take.
@@ -52,7 +52,7 @@ def claim(config: TrainConfig, processes: int = 1, write: bool = True) -> None:
         ) from error
 
 
-def finished(config: TrainConfig, export: Path | None = None) -> Path | None:
+def finished(config: LoopConfig, export: Path | None = None) -> Path | None:
     """The export folder, `<out>/export` where not given, if the run reached `max_train_steps` and it is there."""
     done, export = Path(config.out) / "done.json", export or Path(config.out) / "export"
     if not done.exists() or not export.is_dir():

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import nn
 
-from stepdistill.training.config import TrainConfig
+from stepdistill.training.config import LoopConfig
 
 
-def build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(parameters: list[nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019), or bitsandbytes' 8-bit one."""
     options = {
         "lr": config.learning_rate, "betas": config.adam_betas, "eps": config.adam_epsilon,
@@ -23,7 +23,7 @@ def build_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torc
     return torch.optim.AdamW(parameters, fused=True, **options)
 
 
-def learning_rate_at(update: int, config: TrainConfig) -> float:
+def learning_rate_at(update: int, config: LoopConfig) -> float:
     """The learning rate of an update: a linear warm-up, then constant, or falling to zero at `max_train_steps`."""
     if update < config.lr_warmup:
         return config.learning_rate * (update + 1) / config.lr_warmup
