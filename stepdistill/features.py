@@ -10,12 +10,13 @@ which the picture's are taken.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
+from stepdistill import hooks
 from stepdistill.denoiser.base import Cond, Denoiser
 from stepdistill.errors import InputError
 from stepdistill.schedules import Time
@@ -65,23 +66,9 @@ def check_blocks(backbone: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-@contextmanager
-def listening(backbone: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def listening(backbone: nn.Module, names: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
     """Within, each call of the backbone leaves the token maps (B, N, C) of these blocks in the dictionary."""
-    heard: dict[str, Tensor] = {}
-
-    def hear(name: str):
-        def hook(module: nn.Module, inputs: tuple, output: object) -> None:
-            heard[name] = tokens(module, output)
-
-        return hook
-
-    handles = [backbone.get_submodule(name).register_forward_hook(hear(name)) for name in names]
-    try:
-        yield heard
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooks.listening(backbone, names, lambda module, inputs, output: tokens(module, output))
 
 
 def tokens(block: nn.Module, output: object) -> Tensor:

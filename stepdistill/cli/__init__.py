@@ -19,6 +19,7 @@ COMMANDS = {
     "bench compare": "say of two models what is better, worse or equal, with intervals",
     "bench gate": "hold a benchmark's figures against bounds; exit code 1 where one is missed",
     "report": "turn a benchmark's folder into report.md and one report.html",
+    "baselines": "distil classifiers, language models and a diffusion model's network; list, run, sweep, eval",
     "export": "convert a student: diffusers, kohya, or fused into its teacher",
 }
 HELP = """stepdistill {version}: turns a diffusion pipeline of 25-50 steps into one of 1-8, and measures what it cost
@@ -76,6 +77,8 @@ def _command(name: str, argv: list[str]) -> int | None:
             ) from error
         raise InputError(f"command {name}: not in this version ({__version__}); take a newer stepdistill") from error
     try:
+        if not hasattr(module, "Config"):  # has words of its own behind it
+            return module.main(argv)
         return module.main(parse(module.Config, argv, prog=f"stepdistill {name}", description=module.__doc__))
     except SystemExit as stop:  # --help
         return int(stop.code or 0)

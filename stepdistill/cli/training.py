@@ -12,14 +12,15 @@ from stepdistill.training.config import LoopConfig, from_yaml
 C = TypeVar("C", bound=LoopConfig)
 
 
-def parse_training(kind: type[C], description: str | None, argv: list[str] | None = None) -> C:
-    """The configuration of a command line. --help prints and exits 0.
+def parse_training(
+    kind: type[C], description: str | None, argv: list[str] | None = None, default: C | None = None
+) -> C:
+    """The configuration of a command line, unset flags from `default` where it is given. --help prints and exits 0.
 
     Raises:
         InputError: an unknown flag or YAML key, or a value out of range.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    default = None
     for i, word in enumerate(argv):
         name, _, value = word.partition("=")
         if name == "--config":

@@ -22,6 +22,7 @@ from stepdistill.prediction import Kind
 from stepdistill.schedules import Time
 from stepdistill.training.averages import Averages
 from stepdistill.training.lora import Switch, make_lean
+from stepdistill.training.networks import Networks, trainable
 
 ADAPTER = "default"
 LORA_TARGETS = (  # what of these a UNet, an MMDiT or a linear DiT has
@@ -78,24 +79,21 @@ class View:
         return features.check_blocks(self.backbone, ())
 
 
-class Models:
-    """Teacher, student and target of a run.
+class Models(Networks):
+    """Teacher, student and target of a run, and the method's own networks.
 
     Args:
         switch: of a LoRA student: off for the teacher.
         from_adapter: the teacher is not the bare network but has the adapter that the student begins with.
         target_decay: of the target's moving average; 0 makes the student its own target.
         export_decay: of the average that is shown and exported in the student's place; 0 for the student itself.
-        others: further networks by role, trained where they ask for gradients; each is an attribute of that name.
+        others: see Networks.
 
     Attributes:
         teacher, target: views without gradients.
         student: the denoiser that is trained; its `backbone` is what accelerate prepares.
-        trained: the trainable parameters by role, and by name.
         averages: what the target's weights are; None where the target is the student itself.
         exported: what the shown and exported weights are; None for the student's own.
-        wrapped: what the trainer made of `others` for several processes; called in the phase of that role alone, as
-            the wrapper waits for gradients of every parameter.
     """
 
     def __init__(
@@ -112,10 +110,8 @@ class Models:
         for flag, decay in (("target_ema", target_decay), ("export_ema", export_decay)):
             if not 0 <= decay < 1:
                 raise InputError(f"{flag}: got {decay:g}; allowed: 0 (no average) to below 1; try 0.95")
+        super().__init__(student.backbone, others)
         self.student = student
-        self.others, self.wrapped, self._phase = others or {}, {}, "student"
-        self.trained = {"student": trainable(student.backbone)}
-        self.trained |= {role: own for role, module in self.others.items() if (own := trainable(module))}
         self.averages = Averages(self.trained["student"], target_decay) if target_decay else None
         self.exported = Averages(self.trained["student"], export_decay) if export_decay else None
         average = self.averages.in_place if self.averages else nullcontext
@@ -125,28 +121,6 @@ class Models:
         before = (lambda: _both(first.in_place(), self._switch.quiet())) if first else self._switch.off
         self.teacher = View(teacher, before)
         self.target = View(plain(student), lambda: _both(average(), self._switch.quiet()))
-
-    def __getattr__(self, role: str) -> nn.Module:
-        others = self.__dict__.get("others", {})
-        if role not in others:
-            raise AttributeError(
-                f"models: got role {role!r}; allowed: teacher, student, target{''.join(f', {o}' for o in others)}"
-            )
-        return self.wrapped.get(role, others[role]) if role == self._phase else others[role]
-
-    @contextmanager
-    def only(self, role: str) -> Iterator[None]:
-        """Within, gradients reach the parameters of one role and of no other."""
-        rest = [p for name, group in self.trained.items() if name != role for p in group.values()]
-        self._phase = role
-        for p in rest:
-            p.requires_grad_(False)
-        try:
-            yield
-        finally:
-            self._phase = "student"
-            for p in rest:
-                p.requires_grad_(True)
 
     def enable_checkpointing(self) -> None:
         """Activations are computed twice instead of kept, the student's and those of a teacher that gradients pass
@@ -171,22 +145,11 @@ class Models:
         with torch.no_grad(), self._average(), self._switch.quiet():
             yield self.student
 
-    def after_update(self) -> None:
-        """What follows an optimizer step."""
-        for averages in (self.averages, self.exported):
-            if averages:
-                averages.update()
-
 
 @contextmanager
 def _both(first: AbstractContextManager, second: AbstractContextManager) -> Iterator[None]:
     with first, second:
         yield
-
-
-def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that ask for gradients, by name."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def plain(denoiser: Denoiser) -> Denoiser:

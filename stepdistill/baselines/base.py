@@ -1,0 +1,190 @@
+"""A baseline's run: its flags, what its losses are given, and the trainer's loop around them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from stepdistill.baselines.results import Results
+from stepdistill.draws import Draws, mix
+from stepdistill.errors import InputError
+from stepdistill.files import replacing
+from stepdistill.methods.base import Clock, Loss
+from stepdistill.training import folder, sharding
+from stepdistill.training.config import LoopConfig
+from stepdistill.training.loop import Loop
+from stepdistill.training.networks import Networks
+from stepdistill.training.order import sample_indices
+from stepdistill.training.processes import on_cpu
+
+
+@dataclass(frozen=True)
+class BaselineConfig(LoopConfig):
+    """Flags of every baseline."""
+
+    out: Path = Path("out/baseline")
+    """Folder for all that the run makes. Run the same command again to resume."""
+    seeds: tuple[int, ...] = (0,)
+    """Of the student and of its control, one pair for each; --seed is that of the teacher and of the data."""
+    quick: bool = False
+    """Smaller numbers for all that is not given: under a minute on two cores, to see it run."""
+
+    QUICK: ClassVar[Mapping[str, object]] = {}  # what --quick changes
+    SWEEP: ClassVar[tuple[str, tuple]] = ("seed", (0, 1, 2))  # what `sweep` goes over where nothing else is asked for
+
+    def run(self) -> Results:
+        """Trains what is not trained yet, measures all, and writes results.json; each baseline's flags say."""
+        raise NotImplementedError
+
+    def part(self, name: str, **changes: object) -> BaselineConfig:
+        """The flags of one training within the run, in its own folder."""
+        return dataclasses.replace(self, out=self.out / name, **changes)
+
+
+class Data(Protocol):
+    """Training samples: `batch(indices)` gives tensors by name, each (B, ...)."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: list[int]) -> dict[str, Tensor]:
+        """The samples at these places."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B training samples: tensors by name, and the samples' own random numbers."""
+
+    items: Mapping[str, Tensor]
+    draws: Draws
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.items[name]
+
+
+class Lesson:
+    """A baseline's loss: a frozen dataclass without network, optimizer, device or state."""
+
+    def phases(self, clock: Clock) -> tuple[str, ...]:
+        """The roles trained in this update, in order."""
+        return ("student",)
+
+    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+        """The loss of one phase."""
+        raise NotImplementedError
+
+
+class Pupils(Networks):
+    """A student, its frozen teacher, and what else is trained beside it, say projections.
+
+    Attributes:
+        student: as the trainer wrapped it; `bare` is the network itself.
+        teacher: in evaluation mode, without gradients of its own; None for a control.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None = None, **others: nn.Module) -> None:
+        super().__init__(student, others)
+        self.student = self.bare = student
+        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
+
+
+class Learner(Loop):
+    """Trains `models.student` in place; its weights go to `<out>/weights.safetensors`.
+
+    Args:
+        lesson: the loss. data: see Data. config: see LoopConfig.
+    """
+
+    models: Pupils
+
+    def __init__(self, lesson: Lesson, models: Pupils, data: Data, config: LoopConfig) -> None:
+        if sharding.asked_for():
+            raise InputError("accelerate: got FSDP2; allowed: one process, or several with all weights each")
+        if len(data) < 1:
+            raise InputError("data: got no samples; allowed: one or more")
+        super().__init__(lesson, config)
+        self.models, self.data = models, data
+        for module in (models.bare, models.teacher, *models.others.values()):
+            if module is not None:
+                module.to(self.device)
+        models.bare.train()
+        self._start()
+
+    @property
+    def target(self) -> Path:
+        """The folder of the weights."""
+        return self.out / "weights"
+
+    def _prepare(self) -> None:
+        models = self.models
+        models.student = self.accelerator.prepare_model(models.bare)
+        if models.teacher is not None:
+            models.teacher = self.accelerator.prepare_model(models.teacher, evaluation_mode=True)
+        models.wrapped = {
+            role: self.accelerator.prepare(module) for role, module in models.others.items() if role in models.trained
+        }
+
+    def _wrapped(self) -> Iterable[nn.Module]:
+        return self.models.student, *self.models.wrapped.values()
+
+    def _buffers(self) -> dict[str, dict[str, Tensor]]:
+        return {"student": dict(self.models.bare.named_buffers())} | super()._buffers()
+
+    def batch(self, number: int) -> Batch:
+        """This process's share of the run's batch `number`. Dropout and generation draw by its place, too."""
+        size, count, seed = self.config.batch_size, self.accelerator.num_processes, self.config.seed
+        first = (number * count + self.accelerator.process_index) * size
+        torch.manual_seed(mix(~seed, first))
+        items = self.data.batch(sample_indices(seed, first, size, len(self.data)))
+        return Batch({k: v.to(self.device) for k, v in items.items()}, Draws.at(seed, first, size, self.device))
+
+    def _finish(self) -> Path:
+        if self.accelerator.is_main_process:
+            with replacing(self.target) as path:
+                save_model(self.models.bare, str(path / "student.safetensors"))
+                for role in self.models.wrapped:
+                    save_model(self.models.others[role], str(path / f"{role}.safetensors"))
+            self._done()
+        self.accelerator.wait_for_everyone()
+        return self.target
+
+
+def learn(lesson: Lesson, models: Pupils, data: Data | Callable[[], Data], config: LoopConfig) -> float:
+    """Trains `models.student` in place, from where an earlier run of the same command left it. It ends in evaluation
+    mode.
+
+    Args:
+        data: or what makes it, where that takes long: asked for only if there is something to train.
+
+    Returns:
+        The seconds that training took, earlier runs included; 0 for a dry run.
+
+    Raises:
+        InputError: see Loop.
+    """
+    config.check()
+    done = folder.finished(config, Path(config.out) / "weights")
+    if done is None:
+        Learner(lesson, models, data() if callable(data) else data, config).fit()
+    else:
+        folder.claim(config, _processes(), write=False)
+        load_model(models.bare, str(done / "student.safetensors"))
+        for role in filter(lambda role: role in models.trained, models.others):
+            load_model(models.others[role], str(done / f"{role}.safetensors"))
+    models.student = models.bare.eval()
+    if config.dry_run:
+        return 0.0
+    return json.loads((Path(config.out) / "done.json").read_text())["seconds"]
+
+
+def _processes() -> int:
+    from accelerate import PartialState
+
+    return PartialState(cpu=on_cpu()).num_processes

@@ -1,0 +1,144 @@
+"""Pictures with a class: CIFAR-10, a folder of folders, or the embedded set by some of its attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stepdistill.draws import Draws
+from stepdistill.errors import InputError
+
+PAD = 4  # pixels that a training picture is moved by at most, each way
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """N pictures and their classes.
+
+    Attributes:
+        pixels: (N, 3, S, S) uint8. labels: (N,) int64. classes: their names.
+        flip: whether a picture's mirror image is of the same class.
+        seed: of the training views.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    classes: Sequence[str]
+    flip: bool
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: list[int]) -> dict[str, Tensor]:
+        """Pictures and labels at these places; `view` makes training views of them, on the device."""
+        return {"pixels": self.pixels[indices], "labels": self.labels[indices]}
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """(B, 3, S, S) uint8 to about unit variance: [-2, 2]."""
+    return pixels.float() / 63.75 - 2
+
+
+def view(pixels: Tensor, draws: Draws, flip: bool) -> Tensor:
+    """A training view of each picture, as He et al. (2016) have it: moved by up to 4 pixels, and mirrored or not.
+
+    Args:
+        pixels: (B, 3, S, S) uint8. Edges are repeated.
+    """
+    side = pixels.shape[-1]
+    padded = torch.nn.functional.pad(normalise(pixels), (PAD,) * 4, mode="replicate")
+    places = torch.arange(side, device=pixels.device)
+    rows = draws.integers(2 * PAD + 1)[:, None] + places
+    columns = draws.integers(2 * PAD + 1)[:, None] + places
+    if flip:
+        columns = torch.where(draws.uniform()[:, None] < 0.5, columns.flip(1), columns)
+    batch = torch.arange(len(pixels), device=pixels.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def open_labelled(
+    spec: str, split: str, *, label: Sequence[str], limit: int | None, test: Path | None = None
+) -> Labelled:
+    """The pictures of a split.
+
+    Args:
+        spec: "avatars"; "cifar10" (through torchvision, downloaded to data/); or a folder whose folders are classes.
+        split: train or test. label: attributes of the embedded set that make up a class. limit: pictures at most.
+        test: of a folder, where its test pictures are; `<folder>/test` beside `<folder>/train` where not given.
+
+    Raises:
+        InputError: there is no such data, or all pictures are of one class.
+    """
+    if spec == "avatars":
+        found = _avatars(split, label)
+    elif spec == "cifar10":
+        found = _cifar10(split)
+    else:
+        found = _folder(_split_of(Path(spec), split, test))
+    if limit is not None and limit < len(found):
+        found = Labelled(found.pixels[:limit], found.labels[:limit], found.classes, found.flip)
+    if (kinds := len(found.labels.unique())) < 2:
+        raise InputError(f"--data: got {len(found)} pictures of {kinds} class in {spec}; allowed: two classes or more")
+    return found
+
+
+def _avatars(split: str, label: Sequence[str]) -> Labelled:
+    from stepdistill.data import avatars
+
+    data = avatars.load(split)
+    unknown = [name for name in label if name not in data.attributes[0]]
+    if unknown or not label:
+        got = ", ".join(unknown) or "none"
+        raise InputError(f"--label: got {got}; allowed: one or more of {', '.join(data.attributes[0])}")
+    said = [" / ".join(row[name] for name in label) for row in data.attributes]
+    classes = sorted({" / ".join(row[name] for name in label) for row in avatars.load("train").attributes})
+    places = {name: i for i, name in enumerate(classes)}
+    flip = not any(word in name for name in label for word in ("left", "right", "taller"))
+    labels = torch.tensor([places[name] for name in said])
+    return Labelled(torch.from_numpy(data.images).permute(0, 3, 1, 2).contiguous(), labels, classes, flip)
+
+
+def _cifar10(split: str) -> Labelled:
+    from torchvision.datasets import CIFAR10
+
+    try:
+        data = CIFAR10("data", train=split == "train", download=True)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise InputError(
+            f"--data: got cifar10, which could not be downloaded ({reason}); allowed: a network, CIFAR-10 in data/, a "
+            "folder of folders, or avatars"
+        ) from error
+    pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return Labelled(pixels, torch.tensor(data.targets), data.classes, flip=True)
+
+
+def _split_of(folder: Path, split: str, test: Path | None) -> Path:
+    both = (folder / "train").is_dir()
+    if split == "train":
+        return folder / "train" if both else folder
+    if test is None and not both:
+        raise InputError(f"--test: got none for {folder}; allowed: a folder of test pictures; or {folder}/train, /test")
+    return test or folder / "test"
+
+
+def _folder(folder: Path) -> Labelled:
+    from stepdistill.data.sources import PICTURES, open_picture
+
+    if not folder.is_dir():
+        raise InputError(f"--data: got {folder}, which is no folder; allowed: avatars, cifar10, or a folder of folders")
+    files = sorted(f for f in folder.glob("*/*") if f.suffix.lower() in PICTURES)
+    classes = sorted({f.parent.name for f in files})
+    if not files:
+        raise InputError(f"--data: got {folder}, without pictures; allowed: a folder for each class, pictures in it")
+    pictures = [np.asarray(open_picture(f, str(f)).convert("RGB")) for f in files]
+    if len(shapes := {p.shape[:2] for p in pictures}) > 1 or len(set(pictures[0].shape[:2])) > 1:
+        raise InputError(f"--data: got pictures of {len(shapes)} shapes in {folder}; allowed: squares of one size")
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    return Labelled(pixels, torch.tensor([classes.index(f.parent.name) for f in files]), classes, flip=True)

@@ -1,0 +1,164 @@
+"""Hinton et al. (2015), *Distilling the Knowledge in a Neural Network*: a classifier learns another's softened answers.
+
+stepdistill baselines run hinton --quick
+stepdistill baselines sweep hinton                # the temperatures 1, 2, 4, 8 and 16
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils, learn
+from stepdistill.baselines.classifier.data import Labelled, normalise, open_labelled, view
+from stepdistill.baselines.classifier.networks import build
+from stepdistill.baselines.reduce import masked_mean
+from stepdistill.baselines.results import Results, Row
+from stepdistill.errors import InputError
+from stepdistill.methods.base import Clock, Loss
+
+
+def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T² KL(teacher at T ‖ student at T): (B, classes) logits to (B,), at least float32.
+
+    T² keeps the gradient's size as T grows (section 2.1): that of the soft term alone goes as 1/T².
+    """
+    student, teacher = (x if x.dtype == torch.float64 else x.float() for x in (student, teacher))
+    p, q = ((x / temperature).log_softmax(-1) for x in (teacher, student))
+    return temperature**2 * (p.exp() * (p - q)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Hinton(Lesson):
+    """soft_weight T² KL(teacher_T ‖ student_T) + hard_weight cross-entropy; the control has the latter alone."""
+
+    temperature: float
+    soft_weight: float
+    hard_weight: float
+    flip: bool
+
+    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+        """The loss of the student. Teacher and student see the same view."""
+        pixels = view(batch["pixels"], batch.draws, self.flip)
+        logits = models.student(pixels)
+        hard = nn.functional.cross_entropy(logits.float(), batch["labels"])
+        if not self.soft_weight:
+            return Loss(self.hard_weight * hard, {"hard": hard})
+        with torch.no_grad():
+            answers = models.teacher(pixels)
+        soft = masked_mean(softened_kl(logits, answers, self.temperature))
+        return Loss(self.soft_weight * soft + self.hard_weight * hard, {"hard": hard, "soft": soft})
+
+
+@dataclass(frozen=True)
+class HintonConfig(BaselineConfig):
+    """Flags of `hinton`."""
+
+    out: Path = Path("out/hinton")
+    """Folder for all that the run makes. Run the same command again to resume."""
+    data: str = "avatars"
+    """avatars, cifar10, or a folder of folders, a class each."""
+    test: Path | None = None
+    """Of a folder: where its test pictures are, if not in its folder test/."""
+    label: tuple[str, ...] = ("left hair color", "right hair color")
+    """Of the embedded set: the attributes that make up a class."""
+    limit: int | None = 2000
+    """Training pictures of the embedded set, or of others, at most; None for all."""
+    teacher: str = "resnet56"
+    """A network: resnet8, resnet20, ... as for CIFAR, torchvision's names, timm:NAME."""
+    student: str = "resnet8"
+    """The same."""
+    temperature: float = 4.0
+    """T: answers are softened by it."""
+    soft_weight: float = 0.9
+    """Of T² times the divergence from the teacher's softened answers."""
+    hard_weight: float = 0.1
+    """Of the cross-entropy with the labels. The control has it alone, with weight 1."""
+    teacher_steps: int = 1500
+    """Updates of the teacher."""
+
+    max_train_steps: int = 1500
+    """Updates of student and control."""
+    batch_size: int = 64
+    """Pictures an update."""
+    learning_rate: float = 2e-3
+    """At the plateau."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate goes on after the warm-up."""
+    lr_warmup: int = 50
+    """Updates over which the learning rate rises."""
+    weight_decay: float = 0.05
+    """Decoupled, as AdamW has it."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of student and control."""
+
+    QUICK: ClassVar[Mapping[str, object]] = {
+        "teacher": "resnet20", "limit": 1000, "teacher_steps": 120, "max_train_steps": 60, "seeds": (0,)
+    }  # fmt: skip
+    SWEEP: ClassVar[tuple[str, tuple]] = ("temperature", (1.0, 2.0, 4.0, 8.0, 16.0))
+
+    def check(self) -> None:
+        """See LoopConfig.check."""
+        super().check()
+        if not self.temperature > 0:
+            raise InputError(f"temperature: got {self.temperature:g}; allowed: above 0; try 4")
+        if min(self.soft_weight, self.hard_weight) < 0 or self.soft_weight + self.hard_weight == 0:
+            got = f"{self.soft_weight:g} and {self.hard_weight:g}"
+            raise InputError(f"soft_weight, hard_weight: got {got}; allowed: 0 or more, one of them above 0")
+
+    def run(self) -> Results:
+        """Teacher once; a control and a student for each seed; accuracy on the test split."""
+        self.check()
+        data = partial(open_labelled, self.data, label=self.label, test=self.test)
+        train, held = data("train", limit=self.limit), data("test", limit=None)
+        if list(train.classes) != list(held.classes):
+            raise InputError(f"--test: got classes other than the training pictures'; allowed: {len(train.classes)}")
+        side, classes = held.pixels.shape[-1], len(train.classes)
+        results = Results("hinton", "accuracy", True, f"{len(held):,} test pictures, {classes} classes")
+
+        plain = Hinton(self.temperature, 0.0, 1.0, train.flip)
+        teacher = build(self.teacher, classes, side, seed=self.seed)
+        config = self.part("teacher", max_train_steps=self.teacher_steps)
+        results.rows.append(_row("teacher", self.teacher, teacher, learn(plain, Pupils(teacher), train, config), held))
+        lessons = {
+            "control": plain,
+            "student": dataclasses.replace(plain, soft_weight=self.soft_weight, hard_weight=self.hard_weight),
+        }
+        for seed in self.seeds:
+            for role, lesson in lessons.items():
+                network = build(self.student, classes, side, seed=seed)
+                models = Pupils(network, teacher if role == "student" else None)
+                seconds = learn(lesson, models, train, self.part(f"{role}-{seed}", seed=seed))
+                results.rows.append(_row(role, self.student, network, seconds, held, seed))
+        return results
+
+
+def _row(role: str, name: str, network: nn.Module, seconds: float, held: Labelled, seed: int | None = None) -> Row:
+    parameters = sum(p.numel() for p in network.parameters())
+    return Row(role, name, measure(network, held), parameters, seconds, seed)
+
+
+@torch.no_grad()
+def measure(network: nn.Module, held: Labelled, batch: int = 250) -> dict[str, float]:
+    """Accuracy, mean negative log-likelihood in nats, and the median milliseconds that one picture takes alone."""
+    device = next(network.parameters()).device
+    right, nll = 0, 0.0
+    for start in range(0, len(held), batch):
+        labels = held.labels[start : start + batch].to(device)
+        logits = network(normalise(held.pixels[start : start + batch].to(device))).float()
+        right += (logits.argmax(-1) == labels).sum().item()
+        nll += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+    one, times = normalise(held.pixels[:1].to(device)), []
+    for _ in range(20):
+        started = time.perf_counter()
+        network(one).sum().item()  # waits for the device
+        times.append(1000 * (time.perf_counter() - started))
+    return {"accuracy": right / len(held), "nll": nll / len(held), "latency_ms": sorted(times)[len(times) // 2]}

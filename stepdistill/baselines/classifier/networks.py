@@ -1,0 +1,89 @@
+"""Classifiers by name: CIFAR's residual networks, torchvision's with a small picture's stem, and all of timm's.
+
+resnet8, resnet20, resnet32, resnet56, ...    He et al. 2016, section 4.2: 6n + 2 layers of 16, 32 and 64 channels
+resnet18, resnet34, resnet50, ...             torchvision's; for pictures up to 64 pixels a 3x3 stem and no pooling
+timm:NAME                                     as timm makes it
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+from stepdistill.errors import InputError
+
+SMALL = 64  # pixels, up to which a stem that takes a quarter of them would leave too little
+
+
+class CifarResNet(nn.Module):
+    """6n + 2 layers: three stages of n blocks; shortcuts are padded with zeros where the width doubles (option A).
+
+    Args:
+        depth: 6n + 2. classes: of the logits.
+    """
+
+    def __init__(self, depth: int, classes: int) -> None:
+        super().__init__()
+        n = (depth - 2) // 6
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        blocks, width = [], 16
+        for out in (16, 32, 64):
+            for i in range(n):
+                stride = 2 if out > width and i == 0 else 1
+                shortcut = None if out == width else PaddedShortcut(out - width)
+                blocks.append(BasicBlock(width, out, stride, shortcut))
+                width = out
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(64, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) to logits (B, classes)."""
+        return self.head(self.blocks(self.stem(pixels)).mean((2, 3)))
+
+
+class PaddedShortcut(nn.Module):
+    """Every other pixel, and channels of zeros behind those there are. No parameters."""
+
+    def __init__(self, more: int) -> None:
+        super().__init__()
+        self.more = more
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.more))
+
+
+def build(name: str, classes: int, side: int, *, seed: int) -> nn.Module:
+    """A classifier with random weights.
+
+    Args:
+        name: see above. classes: of its logits. side: of the pictures, in pixels. seed: of the weights.
+
+    Raises:
+        InputError: no such network.
+    """
+    torch.manual_seed(seed)
+    depth = re.fullmatch(r"resnet(\d+)", name)
+    if depth and (int(depth[1]) - 2) % 6 == 0 and int(depth[1]) not in (18, 34, 50, 101, 152):
+        return CifarResNet(int(depth[1]), classes)
+    try:
+        if name.startswith("timm:"):
+            import timm
+
+            return timm.create_model(name.removeprefix("timm:"), num_classes=classes)
+        from torchvision.models import get_model
+
+        network = get_model(name, num_classes=classes)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise InputError(
+            f"network: got {name!r}; allowed: resnet8, resnet20, ... (6n + 2 layers), torchvision's names, timm:NAME"
+        ) from error
+    if side <= SMALL and depth:
+        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+    return network

@@ -1,0 +1,24 @@
+"""One mean for every loss: over what the mask says counts, in float32, and over nothing else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """sum(values mask) / sum(mask): a scalar, at least of float32.
+
+    Sums over a vocabulary or over channels come before, never in here: `kl_div(reduction="batchmean")` on (B, S, V)
+    divides by B alone and is S times too large, a plain mean over V too is V times too small.
+
+    Args:
+        values: any shape. mask: the same shape, bool or 0/1; None counts all. With nothing to count the mean is 0.
+    """
+    values = values if values.dtype == torch.float64 else values.float()
+    if mask is None:
+        return values.mean()
+    if mask.shape != values.shape:
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}; allowed: {tuple(values.shape)}, that of the values")
+    mask = mask.bool()
+    return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,125 @@
+"""What a baseline's run measured: a row for teacher, control and student, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from stepdistill.errors import InputError
+
+Role = Literal["teacher", "before", "control", "student"]
+ROLES: tuple[Role, ...] = ("teacher", "before", "control", "student")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured network.
+
+    Attributes:
+        role: the teacher; a student before it is trained; the control, trained as long without the teacher; a student.
+        name: what it is, or by which loss it was trained.
+        figures: measured values by name. seconds: of training; None where nothing was trained here.
+        seed: of its training; None where there is none.
+    """
+
+    role: Role
+    name: str
+    figures: Mapping[str, float]
+    parameters: int
+    seconds: float | None = None
+    seed: int | None = None
+
+
+@dataclass
+class Results:
+    """The rows of a run.
+
+    Attributes:
+        method: of `stepdistill.baselines`. figure: the one that decides. higher: whether more of it is better.
+        n: what each figure was measured over, in words: "2,500 pictures".
+        note: what a reader of the table has to know.
+    """
+
+    method: str
+    figure: str
+    higher: bool
+    n: str
+    rows: list[Row] = field(default_factory=list)
+    note: str = ""
+
+    def mean(self, role: Role, name: str | None = None) -> float | None:
+        """The deciding figure of a role (and name), over its seeds; None where it was not measured."""
+        found = [r.figures[self.figure] for r in self.rows if r.role == role and name in (None, r.name)]
+        return statistics.fmean(found) if found else None
+
+    def gaps(self) -> dict[str, float | None]:
+        """By student's name, see `gap_closed`."""
+        teacher, control = self.mean("teacher"), self.mean("control")
+        names = dict.fromkeys(row.name for row in self.rows if row.role == "student")
+        if teacher is None or control is None:
+            return dict.fromkeys(names)
+        return {name: gap_closed(teacher, control, self.mean("student", name)) for name in names}
+
+    def record(self) -> dict:
+        """As JSON holds it."""
+        rows = [asdict(row) for row in sorted(self.rows, key=lambda row: ROLES.index(row.role))]
+        common = {"method": self.method, "figure": self.figure, "higher_is_better": self.higher, "n": self.n}
+        return {**common, "rows": rows, "gap_closed": self.gaps(), "note": self.note}
+
+    def write(self, out: Path, config: Mapping | None = None) -> Path:
+        """Writes results.json with the device, commit, versions and command; returns its path."""
+        from stepdistill.evaluation.records import write_record
+        from stepdistill.training.processes import on_cpu
+
+        file = out / "results.json"
+        write_record(file, self.record() | {"config": dict(config or {})}, "cpu" if on_cpu() else "cuda")
+        return file
+
+
+def gap_closed(teacher: float, control: float, student: float, least: float = 0.02) -> float | None:
+    """(student - control) / (teacher - control): 0 learnt nothing from the teacher, 1 is as good as it.
+
+    None where teacher and control are closer than `least` of the control's value: the ratio would be noise.
+    """
+    if abs(teacher - control) < least * abs(control):
+        return None
+    return (student - control) / (teacher - control)
+
+
+def read(out: Path) -> dict:
+    """results.json of a run.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    try:
+        return json.loads((Path(out) / "results.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"results: got {out} ({error}); allowed: a finished run's folder; run it first") from error
+
+
+def show(record: Mapping) -> None:
+    """Prints the table of a results.json: roles in order, a row for each network, the mean over seeds beside it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows: Sequence[Mapping] = record["rows"]
+    names = list(dict.fromkeys(name for row in rows for name in row["figures"]))
+    table = Table("", "name", "seed", "parameters", *(n.replace("_", " ") for n in names), "training, s",
+                  title=f"{record['method']}: {record['n']}")  # fmt: skip
+    for row in rows:
+        values = (f"{row['figures'][n]:.4g}" if n in row["figures"] else "–" for n in names)
+        seed = "–" if row["seed"] is None else str(row["seed"])
+        seconds = "–" if row["seconds"] is None else f"{row['seconds']:.0f}"
+        table.add_row(row["role"], row["name"], seed, f"{row['parameters']:,}", *values, seconds)
+    console = Console()
+    console.print(table)
+    for name, gap in record["gap_closed"].items():
+        value = "not told: teacher and control are too close" if gap is None else f"{gap:.1%}"
+        console.print(f"gap closed by {name}, in {record['figure'].replace('_', ' ')}, mean over seeds: {value}")
+    if record["note"]:
+        console.print(record["note"])

@@ -1,0 +1,64 @@
+"""Runs side by side that differ in one setting: a table, a plot, sweep.json."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+COLOURS = {"teacher": "#6b7280", "control": "#d97706", "student": "#2563eb"}
+
+
+def points(found: Mapping[object, Mapping]) -> list[dict]:
+    """For each value: the deciding figure of teacher, control and student over their seeds (mean and each), gaps."""
+    rows = []
+    for value, record in found.items():
+        row: dict = {"value": value}
+        for role in COLOURS:
+            each = [r["figures"][record["figure"]] for r in record["rows"] if r["role"] == role]
+            if each:
+                row[role] = {"mean": statistics.fmean(each), "seeds": each}
+        rows.append(row | {"gap_closed": record["gap_closed"]})
+    return rows
+
+
+def write_sweep(out: Path, flag: str, found: Mapping[object, Mapping]) -> Path:
+    """Writes sweep.json and sweep.png of runs by value, and prints the table; returns the JSON's path."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from stepdistill.evaluation.records import write_record
+    from stepdistill.training.processes import on_cpu
+
+    one = next(iter(found.values()))
+    rows = points(found)
+    record = {"method": one["method"], "flag": flag, "figure": one["figure"], "n": one["n"], "points": rows}
+    write_record(out / "sweep.json", record, "cpu" if on_cpu() else "cuda")
+    plot(rows, flag, one, out / "sweep.png")
+    table = Table(flag, *COLOURS, title=f"{one['method']}: {one['figure']} of {one['n']}, mean over seeds")
+    for row in rows:
+        table.add_row(str(row["value"]), *(f"{row[r]['mean']:.4g}" if r in row else "–" for r in COLOURS))
+    Console().print(table)
+    return out / "sweep.json"
+
+
+def plot(rows: list[dict], flag: str, record: Mapping, file: Path) -> None:
+    """The deciding figure against the setting: mean over seeds, and each seed as a point."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(rows))
+    for role, colour in COLOURS.items():
+        kept = [(x, row[role]) for x, row in zip(places, rows, strict=True) if role in row]
+        style = "--" if role == "teacher" else "-"
+        axes.plot([x for x, _ in kept], [y["mean"] for _, y in kept], style, color=colour, label=role, linewidth=1.8)
+        for x, y in kept if role != "teacher" else []:
+            axes.plot([x] * len(y["seeds"]), y["seeds"], ".", color=colour, alpha=0.55)
+    axes.set_xticks(list(places), [str(row["value"]) for row in rows])
+    axes.set(xlabel=flag.replace("_", " "), ylabel=record["figure"].replace("_", " "))
+    axes.set_title(f"{record['method']}, {record['n']}; points are seeds", fontsize=9, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(file, dpi=150)

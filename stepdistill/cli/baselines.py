@@ -1,0 +1,118 @@
+"""Baselines: classifier, language-model and architecture distillation.
+
+stepdistill baselines list
+stepdistill baselines run hinton --quick
+stepdistill baselines sweep hinton --over temperature=1,2,4,8,16
+stepdistill baselines eval out/hinton
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from stepdistill import files
+from stepdistill.baselines import BASELINES, get, results
+from stepdistill.baselines.base import BaselineConfig
+from stepdistill.cli.training import parse_training
+from stepdistill.errors import InputError
+from stepdistill.training.config import from_yaml
+
+VERBS = ("list", "run", "sweep", "eval")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs `stepdistill baselines` with these words behind it."""
+    verb, rest = (argv[0], list(argv[1:])) if argv else ("list", [])
+    if verb in ("-h", "--help"):
+        print(__doc__)
+    elif verb == "list":
+        list_all()
+    elif verb in VERBS and not rest:
+        allowed = "a run's folder" if verb == "eval" else f"a name: {', '.join(BASELINES)}"
+        raise InputError(f"baselines {verb}: got nothing behind it; allowed: {allowed}")
+    elif verb == "run":
+        finish(flags(rest[0], rest[1:]))
+    elif verb == "sweep":
+        sweep(rest[0], rest[1:])
+    elif verb == "eval":
+        measure(Path(rest[0]))
+    else:
+        raise InputError(f"baselines: got {verb!r}; allowed: {', '.join(VERBS)}")
+
+
+def list_all() -> None:
+    """Every baseline in a line."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("baseline", "paper", "what")
+    for name, baseline in BASELINES.items():
+        table.add_row(name, baseline.paper, baseline.what)
+    Console().print(table)
+
+
+def flags(name: str, argv: Sequence[str]) -> BaselineConfig:
+    """The flags of a baseline; with --quick, its small numbers where nothing else is said."""
+    kind = get(name).config
+    small = kind(quick=True, **kind.QUICK) if "--quick" in argv else None
+    return parse_training(kind, get(name).config.__doc__, list(argv), default=small)
+
+
+def finish(config: BaselineConfig) -> dict:
+    """Runs a baseline, prints its table, writes results.json; returns what is in it, nothing after a dry run."""
+    out, record = Path(config.out), config.record()
+    if not config.dry_run:
+        out.mkdir(parents=True, exist_ok=True)
+        files.write(out / "run.json", json.dumps(record, indent=2) + "\n")
+    found = config.run()
+    if config.dry_run:
+        return {}
+    file = found.write(out, record)
+    results.show(results.read(out))
+    print(f"results: {file}")
+    return results.read(out)
+
+
+def sweep(name: str, argv: Sequence[str]) -> None:
+    """Runs a baseline once for each value of one flag, `--over flag=a,b,c`, and puts the rows side by side."""
+    argv = list(argv)
+    kind = get(name).config
+    flag, values = kind.SWEEP
+    if "--over" in argv:
+        at = argv.index("--over")
+        flag, _, said = (argv[at + 1] if at + 1 < len(argv) else "").partition("=")
+        del argv[at : at + 2]
+        if flag not in {field.name for field in dataclasses.fields(kind)} or not said:
+            raise InputError(f"--over: got {flag}={said}; allowed: a flag of {name} and values, as {kind.SWEEP[0]}=1,2")
+        values = tuple(map(_value, said.split(",")))
+    config = flags(name, argv)
+    found = {}
+    for value in values:
+        try:
+            changed = dataclasses.replace(config, **{flag: value}, out=config.out / f"{flag}-{value}")
+            changed.check()
+        except TypeError as error:
+            raise InputError(f"--over: got {flag}={value}; allowed: values such as {kind.SWEEP[1]}") from error
+        found[value] = finish(changed)
+    if config.dry_run:
+        return
+    from stepdistill.baselines.sweep import write_sweep
+
+    print(f"sweep: {write_sweep(Path(config.out), flag, found)}")
+
+
+def _value(text: str) -> object:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def measure(out: Path) -> None:
+    """Measures a finished run anew, from its weights."""
+    kind = get(results.read(out)["method"]).config
+    finish(dataclasses.replace(from_yaml(out / "run.json", kind), out=out))

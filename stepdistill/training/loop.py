@@ -1,0 +1,295 @@
+"""One training loop for everything: distilled pipelines here, and the baselines.
+
+    class Trainer(Loop): ...        # says what a batch is, and what is made of a trained student
+    Trainer(...).fit()              # the same call, or command, again resumes
+
+Everything drawn belongs to a sample's place in the run, so there is no random state in the loop: a run that was cut, or
+spread over more processes at the same global batch, goes on with the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, closing
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from stepdistill import files
+from stepdistill.errors import InputError
+from stepdistill.methods.base import Clock, Loss
+from stepdistill.training import checkpoint, folder, sharding, trackers
+from stepdistill.training.averages import Averages
+from stepdistill.training.config import LoopConfig
+from stepdistill.training.optim import build_optimizer, learning_rate_at
+from stepdistill.training.processes import StopSignal, on_cpu, room
+
+
+class Learned(Protocol):
+    """What a loop asks of a run's networks.
+
+    Attributes:
+        trained: the trainable parameters by role, and by name.
+        others: networks besides the student, by role.
+        averages, exported: moving averages of the student's weights, where there are any.
+    """
+
+    trained: dict[str, dict[str, nn.Parameter]]
+    others: dict[str, nn.Module]
+    averages: Averages | None
+    exported: Averages | None
+
+    def only(self, role: str) -> AbstractContextManager:
+        """Within, gradients reach the parameters of one role and of no other."""
+
+    def after_update(self) -> None:
+        """What follows an optimizer step."""
+
+
+class Lesson(Protocol):
+    """What a loop asks of a method: what is trained in an update, and by which loss."""
+
+    def phases(self, clock: Clock) -> tuple[str, ...]:
+        """The roles trained in this update, in order."""
+
+    def loss(self, phase: str, batch, models, clock: Clock) -> Loss:
+        """The loss of one phase."""
+
+
+class Loop:
+    """Updates, checkpoints and logs of a run.
+
+    Args:
+        method: the loss and its roles.
+        config: see LoopConfig.
+
+    Attributes:
+        models: the networks, set by those who inherit, before `_start`.
+        update: updates done. seconds: that they took, earlier runs of the command included.
+
+    Raises:
+        InputError: `config.out` holds another run, or a setting is out of range.
+    """
+
+    models: Learned
+
+    def __init__(self, method: Lesson, config: LoopConfig) -> None:
+        config.check()
+        self.method, self.config = method, config
+        self.out = Path(config.out)
+        AcceleratorState._reset_state()  # a second run in one process may have another precision
+        with sharding.kept_from_accelerate():
+            self.accelerator = Accelerator(
+                cpu=on_cpu(), mixed_precision=config.mixed_precision, log_with=list(config.trackers) or None,
+                gradient_accumulation_steps=config.gradient_accumulation, project_dir=self.out,
+            )  # fmt: skip
+        self.device = self.accelerator.device
+        main = self.accelerator.is_main_process
+        folder.claim(config, self.accelerator.num_processes, write=main and not config.dry_run)
+        torch.manual_seed(config.seed)
+        self.update, self.seconds = 0, 0.0
+        self._sums: dict[str, Tensor] = {}
+
+    def _start(self) -> None:
+        """Optimizers, and all that is wrapped for the device, the processes and the precision."""
+        self.optimizers = {
+            role: build_optimizer(list(group.values()), self.config.of(role))
+            for role, group in self.models.trained.items()
+        }
+        self._prepare()
+        self.optimizers = {role: self.accelerator.prepare(optimizer) for role, optimizer in self.optimizers.items()}
+
+    # ------------------------------------------------------------------------------ what those who inherit have to say
+
+    @property
+    def target(self) -> Path:
+        """The folder, or file, that the run makes."""
+        raise NotImplementedError
+
+    def _prepare(self) -> None:
+        """Wraps the networks."""
+        raise NotImplementedError
+
+    def _wrapped(self) -> Iterable[nn.Module]:
+        """The networks that are trained, as they are called."""
+        raise NotImplementedError
+
+    def batch(self, number: int):
+        """This process's share of the run's batch `number`."""
+        raise NotImplementedError
+
+    def _finish(self) -> Path:
+        """Writes what the run makes, from the trained student; returns `target`."""
+        raise NotImplementedError
+
+    def _validate(self, metrics: trackers.Metrics) -> None:
+        """What is looked at every `validate_every` updates."""
+
+    def _before_step(self, role: str) -> None:
+        """What is done to the gradients of a role before they are clipped."""
+
+    def _done_before(self, done: Path) -> None:
+        """What is done where the run turns out to be finished."""
+
+    def _done(self) -> None:
+        """Marks the run as finished; its last write."""
+        done = {"update": self.update, "seconds": round(self.seconds, 1)}
+        files.write(self.out / "done.json", json.dumps(done) + "\n")
+
+    # ------------------------------------------------------------------------------------------------------- the loop
+
+    def fit(self) -> Path:
+        """Trains to `max_train_steps` and writes what the run makes.
+
+        Returns:
+            `target`.
+
+        Raises:
+            InputError: the loss is no longer finite; the disk or the device is full; all checkpoints are broken.
+            KeyboardInterrupt: a stop signal came; the run is saved.
+        """
+        if (done := folder.finished(self.config, self.target)) is not None:
+            self.accelerator.print(f"done already: {done}")
+            self._done_before(done)
+            return done
+        with room(self.out, self.device, self.config.batch_size):
+            return self._fit()
+
+    def _fit(self) -> Path:
+        config = self.config
+        self._resume()
+        if config.dry_run:
+            self.step()
+            self.accelerator.print(json.dumps(config.record(), indent=2))
+            return self.target
+        metrics = trackers.Metrics(self.out, self.accelerator, config.record(), self.update)
+        first, before, started = self.update, self.seconds, time.time()
+        bar = tqdm(
+            total=config.max_train_steps, initial=first, desc=type(self.method).__name__, dynamic_ncols=True,
+            disable=not self.accelerator.is_local_main_process,
+        )  # fmt: skip
+        with closing(metrics), StopSignal(self.accelerator) as stop, bar:
+            while self.update < config.max_train_steps and not stop.asked(agree=self.update % config.log_every == 0):
+                self.step()
+                bar.update()
+                self.seconds = before + time.time() - started
+                if self.update % config.log_every == 0 or self.update == config.max_train_steps:
+                    bar.set_postfix(self._log(metrics, (self.seconds - before) / (self.update - first)))
+                if config.validate_every and self.update % config.validate_every == 0:
+                    self._validate(metrics)
+                if self.update % config.checkpoint_every == 0 or self.update == config.max_train_steps:
+                    self._save()
+        if self.update < config.max_train_steps:
+            self._save()
+            self.accelerator.print(f"stopped at update {self.update}; the same command resumes")
+            raise KeyboardInterrupt
+        return self._finish()
+
+    def step(self) -> dict[str, Tensor]:
+        """One update: every phase of the method, over `gradient_accumulation` batches. Returns the mean named terms.
+
+        Nothing here waits for the device.
+        """
+        config, clock = self.config, Clock(self.update, self.config.max_train_steps)
+        for role, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(self.update, config.of(role))
+        terms: dict[str, Tensor] = {}
+        for micro in range(config.gradient_accumulation):
+            batch = self.batch(self.update * config.gradient_accumulation + micro)
+            with self.accelerator.accumulate(*self._wrapped()):
+                for phase in self.method.phases(clock):
+                    with self.models.only(phase):
+                        loss = self.method.loss(phase, batch, self.models, clock)
+                        self.accelerator.backward(loss.total)
+                        self._apply(phase)
+                    for name, value in loss.terms.items():
+                        terms[name] = terms.get(name, 0) + value.detach().float() / config.gradient_accumulation
+        self.models.after_update()
+        self.update += 1
+        for name, value in terms.items():
+            self._sums.setdefault(name, value.new_zeros(2)).add_(torch.stack([value, torch.ones_like(value)]))
+        return terms
+
+    def _apply(self, role: str) -> None:
+        """The optimizer's step of one role; of accumulated batches, the last alone takes it."""
+        if self.accelerator.sync_gradients:
+            self._before_step(role)
+            self.accelerator.clip_grad_norm_(list(self.models.trained[role].values()), self.config.max_grad_norm)
+        self.optimizers[role].step()
+        self.optimizers[role].zero_grad(set_to_none=True)
+
+    # ---------------------------------------------------------------------------------------------- around the loop
+
+    def _buffers(self) -> dict[str, dict[str, Tensor]]:
+        """What networks besides the student keep and do not train."""
+        return {role: dict(module.named_buffers()) for role, module in self.models.others.items()}
+
+    def _state(self) -> dict:
+        averages = {"averages": self.models.averages, "exported": self.models.exported}
+        scaler = getattr(self.accelerator, "scaler", None)
+        return {
+            "trained": {role: {k: p.detach() for k, p in group.items()} for role, group in self.models.trained.items()},
+            "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
+            "buffers": self._buffers(),
+            **{name: a.values if a else {} for name, a in averages.items()},
+            "seconds": self.seconds,
+            "scaler": scaler.state_dict() if scaler is not None else {},
+        }
+
+    def _save(self) -> None:
+        weights = [p.detach().float().sum() for group in self.models.trained.values() for p in group.values()]
+        if not math.isfinite(torch.stack(weights).sum().item()):
+            raise InputError(
+                f"weights: got a value that is not finite at update {self.update}; the last checkpoint is kept; lower "
+                "--learning-rate, or use --mixed-precision bf16 or no"
+            )
+        if self.accelerator.is_main_process:
+            checkpoint.save(self.out / "checkpoints", self.update, self._state())
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def _resume(self) -> None:
+        found = checkpoint.load_latest(self.out / "checkpoints", self.accelerator.print)
+        if found is None:
+            return
+        self.update, state = found
+        self.seconds = state["seconds"]
+        places = [(group, state["trained"][role]) for role, group in self.models.trained.items()]
+        places += [(buffers, state["buffers"][role]) for role, buffers in self._buffers().items()]
+        places += [
+            (a.values, state[n])
+            for n, a in (("averages", self.models.averages), ("exported", self.models.exported))
+            if a
+        ]
+        for tensors, saved in places:
+            for name, tensor in tensors.items():
+                tensor.copy_(saved[name])
+        for role, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][role])
+        if state["scaler"] and getattr(self.accelerator, "scaler", None) is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.accelerator.print(f"resuming at update {self.update}")
+
+    def _log(self, metrics: trackers.Metrics, seconds: float) -> dict[str, str]:
+        """Writes the means since the last line; the one place where the loop waits for the device."""
+        sums = {name: self.accelerator.reduce(pair, "sum").tolist() for name, pair in self._sums.items()}
+        self._sums = {}
+        values = {name: total / count for name, (total, count) in sums.items()}
+        if not all(math.isfinite(v) for v in values.values()):
+            got = ", ".join(f"{k} = {v}" for k, v in values.items())
+            raise InputError(
+                f"loss: got {got} at update {self.update}; the last checkpoint is kept; lower --learning-rate, or use "
+                "--mixed-precision bf16 or no"
+            )
+        rate = learning_rate_at(self.update - 1, self.config)
+        metrics.log(self.update, values | {"learning_rate": rate, "seconds_per_update": round(seconds, 4)})
+        return {name: f"{value:.4f}" for name, value in values.items()}
