@@ -125,6 +125,7 @@ class HintonConfig(BaselineConfig):
         results = Results("hinton", "accuracy", True, f"{len(held):,} test pictures, {classes} classes")
 
         plain = Hinton(self.temperature, 0.0, 1.0, train.flip)
+        build(self.student, classes, side, seed=0)  # a name that is wrong is told before anything is trained
         teacher = build(self.teacher, classes, side, seed=self.seed)
         config = self.part("teacher", max_train_steps=self.teacher_steps)
         results.rows.append(_row("teacher", self.teacher, teacher, learn(plain, Pupils(teacher), train, config), held))

@@ -1,0 +1,245 @@
+"""Hinton's classifier: its loss in closed form, networks as published, and a run from the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from stepdistill.baselines import get
+from stepdistill.baselines.base import Batch, Learner, Pupils, learn
+from stepdistill.baselines.classifier.data import Labelled, normalise, open_labelled, view
+from stepdistill.baselines.classifier.hinton import Hinton, HintonConfig, softened_kl
+from stepdistill.baselines.classifier.networks import build
+from stepdistill.baselines.reduce import masked_mean
+from stepdistill.baselines.results import Results, Row, gap_closed
+from stepdistill.baselines.sweep import points
+from stepdistill.cli import main
+from stepdistill.draws import Draws
+from stepdistill.errors import InputError
+from stepdistill.methods.base import Clock
+from stepdistill.training.config import LoopConfig
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0, 16.0])
+def test_the_soft_term_is_its_definition(temperature):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, 7, dtype=torch.float64)
+    expected = []
+    for z, v in zip(student.tolist(), teacher.tolist(), strict=True):
+        p, q = ([math.exp(x / temperature) for x in row] for row in (v, z))
+        p, q = ([x / sum(row) for x in row] for row in (p, q))
+        expected.append(temperature**2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+    found = softened_kl(student, teacher, temperature)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_at_a_high_temperature_the_gradient_is_the_difference_of_logits():
+    """Equation 4 of the paper: (z - v) / N for logits of mean 0, with T² in front."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 3, 6, dtype=torch.float64)
+    student, teacher = (x - x.mean(-1, keepdim=True) for x in (student, teacher))
+    student.requires_grad_()
+    softened_kl(student, teacher, 1e5).sum().backward()
+    torch.testing.assert_close(student.grad, (student.detach() - teacher) / 6, rtol=1e-4, atol=1e-5)
+
+
+class Fixed(nn.Module):
+    """Answers with its logits whatever it sees."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.logits.expand(len(pixels), -1)
+
+
+def test_weights_are_named_and_the_temperature_is_on_the_soft_term_alone():
+    z, v = torch.tensor([[0.0, math.log(3.0)]]), torch.tensor([[math.log(3.0), 0.0]])
+    batch = Batch({"pixels": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "labels": torch.tensor([1, 0])}, Draws([1, 2]))
+    lesson = Hinton(temperature=1.0, soft_weight=2.0, hard_weight=3.0, flip=False)
+    models = Pupils(Fixed(z), Fixed(v))
+    loss = lesson.loss("student", batch, models, Clock(0, 1))
+    hard = (-math.log(0.75) - math.log(0.25)) / 2
+    soft = 0.75 * math.log(3.0) + 0.25 * math.log(1 / 3.0)
+    assert loss.total.item() == pytest.approx(2 * soft + 3 * hard, rel=1e-6)
+    assert {k: v.item() for k, v in loss.terms.items()} == pytest.approx({"hard": hard, "soft": soft}, rel=1e-6)
+    loss.total.backward()
+    assert models.teacher.logits.grad is None and models.student.logits.grad is not None
+
+
+def test_a_control_never_asks_the_teacher():
+    models = Pupils(Fixed(torch.zeros(1, 2)))
+    batch = Batch({"pixels": torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "labels": torch.tensor([0])}, Draws([1]))
+    loss = Hinton(4.0, 0.0, 1.0, False).loss("student", batch, models, Clock(0, 1))
+    assert loss.total.item() == pytest.approx(math.log(2)) and models.teacher is None
+
+
+def test_the_one_mean_counts_what_the_mask_says_and_nothing_else():
+    values = torch.tensor([[1.0, 2.0, math.nan], [4.0, math.inf, 0.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert masked_mean(values, mask).item() == pytest.approx(7 / 3)
+    assert masked_mean(values, torch.zeros_like(mask)).item() == 0
+    assert masked_mean(torch.tensor([1.0, 4.0]).half()).dtype == torch.float32
+    with pytest.raises(ValueError, match="mask: got shape"):
+        masked_mean(values, mask[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("resnet20", 269_722), ("resnet56", 853_018), ("resnet18", 11_173_962)],  # of ten classes, as published
+)
+def test_networks_have_the_published_number_of_parameters(name, parameters):
+    network = build(name, 10, 32, seed=0)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert network.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_large_pictures_keep_the_published_stem():
+    assert build("resnet18", 10, 224, seed=0).conv1.stride == (2, 2)
+    assert build("resnet18", 10, 32, seed=0).conv1.stride == (1, 1)
+
+
+def test_views_are_moved_and_mirrored_pictures():
+    pixels = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    views = view(pixels, Draws.at(3, 0, 6), flip=True)
+    again = Draws.at(3, 0, 6)
+    rows, columns, mirrored = again.integers(9).tolist(), again.integers(9).tolist(), again.uniform() < 0.5
+    assert 0 < mirrored.sum() < 6
+    for i in range(6):
+        padded = np.pad(normalise(pixels[i]).numpy(), ((0, 0), (4, 4), (4, 4)), mode="edge")
+        cut = padded[:, rows[i] : rows[i] + 8, columns[i] : columns[i] + 8]
+        assert np.array_equal(views[i].numpy(), cut[:, :, ::-1] if mirrored[i] else cut)
+
+
+def test_a_gap_is_closed_by_a_share_or_not_told():
+    assert gap_closed(0.9, 0.7, 0.8) == pytest.approx(0.5)
+    assert gap_closed(1.0, 3.0, 2.5) == pytest.approx(0.25)  # of a loss, less is better
+    assert gap_closed(0.701, 0.70, 0.8) is None
+    rows = [Row("teacher", "t", {"accuracy": 0.9}, 10), Row("control", "s", {"accuracy": 0.6}, 5, 1.0, 0)]
+    rows += [Row("student", "s", {"accuracy": a}, 5, 1.0, seed) for seed, a in enumerate((0.7, 0.8))]
+    results = Results("hinton", "accuracy", True, "4 pictures", rows)
+    assert results.gaps() == {"s": pytest.approx(0.5)}
+    swept = points({4.0: results.record()})
+    assert swept[0]["student"] == {"mean": pytest.approx(0.75), "seeds": [0.7, 0.8]}
+
+
+def shapes() -> Labelled:
+    """Two classes that differ in colour."""
+    pixels = torch.randint(0, 128, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(40) % 2
+    pixels[labels == 1, 0] += 100
+    return Labelled(pixels, labels, ["blue", "red"], flip=True)
+
+
+def test_a_run_that_was_cut_ends_with_the_same_bits(tmp_path):
+    """Batch normalisation's running statistics are part of it."""
+
+    def pupils() -> Pupils:
+        return Pupils(build("resnet8", 2, 8, seed=1), build("resnet8", 2, 8, seed=2))
+
+    lesson = Hinton(2.0, 1.0, 1.0, True)
+    config = LoopConfig(out=tmp_path / "whole", max_train_steps=6, batch_size=4, checkpoint_every=3)
+    whole = pupils()
+    learn(lesson, whole, shapes(), config)
+    cut = LoopConfig(out=tmp_path / "cut", max_train_steps=6, batch_size=4, checkpoint_every=3)
+    first = Learner(lesson, pupils(), shapes(), cut)
+    for _ in range(3):
+        first.step()
+    first._save()
+    second = pupils()
+    learn(lesson, second, shapes(), cut)
+    for (name, a), b in zip(whole.bare.state_dict().items(), second.bare.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    third = pupils()
+    learn(lesson, third, lambda: pytest.fail("a finished training opens no data"), cut)
+    assert torch.equal(third.bare.head.weight, whole.bare.head.weight) and not third.bare.training
+
+
+def test_a_student_learns_the_toy_data(tmp_path):
+    models = Pupils(build("resnet8", 2, 8, seed=1))
+    config = LoopConfig(out=tmp_path, max_train_steps=30, batch_size=8, learning_rate=3e-3)
+    learn(Hinton(1.0, 0.0, 1.0, True), models, shapes(), config)
+    data = shapes()
+    with torch.no_grad():
+        right = models.student(normalise(data.pixels)).argmax(-1) == data.labels
+    assert right.float().mean() >= 0.9
+
+
+QUICK = ["--limit", "64", "--teacher-steps", "2", "--max-train-steps", "2", "--batch-size", "8", "--teacher", "resnet8"]
+
+
+def test_from_the_command_line_to_the_table_and_again(tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = ["baselines", "run", "hinton", "--quick", *QUICK, "--out", str(out), "--label", "background"]
+    assert main(argv) == 0
+    assert "gap closed" in capsys.readouterr().out
+    record = json.loads((out / "results.json").read_text())
+    assert [row["role"] for row in record["rows"]] == ["teacher", "control", "student"]
+    assert record["n"] == "2,500 test pictures, 6 classes" and record["commit"] and record["config"]["quick"]
+    weights = (out / "student-0/weights/student.safetensors").stat().st_mtime_ns
+    assert main(["baselines", "eval", str(out)]) == 0
+    again = json.loads((out / "results.json").read_text())
+    for one, two in zip(record["rows"], again["rows"], strict=True):
+        assert one["figures"]["nll"] == two["figures"]["nll"] and one["seconds"] == two["seconds"]
+    assert (out / "student-0/weights/student.safetensors").stat().st_mtime_ns == weights
+    assert main([*argv, "--temperature", "3"]) == 2
+    assert "temperature = 4.0 (now 3.0)" in capsys.readouterr().err
+
+
+def test_a_sweep_puts_runs_side_by_side(tmp_path, capsys):
+    argv = ["baselines", "sweep", "hinton", "--over", "temperature=1.0,4.0", "--quick", *QUICK, "--out", str(tmp_path)]
+    assert main([*argv, "--label", "background"]) == 0
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    assert [point["value"] for point in record["points"]] == [1.0, 4.0] and record["flag"] == "temperature"
+    assert Image.open(tmp_path / "sweep.png").size[0] > 500
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["run"], "allowed: a name"),
+        (["run", "hintn"], "baseline: got 'hintn'"),
+        (["go"], "allowed: list, run, sweep, eval"),
+        (["eval", "nowhere"], "allowed: a finished run's folder"),
+        (["run", "hinton", "--quick", "--temperature", "0"], "temperature: got 0"),
+        (["run", "hinton", "--quick", "--label", "mood"], "--label: got mood; allowed: one or more of pattern"),
+        (["run", "hinton", "--quick", "--student", "resnet19x"], "network: got 'resnet19x'"),
+        (["run", "hinton", "--quick", "--data", "nowhere"], "--data: got nowhere"),
+        (["sweep", "hinton", "--over", "mood=1"], "--over: got mood=1"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(argv, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["baselines", *argv]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_a_set_with_one_class_is_refused(tmp_path):
+    for name in ("one/train/cat", "one/test/cat"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    with pytest.raises(InputError, match=r"1 class.*two classes or more"):
+        open_labelled(str(tmp_path / "one"), "train", label=(), limit=None)
+
+
+def test_a_folder_of_folders_is_read_in_order(tmp_path):
+    for split in ("train", "test"):
+        for i, name in enumerate(("dark", "light")):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8), (200 * i,) * 3).save(tmp_path / split / name / "a.png")
+    found = open_labelled(str(tmp_path), "test", label=(), limit=None)
+    assert found.classes == ["dark", "light"] and found.labels.tolist() == [0, 1]
+    assert found.pixels[:, 0, 0, 0].tolist() == [0, 200]
+
+
+def test_quick_numbers_are_flags_of_theirs():
+    assert set(get("hinton").config.QUICK) <= set(HintonConfig.__dataclass_fields__)
