@@ -257,6 +257,22 @@ def test_nan_pictures_fail_their_cell_with_a_clear_line(protocol, tools):
     assert "NaN" in results.failed[0].reason and "dtype=fp32" in results.failed[0].reason
 
 
+def test_an_autoencoder_that_half_overflows_reconstructs_as_in_full_precision():
+    whole, half = tiny.sdxl(), tiny.sdxl()
+    for pipe in (whole, half):
+        with torch.no_grad():
+            pipe.vae.decoder.conv_in.weight.mul_(4e4)  # what comes out of it is above 65504; a norm follows
+        pipe.vae.half()
+    whole.vae.float()
+    pictures = instruments().prompts.pictures(0, 2)
+    half.vae.register_to_config(force_upcast=False)
+    with pytest.raises(InputError, match="got NaN"):
+        generate.reconstruct(half, pictures)
+    half.vae.register_to_config(force_upcast=True)
+    assert torch.equal(generate.reconstruct(half, pictures), generate.reconstruct(whole, pictures))
+    assert half.vae.dtype == torch.float16
+
+
 def test_rows_of_another_protocol_are_not_mixed_in(base, protocol, tools, tmp_path):
     run(f"t={base}", protocol, tools, tmp_path, (1,))
     with pytest.raises(InputError, match=r"differ in n 5 and 4; .*cannot be compared"):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.denoiser.autoencoder import whole
 from stepdistill.denoiser.families import even_sigmas
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
@@ -222,8 +223,8 @@ def to_uint8(images: Any) -> Tensor:
 @torch.no_grad()
 def reconstruct(pipeline, images: Tensor) -> Tensor:
     """Pictures through the pipeline's autoencoder and back: (B, 3, H, W) uint8 both ways."""
-    vae = pipeline.vae
-    pixels = images.to(device=vae.device, dtype=vae.dtype) / 127.5 - 1
-    encoded = vae.encode(pixels)
-    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
-    return to_uint8(vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5)
+    with whole(pipeline.vae) as vae:
+        pixels = (images.to(vae.device) / 127.5 - 1).to(vae.dtype)
+        encoded = vae.encode(pixels)
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
+        return to_uint8(vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5)
