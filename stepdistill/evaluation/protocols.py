@@ -41,8 +41,8 @@ class ScorerSpec:
     """Which CLIP: a name of `clip.load_clip`, its weights' tag, and what goes before each prompt.
 
     Attributes:
-        scale: of the cosine: 100, or 1 where a paper does not scale. frame: how pictures are brought before it, where
-            that is not the protocol's way.
+        scale: of the cosine: 100, or 1 where a paper does not scale. frame: how pictures are brought before it, in
+            place of the protocol's way.
     """
 
     model: str
