@@ -52,6 +52,15 @@ def told_guidance(pipeline) -> bool:
     return config.get("time_cond_proj_dim") is not None or bool(config.get("guidance_embeds"))
 
 
+def takes_guidance(pipeline) -> bool:
+    """Whether a guidance scale changes what a pipeline draws.
+
+    Where it has a true_cfg_scale besides (Flux), guidance_scale is an input of the network or, of schnell's, nothing.
+    """
+    known = accepted(type(pipeline))
+    return "guidance_scale" in known and ("true_cfg_scale" not in known or told_guidance(pipeline))
+
+
 @dataclass(frozen=True)
 class Sampler:
     """A pipeline and what does not change from call to call.

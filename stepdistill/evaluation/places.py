@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import lru_cache
 from pathlib import Path
 
 from stepdistill.errors import InputError
@@ -45,6 +46,28 @@ def fetched(text: str) -> str:
             f"{text}: got {found[1]} of {found[0]}, which could not be had ({reason[:160]}); check the names, the "
             "network and `hf auth login`"
         ) from error
+
+
+def beside(lora: str, name: str) -> Path | None:
+    """A file of a LoRA's export, on the disk or on the hub; None where there is none."""
+    folder = Path(lora)
+    if (folder / name).is_file():
+        return folder / name
+    if folder.exists() or hub_file(lora) or lora.startswith((".", "/", "~")) or lora.count("/") != 1:
+        return None
+    return _on_hub(lora, name)
+
+
+@lru_cache
+def _on_hub(hub_id: str, name: str) -> Path | None:
+    """A file of a repository; asked for once, since without a network that takes half a minute."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(hub_id, name))
+    except EntryNotFoundError:  # or, without a network, none in the cache
+        return None
 
 
 def check(path: str, lora: str | None = None, *, remote: bool = True) -> None:
