@@ -25,7 +25,7 @@ from stepdistill.evaluation import generate, models, pictures, records, spec, su
 from stepdistill.evaluation.processes import Processes
 from stepdistill.evaluation.records import read_rows
 
-TIMES = ("latency_ms", "peak_memory_mb", "command")
+TIMES = (*records.TIMES, "command")
 SETTINGS = suite.Settings(batch=2, latency_repeats=0, grid=3, floor=False, progress=False)
 
 

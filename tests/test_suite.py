@@ -26,6 +26,7 @@ from stepdistill.evaluation.metrics import Instruments, reference_statistics
 from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, load_protocol
 from stepdistill.evaluation.records import FIELDS, read_rows
 from stepdistill.evaluation.sets import EvalSet, open_set
+from stepdistill.evaluation.spec import ModelSpec
 
 QUIET = suite.Settings(batch=3, latency_repeats=1, grid=2, progress=False)
 PROMPTS = ["a red cat", "the green dog", "a <script> hat", "a face", "a blue hat"]
@@ -224,6 +225,22 @@ def test_a_model_that_fails_is_reported_and_the_others_finish(base, protocol, to
     assert [(f.model, f.steps) for f in results.failed] == [("bad", None)]
     assert "could not be loaded" in results.failed[0].reason
     assert [r["model"] for r in results.rows] == ["real", "reconstruction", "good"]
+
+
+def test_a_folder_closed_to_the_user_is_that_models_failure_alone(base, protocol, tools, tmp_path, monkeypatch):
+    own = models.load
+
+    def load(spec, **options):
+        if spec.name != "good":
+            raise PermissionError(errno.EACCES, "Permission denied", "/closed")
+        return own(spec, **options)
+
+    monkeypatch.setattr("stepdistill.evaluation.bench.load", load)
+    parts = ModelSpec("closed", "bad", changes=((1, ()), (2, (("guidance", 3.0),))))
+    results = run({"bad": parts, "good": spec.parse(f"{base},name=good")}, protocol, tools, tmp_path)
+    said = "PermissionError: [Errno 13] Permission denied: '/closed'"
+    assert [(f.model, f.steps, f.reason) for f in results.failed] == [("bad", None, said)]  # once for both its parts
+    assert [(row["model"], row["steps"]) for row in results.rows[-2:]] == [("good", 1), ("good", 2)]
 
 
 def test_a_cell_that_fails_is_reported_and_the_other_steps_finish(protocol, tools):

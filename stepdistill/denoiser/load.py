@@ -177,9 +177,13 @@ def find(path: str | Path) -> str:
     if path in embedded.TEACHERS:
         return str(embedded.path(embedded.TEACHERS[path]))
     local = Path(path).expanduser()
+    try:
+        there, whole_one = local.exists(), (local / "model_index.json").is_file()
+    except OSError as error:
+        raise InputError(f"pipeline: got {path} ({error.strerror}); allowed: a folder that can be read") from error
     allowed = "allowed: a diffusers pipeline folder, a hub id (owner/name), " + " or ".join(embedded.TEACHERS)
-    if local.exists():
-        if (local / "model_index.json").is_file():
+    if there:
+        if whole_one:
             return str(local)
         lora = local.is_dir() and (any(local.glob("*lora*.safetensors")) or any(local.glob("adapter_*")))
         hint = "a LoRA: give its base here and the LoRA as lora=" if lora else "no model_index.json"

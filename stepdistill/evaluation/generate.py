@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -150,6 +150,7 @@ class Series:
     Attributes:
         sampler: draws. prompts: of all pictures, None where there are none. n: pictures. batch: drawn at a time.
         each: pictures of a prompt, in a row. offset: the number of the first picture, which its noise goes by.
+        encoded: what stands for the prompts of a batch, by its first picture, once it was made.
     """
 
     sampler: Sampler
@@ -158,7 +159,7 @@ class Series:
     batch: int
     each: int = 1
     offset: int = 0
-    _encoded: dict[int, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
+    encoded: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     def draw(self, steps: int, first: int, count: int) -> Drawn:
         """Pictures number `first` to `first + count - 1`.
@@ -181,14 +182,18 @@ class Series:
         asked = [prompt for prompt in self.prompts[:prompts] for _ in range(each)]
         return Series(self.sampler, asked, len(asked), self.batch, each, self.offset + self.n)
 
+    def seeded(self, seed: int) -> Series:
+        """The same pictures from the noise of another seed; what stands for the prompts is shared."""
+        return replace(self, sampler=replace(self.sampler, seed=seed))
+
     def _condition(self, first: int, count: int) -> dict[str, Any]:
-        if (kept := self._encoded.get(first)) is not None:
+        if (kept := self.encoded.get(first)) is not None:
             return kept
         prompts = self.prompts
         condition = self.sampler.encode(prompts[first : first + count]) if prompts is not None else {}
         size = sum(v.nbytes for v in condition.values() if isinstance(v, Tensor))
         if size * -(-self.n // self.batch) <= EMBEDDINGS_LIMIT:
-            self._encoded[first] = condition
+            self.encoded[first] = condition
         return condition
 
 

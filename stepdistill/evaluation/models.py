@@ -17,7 +17,7 @@ from typing import Any
 from stepdistill.errors import InputError
 from stepdistill.evaluation import hashes
 from stepdistill.evaluation.catalogue import ready
-from stepdistill.evaluation.generate import takes_guidance, told_guidance
+from stepdistill.evaluation.generate import Sampler, backbone, takes_guidance, told_guidance
 from stepdistill.evaluation.places import beside, check_lora, fetched
 from stepdistill.evaluation.protocols import SamplerSpec
 from stepdistill.evaluation.schedulers import UNGUIDED, scheduler_of
@@ -165,6 +165,21 @@ def fingerprint(pipeline) -> str:
     scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     digest.update(json.dumps([type(pipeline.scheduler).__name__, scheduler], sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
+
+
+def told(spec: ModelSpec, sampler: Sampler) -> dict[str, Any]:
+    """What a row says of its model and of how it is sampled."""
+    pipeline, record = sampler.pipeline, training_record(spec)
+    student = record.get("teacher") or told_guidance(pipeline)
+    made = "lora" if spec.lora else "student" if student else "teacher"
+    return {
+        "method": record.get("method") or made, "spec": str(spec),
+        "teacher": record.get("teacher") or (spec.path if spec.lora else None), "guidance": sampler.guidance,
+        "scheduler": type(pipeline.scheduler).__name__, "sigmas": "even" if sampler.even else None,
+        "call": dict(sampler.call) or None,
+        "dtype": str(backbone(pipeline).dtype).removeprefix("torch."),
+        "train_seconds": record.get("train_seconds"),
+    }  # fmt: skip
 
 
 def training_record(spec: ModelSpec) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,8 +18,9 @@ def export_in(folder: str) -> str:
     def weights(where: Path) -> bool:
         return (where / "model_index.json").is_file() or any(where.glob("*.safetensors"))
 
-    if place.is_dir() and not weights(place) and weights(place / "export"):
-        return str(place / "export")
+    with contextlib.suppress(OSError):  # it cannot be looked into, which is told where it is loaded
+        if place.is_dir() and not weights(place) and weights(place / "export"):
+            return str(place / "export")
     return str(place) if folder.startswith("~") else folder
 
 
@@ -87,6 +90,21 @@ def check(path: str, lora: str | None = None, *, remote: bool = True) -> None:
         check_lora(lora)
 
 
+def absent(models: Iterable[tuple[str, str, str | None]], *, remote: bool = True) -> dict[str, str]:
+    """name -> why, of those of (name, path, LoRA) that are not there or cannot be read.
+
+    Args:
+        remote: see `check`.
+    """
+    found: dict[str, str] = {}
+    for name, path, lora in models:
+        try:
+            check(path, lora, remote=remote)
+        except (InputError, OSError) as error:
+            found.setdefault(name, " ".join(str(error).split()))
+    return found
+
+
 def check_lora(lora: str) -> None:
     """Looks whether a LoRA's folder or file is there; a hub id is taken as it is.
 
@@ -96,7 +114,11 @@ def check_lora(lora: str) -> None:
     folder = Path(lora)
     if hub_file(lora):
         return
-    if not folder.exists() and (lora.startswith((".", "/")) or lora.count("/") != 1):
+    try:
+        there = folder.exists()
+    except OSError as error:
+        raise InputError(f"lora: got {lora} ({error.strerror}); allowed: a folder that can be read") from error
+    if not there and (lora.startswith((".", "/")) or lora.count("/") != 1):
         raise InputError(
             f"lora: got {lora}, which does not exist; allowed: an export folder, a .safetensors file, or a hub id"
         )
