@@ -172,6 +172,7 @@ class Bench:
                 looks.append(Look(Pass(self.tools, each), draw, own.n, cell))
             sampler = series[1].sampler
             self._cell(row, looks, sampler if sampler.seed == self.seeds[0] else None)
+        self.team.gather(None)  # none of the processes holds its cells any more
         if self.team.main:
             for part, cell in cells.items():
                 self.store.finish(part, cell)

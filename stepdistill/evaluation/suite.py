@@ -94,7 +94,7 @@ def evaluate(
         with team.alike(), closing(ReferenceBar(settings.progress)) as told:
             if team.main is turn:
                 instruments = prepare(protocol, device=settings.device, batch=settings.batch, progress=told)
-    with progress_bar(total, settings.progress) as bar, quiet(), Store(settings.keep) as store:
+    with progress_bar(total, settings.progress) as bar, quiet(), Store(settings.keep, out) as store:
         with team.alike():
             command = command or " ".join(map(shlex.quote, sys.argv))
             place = out if team.main else None
@@ -103,6 +103,8 @@ def evaluate(
         for name, model, counts in plan:
             bench.model(name, model, counts, weight)
         troubles = team.gather((store.broken, store.why_not))
+        if team.main and not bench.failed:  # what failed may be taken up
+            store.clear()
     store.broken = sum(broken for broken, _ in troubles)
     store.why_not = next((why for _, why in troubles if why), None)
     return Results(bench.rows, bench.failed, bench.book.folder, store, team.main)
