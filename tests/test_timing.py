@@ -152,6 +152,13 @@ def test_several_seeds_give_a_row_each_of_the_same_noise_for_all_models_and_are_
     assert run(base, tmp_path, seed=(3, 0, 1), models=models).rows == rows and len(taken) == 3
 
 
+def test_seeds_of_a_model_that_was_changed_since_are_not_averaged_with_the_new_ones(base, tmp_path, taken):
+    old = run(base, tmp_path, seed=(0, 1, 2)).rows[-3:]
+    new = run(base, tmp_path, seed=(0, 1), models={"t": f"{base},scheduler=lcm"}).rows[-2:]
+    assert {row["weights"] for row in old}.isdisjoint(row["weights"] for row in new)
+    assert [row["seed"] for row in last(tmp_path).rows] == [0, 1] and last(tmp_path).rows == tuple(new)
+
+
 class Card:
     """A GPU's counters: so many bytes in use, and the most since they were reset."""
 
