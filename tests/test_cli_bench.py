@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 
@@ -83,15 +85,8 @@ def mixed(tmp_path_factory):
 @pytest.mark.usefixtures("nothing_is_measured")
 def test_bench_refuses_what_cannot_be_measured_before_it_measures(tmp_path, pipelines, capsys):
     good, out = f"good={pipelines['sd']}", ["--out", tmp_path / "out"]
-    (tmp_path / "cut" / "checkpoints").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
     for flags, words in (
-        (["--model", f"bad={tmp_path / 'empty'}"], "no model_index.json"),
-        (["--model", f"bad={tmp_path / 'nowhere'}"], "does not exist"),
-        (["--model", "bad=nobody/no-such-model"], "the hub cannot be reached"),
-        (["--model", f"bad={pipelines['sd']},lora={tmp_path / 'nowhere'}"], "does not exist"),
-        (["--model", f"bad={pipelines['sd']},lora={tmp_path / 'empty'}"], "no .safetensors"),
-        (["--model", f"bad={pipelines['sd']},lora={tmp_path / 'cut'}"], "a run that has ended"),
         (["--model", f"bad={pipelines['sd']},guidance=0.5"], "guidance: got 0.5; allowed: 1.0"),
         (["--steps", "0"], "steps: got 0"),
         (["--n", "1"], "n=1; allowed: 2 or more"),
@@ -104,6 +99,58 @@ def test_bench_refuses_what_cannot_be_measured_before_it_measures(tmp_path, pipe
         (["--data", tmp_path / "empty"], "got no pictures"),
     ):
         assert words in refused(capsys, "bench", "--model", good, *flags, *out)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def missing(tmp_path, pipelines, monkeypatch) -> dict[str, tuple[str, str]]:
+    """name -> SPEC and what is said of it, of models that are not there or cannot be read."""
+    for folder in ("cut/checkpoints", "empty", "closed"):
+        (tmp_path / folder).mkdir(parents=True)
+    look, sd = os.stat, pipelines["sd"]
+
+    def closed(path, *args, **kwargs):
+        if isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(str(tmp_path / "closed")):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return look(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", closed)  # root may look into every folder
+    return {
+        "nothing": (f"{tmp_path / 'empty'}", "no model_index.json"),
+        "nowhere": (f"{tmp_path / 'nowhere'}", "does not exist"),
+        "hub": ("nobody/no-such-model", "the hub cannot be reached"),
+        "locked": (f"{tmp_path / 'closed'}", "(Permission denied); allowed: a folder that can be read"),
+        "no-lora": (f"{sd},lora={tmp_path / 'nowhere'}", "does not exist"),
+        "empty-lora": (f"{sd},lora={tmp_path / 'empty'}", "no .safetensors"),
+        "cut-lora": (f"{sd},lora={tmp_path / 'cut'}", "a run that has ended"),
+        "locked-lora": (f"{sd},lora={tmp_path / 'closed'}", "(Permission denied); allowed: a folder that can be read"),
+    }
+
+
+@pytest.mark.usefixtures("pools")
+@pytest.mark.parametrize("dry", [True, False])
+def test_models_that_are_missing_are_told_in_a_line_each_and_the_others_measured(
+    tmp_path, pipelines, mixed, capsys, missing, dry
+):
+    models = [f"{name}={text}" for name, (text, _) in missing.items()]
+    models.insert(3, f"good={pipelines['sd']}")
+    command = ["bench", "--data", mixed, "--steps", 1, "--latency-repeats", 0, "--no-floor", "--out", tmp_path / "out"]
+    command += [word for model in models for word in ("--model", model)]
+    code, _, lines = run(capsys, *command, *["--dry-run"] * dry)
+    told = {name: words for name, (_, words) in missing.items() if not (dry and name == "hub")}  # which is not asked
+    assert code == 2 and len(lines) == len(told)
+    for line, (name, words) in zip(lines, told.items(), strict=True):
+        assert line.startswith(f"failed: {name}: ") and words in line
+    if not dry:
+        (row,) = (json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+        assert row["model"] == "good" and (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.usefixtures("nothing_is_measured")
+def test_where_all_models_are_missing_nothing_is_measured(tmp_path, capsys, missing):
+    command = [word for name, (text, _) in missing.items() for word in ("--model", f"{name}={text}")]
+    code, _, lines = run(capsys, "bench", *command, "--out", tmp_path / "out")
+    assert code == 2 and [line.split(":")[1].strip() for line in lines] == list(missing)
     assert not (tmp_path / "out").exists()
 
 
@@ -139,8 +186,28 @@ def test_two_timings_dtype_and_layout_are_in_the_rows(tmp_path, pipelines, mixed
     assert run(capsys, *command, *flags)[0] == 0
     (row,) = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert (row["latency_ms"]["batch"], row["latency_ms_batch"]["batch"], row["dtype"]) == (1, 2, "bfloat16")
+    assert row["channels_last"] and row["timing"]["channels_last"] and row["timing"]["dtype"] == "bfloat16"
     assert len(row["latency_ms"]["quantiles"]["total"]) == 3 and row["latency_ms"]["compiled"] is False
     assert row["settings"]["name"] == "imagefolder" and row["settings"]["content"]["reference"]
+
+
+@pytest.mark.usefixtures("pools")
+def test_several_seeds_are_rows_and_the_table_shows_their_mean(tmp_path, pipelines, mixed, capsys):
+    out = tmp_path / "out"
+    command = ["bench", "--model", f"t={pipelines['sd']}", "--steps", 1, "--data", mixed, "--out", out, "--no-floor"]
+    command += ["--latency-repeats", 1]
+    code, said, _ = run(capsys, *command, "--seeds", 0, 1, "--dry-run")
+    assert code == 0 and "2 cells" in said
+    code, said, _ = run(capsys, *command, "--seeds", 0, 1)
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert code == 0 and [row["seed"] for row in rows] == [0, 1] and rows[0]["fd"] != rows[1]["fd"]
+    assert [row["latency_ms"] is not None for row in rows] == [True, False]
+    shown = [line.split() for line in said.splitlines() if line.strip().startswith("t ")]
+    mean = sum(row["fd"] for row in rows) / 2
+    assert len(shown) == 1 and float(shown[0][3].replace(",", "")) == pytest.approx(mean, rel=1e-2)
+    assert "seeds 0, 1" in (out / "report.md").read_text()
+    assert run(capsys, *command, "--seed", 2)[0] == 0
+    assert [json.loads(line)["seed"] for line in (out / "results.jsonl").read_text().splitlines()] == [0, 1, 2]
 
 
 @pytest.mark.usefixtures("nothing_is_measured")

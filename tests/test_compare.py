@@ -243,7 +243,7 @@ def test_help_lists_the_words_of_bench_and_bench_itself_still_takes_flags(capsys
 def test_of_a_model_measured_again_under_its_name_the_newest_row_counts():
     old, new = (row("student", 4, 0, {"fd": Figure.mean(torch.full((5,), value))}) for value in (50.0, 40.0))
     other = row("student", 4, 1, {"fd": Figure.mean(torch.full((5,), 44.0))})
-    (cell,) = cells([old | {"guidance": 1.0}, other, new | {"guidance": 3.0}])
+    (cell,) = cells([old | {"guidance": 1.0}, other | {"guidance": 3.0}, new | {"guidance": 3.0}])
     assert (
         cell.seeds == 2
         and cell.row["metrics"]["fd"]["value"] == 42.0

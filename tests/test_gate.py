@@ -118,7 +118,7 @@ def test_mlperfs_windows_ship_and_open_for_figures_inside_them_only(tmp_path, ca
         (["--max-fd", "9", "--model", "nobody"], "got nobody; allowed: teacher, student"),
         (["--max-fd", "9", "--steps", "2"], "got 2; allowed: 1, 4, 50"),
         (["--max-fd", "9", "--model", "student", "--steps", "50"], "got 50; allowed: 1, 4"),
-        (["--gate", "nowhere.yaml"], "cannot be read"),
+        (["--gate", "nowhere.yaml"], "got nowhere.yaml; allowed: mlperf-sdxl, or a path"),
     ],
 )
 def test_what_cannot_be_judged_ends_with_2_and_one_line(folder, capsys, flags, words):

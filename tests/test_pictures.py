@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,11 +23,11 @@ from test_trainer import environment
 
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
-from stepdistill.evaluation import generate, models, pictures, records, spec, suite
+from stepdistill.evaluation import generate, holds, models, pictures, records, spec, suite
 from stepdistill.evaluation.processes import Processes
 from stepdistill.evaluation.records import read_rows
 
-TIMES = ("latency_ms", "peak_memory_mb", "command")
+TIMES = (*records.TIMES, "command")
 SETTINGS = suite.Settings(batch=2, latency_repeats=0, grid=3, floor=False, progress=False)
 
 
@@ -218,6 +220,125 @@ def test_a_cache_that_cannot_be_written_ends_no_benchmark(base, cache):
     results = run(base)
     assert len(results.rows) == 1 and not results.failed
     assert "some could not be kept" in results.store.line() and str(cache) in results.store.line()
+
+
+def test_a_write_that_fails_once_costs_one_cell_and_no_other(base, cache, monkeypatch):
+    place, calls = pictures._place, []
+
+    def fails_once(file, data):
+        if file.name == "000002.png" and not calls:
+            calls.append(file)
+            raise OSError(errno.EIO, "Input/output error")
+        place(file, data)
+
+    monkeypatch.setattr(pictures, "_place", fails_once)
+    results = run(base, steps=(1, 2, 3))
+    kept = [json.loads((folder / "cell.json").read_text())["steps"] for folder in results.store.cells.values()]
+    assert len(results.rows) == 3 and kept == [2, 3]
+    assert "2 cells" in results.store.line() and "some could not be kept ([Errno 5]" in results.store.line()
+    assert not [*cache.glob("drawing/*")]
+
+
+def cut(base, out, monkeypatch, at=(2, 4), **changes) -> Path:
+    """A run that is cut while it draws a batch; gives the folder that it leaves."""
+    draw = generate.Series.draw
+
+    def stops(self, steps, first, count):
+        if (steps, first) == at:
+            raise KeyboardInterrupt
+        return draw(self, steps, first, count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate.Series, "draw", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(base, out, **changes)
+    (left,) = pictures.cache_folder().glob("drawing/*")
+    assert (left / "batch-000002.json").is_file()
+    return left
+
+
+def test_what_a_cut_run_left_is_cleared_by_the_next_into_its_folder_that_has_no_use_for_it(
+    base, cache, tmp_path, monkeypatch
+):
+    left = cut(base, tmp_path / "mine", monkeypatch)
+    run(base, tmp_path / "other", steps=(1,))
+    run(base, steps=(3,))
+    assert left.is_dir()  # it is another's
+    failed = run(base, tmp_path / "mine", steps=(1, 2000))
+    assert failed.failed and left.is_dir()  # what failed may be taken up
+    run(base, tmp_path / "mine", steps=(1,))
+    assert not left.is_dir() and len([*cache.glob("pictures/*")]) == 2
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+
+from stepdistill.evaluation import holds
+
+handle = holds.hold(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_a_live_process_draws_in_is_not_cleared_and_what_a_killed_one_drew_in_is(
+    base, cache, tmp_path, monkeypatch
+):
+    left = cut(base, tmp_path / "mine", monkeypatch)
+    words = [sys.executable, "-c", HOLDS, str(left)]
+    with subprocess.Popen(words, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        run(base, tmp_path / "mine", steps=(1,))
+        assert left.is_dir()
+        other.kill()
+    run(base, tmp_path / "mine", steps=(1,))
+    assert not left.is_dir()
+
+
+def test_halves_of_files_are_removed_only_where_nobody_writes(base, cache):
+    (cell,) = run(base).store.cells.values()
+    half = cell / ".000000.png.1-1.new"
+    half.write_bytes(b"half")
+    handle = holds.hold(cell)
+    run(base)
+    assert half.is_file()
+    holds.release(handle)
+    run(base)
+    assert not half.is_file() and not [*cell.glob(".*")]
+
+
+def test_a_hold_goes_with_a_folder_and_one_that_was_cleared_is_made_again(tmp_path, monkeypatch):
+    handle = holds.hold(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    with holds.alone(tmp_path / "b") as free:
+        assert free is False
+    holds.release(handle)
+    with holds.alone(tmp_path / "b") as free:
+        assert free is True
+    opened = os.open
+
+    def cleared(folder, flags):
+        handle = opened(folder, flags)
+        monkeypatch.setattr(os, "open", opened)
+        shutil.rmtree(folder)
+        return handle
+
+    monkeypatch.setattr(os, "open", cleared)
+    handle = holds.hold(tmp_path / "b")
+    with holds.alone(tmp_path / "b") as free:
+        assert free is False
+    holds.release(handle)
+
+
+def test_where_a_disk_has_no_locks_only_what_is_ones_own_is_cleared(base, cache, tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(holds.fcntl, "flock", none)
+    left = cut(base, tmp_path / "mine", monkeypatch)
+    run(base, tmp_path / "mine", steps=(1,), keep=False)
+    assert [*cache.glob("*/*")] == [left]
 
 
 def test_a_disk_without_room_for_the_whole_cell_is_not_filled(base, cache, monkeypatch):

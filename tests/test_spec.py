@@ -8,7 +8,7 @@ import shutil
 import pytest
 import tiny
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 
 from stepdistill.errors import InputError
@@ -16,6 +16,8 @@ from stepdistill.evaluation import models, schedulers
 from stepdistill.evaluation.generate import Sampler
 from stepdistill.evaluation.latency import Stages
 from stepdistill.evaluation.models import even_of, fingerprint, guidance_of, load
+from stepdistill.evaluation.places import beside
+from stepdistill.evaluation.protocols import SamplerSpec
 from stepdistill.evaluation.spec import ModelSpec, as_models, parse
 from stepdistill.export.adapters import load_whole
 
@@ -141,6 +143,84 @@ def test_a_flow_can_be_asked_for_even_sigmas_and_its_students_ask_for_them(base,
     with pytest.raises(InputError, match=r"sigmas: got even for StableDiffusionPipeline with .*; leave it out"):
         even_of(parse(f"{base},sigmas=even"), load(parse(str(base))))
     assert not even_of(parse(str(base)), load(parse(str(base))))
+
+
+@pytest.mark.parametrize("name", [None, *schedulers.SCHEDULERS])
+def test_a_spacing_moves_the_times_of_a_scheduler_or_is_refused(name):
+    """DDIM is the pipeline's own."""
+    pipe = tiny.sd3() if name in schedulers.FLOWS else tiny.sd()
+    times = []
+    for spacing in schedulers.SPACINGS:
+        asked = parse(f"x,spacing={spacing}" + f",scheduler={name}" * bool(name))
+        if name in (*schedulers.FLOWS, "lcm", "tcd"):
+            with pytest.raises(InputError, match=f"spacing: got {spacing} for .*Scheduler, which has times of its own"):
+                schedulers.scheduler_of(pipe, asked)
+            continue
+        scheduler = schedulers.scheduler_of(pipe, asked)
+        scheduler.set_timesteps(4)
+        times.append(tuple(scheduler.timesteps.tolist()))
+    assert len(set(times)) == len(times)
+
+
+def test_the_spacing_of_a_spec_is_heeded_where_an_export_recorded_its_scheduler(base, tmp_path):
+    for kind, folder in ((DDIMScheduler, "ddim"), (LCMScheduler, "lcm")):
+        student = lora(tmp_path / folder, tiny.sd(), scheduler=False)
+        own = kind.from_config(tiny.sd().scheduler.config, beta_end=0.013, timestep_spacing="leading")
+        own.save_pretrained(student / "scheduler")
+    for named in ("", ",scheduler=ddim"):
+        spaced = load(parse(f"{base},lora={tmp_path / 'ddim'},spacing=trailing{named}")).scheduler
+        spaced.set_timesteps(4)
+        assert spaced.timesteps.tolist() == [999, 749, 499, 249] and spaced.config.beta_end == 0.013
+        kept = load(parse(f"{base},lora={tmp_path / 'ddim'}{named}")).scheduler
+        assert (kept.config.timestep_spacing, kept.config.beta_end) == ("leading", 0.013)
+    other = load(parse(f"{base},lora={tmp_path / 'ddim'},spacing=trailing,scheduler=euler")).scheduler
+    assert type(other).__name__ == "EulerDiscreteScheduler" and other.config.beta_end == 0.012
+    with pytest.raises(InputError, match="spacing: got trailing for LCMScheduler, which has times of its own"):
+        load(parse(f"{base},lora={tmp_path / 'lcm'},spacing=trailing"))
+
+
+def test_options_that_nothing_would_heed_are_refused(base):
+    flow = tiny.sd3()
+    for text, words in (
+        ("x,scheduler=euler,spacing=trailing,timesteps=999+499", "timesteps=999\\+499, which are the times; leave it"),
+        ("x,scheduler=flow-euler,spacing=trailing", "FlowMatchEulerDiscreteScheduler, which has times of its own"),
+        ("x,scheduler=euler,spacing=trailing", "scheduler: got euler for a model of a flow; allowed: flow-euler"),
+    ):
+        with pytest.raises(InputError, match=words):
+            schedulers.scheduler_of(tiny.sd() if "999" in text else flow, parse(text))
+    with pytest.raises(InputError, match="sigmas: got even with timesteps; allowed: one of the two"):
+        even_of(parse("x,sigmas=even,timesteps=999+499"), flow)
+    schnell = tiny.flux(guidance_embeds=False)
+    for pipe in (tiny.pixel(), schnell):
+        with pytest.raises(InputError, match=r"guidance: got 3.5 for a \w+ whose network takes none; leave it out"):
+            guidance_of(parse("x,guidance=3.5"), pipe)
+        assert guidance_of(parse("x,guidance=1"), pipe) == guidance_of(parse("x"), pipe, 8.0) == 1.0
+    assert guidance_of(parse("x,guidance=3.5"), tiny.flux()) == 3.5 and guidance_of(parse("x"), tiny.flux(), 8.0) == 8.0
+    with pytest.raises(InputError, match="no such modeling files"):
+        load(parse(f"{base},variant=fp16"))
+
+
+def test_what_an_export_on_the_hub_records_is_read_there(base, student, monkeypatch):
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def download(repository, name):
+        assert repository == "owner/student"
+        if not (student / name).is_file():
+            raise EntryNotFoundError(name)
+        return str(student / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(models, "_load_lora", lambda *_: None)
+    asked = parse(f"{base},lora=owner/student")
+    assert type(load(asked).scheduler).__name__ == "LCMScheduler"
+    assert models.training_record(asked)["train_seconds"] == 7.5
+    assert beside("owner/student", "nothing.json") is None and beside(str(student), "nothing.json") is None
+
+
+def test_a_protocols_sampler_that_does_not_fit_a_model_is_named_as_such(tmp_path):
+    flow = tiny.save(tmp_path / "sd3", "sd3")
+    with pytest.raises(InputError, match=r"got euler for a model of a flow.*this is the protocol's sampler"):
+        load(parse(str(flow)), sampler=SamplerSpec("euler", "leading"))
 
 
 def test_an_export_brings_its_scheduler_and_no_guidance(base, student):

@@ -26,6 +26,7 @@ from stepdistill.evaluation.metrics import Instruments, reference_statistics
 from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, load_protocol
 from stepdistill.evaluation.records import FIELDS, read_rows
 from stepdistill.evaluation.sets import EvalSet, open_set
+from stepdistill.evaluation.spec import ModelSpec
 
 QUIET = suite.Settings(batch=3, latency_repeats=1, grid=2, progress=False)
 PROMPTS = ["a red cat", "the green dog", "a <script> hat", "a face", "a blue hat"]
@@ -226,6 +227,22 @@ def test_a_model_that_fails_is_reported_and_the_others_finish(base, protocol, to
     assert [r["model"] for r in results.rows] == ["real", "reconstruction", "good"]
 
 
+def test_a_folder_closed_to_the_user_is_that_models_failure_alone(base, protocol, tools, tmp_path, monkeypatch):
+    own = models.load
+
+    def load(spec, **options):
+        if spec.name != "good":
+            raise PermissionError(errno.EACCES, "Permission denied", "/closed")
+        return own(spec, **options)
+
+    monkeypatch.setattr("stepdistill.evaluation.bench.load", load)
+    parts = ModelSpec("closed", "bad", changes=((1, ()), (2, (("guidance", 3.0),))))
+    results = run({"bad": parts, "good": spec.parse(f"{base},name=good")}, protocol, tools, tmp_path)
+    said = "PermissionError: [Errno 13] Permission denied: '/closed'"
+    assert [(f.model, f.steps, f.reason) for f in results.failed] == [("bad", None, said)]  # once for both its parts
+    assert [(row["model"], row["steps"]) for row in results.rows[-2:]] == [("good", 1), ("good", 2)]
+
+
 def test_a_cell_that_fails_is_reported_and_the_other_steps_finish(protocol, tools):
     results = run({"p": tiny.sd()}, protocol, tools, None, steps=(1, 2000))
     assert [f.steps for f in results.failed] == [2000] and "1000" in results.failed[0].reason
@@ -255,6 +272,22 @@ def test_nan_pictures_fail_their_cell_with_a_clear_line(protocol, tools):
         pipe.unet.conv_out.bias.fill_(float("nan"))
     results = run(pipe, protocol, tools, None, (1,))
     assert "NaN" in results.failed[0].reason and "dtype=fp32" in results.failed[0].reason
+
+
+def test_an_autoencoder_that_half_overflows_reconstructs_as_in_full_precision():
+    whole, half = tiny.sdxl(), tiny.sdxl()
+    for pipe in (whole, half):
+        with torch.no_grad():
+            pipe.vae.decoder.conv_in.weight.mul_(4e4)  # what comes out of it is above 65504; a norm follows
+        pipe.vae.half()
+    whole.vae.float()
+    pictures = instruments().prompts.pictures(0, 2)
+    half.vae.register_to_config(force_upcast=False)
+    with pytest.raises(InputError, match="got NaN"):
+        generate.reconstruct(half, pictures)
+    half.vae.register_to_config(force_upcast=True)
+    assert torch.equal(generate.reconstruct(half, pictures), generate.reconstruct(whole, pictures))
+    assert half.vae.dtype == torch.float16
 
 
 def test_rows_of_another_protocol_are_not_mixed_in(base, protocol, tools, tmp_path):

@@ -22,7 +22,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -56,8 +56,9 @@ class Config:
     """Folder for results.jsonl, the grids and the report."""
     n: int | None = None
     """Pictures a cell, in place of the protocol's; thousands give steady figures, and only equal n compare."""
-    seed: int | None = None
-    """Seed of the pictures' noise, in place of the protocol's."""
+    seed: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--seeds",))] = ()
+    """Seed of the pictures' noise, in place of the protocol's; of several, each model has a row for each, and tables
+    show their mean."""
     batch: int = 64
     """Pictures drawn at a time."""
     device: str = "auto"
@@ -84,9 +85,11 @@ class Config:
 
 
 def main(config: Config) -> int:
-    """Runs the benchmark; 2 where a cell failed. What can be wrong is looked for before anything is measured."""
+    """Runs the benchmark; 2 where a cell failed. What can be wrong is looked for before anything is measured: a model
+    that is not there is told at once, and the others are measured."""
     from stepdistill import files
     from stepdistill.evaluation import places, records, spec, suite
+    from stepdistill.evaluation.processes import speaks
 
     if config.list_models:
         from stepdistill.evaluation.catalogue import listed
@@ -106,18 +109,23 @@ def main(config: Config) -> int:
         channels_last=config.channels_last,
         floor=config.floor,
     )
-    for _, model, _ in spec.plan_of(models, steps, suite.STEPS):
-        places.check(model.path, model.lora, remote=not config.dry_run)
-    records.check_folder(config.out)
-    protocol = protocol_of(config, models)
+    plan = spec.plan_of(models, steps, suite.STEPS)
+    absent = places.absent(((name, m.path, m.lora) for name, m, _ in plan), remote=not config.dry_run)
+    if len(absent) < len(models):
+        records.check_folder(config.out)
+        protocol = protocol_of(config, {name: model for name, model in models.items() if name not in absent})
+    for name, why in absent.items() if speaks() else ():
+        print(f"failed: {name}: {why}", file=sys.stderr)
+    if len(absent) == len(models):
+        return 2
     if config.dry_run:
         plan = spec.plan_of(models, steps, protocol.steps or suite.STEPS)
-        cells = sum(len(counts) for _, _, counts in plan)
+        cells = sum(len(counts) for _, _, counts in plan) * max(len(config.seed), 1)
         print(f"{protocol.name}: {protocol.n} pictures a cell, {cells} cells, into {config.out}")
         for name, model, counts in plan:
             print(f"  {name}: {model} at {' '.join(map(str, counts))} steps")
-        return 0
-    results = suite.evaluate(models, protocol, steps, out=config.out, seed=config.seed, settings=settings)
+        return 2 if absent else 0
+    results = suite.evaluate(models, protocol, steps, out=config.out, seed=config.seed or None, settings=settings)
     if not results.main:
         return 0
     resolved = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()} | {
@@ -138,8 +146,9 @@ def main(config: Config) -> int:
     if line := results.store.line():
         print(line)
     for failure in results.failed:
-        at = f" at {failure.steps} steps" if failure.steps else ""
-        print(f"failed: {failure.model}{at}: {failure.reason}", file=sys.stderr)
+        if failure.steps is not None or failure.model not in absent:  # those were told at once
+            at = f" at {failure.steps} steps" if failure.steps else ""
+            print(f"failed: {failure.model}{at}: {failure.reason}", file=sys.stderr)
     return 2 if results.failed else 0
 
 

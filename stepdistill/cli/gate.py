@@ -2,7 +2,7 @@
 
     stepdistill bench gate out/bench --model student --steps 4 --max-fd 90 --min-clip 39
     stepdistill bench gate out/bench --max kid=0.01 --window clip_score=31.69,31.81 --max ms=100
-    stepdistill bench gate out/bench --gate benchmarks/gates/mlperf-sdxl.yaml
+    stepdistill bench gate out/bench --gate mlperf-sdxl
 
 The value is judged; its interval is printed beside it. A NAME is any figure of the rows' `metrics`, or ms, the median
 of a whole picture. Bad input ends with 2, as everywhere.
@@ -44,8 +44,8 @@ class Config:
     """NAME=VALUE: the figure is at least this; once for each."""
     window: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=LOW,HIGH: the figure is within; once for each."""
-    gate: Path | None = None
-    """A .yaml file of bounds, beside those of the flags."""
+    gate: str | None = None
+    """A gate that ships, as mlperf-sdxl, or a .yaml file of bounds, beside those of the flags."""
 
 
 def main(config: Config) -> int:

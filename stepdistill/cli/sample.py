@@ -72,11 +72,13 @@ def main(config: Config) -> int:
     spec, device = parse(config.model), device_of(config.device)
     steps = config.steps or (4 if 4 in spec.steps or not spec.steps else spec.steps[-1])
     spec = spec.at(steps)
+    if config.guidance is not None:
+        spec = dataclasses.replace(spec, guidance=config.guidance)
     if config.dry_run:
         print(f"would draw {len(prompts)} x {config.count} pictures in {steps} steps with {spec}: {config.out}")
         return 0
     pipeline = models.load(spec, device=device)
-    guidance = config.guidance if config.guidance is not None else models.guidance_of(spec, pipeline)
+    guidance = models.guidance_of(spec, pipeline)
     with quiet():
         call = models.call_of(spec, pipeline)
         call |= {"sigmas": even_sigmas(steps)} if models.even_of(spec, pipeline) else {}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stepdistill import embedded
 from stepdistill.conditioning.base import Conditioner
+from stepdistill.denoiser.autoencoder import whole
 from stepdistill.denoiser.base import Denoiser
 from stepdistill.denoiser.families import FAMILIES, family_of, grid_of, process_of
 from stepdistill.errors import InputError
@@ -80,7 +81,7 @@ class Teacher:
         pictures."""
         if self.vae is None:
             return images
-        with self._autoencoder() as vae:
+        with whole(self.vae) as vae:
             encoded = vae.encode(images.to(vae.dtype))
             latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded[0]
         gain, shift = self._affine(latents)
@@ -96,18 +97,8 @@ class Teacher:
         if self.vae is None:
             return latents.float()
         gain, shift = self._affine(latents)
-        with self._autoencoder() as vae:
+        with whole(self.vae) as vae:
             return vae.decode((latents.float() * gain + shift).to(vae.dtype), return_dict=False)[0].float()
-
-    @contextmanager
-    def _autoencoder(self) -> Iterator[Any]:
-        """The autoencoder; for the while in float32 where its config says that half overflows (`force_upcast`)."""
-        upcast = self.vae.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False)
-        try:
-            yield self.vae.float() if upcast else self.vae
-        finally:
-            if upcast:
-                self.vae.half()
 
     def _affine(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """gain and shift of: the autoencoder's own latents = gain * scaled latents + shift."""
@@ -186,9 +177,13 @@ def find(path: str | Path) -> str:
     if path in embedded.TEACHERS:
         return str(embedded.path(embedded.TEACHERS[path]))
     local = Path(path).expanduser()
+    try:
+        there, whole_one = local.exists(), (local / "model_index.json").is_file()
+    except OSError as error:
+        raise InputError(f"pipeline: got {path} ({error.strerror}); allowed: a folder that can be read") from error
     allowed = "allowed: a diffusers pipeline folder, a hub id (owner/name), " + " or ".join(embedded.TEACHERS)
-    if local.exists():
-        if (local / "model_index.json").is_file():
+    if there:
+        if whole_one:
             return str(local)
         lora = local.is_dir() and (any(local.glob("*lora*.safetensors")) or any(local.glob("adapter_*")))
         hint = "a LoRA: give its base here and the LoRA as lora=" if lora else "no model_index.json"

@@ -7,9 +7,10 @@ and the main one makes the figures and writes.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,16 @@ import torch
 from torch import Tensor
 
 from stepdistill.errors import InputError
-from stepdistill.evaluation import generate, hashes, latency, records
+from stepdistill.evaluation import generate, hashes, latency, records, timing
 from stepdistill.evaluation.figures import Figure
 from stepdistill.evaluation.generate import Drawn
 from stepdistill.evaluation.measures import METRICS, Metric
 from stepdistill.evaluation.metrics import Instruments, Pass, row_of
-from stepdistill.evaluation.models import call_of, even_of, fingerprint, guidance_of, load, training_record
+from stepdistill.evaluation.models import call_of, even_of, fingerprint, guidance_of, load, told
 from stepdistill.evaluation.pictures import LIBRARIES, Cell, Store, setup_of
 from stepdistill.evaluation.processes import Processes, reason
 from stepdistill.evaluation.protocols import Protocol
+from stepdistill.evaluation.settings import Settings
 from stepdistill.evaluation.spec import ModelSpec
 from stepdistill.files import unwritable
 
@@ -37,39 +39,6 @@ class Failure:
     model: str
     steps: int | None
     reason: str
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a benchmark is run; none of it changes a quality figure but by rounding.
-
-    Attributes:
-        batch: pictures drawn at a time. device: where; a GPU if there is one.
-        latency_repeats: timed calls of one picture, 0 are none. latency_batch: pictures in the calls of another timing,
-            1 is none. compiled: time the network compiled.
-        channels_last: lay UNets and autoencoders out so.
-        keep: keep the drawn pictures of cells up to 2 GiB (see `pictures`); others only until they are measured.
-        floor: measure real pictures and reconstructions too. grid: pictures kept of each cell. progress: show a bar.
-
-    Raises:
-        InputError: a number out of range.
-    """
-
-    batch: int = 64
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    latency_batch: int = 1
-    latency_repeats: int = 10
-    keep: bool = True
-    compiled: bool = False
-    channels_last: bool = False
-    floor: bool = True
-    grid: int = 8
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("latency_batch", 1), ("latency_repeats", 0), ("grid", 0)):
-            if (value := getattr(self, name)) < least:
-                raise InputError(f"{name}: got {value}; allowed: {least} or more")
 
 
 @dataclass(frozen=True)
@@ -87,21 +56,25 @@ class Look:
 
 
 class Bench:
-    """One run: its book of rows, and what was found on the way."""
+    """One run: its book of rows, and what was found on the way.
+
+    Args:
+        seeds: of the pictures' noise, a row for each. The first one's model is timed.
+    """
 
     def __init__(
         self, protocol: Protocol, tools: Instruments, settings: Settings, command: str, out: str | Path | None,
-        bar: Any, team: Processes, store: Store,
+        bar: Any, team: Processes, store: Store, seeds: Sequence[int],
     ) -> None:  # fmt: skip
         self.protocol, self.tools, self.settings, self.bar = protocol, tools, settings, bar
-        self.team, self.store = team, store
+        self.team, self.store, self.seeds = team, store, seeds
         self.rows: list[dict[str, Any]] = []
         self.failed: list[Failure] = []
         self.facts = {
             "protocol": protocol.name, "protocol_hash": protocol.hash(dict(tools.content)),
-            "n": protocol.n, "seed": protocol.seed,
-            "settings": protocol.settings() | {"content": dict(tools.content)},
-            "batch": settings.batch, "device": records.device_name(settings.device), "versions": records.versions(),
+            "n": protocol.n, "settings": protocol.settings() | {"content": dict(tools.content)},
+            "batch": settings.batch, "channels_last": settings.channels_last,
+            "device": records.device_name(settings.device), "versions": records.versions(),
             "commit": records.commit(), "command": command,
         }  # fmt: skip
         self.book = records.Book(out, self.facts)
@@ -125,61 +98,58 @@ class Bench:
         self._cell(row, [Look(Pass(self.tools), draw, self.protocol.n)])
 
     def model(self, name: str, model: Any, steps: Sequence[int], weight: int) -> None:
-        """All cells of one model."""
-        cells = self.protocol.n * sum(2 * s + weight for s in steps)
-        spec = (
-            model
-            if isinstance(model, ModelSpec)
-            else ModelSpec(path=getattr(model, "name_or_path", "") or name, name=name)
-        )
+        """All cells of one model. Whatever goes wrong with it, the others are still measured."""
+        spec = model if isinstance(model, ModelSpec) else ModelSpec(getattr(model, "name_or_path", "") or name, name)
         self.bar.set_description(f"{name}: loading")
         try:
             with self.team.alike():
-                own = {"device": self.settings.device, "sampler": self.protocol.sampler}
-                pipeline = load(spec, **own) if model is spec else model
-                if self.settings.channels_last:
-                    latency.channels_last(pipeline)
-                guidance, even = guidance_of(spec, pipeline, self.protocol.guidance), even_of(spec, pipeline)
-                sampler = generate.Sampler(
-                    pipeline, guidance, self.protocol.seed, even, call_of(spec, pipeline), self.protocol.negative_prompt
-                )
-                if sampler.takes_prompts and self.tools.prompts.prompts is None:
-                    raise InputError(f"model {name}: got a set without prompts; allowed: a protocol with prompts")
-                weights = fingerprint(pipeline)
-        except Exception as error:  # whatever goes wrong with one model, the others are still measured
-            self._fail(name, None, error)
-            self.bar.update(cells)
+                sampler, weights = self._loaded(spec, None if model is spec else model)
+        except Exception as error:
+            self._note(name, None, error)
+            self.bar.update(self.protocol.n * len(self.seeds) * sum(2 * count + weight for count in steps))
             return
+        pipeline = sampler.pipeline
         if (
             self.settings.floor
             and self.tools.prompts.pictures is not None
             and getattr(pipeline, "vae", None) is not None
         ):
             self._reconstruction(name, pipeline)
-        record = training_record(spec)
-        student = record.get("teacher") or generate.told_guidance(pipeline)
-        made = "lora" if spec.lora else "student" if student else "teacher"
-        facts = {
-            "model": name, "method": record.get("method") or made, "spec": str(spec),
-            "teacher": record.get("teacher") or (spec.path if spec.lora else None),
-            "weights": weights, "guidance": sampler.guidance,
-            "scheduler": type(pipeline.scheduler).__name__, "sigmas": "even" if even else None,
-            "call": dict(sampler.call) or None,
-            "dtype": str(generate.backbone(pipeline).dtype).removeprefix("torch."),
-            "train_seconds": record.get("train_seconds"),
-        }  # fmt: skip
+        facts = {"model": name, "weights": weights} | told(spec, sampler)
         own = generate.Series(sampler, self.tools.prompts.prompts, self.protocol.n, self.settings.batch)
         kinds = sorted({(metric.each, metric.prompts) for metric in self._several()})
         series = {1: own} | {each: own.several(each, prompts) for each, prompts in kinds}
         kept = setup_of(pipeline) if model is spec else None
-        for count in steps:
-            self.bar.set_description(f"{name}, {count} step{'s' * (count > 1)}")
+        for count, seed in itertools.product(steps, self.seeds):
+            at = f"{count} step{'s' * (count > 1)}" + f", seed {seed}" * (len(self.seeds) > 1)
+            self.bar.set_description(f"{name}, {at}")
             before = self.bar.n
+            seeded = {each: each_of.seeded(seed) for each, each_of in series.items()}
             try:
-                self._model_cell(facts | {"steps": count}, series, kept, 2 * count + weight)
+                self._model_cell(facts | {"steps": count, "seed": seed}, seeded, kept, 2 * count + weight)
             except Exception as error:
                 self._fail(name, count, error)
             self.bar.update(self.protocol.n * (2 * count + weight) - (self.bar.n - before))
+
+    def _loaded(self, spec: ModelSpec, pipeline: Any) -> tuple[generate.Sampler, str]:
+        """A model that can draw, and the hash of its weights.
+
+        Args:
+            pipeline: one that was handed over; None for that of the SPEC.
+
+        Raises:
+            InputError: it is not there, does not load, or needs prompts where there are none.
+        """
+        if pipeline is None:
+            pipeline = load(spec, device=self.settings.device, sampler=self.protocol.sampler)
+        if self.settings.channels_last:
+            latency.channels_last(pipeline)
+        guidance, even = guidance_of(spec, pipeline, self.protocol.guidance), even_of(spec, pipeline)
+        call = call_of(spec, pipeline)
+        sampler = generate.Sampler(pipeline, guidance, self.protocol.seed, even, call, self.protocol.negative_prompt)
+        if sampler.takes_prompts and self.tools.prompts.prompts is None:
+            raise InputError(f"model {spec.name}: got a set without prompts; allowed: a protocol with prompts")
+        return sampler, fingerprint(pipeline)
 
     def _model_cell(
         self, row: dict[str, Any], series: Mapping[int, generate.Series], setup: str | None, unit: int
@@ -200,7 +170,9 @@ class Bench:
                     cells[name if each == 1 else f"{name}-{each}"] = cell
                 draw = self._drawer(own, row["steps"], cell, unit if each == 1 else 0)
                 looks.append(Look(Pass(self.tools, each), draw, own.n, cell))
-            self._cell(row, looks, series[1].sampler)
+            sampler = series[1].sampler
+            self._cell(row, looks, sampler if sampler.seed == self.seeds[0] else None)
+        self.team.gather(None)  # none of the processes holds its cells any more
         if self.team.main:
             for part, cell in cells.items():
                 self.store.finish(part, cell)
@@ -246,16 +218,25 @@ class Bench:
             self._fail(title, 0, error)
 
     def _cell(self, row: dict[str, Any], looks: Sequence[Look], sampler: generate.Sampler | None = None) -> None:
-        """Has this process's share of the pictures looked at, and the main process make the row."""
+        """Has this process's share of the pictures looked at, and the main process make the row. Of a row that is there
+        already, times that were taken otherwise than is asked for are taken anew, and nothing is drawn.
+
+        Args:
+            sampler: is timed, where times are asked for.
+        """
         row = self.facts | row
-        if (done := self.team.tell(self.book.find(row))) is not None:
-            self.rows.append(done)
-            return
-        (shown, evaluations), *_ = [self._look(look) for look in looks]
+        how = timing.asked(self.settings, row["dtype"]) if sampler else None
+        known = self.book.find(row, how)
+        shown, evaluations = [], 0
+        if not self.team.tell(known is not None):
+            (shown, evaluations), *_ = [self._look(look) for look in looks]
         with self.team.alike():
-            if self.team.main:
-                nfe = {"nfe": round(evaluations / self.protocol.n, 4)} if sampler else {}
-                row = self._written(row | nfe, [look.measured for look in looks], shown, sampler)
+            if self.team.main and known is None:
+                row = {"nfe": round(evaluations / self.protocol.n, 4)} | row
+                row = self._written(row, [look.measured for look in looks], shown, self._timed(sampler, row, how))
+            elif self.team.main:
+                times = {} if records.timed(known, how) else self._timed(sampler, row, how)
+                row = self.book.add(known | times) if times else self.book.again(known)
         self.rows.append(self.team.tell(row))
 
     def _look(self, look: Look) -> tuple[list[Tensor], int]:
@@ -283,37 +264,34 @@ class Bench:
         return [shown[first] for first in sorted(shown)], sum(part[2] for part in parts)
 
     def _written(
-        self, row: dict[str, Any], passes: Sequence[Pass], shown: list[Tensor], sampler: generate.Sampler | None
+        self, row: dict[str, Any], passes: Sequence[Pass], shown: list[Tensor], times: Mapping[str, Any]
     ) -> dict[str, Any]:
         found: dict[str, Figure] = {}
         for measured in passes:
             found |= measured.figures()
-        row |= row_of(found, self.tools)
-        if sampler is not None:
-            try:
-                row |= self._timed(sampler, row["steps"])
-            except Exception as error:  # what was measured is worth keeping
-                self._fail(row["model"], row["steps"], error)
+        row = row | row_of(found, self.tools) | times
         self.book.grid(row, torch.cat(shown)[: self.settings.grid] if shown else None)
         self.book.units(row, found)
         return self.book.add(row)
 
-    def _timed(self, sampler: generate.Sampler, steps: int) -> dict[str, Any]:
-        settings, prompts = self.settings, list(self.tools.prompts.prompts or [])[:64]
-        if not settings.latency_repeats:
+    def _timed(self, sampler: generate.Sampler | None, row: Mapping[str, Any], how: dict[str, Any] | None) -> dict:
+        """The times of a row; none where none are asked for, or they fail: what was drawn is worth keeping."""
+        if how is None:
             return {}
-        one, many = (
-            latency.measure(
-                sampler, prompts, steps=steps, batch=batch, repeats=settings.latency_repeats, compiled=settings.compiled
-            ) if batch else None
-            for batch in (1, settings.latency_batch if settings.latency_batch > 1 else 0)
-        )  # fmt: skip
-        return {
-            "latency_ms": one.row(), "latency_ms_batch": many and many.row(), "peak_memory_mb": one.peak_memory_mb,
-        }  # fmt: skip
+        prompts = list(self.tools.prompts.prompts or [])[:64]
+        try:
+            return timing.take(sampler, prompts, row["steps"], how, self.facts["command"])
+        except Exception as error:
+            self._fail(row["model"], row["steps"], error)
+            return {}
 
     def _fail(self, name: str, steps: int | None, error: Exception) -> None:
         """Notes what could not be measured; a disk that is full or closed is no model's fault, and ends the run."""
         if unwritable(error):
             raise error
-        self.failed.append(Failure(name, steps, reason(error)[:300]))
+        self._note(name, steps, error)
+
+    def _note(self, name: str, steps: int | None, error: Exception) -> None:
+        failure = Failure(name, steps, reason(error)[:300])
+        if failure not in self.failed:  # a model that differs by the number of steps comes in several parts
+            self.failed.append(failure)

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.errors import InputError
-
-PACKAGE = Path(__file__).parents[1]
+from stepdistill.evaluation import shipped
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ def catalogue() -> dict[str, Ready]:
     """
     import yaml
 
-    beside = PACKAGE / "models.yaml"
-    file = beside if beside.is_file() else PACKAGE.parent / "benchmarks" / "models.yaml"
+    file = shipped.places("models.yaml")[0]
     return {name: _read(name, entry, file) for name, entry in yaml.safe_load(file.read_text()).items()}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from stepdistill.errors import InputError
 from stepdistill.evaluation.measures import METRICS
-from stepdistill.evaluation.records import check_same_protocol, read_rows
+from stepdistill.evaluation.records import TIMES, cell_of, check_same_protocol, key_of, read_rows
 
 Row = dict[str, Any]
 BETTER = {figure: way for metric in METRICS.values() for figure, way in metric.better.items()}
@@ -123,16 +123,23 @@ class Cell:
 def cells(rows: Sequence[Row], folder: Path | None = None) -> list[Cell]:
     """One cell for each model and step count, models in order of first appearance.
 
-    Of a seed that was measured again under one name, with other weights or guidance say, the newest row counts.
+    Of a seed that was measured again under one name, with other weights or timing say, the newest row counts, and seeds
+    of another model than the newest row's are left out. Times are the newest of any seed's.
     """
-    rows = list({(row["model"], row["steps"], row.get("seed")): row for row in rows}.values())
-    groups: dict[tuple[str, int], list[Row]] = {}
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    newest: dict[tuple[str, int, int | None], Row] = {}
     for row in rows:
+        newest.pop(cell_of(row), None)
+        newest[cell_of(row)] = row
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in newest.values():
         groups.setdefault((row["model"], row["steps"]), []).append(row)
-    models = list(dict.fromkeys(model for model, _ in groups))
     found = []
     for (model, steps), same in sorted(groups.items(), key=lambda item: (models.index(item[0][0]), item[0][1])):
-        row = dict(same[0])
+        same = [r for r in same if key_of(r | {"seed": None}) == key_of(same[-1] | {"seed": None})]
+        timed = next((r for r in reversed(same) if r.get("latency_ms")), {})
+        same.sort(key=lambda r: (r.get("seed") is not None, r.get("seed") or 0))
+        row = same[0] | {name: timed.get(name) for name in TIMES}
         for name in AVERAGED:
             row[name] = _mean([r.get(name) for r in same])
         figures = [measured(r) for r in same]

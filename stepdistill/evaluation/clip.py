@@ -36,7 +36,8 @@ class ClipModel:
         model: open_clip's. tokenizer: prompts -> ids. transform: a PIL picture -> (3, H, W), open_clip's own.
         size: (height, width) the image tower takes. mean, std: of its pixels in [0, 1].
         prefix: put before each prompt, as "A photo depicts ". scale: of the score.
-        frame: pictures are brought to before the tower's own transform; None for those that come so.
+        frame: pictures are brought to before the tower's own transform, in place of the protocol's; None for those
+            that come so.
         folder: where probes may lie; None for a hub model.
     """
 

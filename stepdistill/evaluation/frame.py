@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import functional
+from torchvision.transforms import InterpolationMode, functional
 
 from stepdistill.errors import InputError
 from stepdistill.evaluation.resize import check_images
 
 FITS = ("cover", "square", "crop")
-FILTERS = {name: Image.Resampling[name.upper()] for name in ("lanczos", "bicubic", "bilinear")}
+FILTERS = {name: InterpolationMode[name.upper()] for name in ("lanczos", "bicubic", "bilinear")}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Frame:
     """Pictures of `size` pixels a side.
 
     Attributes:
-        fit: one of FITS. filter: Pillow's, one of FILTERS.
+        fit: one of FITS. filter: of Pillow's, one of FILTERS.
 
     Raises:
         InputError: another fit, filter or size.
@@ -54,14 +54,12 @@ class Frame:
 
     def __call__(self, picture: Image.Image) -> Image.Image:
         """An RGB picture in its frame."""
-        short, whole = min(picture.size), (self.size, self.size)
+        short, whole = min(picture.size), [self.size, self.size]
         if self.fit == "cover":
-            scale = self.size / short
-            grown = tuple(self.size if side == short else int(side * scale) for side in picture.size)
-            return functional.center_crop(self._to(picture, grown), whole)
+            return functional.center_crop(self._resized(picture, [self.size]), whole)
         if self.fit == "square":
-            return self._to(functional.center_crop(picture, (short, short)), whole)
-        return functional.center_crop(picture, whole) if short >= self.size else self._to(picture, whole)
+            return self._resized(functional.center_crop(picture, [short, short]), whole)
+        return functional.center_crop(picture, whole) if short >= self.size else self._resized(picture, whole)
 
     def batch(self, pictures: Tensor) -> Tensor:
         """Pictures uint8 (B, 3, H, W) in their frame, uint8 (B, 3, size, size)."""
@@ -70,5 +68,6 @@ class Frame:
         framed = [self(Image.fromarray(p)) for p in pictures.permute(0, 2, 3, 1).cpu().numpy()]
         return torch.from_numpy(np.stack([np.asarray(picture) for picture in framed])).permute(0, 3, 1, 2)
 
-    def _to(self, picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-        return picture if picture.size == size else picture.resize(size, FILTERS[self.filter])
+    def _resized(self, picture: Image.Image, size: list[int]) -> Image.Image:
+        """By Pillow, to (height, width), or with its shorter side to the one size there is, as torchvision rounds."""
+        return functional.resize(picture, size, FILTERS[self.filter])

@@ -1,6 +1,6 @@
 """A gate: bounds that a model's figures must keep, for use in CI; in a YAML file or from flags.
 
-gate = load_gate("benchmarks/gates/mlperf-sdxl.yaml")
+gate = load_gate("mlperf-sdxl")              # benchmarks/gates/mlperf-sdxl.yaml, or a path to a file
 judgements = judge(cells, gate)              # all(j.met for j in judgements)
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.errors import InputError
+from stepdistill.evaluation import shipped
 from stepdistill.evaluation.cells import Cell, Measured
 from stepdistill.evaluation.summary import digits, percent
 
@@ -80,16 +81,19 @@ class Judgement:
         return f"{word} {self.cell.model}, {at}: {name} {found.value:.10g}{ends}, {self.bound}"
 
 
-def load_gate(file: str | Path) -> Gate:
-    """A gate from its YAML file.
+def load_gate(name: str | Path) -> Gate:
+    """A gate by the name it ships under, or from a .yaml file.
 
     Raises:
-        InputError: no such file, no YAML, or unknown or unreadable fields.
+        InputError: no such gate, no YAML, or unknown or unreadable fields.
     """
     import yaml
 
+    file = shipped.found("gates", name)
+    if not file.is_file():
+        raise InputError(f"--gate: got {name}; allowed: {', '.join(shipped.names('gates'))}, or a path to a .yaml file")
     try:
-        told = yaml.safe_load(Path(file).read_text())
+        told = yaml.safe_load(file.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         why = str(error).splitlines()[0]
         raise InputError(f"--gate: got {file}, which cannot be read ({why}); allowed: a gate's .yaml") from error

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stepdistill.denoiser.autoencoder import whole
 from stepdistill.denoiser.families import even_sigmas
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
@@ -49,6 +50,15 @@ def told_guidance(pipeline) -> bool:
     """Whether the backbone takes its guidance as an input (LCM's w, Flux-dev's scale): it is never run twice for it."""
     config = backbone(pipeline).config
     return config.get("time_cond_proj_dim") is not None or bool(config.get("guidance_embeds"))
+
+
+def takes_guidance(pipeline) -> bool:
+    """Whether a guidance scale changes what a pipeline draws.
+
+    Where it has a true_cfg_scale besides (Flux), guidance_scale is an input of the network or, of schnell's, nothing.
+    """
+    known = accepted(type(pipeline))
+    return "guidance_scale" in known and ("true_cfg_scale" not in known or told_guidance(pipeline))
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,7 @@ class Series:
     Attributes:
         sampler: draws. prompts: of all pictures, None where there are none. n: pictures. batch: drawn at a time.
         each: pictures of a prompt, in a row. offset: the number of the first picture, which its noise goes by.
+        encoded: what stands for the prompts of a batch, by its first picture, once it was made.
     """
 
     sampler: Sampler
@@ -148,7 +159,7 @@ class Series:
     batch: int
     each: int = 1
     offset: int = 0
-    _encoded: dict[int, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
+    encoded: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     def draw(self, steps: int, first: int, count: int) -> Drawn:
         """Pictures number `first` to `first + count - 1`.
@@ -171,14 +182,18 @@ class Series:
         asked = [prompt for prompt in self.prompts[:prompts] for _ in range(each)]
         return Series(self.sampler, asked, len(asked), self.batch, each, self.offset + self.n)
 
+    def seeded(self, seed: int) -> Series:
+        """The same pictures from the noise of another seed; what stands for the prompts is shared."""
+        return replace(self, sampler=replace(self.sampler, seed=seed))
+
     def _condition(self, first: int, count: int) -> dict[str, Any]:
-        if (kept := self._encoded.get(first)) is not None:
+        if (kept := self.encoded.get(first)) is not None:
             return kept
         prompts = self.prompts
         condition = self.sampler.encode(prompts[first : first + count]) if prompts is not None else {}
         size = sum(v.nbytes for v in condition.values() if isinstance(v, Tensor))
         if size * -(-self.n // self.batch) <= EMBEDDINGS_LIMIT:
-            self._encoded[first] = condition
+            self.encoded[first] = condition
         return condition
 
 
@@ -222,8 +237,8 @@ def to_uint8(images: Any) -> Tensor:
 @torch.no_grad()
 def reconstruct(pipeline, images: Tensor) -> Tensor:
     """Pictures through the pipeline's autoencoder and back: (B, 3, H, W) uint8 both ways."""
-    vae = pipeline.vae
-    pixels = images.to(device=vae.device, dtype=vae.dtype) / 127.5 - 1
-    encoded = vae.encode(pixels)
-    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
-    return to_uint8(vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5)
+    with whole(pipeline.vae) as vae:
+        pixels = (images.to(vae.device) / 127.5 - 1).to(vae.dtype)
+        encoded = vae.encode(pixels)
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
+        return to_uint8(vae.decode(latents, return_dict=False)[0].float() / 2 + 0.5)

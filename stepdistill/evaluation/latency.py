@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,7 +103,7 @@ class Timing:
         quantiles: stage -> (p50, p90, p99), of calls of the network for denoiser_step, of whole calls for the others.
         first: the first call, before any that was timed, compilation included. nfe: network evaluations a picture.
         batch, repeats: what was timed, how often. clock: wall or cuda events. compiled: the network was.
-        peak_memory_mb: of the device; on a CPU the process's resident memory; None where it cannot be read.
+        pipeline_memory_mb: the most that the pipeline's weights and its calls took of a GPU; None on a CPU.
     """
 
     text: float
@@ -120,7 +119,7 @@ class Timing:
     repeats: int
     clock: str
     compiled: bool
-    peak_memory_mb: float | None
+    pipeline_memory_mb: float | None
 
     def row(self) -> dict[str, Any]:
         """The `latency_ms` entry of a benchmark row."""
@@ -160,9 +159,10 @@ def measure(
     network = backbone(sampler.pipeline)
     totals: list[float] = []
     taken: dict[str, list[float]] = {"text": [], "denoiser_step": [], "decode": []}
+    memory = PipelineMemory(sampler.pipeline)
     with compiled_network(network) if compiled else nullcontext():
         first = [once() for _ in range(warmup)][:1]
-        memory = PeakMemory(network.device)
+        memory.reset()
         with Stages(sampler.pipeline) as stages:
             while len(totals) < repeats and (len(totals) < 3 or sum(totals) < 1000 * seconds):
                 totals.append(once())
@@ -209,25 +209,34 @@ def quantile(values: Sequence[float], q: float) -> float:
     return float(torch.quantile(torch.tensor(values, dtype=torch.float64), q))
 
 
-class PeakMemory:
-    """The most memory in use since it was made: of the GPU, or the resident memory of this process (Linux)."""
+class PipelineMemory:
+    """The most of a GPU's memory that a pipeline takes: its weights, and what its calls need.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            try:
-                Path("/proc/self/clear_refs").write_text("5")
-            except OSError:
-                self.device = None
+    What else lies there when it is made, as extractors do and models that are still held, is taken off. On a CPU a
+    process's memory says little of one pipeline, and nothing is read.
+    """
+
+    def __init__(self, pipeline) -> None:
+        self.device = backbone(pipeline).device
+        self.others = 0
+        if self.device.type == "cuda":
+            self.others = torch.cuda.memory_allocated(self.device) - resident(pipeline, self.device)
+
+    def reset(self) -> None:
+        """Forgets the peaks of before."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def read(self) -> float | None:
-        """Megabytes (2^20 bytes); None where the system does not say."""
-        if self.device is None:
+        """Megabytes (2^20 bytes); None on a CPU."""
+        if self.device.type != "cuda":
             return None
-        if self.device.type == "cuda":
-            return round(torch.cuda.max_memory_allocated(self.device) / 2**20, 1)
-        lines = Path("/proc/self/status").read_text().splitlines()
-        peak = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
-        return round(int(peak) / 1024, 1) if peak else None
+        return round((torch.cuda.max_memory_allocated(self.device) - self.others) / 2**20, 1)
+
+
+def resident(pipeline, device: torch.device) -> int:
+    """Bytes of a pipeline's weights and buffers on a device; what parts share counts once."""
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers()) if t.device == device]
+    storages = [t.untyped_storage() for t in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -154,11 +154,15 @@ def prepare(
     else:
         count = protocol.reference_n or reference.count
         few, key = min(protocol.n, count), content.get("scorer", "")
-        real = RealPictures(reference, extractor, few, count, clip, key, batch, progress=progress)
-        shared = any("features" in METRICS[name].needs for name in protocol.metrics)
+        needs = {need for name in protocol.metrics for need in METRICS[name].needs}
+        apart = clip is not None and clip.frame is not None and "embeddings" in needs
+        for_clip = open_set(protocol.reference, clip.frame) if apart else None
+        real = RealPictures(
+            reference, extractor, few, count, clip, key, batch, progress=progress, for_clip=for_clip
+        )  # fmt: skip
         moments = reference_statistics(
             extractor, reference, count=count, batch=batch, progress=progress,
-            known=(lambda: real.features) if shared else None,
+            known=(lambda: real.features) if "features" in needs else None,
         )  # fmt: skip
     content = tuple(sorted(content.items()))
     return Instruments(prompts, extractor, moments, clip, probes, content, protocol.metrics, real, protocol.frame)

@@ -17,8 +17,8 @@ from typing import Any
 from stepdistill.errors import InputError
 from stepdistill.evaluation import hashes
 from stepdistill.evaluation.catalogue import ready
-from stepdistill.evaluation.generate import told_guidance
-from stepdistill.evaluation.places import check_lora, fetched
+from stepdistill.evaluation.generate import Sampler, backbone, takes_guidance, told_guidance
+from stepdistill.evaluation.places import beside, check_lora, fetched
 from stepdistill.evaluation.protocols import SamplerSpec
 from stepdistill.evaluation.schedulers import UNGUIDED, scheduler_of
 from stepdistill.evaluation.spec import ModelSpec
@@ -47,11 +47,19 @@ def load(spec: ModelSpec, *, device: str = "cpu", sampler: SamplerSpec | None = 
     if spec.lora:
         _load_lora(pipeline, spec.lora)
     if sampler and not (spec.scheduler or spec.spacing or spec.lora or _record(spec).get("method")):
-        spec = dataclasses.replace(spec, scheduler=sampler.scheduler, spacing=sampler.spacing)
-    pipeline.scheduler = scheduler_of(pipeline, spec)
+        pipeline.scheduler = _of_protocol(pipeline, spec, sampler)
+    else:
+        pipeline.scheduler = scheduler_of(pipeline, spec)
     call_of(spec, pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def _of_protocol(pipeline, spec: ModelSpec, sampler: SamplerSpec):
+    try:
+        return scheduler_of(pipeline, dataclasses.replace(spec, scheduler=sampler.scheduler, spacing=sampler.spacing))
+    except InputError as error:
+        raise InputError(f"{error}, or name a scheduler in the SPEC: this is the protocol's sampler") from error
 
 
 def call_of(spec: ModelSpec, pipeline) -> dict[str, Any]:
@@ -99,10 +107,18 @@ def _load_lora(pipeline, lora: str) -> None:
 def guidance_of(spec: ModelSpec, pipeline, default: float | None = None) -> float:
     """What a model is guided with.
 
-    The SPEC's guidance, where it says one. Of a student that is told its guidance (LCM's w), the middle of the range it
-    was trained on, then `default`, the protocol's. Of other students, ours and consistency models, none. Else
-    `default`, then the pipeline's own.
+    None, where it takes none. The SPEC's guidance, where it says one. Of a student that is told its guidance (LCM's
+    w), the middle of the range it was trained on, then `default`, the protocol's. Of other students, ours and
+    consistency models, none. Else `default`, then the pipeline's own.
+
+    Raises:
+        InputError: the SPEC says one, and the pipeline takes none.
     """
+    if not takes_guidance(pipeline):
+        if spec.guidance not in (None, 1.0):
+            got = f"{spec.guidance:g} for a {type(pipeline).__name__} whose network takes none"
+            raise InputError(f"guidance: got {got}; leave it out")
+        return 1.0
     if spec.guidance is not None:
         return spec.guidance
     told = told_guidance(pipeline)
@@ -111,17 +127,16 @@ def guidance_of(spec: ModelSpec, pipeline, default: float | None = None) -> floa
         return (float(ends[0]) + float(ends[-1])) / 2
     if not told and (type(pipeline.scheduler).__name__ in UNGUIDED or _record(spec).get("method")):
         return 1.0
-    parameter = inspect.signature(type(pipeline).__call__).parameters.get("guidance_scale")
-    if parameter is None:
-        return 1.0
+    parameter = inspect.signature(type(pipeline).__call__).parameters["guidance_scale"]
     return default if default is not None else float(parameter.default)
 
 
 def even_of(spec: ModelSpec, pipeline) -> bool:
-    """Whether a model is sampled at even sigmas: as the SPEC says, else as its export's record does.
+    """Whether a model is sampled at even sigmas: as the SPEC says, else as its export's record does. Never where it
+    names the times.
 
     Raises:
-        InputError: the SPEC asks for them, and the pipeline or its scheduler takes none.
+        InputError: the SPEC asks for them, and the pipeline or its scheduler takes none, or it names the times too.
     """
     from stepdistill.denoiser.families import takes_sigmas
 
@@ -131,7 +146,9 @@ def even_of(spec: ModelSpec, pipeline) -> bool:
         raise InputError(
             f"sigmas: got even for {got}, which take none; allowed: a flow with flow-euler or flow-lcm; leave it out"
         )
-    return takes and (spec.sigmas or _record(spec).get("sigmas")) == "even"
+    if spec.sigmas == "even" and spec.timesteps:
+        raise InputError("sigmas: got even with timesteps; allowed: one of the two; leave the other out")
+    return takes and not spec.timesteps and (spec.sigmas or _record(spec).get("sigmas")) == "even"
 
 
 def fingerprint(pipeline) -> str:
@@ -150,6 +167,21 @@ def fingerprint(pipeline) -> str:
     return digest.hexdigest()[:16]
 
 
+def told(spec: ModelSpec, sampler: Sampler) -> dict[str, Any]:
+    """What a row says of its model and of how it is sampled."""
+    pipeline, record = sampler.pipeline, training_record(spec)
+    student = record.get("teacher") or told_guidance(pipeline)
+    made = "lora" if spec.lora else "student" if student else "teacher"
+    return {
+        "method": record.get("method") or made, "spec": str(spec),
+        "teacher": record.get("teacher") or (spec.path if spec.lora else None), "guidance": sampler.guidance,
+        "scheduler": type(pipeline.scheduler).__name__, "sigmas": "even" if sampler.even else None,
+        "call": dict(sampler.call) or None,
+        "dtype": str(backbone(pipeline).dtype).removeprefix("torch."),
+        "train_seconds": record.get("train_seconds"),
+    }  # fmt: skip
+
+
 def training_record(spec: ModelSpec) -> dict[str, Any]:
     """What an export, or the catalogue, says of its making: method, teacher, train_seconds. Else empty."""
     if spec.ready:
@@ -165,7 +197,8 @@ def _record(spec: ModelSpec) -> dict[str, Any]:
 
         return kohya_record(Path(spec.lora))
     try:
-        record = json.loads((Path(spec.lora or spec.path) / "config.json").read_text())
+        file = beside(spec.lora, "config.json") if spec.lora else Path(spec.path) / "config.json"
+        record = json.loads(file.read_text()) if file else {}
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

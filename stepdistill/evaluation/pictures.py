@@ -6,11 +6,13 @@
 
 The key is a hash of the model, the way it is sampled, the prompts, the seed, the batch, the device and the libraries:
 of all that can change a bit. A batch is there once its manifest is, which is written last; one whose hashes do not fit
-is drawn again. A cell is drawn in <cache>/drawing, and moves when it is measured.
+is drawn again. A cell is drawn in <cache>/drawing, and moves when it is measured. What a killed benchmark left there is
+taken up by the next one that asks for it, and cleared by the next one into the same --out that does not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,12 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.evaluation import holds
 from stepdistill.evaluation.generate import Drawn
 from stepdistill.evaluation.metrics import cache_folder
 
 FORMAT = "pictures-1"  # to be raised when pictures are drawn from other noise, numbered or kept in another way
 LIMIT = 2 << 30  # bytes; a cell that has more is kept only until it is measured
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "stepdistill")
+OWNER = ".owner"  # in an unfinished cell: the folder of the benchmark that drew in it last
 COMPRESSION = 1  # of PNG: the fastest, some 5 % larger than the usual
 
 
@@ -60,12 +64,15 @@ class Store:
     """The kept pictures of a benchmark's cells, and the threads that write them.
 
     Attributes:
-        keep: keep what is measured. cells: the folders of the cells that stay, by the names of their grids.
+        keep: keep what is measured. owner: the benchmark's folder, which unfinished cells are marked with.
+        cells: the folders of the cells that stay, by the names of their grids.
         broken: batches whose hashes did not fit. why_not: why some were not kept, where they should have been.
     """
 
-    def __init__(self, keep: bool = True) -> None:
+    def __init__(self, keep: bool = True, out: str | Path | None = None) -> None:
         self.keep = keep
+        self.owner = str(Path(out).resolve()) if out is not None else None
+        self.asked: set[str] = set()
         self.cells: dict[str, Path] = {}
         self.broken = 0
         self.why_not: str | None = None
@@ -81,6 +88,7 @@ class Store:
     def cell(self, facts: Mapping[str, Any], n: int) -> Cell:
         """The cell of n pictures that depends on `facts`."""
         key, cache = _hash([FORMAT, dict(facts)])[:32], cache_folder()
+        self.asked.add(key)
         measured = cache / "pictures" / key
         return Cell(self, measured if measured.is_dir() else cache / "drawing" / key, facts, n)
 
@@ -95,11 +103,19 @@ class Store:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 cell.folder.rename(place)
             except OSError:  # or another benchmark was first
-                shutil.rmtree(cell.folder, ignore_errors=True)
+                _clear(cell.folder, own=True)
         if place.is_dir():
             self.cells[name] = place
-            for left in place.glob(".*.new"):
-                left.unlink(missing_ok=True)
+            with holds.alone(place) as free:
+                for left in (*place.glob(".*.new"), place / OWNER) if free else ():
+                    left.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Clears what earlier runs of this benchmark left unfinished and this one had no use for."""
+        for mark in cache_folder().glob(f"drawing/*/{OWNER}") if self.owner else ():
+            with contextlib.suppress(OSError):
+                if mark.parent.name not in self.asked and mark.read_text() == self.owner:
+                    _clear(mark.parent, own=False)
 
     def line(self) -> str | None:
         """What there is to say in the end; None where nothing is kept and nothing was wrong."""
@@ -114,6 +130,13 @@ class Store:
         return f"pictures: {'; '.join(said)}" if said else None
 
 
+def _clear(folder: Path, *, own: bool) -> None:
+    """Removes a folder that no live process holds; one's own also where that cannot be known."""
+    with holds.alone(folder) as free:
+        if free or (own and free is None):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _sizes(folder: Path) -> list[int]:
     """Bytes of each picture in a folder."""
     return [file.stat().st_size for file in folder.glob("[0-9]*.png")]
@@ -125,12 +148,21 @@ class Cell:
     def __init__(self, store: Store, folder: Path, facts: Mapping[str, Any], n: int) -> None:
         self.store, self.folder, self.facts, self.n = store, folder, facts, n
         self.writing: list[Future] = []
+        self.held: int | None = None
+        self.begun, self.beginning = False, threading.Lock()
 
     def __enter__(self) -> Cell:
+        with contextlib.suppress(OSError):
+            if self.folder.is_dir():
+                self.held = holds.hold(self.folder)
         return self
 
     def __exit__(self, *_) -> None:
-        self.flush()
+        try:
+            self.flush()
+        finally:
+            holds.release(self.held)
+            self.held = None
 
     def flush(self) -> None:
         """Waits until all that was kept is on the disk: before others are told that this share is done."""
@@ -157,8 +189,6 @@ class Cell:
 
     def keep(self, first: int, drawn: Drawn) -> None:
         """Has a batch written, while the next is drawn."""
-        if self.store.why_not is not None:
-            return
         self.writing.append(self.store.pool.submit(self._write, first, drawn))
         if len(self.writing) > 2 * self.store.workers:
             self.writing.pop(0).result()
@@ -178,12 +208,7 @@ class Cell:
         from torchvision.io import encode_png
 
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / "cell.json").is_file():
-                size = drawn.pictures[0].nbytes * self.n
-                if size > shutil.disk_usage(self.folder).free // 2:
-                    raise OSError(f"{self.folder} has not twice the room of {size >> 20} MiB")
-                _place(self.folder / "cell.json", json.dumps(self.facts, indent=1, default=str).encode())
+            self._begin(drawn.pictures[0].nbytes * self.n)
             hashes = []
             for number, picture in enumerate(drawn.pictures, first):
                 data = encode_png(picture, COMPRESSION).numpy()
@@ -191,8 +216,30 @@ class Cell:
                 _place(self.folder / f"{number:06d}.png", data)
             manifest = {"count": len(hashes), "evaluations": drawn.evaluations, "pictures": hashes}
             _place(self._manifest(first), json.dumps(manifest | {"sha256": _hash(manifest)}).encode())
-        except OSError as error:  # a benchmark can do without
+        except OSError as error:  # a benchmark can do without, and the next batch is tried again
             self.store.why_not = str(error)
+
+    def _begin(self, size: int) -> None:
+        """Holds the folder and says what is drawn in it, and for whom; once.
+
+        Args:
+            size: bytes of all its pictures.
+
+        Raises:
+            OSError: it cannot be written, or there is no room for it.
+        """
+        with self.beginning:
+            if self.begun:
+                return
+            if self.held is None:
+                self.held = holds.hold(self.folder)
+            if not (self.folder / "cell.json").is_file():
+                if size > shutil.disk_usage(self.folder).free // 2:
+                    raise OSError(f"{self.folder} has not twice the room of {size >> 20} MiB")
+                _place(self.folder / "cell.json", json.dumps(self.facts, indent=1, default=str).encode())
+            if self.store.owner is not None and self.folder.parent.name == "drawing":
+                _place(self.folder / OWNER, self.store.owner.encode())
+            self.begun = True
 
 
 def _place(file: Path, data: Any) -> None:

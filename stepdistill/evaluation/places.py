@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 from stepdistill.errors import InputError
@@ -15,8 +18,9 @@ def export_in(folder: str) -> str:
     def weights(where: Path) -> bool:
         return (where / "model_index.json").is_file() or any(where.glob("*.safetensors"))
 
-    if place.is_dir() and not weights(place) and weights(place / "export"):
-        return str(place / "export")
+    with contextlib.suppress(OSError):  # it cannot be looked into, which is told where it is loaded
+        if place.is_dir() and not weights(place) and weights(place / "export"):
+            return str(place / "export")
     return str(place) if folder.startswith("~") else folder
 
 
@@ -47,6 +51,28 @@ def fetched(text: str) -> str:
         ) from error
 
 
+def beside(lora: str, name: str) -> Path | None:
+    """A file of a LoRA's export, on the disk or on the hub; None where there is none."""
+    folder = Path(lora)
+    if (folder / name).is_file():
+        return folder / name
+    if folder.exists() or hub_file(lora) or lora.startswith((".", "/", "~")) or lora.count("/") != 1:
+        return None
+    return _on_hub(lora, name)
+
+
+@lru_cache
+def _on_hub(hub_id: str, name: str) -> Path | None:
+    """A file of a repository; asked for once, since without a network that takes half a minute."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(hub_id, name))
+    except EntryNotFoundError:  # or, without a network, none in the cache
+        return None
+
+
 def check(path: str, lora: str | None = None, *, remote: bool = True) -> None:
     """Looks whether a pipeline and a LoRA are there.
 
@@ -64,6 +90,21 @@ def check(path: str, lora: str | None = None, *, remote: bool = True) -> None:
         check_lora(lora)
 
 
+def absent(models: Iterable[tuple[str, str, str | None]], *, remote: bool = True) -> dict[str, str]:
+    """name -> why, of those of (name, path, LoRA) that are not there or cannot be read.
+
+    Args:
+        remote: see `check`.
+    """
+    found: dict[str, str] = {}
+    for name, path, lora in models:
+        try:
+            check(path, lora, remote=remote)
+        except (InputError, OSError) as error:
+            found.setdefault(name, " ".join(str(error).split()))
+    return found
+
+
 def check_lora(lora: str) -> None:
     """Looks whether a LoRA's folder or file is there; a hub id is taken as it is.
 
@@ -73,7 +114,11 @@ def check_lora(lora: str) -> None:
     folder = Path(lora)
     if hub_file(lora):
         return
-    if not folder.exists() and (lora.startswith((".", "/")) or lora.count("/") != 1):
+    try:
+        there = folder.exists()
+    except OSError as error:
+        raise InputError(f"lora: got {lora} ({error.strerror}); allowed: a folder that can be read") from error
+    if not there and (lora.startswith((".", "/")) or lora.count("/") != 1):
         raise InputError(
             f"lora: got {lora}, which does not exist; allowed: an export folder, a .safetensors file, or a hub id"
         )

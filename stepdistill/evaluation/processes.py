@@ -95,6 +95,11 @@ class Processes:
             raise OSError(number, words) if cannot_write else InputError(words)
 
 
+def speaks() -> bool:
+    """Whether this process is the one that tells, of those that were launched and are not connected yet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def reason(error: Exception) -> str:
     """An error in one line; with its kind, where it is not one of our own lines."""
     words = " ".join(str(error).split()) or type(error).__name__

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.errors import InputError
+from stepdistill.evaluation import shipped
 from stepdistill.evaluation.frame import Frame
 from stepdistill.evaluation.measures import METRICS
 
-PACKAGE = Path(__file__).parents[1]
 DATA = "--data"  # in a protocol's file, as its prompts and reference: the folder is the user's to name
 PROMPTS, REFERENCE = "--prompts", "--reference"  # the same, each by itself
 
@@ -41,8 +41,8 @@ class ScorerSpec:
     """Which CLIP: a name of `clip.load_clip`, its weights' tag, and what goes before each prompt.
 
     Attributes:
-        scale: of the cosine: 100, or 1 where a paper does not scale. frame: how pictures are brought before it, where
-            that is not the protocol's way.
+        scale: of the cosine: 100, or 1 where a paper does not scale. frame: how pictures are brought before it, in
+            place of the protocol's way.
     """
 
     model: str
@@ -131,14 +131,9 @@ def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return found
 
 
-def folders() -> list[Path]:
-    """Where protocol files lie: beside the package in a wheel, in benchmarks/protocols of a checkout."""
-    return [f for f in (PACKAGE / "protocols", PACKAGE.parent / "benchmarks" / "protocols") if f.is_dir()]
-
-
 def names() -> list[str]:
     """The protocols that ship."""
-    return sorted({file.stem for folder in folders() for file in folder.glob("*.yaml")})
+    return shipped.names("protocols")
 
 
 def load_protocol(name: str | Path) -> Protocol:
@@ -149,9 +144,7 @@ def load_protocol(name: str | Path) -> Protocol:
     """
     import yaml
 
-    file = Path(name)
-    if file.suffix not in (".yaml", ".yml"):
-        file = next((f for folder in folders() if (f := folder / f"{name}.yaml").is_file()), file)
+    file = shipped.found("protocols", name)
     if not file.is_file():
         raise InputError(f"protocol: got {name}; allowed: {', '.join(names())}, or a path to a .yaml file")
     try:

@@ -63,7 +63,8 @@ class RealPictures:
 
     Attributes:
         reference: the set. extractor: of features. clip: of embeddings, None where there is none.
-        clip_key: hash of CLIP's weights. few: how many, from the first, have features and embeddings.
+        clip_key: hash of CLIP's weights. for_clip: the set as CLIP is to see it, where it has a frame of its own.
+        few: how many, from the first, have features and embeddings.
         count: how many are compared with at all. batch: pictures at a time. folder: to keep arrays in; the cache where
             None. progress: told how many are done.
     """
@@ -77,6 +78,7 @@ class RealPictures:
     batch: int = 64
     folder: Path | None = None
     progress: Progress = lambda done, total: None
+    for_clip: EvalSet | None = None
 
     @cached_property
     def features(self) -> Tensor:
@@ -90,20 +92,22 @@ class RealPictures:
         clip = self.clip
         seen = f"{clip.title} {clip.size} {clip.mean} {clip.std} {clip.frame}"
         what = f"embeddings-2 {self.clip_key} {seen} {self.few}"
-        return self.kept("embeddings", what, lambda: self._seen(self.clip.images, self.few))
+        given = self.for_clip or self.reference
+        return self.kept("embeddings", what, lambda: self._seen(self.clip.images, self.few, given), given)
 
     @cached_property
     def pixels(self) -> Tensor:
         """(count, 3072) uint8, at 32 x 32."""
         return self.kept("pixels", f"pixels-1 {self.count}", lambda: self._seen(small, self.count))
 
-    def kept(self, name: str, what: str, make: Callable[[], Tensor]) -> Tensor:
+    def kept(self, name: str, what: str, make: Callable[[], Tensor], given: EvalSet | None = None) -> Tensor:
         """An array about this set: from the cache, else made and kept; made again where the file is damaged.
 
         Args:
-            name: of the file, to people. what: all that it depends on besides the pictures.
+            name: of the file, to people. what: all that it depends on besides the pictures. given: these, where they
+                are not the reference's.
         """
-        key = hashlib.sha256(f"{what} {self.reference.key}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{what} {(given or self.reference).key}".encode()).hexdigest()[:16]
         file = writable(self.folder or cache_folder() / "statistics") / f"{name}-{key}.safetensors"
         if file.is_file():
             try:
@@ -114,9 +118,9 @@ class RealPictures:
         arrays.save(file, {"array": array})
         return array
 
-    def _seen(self, see: Callable[[Tensor], Tensor], count: int) -> Tensor:
+    def _seen(self, see: Callable[[Tensor], Tensor], count: int, given: EvalSet | None = None) -> Tensor:
         parts = []
-        for _, pictures in self.reference.batches(self.batch, count):
+        for _, pictures in (given or self.reference).batches(self.batch, count):
             parts.append(see(pictures).cpu())
             self.progress(len(pictures), count)
         return torch.cat(parts)

@@ -26,21 +26,32 @@ from stepdistill.evaluation.protocols import flat
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "timm", "stepdistill")
 KEY = ("protocol_hash", "model", "weights", "steps", "guidance", "seed")
+TIMES = ("timing", "latency_ms", "latency_ms_batch", "pipeline_memory_mb")  # of a row, with a key of their own
 FIELDS = (
     "protocol", "protocol_hash", "settings", "model", "method", "teacher", "spec", "weights",
     "steps", "nfe", "guidance", "scheduler", "sigmas", "call", "n", "seed",
     "fd", "fd_low", "fd_high", "fd_extractor", "clip_score", "clip_model", "attribute_accuracy", "attributes",
     "metrics",
-    "latency_ms", "latency_ms_batch", "peak_memory_mb", "batch", "dtype", "device", "versions", "commit", "command",
-    "train_seconds",
+    *TIMES, "batch", "channels_last", "dtype", "device", "versions", "commit", "command", "train_seconds",
 )  # fmt: skip
 FOREIGN = ("config.json", "model_index.json", "manifest.json", "metrics.jsonl", "checkpoints", "export")
 TILE, LARGE = 96, 384  # pixels a picture in a grid has at least, and at most
 
 
 def key_of(row: dict[str, Any]) -> list[Any]:
-    """What makes a row the one of its cell."""
+    """What a row's figures depend on, its times apart."""
     return [row.get(name) for name in KEY] + [row[name] for name in ("sigmas", "call") if row.get(name)]
+
+
+def cell_of(row: Mapping[str, Any]) -> tuple[str, int, int | None]:
+    """Which cell a row is of; of several the last in the file counts."""
+    return row["model"], row["steps"], row.get("seed")
+
+
+def timed(row: Mapping[str, Any], how: Mapping[str, Any] | None) -> bool:
+    """Whether a row's times were taken as is asked for; None asks for none."""
+    told = row.get("timing") or {}
+    return how is None or all(told.get(name) == value for name, value in how.items())
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -114,9 +125,17 @@ class Book:
         """results.jsonl."""
         return self.folder / "results.jsonl"
 
-    def find(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        """The row that is there already for this cell."""
-        return next((old for old in self.rows if key_of(old) == key_of(row)), None)
+    def find(self, row: dict[str, Any], how: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+        """The newest row with these figures; one with times that were taken as `how` says goes first."""
+        same = [old for old in reversed(self.rows) if key_of(old) == key_of(row)]
+        return next((old for old in same if timed(old, how)), same[0] if same else None)
+
+    def again(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Makes a row that is there the newest of its cell: it was asked for last."""
+        if [old for old in self.rows if cell_of(old) == cell_of(row)][-1] is not row:
+            self.rows = [old for old in self.rows if old is not row] + [row]
+            self._write()
+        return row
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
         """Writes a row, with every field; a reader, or a crash, sees the file before or after, never between."""
@@ -124,9 +143,12 @@ class Book:
             raise KeyError(f"row fields {sorted(unknown)} are not in records.FIELDS")
         row = {name: row.get(name) for name in FIELDS}
         self.rows.append(row)
-        if self.folder is not None:
-            files.write(self.file, "".join(json.dumps(r) + "\n" for r in self.rows))
+        self._write()
         return row
+
+    def _write(self) -> None:
+        if self.folder is not None:
+            files.write(self.file, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def units(self, row: dict[str, Any], found: Mapping[str, Figure]) -> None:
         """Keeps what each picture did to each figure, so that two models can be compared picture by picture."""

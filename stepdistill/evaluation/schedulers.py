@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import InputError
+from stepdistill.evaluation.places import beside
 
 if TYPE_CHECKING:
     from stepdistill.evaluation.spec import ModelSpec
@@ -33,35 +34,56 @@ UNGUIDED = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 def scheduler_of(pipeline, spec: ModelSpec):
     """The scheduler of a SPEC: the named one; else its LoRA export's, else the pipeline's own.
 
-    With `spacing` it is what model cards write, from_config(own, timestep_spacing=...), and nothing of SCHEDULERS.
+    An export's own goes before what SCHEDULERS says of the same class. With `spacing` it is what model cards write,
+    from_config(own, timestep_spacing=...), and nothing of SCHEDULERS.
 
     Raises:
-        InputError: one for flows asked of another process, or the other way round.
+        InputError: one for flows asked of another process, or the other way round; a spacing that nothing would heed.
     """
     import diffusers
 
     from stepdistill.denoiser.families import is_flow
 
-    own = Path(spec.lora or "") / "scheduler"
-    exported = (
-        json.loads((own / "scheduler_config.json").read_text()) if (own / "scheduler_config.json").is_file() else None
-    )
-    wanted = SCHEDULERS[spec.scheduler][0] if spec.scheduler else None
-    if spec.lora and exported and wanted in (None, exported["_class_name"]):
-        return getattr(diffusers, exported["_class_name"]).from_pretrained(own)
-    if spec.spacing:
-        kind = getattr(diffusers, wanted) if wanted else type(pipeline.scheduler)
-        return kind.from_config(pipeline.scheduler.config, timestep_spacing=spec.spacing)
-    if not spec.scheduler:
-        return pipeline.scheduler
     flow = is_flow(pipeline.scheduler)
-    if (spec.scheduler in FLOWS) != flow:
+    if spec.scheduler and (spec.scheduler in FLOWS) != flow:
         allowed = ", ".join(FLOWS if flow else (name for name in SCHEDULERS if name not in FLOWS))
         raise InputError(
             f"scheduler: got {spec.scheduler} for a model of {'a flow' if flow else 'no flow'}; allowed: {allowed}"
         )
-    name, options = SCHEDULERS[spec.scheduler]
-    config = {k: v for k, v in pipeline.scheduler.config.items() if k not in ("timestep_spacing", "final_sigmas_type")}
-    if wanted == type(pipeline.scheduler).__name__ and wanted in UNGUIDED:
-        return pipeline.scheduler
+    name, options = SCHEDULERS[spec.scheduler] if spec.scheduler else (None, {})
+    exported = _exported(spec.lora)
+    own = exported if exported is not None and name in (None, type(exported).__name__) else pipeline.scheduler
+    if spec.spacing:
+        kind = getattr(diffusers, name) if name else type(own)
+        check_spacing(kind, spec)
+        return kind.from_config(own.config, timestep_spacing=spec.spacing)
+    if name is None or own is exported or (name == type(own).__name__ and name in UNGUIDED):
+        return own
+    config = {k: v for k, v in own.config.items() if k not in ("timestep_spacing", "final_sigmas_type")}
     return getattr(diffusers, name).from_config(config, **options)
+
+
+def check_spacing(kind: type, spec: ModelSpec) -> None:
+    """Looks whether a class of schedulers heeds a SPEC's spacing. LCM's and TCD's keep one in their settings, and step
+    through the times they were distilled for.
+
+    Raises:
+        InputError: it does not, or the SPEC names the times themselves.
+    """
+    why = None
+    if spec.timesteps:
+        why = f"timesteps={'+'.join(map(str, spec.timesteps))}, which are the times"
+    elif kind.__name__ in UNGUIDED or "timestep_spacing" not in inspect.signature(kind.__init__).parameters:
+        why = f"{kind.__name__}, which has times of its own"
+    if why:
+        raise InputError(f"spacing: got {spec.spacing} for {why}; leave it out")
+
+
+def _exported(lora: str | None):
+    """The scheduler that a LoRA's export recorded; None where it has none."""
+    import diffusers
+
+    file = beside(lora, "scheduler/scheduler_config.json") if lora else None
+    if file is None:
+        return None
+    return getattr(diffusers, json.loads(file.read_text())["_class_name"]).from_pretrained(file.parent)

@@ -19,14 +19,14 @@ from typing import Any
 
 from stepdistill.errors import InputError
 from stepdistill.evaluation import records
-from stepdistill.evaluation.bench import Bench, Failure, Settings
+from stepdistill.evaluation.bench import Bench, Failure
 from stepdistill.evaluation.metrics import Instruments, prepare
 from stepdistill.evaluation.pictures import Store
-from stepdistill.evaluation.places import check
 from stepdistill.evaluation.processes import Processes
 from stepdistill.evaluation.progress import ReferenceBar, progress_bar, quiet
 from stepdistill.evaluation.protocols import Protocol, load_protocol
-from stepdistill.evaluation.spec import ModelSpec, as_models, plan_of
+from stepdistill.evaluation.settings import Settings
+from stepdistill.evaluation.spec import as_models, plan_of
 
 STEPS = (1, 2, 4, 8, 50)
 
@@ -55,7 +55,7 @@ def evaluate(
     *,
     out: str | Path | None = None,
     n: int | None = None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     settings: Settings | None = None,
     instruments: Instruments | None = None,
     command: str | None = None,
@@ -67,45 +67,59 @@ def evaluate(
             name -> any of these.
         protocol: a name, a .yaml file, or a Protocol. steps: step counts, 1 or more each; where not given a ready
             model's own, else the protocol's, else STEPS.
-        out: the folder of results.jsonl and the grids; rows already there are kept, and not measured again.
-        n, seed: in place of the protocol's. Another n is another protocol, with another hash.
+        out: the folder of results.jsonl and the grids; rows already there are kept, and not measured again, but for
+            times that were taken on another device or with other settings.
+        n: in place of the protocol's; another n is another protocol, with another hash.
+        seed: in place of the protocol's; of several, each model has a row for each.
         instruments: in place of those the protocol names. command: what to record; the process's own where not given.
 
     Raises:
-        InputError: bad steps, an unknown protocol, too few prompts, a bad SPEC, a pipeline or LoRA that is not there,
-            or a folder with something else or with rows of another protocol.
+        InputError: bad steps or seeds, an unknown protocol, too few prompts, a bad SPEC, or a folder with something
+            else or with rows of another protocol.
         OSError: the results cannot be written, for want of room or permission. What is done is kept.
     """
     settings = settings or Settings()
     team = Processes.found(settings.device)
     settings = dataclasses.replace(settings, progress=settings.progress and team.main)
     protocol = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)
-    changes = {k: v for k, v in {"n": n, "seed": seed}.items() if v is not None}
-    protocol = dataclasses.replace(protocol, **changes)
+    seeds = check_seeds(protocol.seed if seed is None else seed)
+    protocol = dataclasses.replace(protocol, seed=seeds[0], n=protocol.n if n is None else n)
     plan = plan_of(as_models(pipeline), None if steps is None else check_steps(steps), protocol.steps or STEPS)
-    for _, model, _ in plan:
-        if isinstance(model, ModelSpec):
-            check(model.path, model.lora)
     if out is not None:
         records.check_folder(out)
     # The bar counts network evaluations, guidance's included, and a few for the metrics: pictures cost unlike much.
     weight = 4
-    total = protocol.n * sum(2 * s + weight for _, _, counts in plan for s in counts)
+    total = protocol.n * len(seeds) * sum(2 * s + weight for _, _, counts in plan for s in counts)
     for turn in (True, False) if instruments is None else ():  # statistics are made once, and then read
         with team.alike(), closing(ReferenceBar(settings.progress)) as told:
             if team.main is turn:
                 instruments = prepare(protocol, device=settings.device, batch=settings.batch, progress=told)
-    with progress_bar(total, settings.progress) as bar, quiet(), Store(settings.keep) as store:
+    with progress_bar(total, settings.progress) as bar, quiet(), Store(settings.keep, out) as store:
         with team.alike():
             command = command or " ".join(map(shlex.quote, sys.argv))
-            bench = Bench(protocol, instruments, settings, command, out if team.main else None, bar, team, store)
+            place = out if team.main else None
+            bench = Bench(protocol, instruments, settings, command, place, bar, team, store, seeds)
         bench.real()
         for name, model, counts in plan:
             bench.model(name, model, counts, weight)
         troubles = team.gather((store.broken, store.why_not))
+        if team.main and not bench.failed:  # what failed may be taken up
+            store.clear()
     store.broken = sum(broken for broken, _ in troubles)
     store.why_not = next((why for _, why in troubles if why), None)
     return Results(bench.rows, bench.failed, bench.book.folder, store, team.main)
+
+
+def check_seeds(seed: int | Sequence[int]) -> tuple[int, ...]:
+    """The seeds, each once, in order.
+
+    Raises:
+        InputError: none, or one that is no whole number.
+    """
+    seeds = (seed,) if isinstance(seed, int) else tuple(seed)
+    if not seeds or any(not isinstance(s, int) for s in seeds):
+        raise InputError(f"seed: got {' '.join(map(str, seeds)) or 'none'}; allowed: whole numbers; try 0 1 2")
+    return tuple(dict.fromkeys(seeds))
 
 
 def check_steps(steps: Sequence[int]) -> tuple[int, ...]:

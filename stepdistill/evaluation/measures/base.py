@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,13 +23,16 @@ class View:
 
     Attributes:
         pictures: (B, 3, H, W) uint8, number `first` and on of the set; in the protocol's frame, where it has one.
+        drawn: the same as they came.
     """
 
     tools: Instruments
     first: int
     pictures: Tensor
+    drawn: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "drawn", self.pictures)
         if self.tools.frame is not None:
             object.__setattr__(self, "pictures", self.tools.frame.batch(self.pictures))
 
@@ -46,7 +49,8 @@ class View:
     @cached_property
     def embedding(self) -> Tensor:
         """(B, E) float32, unit length: CLIP's of the pictures."""
-        return self.tools.clip.images(self.pictures)
+        clip = self.tools.clip
+        return clip.images(self.pictures if clip.frame is None else self.drawn)
 
     @cached_property
     def text(self) -> Tensor:

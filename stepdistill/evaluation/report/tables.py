@@ -13,10 +13,11 @@ from stepdistill.evaluation.report.verdicts import SAID, Gain, duration
 from stepdistill.evaluation.summary import digits, figure, label, number, percent, spread
 
 FACTS = (
-    "protocol", "protocol_hash", "model", "method", "teacher", "spec", "steps", "nfe", "guidance", "scheduler", "n",
-    "seed", "fd_extractor", "clip_model",
+    "protocol", "protocol_hash", "model", "method", "teacher", "spec", "steps", "nfe", "guidance", "scheduler",
+    "sigmas", "call", "n", "seed", "fd_extractor", "clip_model",
 )  # fmt: skip
-COSTS = ("peak_memory_mb", "batch", "dtype", "device", "train_seconds", "commit", "command")
+COSTS = ("batch", "channels_last", "dtype", "device", "train_seconds", "commit", "command")
+TIMES = ("latency_ms", "latency_ms_batch")  # of one picture, and of several at a time
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def _overview(found: Sequence[Cell]) -> Table:
     for cell in found:
         figures = [_figure(name, cell, found, ends=False) for name in main]
         times = [_plain(cell.latency, 1)] if timed else []
-        told = [_plain(cell.guidance), _text((cell.scheduler or "").removesuffix("Scheduler"))]
+        scheduler = (cell.scheduler or "").removesuffix("Scheduler") + f", {cell.sigmas} sigmas" * bool(cell.sigmas)
+        told = [_plain(cell.guidance), _text(scheduler)]
         lines.append((cell, [*_steps(cell), *figures, *times, *told]))
     return Table("Overview", heads, lines)
 
@@ -79,18 +81,41 @@ def _everything(found: Sequence[Cell]) -> Table:
 
 
 def _latency(found: Sequence[Cell]) -> Table:
-    heads = [Head("steps"), Head("NFE"), Head("ms", "median"), Head("ms", "p90"), Head("text"), Head("per step"),
-             Head("decode"), Head("batch"), Head("peak MB"), Head("dtype", text=True)]  # fmt: skip
+    """A line for each way a cell was timed: one picture, and several at a time."""
+    heads = [Head("steps"), Head("NFE"), Head("batch"), Head("ms", "median"), Head("ms", "p90"), Head("ms", "p99"),
+             Head("ms", "first call"), Head("text"), Head("per step"), Head("decode"), Head("calls"),
+             Head("peak MB", "of the pipeline"), Head("timed", text=True)]  # fmt: skip
+    taken = [(cell, cell.row[name]) for cell in found for name in TIMES if cell.row.get(name)]
+    several = len({_device(cell) for cell, _ in taken}) > 1
     lines = []
-    for cell in found:
-        if not (timing := cell.latency_ms):
-            continue
-        batch = timing.get("batch", 1)
-        whole = [_plain(timing[name] / batch, 1) for name in ("total_p50", "total_p90")]
-        stages = [_plain(timing.get(name), 2) for name in ("text", "denoiser_step", "decode")]
-        told = [_plain(batch, 0), _plain(cell.peak_memory_mb, 0), _text(cell.dtype or "")]
-        lines.append((cell, [*_steps(cell), *whole, *stages, *told]))
-    return Table("Latency", heads, lines)
+    for cell, times in taken:
+        batch = times.get("batch", 1)
+        whole = [times.get(name) for name in ("total_p50", "total_p90", "total_p99", "first")]
+        stages = [_plain(times.get(name), 2) for name in ("text", "denoiser_step", "decode")]
+        lines.append((cell, [
+            *_steps(cell), _plain(batch, 0), *(_plain(None if ms is None else ms / batch, 1) for ms in whole), *stages,
+            _plain(times.get("repeats"), 0), _plain(times.get("pipeline_memory_mb"), 0),
+            _text(_how(cell, device=several)),
+        ]))  # fmt: skip
+    return _filled(Table("Latency", heads, lines))
+
+
+def _filled(table: Table) -> Table:
+    """Without the columns in which nothing stands, as the memory of a pipeline on a CPU."""
+    kept = [i for i in range(len(table.heads)) if any(values[i].text != "–" for _, values in table.lines)]
+    lines = [(cell, [values[i] for i in kept]) for cell, values in table.lines]
+    return Table(table.title, [table.heads[i] for i in kept], lines)
+
+
+def _how(cell: Cell, *, device: bool) -> str:
+    """How a cell was timed, in words."""
+    how = cell.timing or {"dtype": cell.dtype, "compiled": cell.latency_ms.get("compiled")}
+    said = [how["dtype"], "compiled" * bool(how["compiled"]), "channels last" * bool(how.get("channels_last"))]
+    return ", ".join(filter(None, [*said, _device(cell) if device else ""]))
+
+
+def _device(cell: Cell) -> str:
+    return (cell.timing or cell.row).get("device") or ""
 
 
 def cost_table(gained: Sequence[Gain]) -> Table:
@@ -143,23 +168,38 @@ def _text(value: str) -> Value:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Every row with every figure, its interval and count, and its times: a line a model, step count and seed."""
+    """Every row with every figure, its interval and count, and its times: a line a model, step count, seed, and way of
+    timing."""
     figures = [measured(row) for row in rows]
     known = list(dict.fromkeys(name for each in figures for name in each))
-    stages = list(dict.fromkeys(name for row in rows for name in row.get("latency_ms") or {}))
+    times = [timed_columns(row) for row in rows]
+    clocks = list(dict.fromkeys(name for each in times for name in each))
     parts = [f"{name}{part}" for name in known for part in ("", "_low", "_high", "_n", "_of")]
     target = io.StringIO()
     writer = csv.writer(target, lineterminator="\r\n")
-    writer.writerow([*FACTS, *parts, *(f"latency_ms_{name}" for name in stages), *COSTS])
-    for row, own in zip(rows, figures, strict=True):
+    writer.writerow([*FACTS, *parts, *clocks, *COSTS])
+    for row, own, timed in zip(rows, figures, times, strict=True):
         line: list[Any] = [row.get(name) for name in FACTS]
         for name in known:
             found = own.get(name)
             line += [None] * 5 if found is None else [found.value, found.low, found.high, found.n, found.of]
-        timing = row.get("latency_ms") or {}
-        line += [timing.get(name) for name in stages] + [row.get(name) for name in COSTS]
+        line += [timed.get(name) for name in clocks] + [row.get(name) for name in COSTS]
         writer.writerow(map(_harmless, line))
     return target.getvalue()
+
+
+def timed_columns(row: Row) -> dict[str, Any]:
+    """A row's times and how they were taken, one value a column: latency_ms_total_p50, ..., timing_device.
+
+    The median of a stage is under its own name; its quantiles beside that are latency_ms_decode_p90 and so on.
+    """
+    found: dict[str, Any] = {}
+    for name in TIMES:
+        times = dict(row.get(name) or {})
+        for stage, (_, p90, p99) in (times.pop("quantiles", None) or {}).items():
+            times |= {f"{stage}_p90": p90, f"{stage}_p99": p99}
+        found |= {f"{name}_{part}": value for part, value in times.items()}
+    return found | {f"timing_{name}": value for name, value in (row.get("timing") or {}).items()}
 
 
 def _harmless(value: Any) -> Any:

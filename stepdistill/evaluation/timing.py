@@ -1,0 +1,37 @@
+"""A row's times, and how they were taken: with a key of their own, by which another device or flag takes them anew.
+
+how = asked(settings, "float16")
+if not records.timed(row, how):
+    row |= take(sampler, prompts, 4, how, command)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stepdistill.evaluation import latency, records
+from stepdistill.evaluation.generate import Sampler
+from stepdistill.evaluation.settings import Settings
+
+
+def asked(settings: Settings, dtype: str) -> dict[str, Any] | None:
+    """How times are to be taken; None where they are left out."""
+    if not settings.latency_repeats:
+        return None
+    return {
+        "device": records.device_name(settings.device), "dtype": dtype, "compiled": settings.compiled,
+        "channels_last": settings.channels_last, "batch": settings.latency_batch, "repeats": settings.latency_repeats,
+    }  # fmt: skip
+
+
+def take(sampler: Sampler, prompts: Sequence[str], steps: int, how: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """The parts of a row that say how long a picture takes: of one alone, and of `how["batch"]` at a time."""
+    options = {"steps": steps, "repeats": how["repeats"], "compiled": how["compiled"]}
+    one = latency.measure(sampler, prompts, batch=1, **options)
+    many = latency.measure(sampler, prompts, batch=how["batch"], **options) if how["batch"] > 1 else None
+    made = {"torch": records.versions().get("torch"), "commit": records.commit(), "command": command}
+    return {
+        "timing": {**how, **made}, "latency_ms": one.row(), "latency_ms_batch": many and many.row(),
+        "pipeline_memory_mb": one.pipeline_memory_mb,
+    }  # fmt: skip
