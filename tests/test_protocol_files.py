@@ -13,10 +13,10 @@ import yaml
 
 from stepdistill import cli
 from stepdistill.errors import InputError
-from stepdistill.evaluation import protocols
 from stepdistill.evaluation.protocols import load_protocol
 
-SHIPPED = {name: yaml.safe_load((protocols.folders()[-1] / f"{name}.yaml").read_text()) for name in protocols.names()}
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "protocols"
+SHIPPED = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted(FOLDER.glob("*.yaml"))}
 DAY = datetime.date(2024, 1, 1)
 WHOLE = ["5", "", 2.5, 5.0, True, [5], {"a": 5}, math.nan, DAY, b"5"]
 FEW = [0, -1, -(10**30)]
@@ -72,7 +72,7 @@ def test_what_is_shipped_is_read_as_it_stands_there(name):
             }
         else:
             assert (list(found) if isinstance(found, tuple) else found) == value
-    assert load_protocol(protocols.folders()[-1] / f"{name}.yaml").hash({}) == protocol.hash({})
+    assert load_protocol(FOLDER / f"{name}.yaml").hash({}) == protocol.hash({})
 
 
 def test_a_number_has_one_hash_however_it_is_written(tmp_path):
@@ -100,7 +100,7 @@ def test_a_number_has_one_hash_however_it_is_written(tmp_path):
         (b"? [a, b]\n: 5\n", "no YAML (found unhashable key"),
         (b"name: \x00", "no YAML (unacceptable character"),
         (b"name: " + b"[" * 4000, "no YAML ("),
-        (b"name: &a [*a]\n", "got no n; allowed:"),
+        (b"name: &a [*a]\n", "got no 'n'; allowed:"),
         (b"nme: a\n", "got the field 'nme'; allowed: name, n, "),
         (b"nme: a\n", "did you mean name?"),
         (b"5: a\n", "got the field 5"),
@@ -115,7 +115,7 @@ def test_every_field_that_is_needed_is_asked_for_by_name(tmp_path):
     for left in itertools.chain(("name", "n", "prompts", "reference", "extractor"), ("name",)):
         told = {k: v for k, v in SHIPPED["avatars-2k"].items() if k != left}
         (tmp_path / "p.yaml").write_text(yaml.safe_dump(told))
-        assert f"got no {left}; allowed: " in refused(tmp_path / "p.yaml")
+        assert f"got no {left!r}; allowed: " in refused(tmp_path / "p.yaml")
 
 
 def test_a_bad_protocol_ends_the_command_with_one_line_and_code_2(tmp_path, capsys):

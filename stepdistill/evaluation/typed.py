@@ -68,7 +68,7 @@ def built(kind: type[T], told: Any, where: str) -> T:
     empty = dataclasses.MISSING
     needed = [name for name, field in known.items() if field.default is empty and field.default_factory is empty]
     if missing := [name for name in needed if name not in told]:
-        raise InputError(f"{where}: got no {missing[0]}; allowed: {', '.join(needed)} and others; add it")
+        raise InputError(f"{where}: got no {missing[0]!r}; allowed: {', '.join(needed)} and others; add it")
     kinds = typing.get_type_hints(kind)
     values = {name: _value(kinds[name], value, where, name) for name, value in told.items()}
     try:
