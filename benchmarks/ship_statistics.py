@@ -16,10 +16,11 @@ import torch
 from stepdistill import embedded
 from stepdistill.cli._run import guard, parse
 from stepdistill.evaluation.features import load_extractor
-from stepdistill.evaluation.metrics import reference_statistics, statistics_name
+from stepdistill.evaluation.metrics import origin_of, reference_statistics, statistics_name
 from stepdistill.evaluation.progress import ReferenceBar
 from stepdistill.evaluation.protocols import load_protocol
 from stepdistill.evaluation.sets import open_set
+from stepdistill.evaluation.statistics import keep
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def main(config: Config) -> None:
     count = protocol.reference_n or reference.count
     moments = reference_statistics(extractor, reference, count=count, progress=ReferenceBar(True))
     file = embedded.path("avatars") / statistics_name(extractor, reference, count)
-    moments.save(file, torch.float32)
+    keep(file, moments, origin_of(extractor, reference, count), torch.float32)
     print(file)
 
 

@@ -80,6 +80,6 @@ def replacing(final: Path) -> Iterator[Path]:
 def write(path: Path, text: str) -> None:
     """Writes a small file whole or not at all: what was there stays until the new one is on the disk."""
     beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text)
+    beside.write_text(text, encoding="utf-8")
     sync(beside)
     beside.replace(path)

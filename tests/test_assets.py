@@ -12,9 +12,10 @@ from stepdistill.evaluation.attributes import load_probes
 from stepdistill.evaluation.clip import clip_scores, load_clip
 from stepdistill.evaluation.features import load_extractor
 from stepdistill.evaluation.frechet import Moments
-from stepdistill.evaluation.metrics import statistics_name
+from stepdistill.evaluation.metrics import origin_of, statistics_name
 from stepdistill.evaluation.protocols import load_protocol
 from stepdistill.evaluation.sets import open_set
+from stepdistill.evaluation.statistics import kept
 
 
 def test_assets_are_small_and_hold_no_pickle():
@@ -90,7 +91,8 @@ def test_reference_statistics_of_the_default_protocol_ship_and_are_those_of_the_
     reference, settings = open_set(protocol.reference), protocol.extractor
     extractor = load_extractor(settings.name, size=settings.size, resize=settings.resize)
     file = embedded.path("avatars") / statistics_name(extractor, reference, reference.count)
-    shipped = Moments.load(file)
+    shipped, origin = kept(file)
+    assert origin == origin_of(extractor, reference, 20_000)
     sample = Moments.of(torch.cat([extractor(pictures) for _, pictures in reference.batches(64, 256)]))
     assert shipped.count == 20_000
     deviation = (sample.mean - shipped.mean) / (shipped.covariance.diagonal() / 256).sqrt().clamp_min(1e-9)

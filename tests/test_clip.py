@@ -82,7 +82,30 @@ def test_the_prefix_goes_before_each_prompt(folder, clip):
     assert torch.equal(prefixed.texts(["red cat"]), clip.texts(["a red cat"]))
 
 
-def test_models_that_cannot_be_had_are_said_in_one_line(tmp_path):
+@pytest.mark.parametrize("quick", [True, False])
+def test_weights_of_a_tag_are_used_with_the_activation_they_were_trained_with(folder, tmp_path, monkeypatch, quick):
+    """open_clip only warns of OpenAI's, which it had as QuickGELU before its third version; the two score otherwise."""
+    from open_clip import factory, pretrained
+    from open_clip.model import CLIP
+
+    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    config["text_cfg"].pop("hf_tokenizer_name")
+    weights = CLIP(**config).state_dict()
+    torch.save(weights, tmp_path / "tiny.pt")
+    monkeypatch.setitem(factory._MODEL_CONFIGS, "tiny", config)
+    monkeypatch.setitem(pretrained._PRETRAINED, "tiny", {"own": {"url": "x", "quick_gelu": quick, "mean": (0.5,) * 3}})
+    monkeypatch.setattr(factory, "download_pretrained", lambda *_, **__: str(tmp_path / "tiny.pt"))
+    pictures = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    found = load_clip("tiny", pretrained="own")
+    wanted = CLIP(**config, quick_gelu=quick)
+    wanted.load_state_dict(weights)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (found.mean, found.std))
+    with torch.no_grad():
+        embedded = wanted.eval().encode_image((pictures / 255 - mean) / std)
+    assert torch.allclose(found.images(pictures), torch.nn.functional.normalize(embedded, dim=-1), atol=1e-6)
+
+
+def test_models_that_cannot_be_had_are_said_in_one_line(tmp_path, caplog):
     for name, words in (
         ("ViT-Z-99", "open_clip"),
         ("ViT-B-32", "pretrained"),
@@ -90,6 +113,9 @@ def test_models_that_cannot_be_had_are_said_in_one_line(tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             load_clip(name)
+    with pytest.raises(InputError, match=r"got ViT-B-32 with /gone\.pt, which could not be loaded .* the path"):
+        load_clip("ViT-B-32", pretrained="/gone.pt")
+    assert "ERROR" not in caplog.text
 
 
 def test_probes_count_only_what_prompts_name(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 from stepdistill.errors import InputError
 from stepdistill.evaluation import features
 from stepdistill.evaluation.features import Extractor, load_extractor
+from stepdistill.evaluation.measures import METRICS, diversity, preference
 from stepdistill.evaluation.resize import resize
 
 
@@ -114,3 +117,14 @@ def test_dinov2_gives_its_pooled_embedding_of_normalised_pictures_under_its_own_
         want = vit((resize(pictures, 28, "bicubic") / 255 - mean) / std)
     assert torch.allclose(extractor(pictures), want, atol=1e-4) and want.shape == (2, 384)
     assert extractor.title == "DINOv2-ViT-S14" and "dinov2_vits14" in extractor.identity
+
+
+def test_the_docs_say_where_all_weights_are_looked_for():
+    text = (Path(__file__).parents[1] / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    section = text.partition("## Weights")[2].partition("\n## ")[0]
+    preferences = [name for name, metric in METRICS.items() if issubclass(metric, preference.Preference)]
+    for said in (
+        *features.EXTRACTORS, features.INCEPTION_FILE, features.INCEPTION_PLACE, diversity.TRUNK, *preferences,
+        preference.PICKSCORE, preference.PICKSCORE_PLACE,
+    ):  # fmt: skip
+        assert f"`{said}" in section, said

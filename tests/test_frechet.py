@@ -66,21 +66,6 @@ def test_moments_of_parts_add_to_the_moments_of_the_whole():
     assert np.allclose(parts.covariance.numpy(), np.cov(x.numpy().T), rtol=1e-10)
 
 
-def test_moments_are_kept_to_the_bit(tmp_path):
-    moments = Moments.of(draws(30, 7))
-    moments.save(tmp_path / "m.safetensors")
-    again = Moments.load(tmp_path / "m.safetensors")
-    assert again.count == 30 and torch.equal(again.mean, moments.mean)
-    assert torch.equal(again.scatter.tril(), moments.scatter.tril())
-
-
-def test_damaged_statistics_are_said_to_be(tmp_path):
-    Moments.of(draws(30, 7)).save(tmp_path / "m.safetensors")
-    (tmp_path / "m.safetensors").write_bytes((tmp_path / "m.safetensors").read_bytes()[:-9])
-    with pytest.raises(InputError, match="damaged"):
-        Moments.load(tmp_path / "m.safetensors")
-
-
 def test_interval_is_as_wide_as_the_distance_really_spreads():
     d, n = 12, 200
     reference = Moments.of(draws(5000, d, 99))

@@ -17,12 +17,11 @@ from stepdistill.evaluation import metrics, protocols, sets
 from stepdistill.evaluation.clip import ClipModel, clip_scores
 from stepdistill.evaluation.features import Extractor
 from stepdistill.evaluation.frame import Frame
-from stepdistill.evaluation.frechet import Moments, frechet_distance
+from stepdistill.evaluation.frechet import Moments
 from stepdistill.evaluation.measures import View
 from stepdistill.evaluation.metrics import Instruments
 from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, load_protocol, with_data
 from stepdistill.evaluation.records import check_same_protocol
-from stepdistill.evaluation.statistics import read_statistics
 
 PUBLISHED = ("cifar10-50k", "coco30k-256", "coco10k-512", "coco10k-512-patch", "mjhq30k", "mlperf-sdxl-5k")
 POOLS = Extractor("pools", "Pools", Pools(), 12, 32, "nearest", "w")
@@ -68,6 +67,13 @@ def test_real_and_drawn_pictures_are_looked_at_in_one_frame(tmp_path):
         assert torch.equal(drawn.features, POOLS(real.pictures(i, i + 1)))
 
 
+def test_the_embedded_pictures_are_looked_at_in_a_protocols_frame_too():
+    plain, frame = sets.open_set("avatars:test"), Frame(24)
+    real = sets.open_set("avatars:test", frame)
+    assert real.key != plain.key and real.prompts == plain.prompts
+    assert torch.equal(real.pictures(3, 5), frame.batch(plain.pictures(3, 5)))
+
+
 def test_clip_is_scaled_and_framed_as_the_protocol_says():
     images, texts = torch.tensor([[0.6, 0.8], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     assert clip_scores(images, texts, 1.0).tolist() == pytest.approx([0.6, 0.0])
@@ -90,48 +96,6 @@ def test_a_prefix_is_dmd2s_tokens(caption):
     if wanted[0, 76] > 0:
         wanted[0, 76] = 49407
     assert torch.equal(tokenize([prefix + caption]), wanted)
-
-
-def test_statistics_of_an_npz_give_the_distance_of_their_pictures(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    real, drawn = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (500, 80))
-    np.savez(tmp_path / "s.npz", mu=real.numpy().mean(0), sigma=np.cov(real.numpy(), rowvar=False))
-    Moments.of(real).save(tmp_path / "s.safetensors")
-    wanted = frechet_distance(Moments.of(drawn), Moments.of(real))
-    for file, count in (("s.npz", None), ("s.npz", 500), ("s.safetensors", None)):
-        moments = read_statistics(tmp_path / file, dim=6, count=count)
-        assert frechet_distance(Moments.of(drawn), moments) == pytest.approx(wanted, rel=1e-10)
-
-
-def test_statistics_that_are_none_are_refused_in_one_line(tmp_path):
-    np.savez(tmp_path / "half.npz", mu=np.zeros(3))
-    np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
-    np.savez(tmp_path / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
-    np.savez(tmp_path / "pickle.npz", mu=np.array([{}]), sigma=np.eye(1))
-    np.savez(tmp_path / "short.npz", mu=np.zeros(3), sigma=np.eye(3))
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "odd.npz").read_bytes()[:40])
-    for name, reason in (
-        ("half", "sigma"), ("odd", "do not fit"), ("nan", "not finite"), ("pickle", "pickle"), ("cut", "no statistics"),
-        ("short", "length 3, for an extractor of 6"), ("gone", "does not exist"),
-    ):  # fmt: skip
-        with pytest.raises(InputError, match=reason) as caught:
-            read_statistics(tmp_path / f"{name}.npz", dim=6)
-        assert "\n" not in str(caught.value)
-
-
-def test_a_reference_of_statistics_is_part_of_the_hash_by_its_content(tmp_path, monkeypatch):
-    for name, mean in (("a", 0.0), ("b", 1.0)):
-        np.savez(tmp_path / f"{name}.npz", mu=np.full(12, mean), sigma=np.eye(12))
-    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
-    monkeypatch.setattr(metrics, "load_extractor", lambda *_, **__: POOLS)
-    asked = dataclasses.replace(load_protocol("mlperf-sdxl-5k"), n=5, scorer=None)
-    found = set()
-    for name in ("a", "b"):
-        protocol = with_data(asked, tmp_path / "p.txt", tmp_path / f"{name}.npz")
-        tools = metrics.prepare(protocol)
-        assert tools.reference.mean[0] == (name == "b") and tools.prompts.prompts == PROMPTS
-        found.add(protocol.hash(dict(tools.content)))
-    assert len(found) == 2
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

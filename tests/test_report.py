@@ -18,7 +18,7 @@ from stepdistill import cli
 from stepdistill.errors import InputError
 from stepdistill.evaluation.cells import cells, measured, read_folder
 from stepdistill.evaluation.records import Book
-from stepdistill.evaluation.report import plots, write_report
+from stepdistill.evaluation.report import inline, plots, write_report
 from stepdistill.evaluation.report.verdicts import duration, gains
 from stepdistill.evaluation.report.verdicts import verdicts as verdicts_of
 from stepdistill.evaluation.summary import columns, digits
@@ -134,8 +134,9 @@ def test_the_page_needs_nothing_from_outside(folder, page):
 def test_the_page_has_the_protocol_figures_curves_and_grids(page):
     for said in ("tiny", "abc123", "FD-Pools", "it is not FID", "25.0", "22.5–27.5", "90.0 %", "c0ffee"):
         assert said in page.text
-    drawn, empty = len(ROWS), 2  # the comparer's two are filled by the script
+    drawn, empty = 2 * len(ROWS), 2  # the comparer's two are filled by the script
     assert page.tags.count("img") == drawn + empty and len(page.ids) == len(set(page.ids))
+    assert "tiny, n = 5 a cell, seed 0." in page.text
     # four main curves, two more figures, distance by training time, and the gap to the teacher
     assert page.tags.count("svg") == 8
 
@@ -163,7 +164,7 @@ def test_the_csv_has_every_row_and_figure_and_no_formulas(page):
 def test_light_and_dark_and_small_screens_are_provided_for(folder):
     text = (folder / "report.html").read_text()
     assert "prefers-color-scheme: dark" in text and "max-width: 640px" in text and "width=device-width" in text
-    assert not set(plots.COLOURS) & set(re.findall(r"#[0-9a-f]{6}", text[text.index("<svg") :]))
+    assert not set(inline.COLOURS) & set(re.findall(r"#[0-9a-f]{6}", text[text.index("<svg") :]))
 
 
 def test_markdown_has_a_row_a_cell_and_its_pictures_exist(folder):
@@ -263,8 +264,10 @@ def test_large_pictures_go_into_the_page_as_photographs_and_small_ones_pixel_by_
         book.grid(each, torch.zeros(2, 3, side, side, dtype=torch.uint8))
         book.add(each)
     text = write_report(tmp_path).read_text()
-    assert re.search(r'class="pixels" alt="small, 2 steps"[^>]* data-count="2"[^>]* src="data:image/png', text)
-    assert re.search(r'<img alt="large, 2 steps"[^>]* data-count="2"[^>]* src="data:image/webp', text)
+    for i in (1, 2):
+        assert f'<img alt="small, 2 steps, {i}" src="data:image/png' in text
+        assert f'<img alt="large, 2 steps, {i}" src="data:image/webp' in text
+    assert text.count('class="row pixels"') == 1
 
 
 def test_the_report_command_prints_the_table_and_where_the_page_is(folder, tmp_path, capsys):

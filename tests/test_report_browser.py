@@ -165,9 +165,9 @@ def test_the_comparer_shows_the_two_chosen_and_the_slider_moves_between_them(bro
 def test_a_picture_of_the_grids_comes_up_in_the_comparer(browser):
     from selenium.webdriver.common.action_chains import ActionChains
 
-    strip = browser.find_element("css selector", 'img[alt="=1+1, 4 steps"][data-model]')
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", strip)
-    ActionChains(browser).move_to_element_with_offset(strip, strip.size["width"] // 4, 0).click().perform()
+    second = browser.find_element("css selector", '.row img[alt="=1+1, 4 steps, 2"]')
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", second)
+    ActionChains(browser).move_to_element(second).click().perform()
     assert pixel(browser, 0.75, 0.8) == colour(5, 1)
     assert browser.find_element("css selector", "blockquote").text == "a cat"
 
@@ -191,7 +191,7 @@ def test_the_page_is_light_by_day_and_dark_by_night_and_so_are_its_curves(browse
               const parts = getComputedStyle(element)[property].match(/[0-9.]+/g).slice(0, 3).map(Number);
               return parts.reduce((sum, part) => sum + part, 0) / 765;
             };
-            const text = [...document.querySelectorAll("svg text")].find(each => each.textContent.includes("better"));
+            const text = [...document.querySelectorAll("svg text")].find(each => each.textContent.includes("by steps"));
             return [of(document.body, "backgroundColor"), of(document.body, "color"), of(text, "fill"),
                     of(document.querySelector("tbody th"), "backgroundColor")];"""
         )
@@ -219,7 +219,7 @@ def test_without_a_script_the_grids_and_tables_remain(browser, page):
         browser.get(page)
         assert not browser.find_element("id", "comparer").is_displayed()
         assert browser.find_element("css selector", "table").is_displayed()
-        strips = browser.find_elements("css selector", "img[data-model]")
-        assert len(strips) == len(ROWS) and all(strip.is_displayed() for strip in strips)
+        pictures = browser.find_elements("css selector", ".row img")
+        assert len(pictures) == 2 * len(ROWS) and all(picture.is_displayed() for picture in pictures)
     finally:
         browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})

@@ -27,6 +27,7 @@ from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, load_proto
 from stepdistill.evaluation.records import FIELDS, read_rows
 from stepdistill.evaluation.sets import EvalSet, open_set
 from stepdistill.evaluation.spec import ModelSpec
+from stepdistill.evaluation.statistics import Origin, keep
 
 QUIET = suite.Settings(batch=3, latency_repeats=1, grid=2, progress=False)
 PROMPTS = ["a red cat", "the green dog", "a <script> hat", "a face", "a blue hat"]
@@ -378,7 +379,7 @@ def test_statistics_are_cached_by_content_and_rebuilt_when_damaged(pictures, tmp
     kept = next(tmp_path.glob("statistics-*.safetensors"))
     kept.write_bytes(kept.read_bytes()[:100])
     assert torch.equal(make().mean, first.mean) and told == [4, 2, 4, 2]
-    Moments.of(torch.rand(9, 12)).save(kept)  # of another protocol, under this one's name
+    keep(kept, Moments.of(torch.rand(9, 12)), Origin("other"))  # of another protocol, under this one's name
     assert torch.equal(make().mean, first.mean) and told == [4, 2] * 3
     other = dataclasses.replace(tools.extractor, resize="bilinear")
     assert metrics.statistics_name(other, reference, 6) != metrics.statistics_name(tools.extractor, reference, 6)
@@ -388,8 +389,9 @@ def test_shipped_statistics_of_another_protocol_are_refused(tmp_path, tools, mon
     monkeypatch.setattr(metrics.embedded, "path", lambda _: tmp_path)
     reference = dataclasses.replace(tools.prompts, name="avatars:train")
     file = tmp_path / metrics.statistics_name(tools.extractor, reference, 5)
-    Moments.of(torch.rand(9, 12)).save(file)
-    with pytest.raises(InputError, match=f"got {file}, of 9 pictures and 12 features; allowed: 5 and 12"):
+    origin = metrics.origin_of(tools.extractor, reference, 5)
+    keep(file, Moments.of(torch.rand(9, 12)), origin)
+    with pytest.raises(InputError, match=f"got {file}, whose count is 9; allowed: 5; delete it"):
         reference_statistics(tools.extractor, reference)
 
 

@@ -18,8 +18,8 @@ class Config:
 
     folder: tyro.conf.Positional[Path]
     """A folder that `stepdistill bench` or `stepdistill demo` wrote: it, or its bench/, holds results.jsonl."""
-    title: str = "Quality and latency by number of steps"
-    """Heading of the page."""
+    title: str | None = None
+    """Heading of the page; by what was measured where not given."""
 
 
 def main(config: Config) -> None:

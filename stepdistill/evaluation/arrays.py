@@ -9,6 +9,7 @@ A damaged file is known for what it is, and what it held is made again.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,10 +27,14 @@ def save(file: str | Path, tensors: Mapping[str, Tensor], **facts: str) -> None:
 
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")  # two benchmarks may make the same
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, partial, metadata=facts | {HASH: _hash(tensors)})
-    partial.replace(file)
+    try:
+        save_file(tensors, partial, metadata=facts | {HASH: _hash(tensors)})
+        partial.replace(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def load(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -47,7 +52,10 @@ def load(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if facts.get(HASH, own := _hash(tensors)) != own:
             raise ValueError("its hash is another")
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"arrays: got {file}, which is damaged ({error}); delete it and it is made again") from error
+        raise InputError(
+            f"arrays: got {file}, which is damaged ({error}); allowed: a whole file of stepdistill's; delete it, and "
+            "it is made again"
+        ) from error
     return tensors, facts
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from stepdistill.errors import InputError
 from stepdistill.evaluation.measures import METRICS
 from stepdistill.evaluation.records import TIMES, cell_of, check_same_protocol, key_of, read_rows
+from stepdistill.evaluation.sound import sound
 
 Row = dict[str, Any]
 BETTER = {figure: way for metric in METRICS.values() for figure, way in metric.better.items()}
@@ -43,7 +44,7 @@ def read_folder(folder: str | Path) -> list[Row]:
         InputError: it holds no results, broken ones, or rows of several protocols.
     """
     file = of_run(folder) / "results.jsonl"
-    rows = read_rows(file)
+    rows = [sound(row, f"{file} line {number}") for number, row in enumerate(read_rows(file), 1)]
     if not rows:
         raise InputError(f"results: got {file}, which is empty; run stepdistill bench first")
     for row in rows:

@@ -121,16 +121,21 @@ def load_clip(
                 "open_clip.list_models(), as ViT-B-32"
             )
         if not pretrained:
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)[:4]) or "a weights file"
+            tags = ", ".join([*open_clip.list_pretrained_tags_by_model(name)[:4], "a file of weights"])
             raise InputError(f"CLIP model {name}: got no `pretrained`, so it would be random; allowed: {tags}")
+    # OpenAI's weights were trained with another activation than open_clip's models of the same name have by now.
+    quick = bool((open_clip.get_pretrained_cfg(name, pretrained or "") or {}).get("quick_gelu"))
     try:
         with _quiet():
-            model, transform = open_clip.create_model_from_pretrained(source, pretrained=pretrained, device=device)
+            model, transform = open_clip.create_model_from_pretrained(
+                source, pretrained=pretrained, device=device, force_quick_gelu=quick
+            )
             tokenizer = open_clip.get_tokenizer(source)
     except Exception as error:  # the hub, files and configurations each raise their own kinds
         reason = " ".join(str(error).split())[:160]
+        told = f"{name} with {pretrained}" if pretrained else name
         raise InputError(
-            f"CLIP model: got {name}, which could not be loaded ({reason}); check the network or the folder"
+            f"CLIP model: got {told}, which could not be loaded ({reason}); check the name, the network or the path"
         ) from error
     model.eval().requires_grad_(False)
     visual = model.visual
@@ -159,9 +164,9 @@ def load_clip(
 
 @contextlib.contextmanager
 def _quiet():
-    """open_clip logs what it loads, at levels that would break into a progress bar."""
+    """open_clip logs what it loads and what it cannot, which would break into a progress bar; it raises that too."""
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield

@@ -1,4 +1,4 @@
-"""The Frechet distance between two sets of features, from moments that stream, merge and are kept in float64.
+"""The Frechet distance between two sets of features, from moments in float64 that stream and merge.
 
     moments = Moments.empty(1280)
     for features in batches: moments = moments + Moments.of(features)
@@ -14,13 +14,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from stepdistill.errors import InputError
-from stepdistill.evaluation import arrays
 from stepdistill.evaluation.figures import Figure
 
 PARTS = 5  # FD_inf's line goes through the whole, its halves, ... and its fifths
@@ -79,29 +77,6 @@ class Moments:
         """(D, D), the symmetric square root of the covariance."""
         values, vectors = torch.linalg.eigh(self.covariance)
         return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-
-    def save(self, file: str | Path, dtype: torch.dtype = torch.float64) -> None:
-        """Writes a safetensors file, whole or not at all. The lower triangle of the scatter is kept, in `dtype`."""
-        rows, columns = torch.tril_indices(len(self.mean), len(self.mean))
-        arrays.save(file, {"mean": self.mean, "scatter": self.scatter[rows, columns].to(dtype)}, count=str(self.count))
-
-    @classmethod
-    def load(cls, file: str | Path) -> Moments:
-        """Reads what `save` wrote.
-
-        Raises:
-            InputError: the file is damaged, or something else.
-        """
-        tensors, facts = arrays.load(file)
-        try:
-            count, mean, half = int(facts["count"]), tensors["mean"].double(), tensors["scatter"].double()
-        except (KeyError, ValueError) as error:
-            raise InputError(f"statistics: got {file}, which has no {error}; delete it and it is made again") from error
-        scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-        rows, columns = torch.tril_indices(len(mean), len(mean))
-        scatter[rows, columns] = half
-        scatter[columns, rows] = half
-        return cls(count, mean, scatter)
 
 
 def frechet_distance(moments: Moments, reference: Moments) -> float:

@@ -30,8 +30,10 @@ from stepdistill.evaluation.measures import METRICS, View
 from stepdistill.evaluation.protocols import Protocol, with_data
 from stepdistill.evaluation.real import Progress, RealPictures, cache_folder, writable
 from stepdistill.evaluation.sets import EvalSet, open_set
-from stepdistill.evaluation.statistics import are_statistics, read_statistics
+from stepdistill.evaluation.statistics import Origin, are_statistics, framed, keep, kept, read_statistics
 from stepdistill.files import sha256
+
+FOREIGN = "foreign: of which pictures, extractor and resize cannot be seen"  # what rows say of others' statistics
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ def statistics_name(extractor: Extractor, reference: EvalSet, count: int) -> str
     return f"statistics-{key}.safetensors"
 
 
+def origin_of(extractor: Extractor, reference: EvalSet, count: int) -> Origin:
+    """What the statistics of a set's first `count` pictures say of themselves."""
+    return Origin(extractor.identity, framed(reference.size), reference.key, count)
+
+
 def reference_statistics(
     extractor: Extractor, reference: EvalSet, *, count: int | None = None, batch: int = 64, folder: Path | None = None,
     progress: Progress = lambda done, total: None, known: Callable[[], Tensor] | None = None,
@@ -76,32 +83,25 @@ def reference_statistics(
     """
     count = count or reference.count
     name = statistics_name(extractor, reference, count)
-    kept = (folder or cache_folder() / "statistics") / name
-    shipped = embedded.path("avatars") / name if reference.name.startswith("avatars") and folder is None else kept
-    for file in (shipped, kept):
+    cached = (folder or cache_folder() / "statistics") / name
+    shipped = embedded.path("avatars") / name if reference.name.startswith("avatars") and folder is None else cached
+    origin = origin_of(extractor, reference, count)
+    for file in (shipped, cached):
         if file.is_file():
             try:
-                return _of(Moments.load(file), extractor, count, file)
+                moments, found = kept(file)
+                origin.check(found or Origin("not said"), file, "delete it and it is made again")
+                return moments
             except InputError as error:
-                if file == shipped != kept:
+                if file == shipped != cached:
                     raise
                 print(f"{error}: it is being made again", file=sys.stderr)
-    writable(kept.parent)
+    writable(cached.parent)
     moments = Moments.empty(extractor.dim) if known is None else Moments.of(known())
     for _, pictures in reference.batches(batch, count, moments.count):
         moments = moments + Moments.of(extractor(pictures))
         progress(len(pictures), count)
-    moments.save(kept)
-    return moments
-
-
-def _of(moments: Moments, extractor: Extractor, count: int, file: Path) -> Moments:
-    """Moments, where they are of that many pictures and of that extractor's features."""
-    if (moments.count, len(moments.mean)) != (count, extractor.dim):
-        raise InputError(
-            f"statistics: got {file}, of {moments.count} pictures and {len(moments.mean)} features; allowed: {count} "
-            f"and {extractor.dim}, which the protocol names; delete it and it is made again"
-        )
+    keep(cached, moments, origin)
     return moments
 
 
@@ -149,8 +149,11 @@ def prepare(
         content |= METRICS[name].prepare(device)
     real = None
     if given:
-        moments = read_statistics(protocol.reference, dim=extractor.dim, count=protocol.reference_n)
+        wanted = Origin(extractor.identity, framed(size), None, protocol.reference_n)
+        moments, own = read_statistics(protocol.reference, wanted, extractor.dim)
         content["reference"] = sha256(protocol.reference)
+        if not own:
+            content["statistics"] = FOREIGN
     else:
         count = protocol.reference_n or reference.count
         few, key = min(protocol.n, count), content.get("scorer", "")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ from stepdistill.errors import InputError
 from stepdistill.evaluation import shipped
 from stepdistill.evaluation.frame import Frame
 from stepdistill.evaluation.measures import METRICS
+from stepdistill.evaluation.schedulers import SCHEDULERS, SPACINGS
+from stepdistill.evaluation.typed import built, read_yaml
 
 DATA = "--data"  # in a protocol's file, as its prompts and reference: the folder is the user's to name
 PROMPTS, REFERENCE = "--prompts", "--reference"  # the same, each by itself
@@ -34,6 +37,10 @@ class ExtractorSpec:
     name: str
     size: int | None = None
     resize: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise InputError(f"extractor size: got {self.size}; allowed: 1 or more pixels; raise it")
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,12 @@ class ScorerSpec:
     scale: float = 100.0
     frame: Frame | None = None
 
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise InputError(
+                f"scorer scale: got {self.scale}; allowed: above 0; take 100, or 1 where a paper has the plain cosine"
+            )
+
 
 @dataclass(frozen=True)
 class SamplerSpec:
@@ -58,6 +71,11 @@ class SamplerSpec:
 
     scheduler: str
     spacing: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("scheduler", self.scheduler, SCHEDULERS), ("spacing", self.spacing, SPACINGS)):
+            if value is not None and value not in allowed:
+                raise InputError(f"sampler {name}: got {value!r}; allowed: {', '.join(allowed)}; name one of them")
 
 
 @dataclass(frozen=True)
@@ -96,15 +114,26 @@ class Protocol:
     where: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.n, int) or self.n < 2:
-            raise InputError(f"protocol {self.name}: got n={self.n}; allowed: 2 or more; thousands give steady figures")
-        if self.guidance is not None and self.guidance < 1:
-            raise InputError(f"protocol {self.name}: got guidance={self.guidance}; allowed: 1.0 (none) or more")
-
         object.__setattr__(self, "metrics", tuple(self.metrics))
         object.__setattr__(self, "steps", tuple(self.steps))
+        for name, least in (("n", 2), ("version", 1), ("reference_n", 2), ("size", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise InputError(f"protocol {self.name}: got {name}={value}; allowed: {least} or more; raise it")
+        if self.guidance is not None and not 1 <= self.guidance < math.inf:
+            raise InputError(f"protocol {self.name}: got guidance={self.guidance}; allowed: 1.0 (none) or more")
+        for name in ("name", "prompts", "reference"):
+            if not getattr(self, name):
+                raise InputError(f"protocol {self.name}: got an empty {name}; allowed: text; write it")
         if unknown := set(self.metrics) - set(METRICS):
             raise InputError(f"protocol {self.name}: got the metric {min(unknown)!r}; allowed: {', '.join(METRICS)}")
+        if low := [count for count in self.steps if count < 1]:
+            raise InputError(f"protocol {self.name}: got {low[0]} steps; allowed: 1 or more each; raise it")
+        for name, listed in (("metrics", self.metrics), ("steps", self.steps)):
+            if len(set(listed)) < len(listed):
+                raise InputError(f"protocol {self.name}: got {name} with one twice; allowed: each once; take it out")
+        if not self.metrics:
+            raise InputError(f"protocol {self.name}: got no metrics; allowed: {', '.join(METRICS)}; list some")
 
     def hash(self, content: Mapping[str, str]) -> str:
         """16 hex digits of the settings and of what they name, wherever it lies.
@@ -140,18 +169,21 @@ def load_protocol(name: str | Path) -> Protocol:
     """A protocol by name, or from a .yaml file.
 
     Raises:
-        InputError: no such protocol, or a file with unknown or missing fields.
+        InputError: no such protocol, or a file with fields that are unknown, missing, twice there or of another kind.
     """
-    import yaml
+    from stepdistill.evaluation.features import EXTRACTORS
+    from stepdistill.evaluation.resize import RESIZES
 
     file = shipped.found("protocols", name)
     if not file.is_file():
         raise InputError(f"protocol: got {name}; allowed: {', '.join(names())}, or a path to a .yaml file")
-    try:
-        fields = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"protocol: got {file}, which is no YAML ({str(error).splitlines()[0]}); mend it") from error
-    return _build(Protocol, fields, str(file))
+    protocol = built(Protocol, read_yaml(file, "protocol"), str(file))
+    for what, got, allowed in (
+        ("extractor", protocol.extractor.name, EXTRACTORS), ("resize", protocol.extractor.resize, RESIZES),
+    ):  # fmt: skip
+        if got is not None and got not in allowed:
+            raise InputError(f"{file}: got the {what} {got!r}; allowed: {', '.join(allowed)}; name one of them")
+    return protocol
 
 
 def on_folder(protocol: Protocol, folder: str | Path, size: int | None) -> tuple[Protocol, bool]:
@@ -202,24 +234,3 @@ def with_data(protocol: Protocol, prompts: str | Path | None, reference: str | P
         if asked:
             places[name] = str(Path(given).expanduser())
     return dataclasses.replace(protocol, **places)
-
-
-PARTS = {"extractor": ExtractorSpec, "scorer": ScorerSpec, "sampler": SamplerSpec, "frame": Frame}
-
-
-def _build(kind: type, fields: Any, where: str) -> Any:
-    if not isinstance(fields, dict):
-        raise InputError(f"{where}: got {fields!r}; allowed: fields of {kind.__name__}")
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    if unknown := [key for key in fields if key not in known]:
-        raise InputError(f"{where}: got the field {unknown[0]!r}; allowed: {', '.join(known)}")
-    missing = [
-        k for k, f in known.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing := [key for key in missing if key not in fields]:
-        raise InputError(f"{where}: got no {missing[0]!r}; add it")
-    fields = dict(fields)
-    for key, part in PARTS.items():
-        if key in known and fields.get(key) is not None:
-            fields[key] = _build(part, fields[key], f"{where}, {key}")
-    return kind(**fields)

@@ -166,6 +166,7 @@ class Book:
         if self.folder is None or pictures is None:
             return
         from PIL import Image
+        from PIL.PngImagePlugin import PngInfo
 
         factor = max(1, TILE // pictures.shape[-2])
         strip = torch.cat(list(pictures), -1).permute(1, 2, 0).numpy()
@@ -175,7 +176,9 @@ class Book:
         elif pictures.shape[-2] > LARGE:
             scale = LARGE / pictures.shape[-2]
             picture = picture.resize((round(picture.width * scale), LARGE), Image.Resampling.LANCZOS)
-        picture.save(self.folder / "grids" / grid_name(row))
+        told = PngInfo()
+        told.add_text("pictures", str(len(pictures)))
+        picture.save(self.folder / "grids" / grid_name(row), pnginfo=told)
 
 
 def check_same_protocol(
@@ -214,7 +217,7 @@ def _short(value: Any) -> str:
 
 def grid_name(row: dict[str, Any]) -> str:
     """The file of a row's strip, inside grids/."""
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", str(row["model"])).strip("-.") or "model"
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", str(row["model"])).strip("-.")[:100] or "model"
     key = hashlib.sha256(json.dumps(key_of(row)).encode()).hexdigest()[:6]
     return f"{safe}_{row['steps']}_{key}.png"
 

@@ -33,6 +33,7 @@ class EvalSet:
         prompts: N sentences; None for pictures alone.
         pictures: (first, last) -> uint8 (B, 3, H, W); None for prompts alone.
         attributes, mentioned: the truth of each prompt and what it names; None where not known.
+        size: what its pictures were brought to; None where they are as they came.
     """
 
     name: str
@@ -42,6 +43,7 @@ class EvalSet:
     pictures: Callable[[int, int], Tensor] | None = None
     attributes: Sequence[Mapping[str, str]] | None = None
     mentioned: Sequence[Sequence[str]] | None = None
+    size: int | Frame | None = None
 
     def batches(self, size: int, count: int, start: int = 0) -> Iterator[tuple[int, Tensor]]:
         """(first, pictures) of the first `count`, from number `start` on, `size` at a time.
@@ -75,7 +77,7 @@ def open_set(name: str, size: int | Frame | None = None) -> EvalSet:
         InputError: no such set, or one that is empty or broken.
     """
     if name.split(":")[0] == "avatars":
-        return _avatars(name.partition(":")[2] or "test")
+        return _avatars(name.partition(":")[2] or "test", size if isinstance(size, Frame) else None)
     if name == "none":
         return EvalSet(name, _hash(name), 0)
     path = Path(name)
@@ -101,16 +103,18 @@ def _hash(*parts: str | bytes) -> str:
     return digest.hexdigest()
 
 
-def _avatars(split: str) -> EvalSet:
+def _avatars(split: str, frame: Frame | None) -> EvalSet:
     from stepdistill.data import avatars
 
     data = avatars.load(split)
-    key = _hash(data.images.tobytes(), json.dumps([data.captions, data.attributes, data.mentioned]))
+    told = [f"frame {frame}"] if frame else []
+    key = _hash(data.images.tobytes(), json.dumps([data.captions, data.attributes, data.mentioned]), *told)
 
     def pictures(first: int, last: int) -> Tensor:
-        return torch.from_numpy(data.images[first:last].copy()).permute(0, 3, 1, 2)
+        batch = torch.from_numpy(data.images[first:last].copy()).permute(0, 3, 1, 2)
+        return frame.batch(batch) if frame else batch
 
-    return EvalSet(f"avatars:{split}", key, len(data), data.captions, pictures, data.attributes, data.mentioned)
+    return EvalSet(f"avatars:{split}", key, len(data), data.captions, pictures, data.attributes, data.mentioned, frame)
 
 
 def listing(folder: str | Path) -> tuple[list[Path], list[str] | None]:
@@ -151,7 +155,7 @@ def _folder(folder: Path, size: int | Frame | None) -> EvalSet:
         return torch.stack(batch)
 
     key = _hash(*(part for file in files for part in (file.name, file.read_bytes())), *(prompts or []), f"size {size}")
-    return EvalSet(str(folder), key, len(files), prompts, pictures)
+    return EvalSet(str(folder), key, len(files), prompts, pictures, size=size)
 
 
 def _open(file: Path, size: int | Frame | None) -> Tensor:

@@ -1,23 +1,97 @@
-"""Statistics that others made of a reference, in place of its pictures: `--reference cifar10-32x32.npz`.
+"""Statistics of real pictures in a file: those made here, which say what they are of, and those that others made.
 
-    moments = read_statistics("cifar10-32x32.npz", dim=2048, count=50000)
+    keep(file, moments, origin)
+    moments, origin = kept(file)
+    moments, own = read_statistics("cifar10-32x32.npz", Origin(extractor.identity), dim=2048)
 
-An .npz is what EDM, pytorch-fid, MLPerf and DMD2 write: `mu` (D,) and `sigma` (D, D), unbiased. It does not say how
-many pictures it is of, nor through which resize: the protocol has to. A .safetensors is this package's own.
+A .safetensors is this package's own, and carries its origin: a protocol that wants another is refused. An .npz is what
+EDM, pytorch-fid, MLPerf and DMD2 write: `mu` (D,) and `sigma` (D, D), unbiased. It does not say of which pictures,
+extractor or resize: the protocol has to, and rows call such statistics foreign.
 """
 
 from __future__ import annotations
 
-import zipfile
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from stepdistill.errors import InputError
+from stepdistill.evaluation import arrays
+from stepdistill.evaluation.frame import Frame
 from stepdistill.evaluation.frechet import Moments
 
 ENDINGS = (".npz", ".safetensors")
+ROUNDING = 1e-5  # of the largest eigenvalue: what sums in float32 leave of asymmetry and of negative ones
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What statistics are of: all that they depend on. What is None is not known, or is not asked for.
+
+    Attributes:
+        extractor: its identity: name, weights, resize and size. frame: what was looked at of a picture.
+        pictures: hash of the set. count: how many of it.
+    """
+
+    extractor: str
+    frame: str | None = None
+    pictures: str | None = None
+    count: int | None = None
+
+    def check(self, found: Origin, file: Path, fix: str) -> None:
+        """Looks whether statistics that were found are those that are wanted.
+
+        Raises:
+            InputError: they are not; `fix` says what to do.
+        """
+        for name, wanted in dataclasses.asdict(self).items():
+            if wanted is not None and (got := getattr(found, name)) != wanted:
+                raise InputError(f"statistics: got {file}, whose {name} is {got}; allowed: {wanted}; {fix}")
+
+
+def framed(size: Frame | int | None) -> str:
+    """How pictures were brought before the extractor, in words."""
+    if size is None:
+        return "as they are"
+    return f"{size.size} {size.fit} {size.filter}" if isinstance(size, Frame) else str(size)
+
+
+def keep(file: str | Path, moments: Moments, origin: Origin, dtype: torch.dtype = torch.float64) -> None:
+    """Writes moments and their origin, whole or not at all. The lower triangle of the scatter is kept, in `dtype`."""
+    rows, columns = torch.tril_indices(len(moments.mean), len(moments.mean))
+    facts = dataclasses.asdict(dataclasses.replace(origin, count=moments.count))
+    half = moments.scatter[rows, columns].to(dtype)
+    arrays.save(file, {"mean": moments.mean, "scatter": half}, **{k: str(v) for k, v in facts.items() if v is not None})
+
+
+def kept(file: str | Path) -> tuple[Moments, Origin | None]:
+    """Reads what `keep` wrote; no origin where the file says none.
+
+    Raises:
+        InputError: the file is damaged, or something else.
+    """
+    tensors, facts = arrays.load(file)
+    try:
+        count, mean, half = int(facts["count"]), tensors["mean"].double(), tensors["scatter"].double()
+        if count < 1 or mean.ndim != 1 or half.shape != (len(mean) * (len(mean) + 1) // 2,):
+            raise ValueError(f"count {count}, mean {tuple(mean.shape)} and scatter {tuple(half.shape)} do not fit")
+    except (KeyError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise InputError(
+            f"statistics: got {file}, which holds none ({reason}); allowed: a file that stepdistill wrote; delete it"
+        ) from error
+    scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    rows, columns = torch.tril_indices(len(mean), len(mean))
+    scatter[rows, columns] = half
+    scatter[columns, rows] = half
+    origin = None
+    if "extractor" in facts:
+        origin = Origin(facts["extractor"], facts.get("frame"), facts.get("pictures"), count)
+    return Moments(count, mean, scatter), origin
 
 
 def are_statistics(reference: str) -> bool:
@@ -25,39 +99,62 @@ def are_statistics(reference: str) -> bool:
     return Path(reference).suffix in ENDINGS
 
 
-def read_statistics(file: str | Path, *, dim: int, count: int | None = None) -> Moments:
-    """The moments in a file.
+def read_statistics(file: str | Path, wanted: Origin, dim: int) -> tuple[Moments, bool]:
+    """The moments in a file that the user names.
 
     Args:
-        dim: length of the extractor's features. count: pictures an .npz is of; it bears on nothing but what is
-            reported.
+        wanted: by the protocol. An .npz is taken to be of so many pictures; it bears on nothing but what is reported.
+        dim: length of the extractor's features.
+
+    Returns:
+        The moments, and whether the file says that they are what is wanted.
 
     Raises:
-        InputError: no such file, one that is damaged or needs pickle, or statistics of features of another length.
+        InputError: no such file, one that is damaged or needs pickle, statistics of something else, of features of
+            another length, or what no set of pictures can have.
     """
     file = Path(file).expanduser()
     if not file.is_file():
         raise InputError(f"reference: got {file}, which does not exist; allowed: a file of statistics; check the path")
-    moments = Moments.load(file) if file.suffix == ".safetensors" else _npz(file, count or 2)
+    moments, origin = kept(file) if file.suffix == ".safetensors" else (_npz(file, wanted.count or 2), None)
+    if origin is not None:
+        wanted.check(origin, file, "give those of this protocol, or the pictures")
     if len(moments.mean) != dim:
         raise InputError(
             f"reference: got {file}, of features of length {len(moments.mean)}, for an extractor of {dim}; allowed: "
             "statistics that the protocol's extractor made"
         )
-    return moments
+    if wrong := _impossible(moments):
+        raise InputError(
+            f"reference: got {file}, which holds no statistics ({wrong}); allowed: a mean and a covariance, symmetric "
+            "and without negative variances; make it again"
+        )
+    return moments, origin is not None
+
+
+def _impossible(moments: Moments) -> str | None:
+    """Why no pictures can have these moments, as far as can be seen."""
+    if not (torch.isfinite(moments.mean).all() and torch.isfinite(moments.scatter).all()):
+        return "a number is not finite"
+    sigma: Tensor = moments.covariance
+    skew = (sigma - sigma.T).abs().max().item()
+    if skew > ROUNDING * sigma.abs().max().item():
+        return f"sigma is not symmetric: two entries differ by {skew:.2g}"
+    values = torch.linalg.eigvalsh(sigma)
+    if values[0] < -ROUNDING * values[-1].clamp_min(0):
+        return f"sigma has an eigenvalue of {values[0].item():.2g}, the largest being {values[-1].item():.2g}"
+    return None
 
 
 def _npz(file: Path, count: int) -> Moments:
     try:
         with np.load(file, allow_pickle=False) as held:
-            mean, covariance = (torch.from_numpy(held[name].astype(np.float64)) for name in ("mu", "sigma"))
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise ValueError(f"mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} do not fit")
-        if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
-            raise ValueError("a number is not finite")
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            mean, sigma = (torch.from_numpy(held[name].astype(np.float64)) for name in ("mu", "sigma"))
+        if mean.ndim != 1 or sigma.shape != (len(mean), len(mean)):
+            raise ValueError(f"mu {tuple(mean.shape)} and sigma {tuple(sigma.shape)} do not fit")
+    except Exception as error:  # zip, zlib and numpy each raise their own kinds; all mean the same
         reason = " ".join(str(error).split())[:120]
         raise InputError(
             f"reference: got {file}, which holds no statistics ({reason}); allowed: an .npz with mu and sigma"
         ) from error
-    return Moments(count, mean, covariance * (count - 1))
+    return Moments(count, mean, sigma * (count - 1))

@@ -3,21 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from stepdistill.evaluation.cells import BETTER, MAIN, Cell, floors, names
 from stepdistill.evaluation.report import plots
+from stepdistill.evaluation.report.plots import Axis, Curve, Level, Point
 from stepdistill.evaluation.report.verdicts import Gain
-from stepdistill.evaluation.summary import label
+from stepdistill.evaluation.summary import label, percent
 
 Make = Callable[[], Any]  # draws a matplotlib figure
 LOGARITHMIC = ("fd", "fd_inf")
+TITLES = {"clip_score": "CLIP score", "attribute_accuracy": "Attribute accuracy"}
+BY_LATENCY = "FD by latency"
 
 
-def by_model(found: Sequence[Cell]) -> list[tuple[str, int, list[Cell]]]:
-    """(model, its colour's number from 1, its cells), floors left out."""
-    models = list(dict.fromkeys(cell.model for cell in found if cell.steps > 0))
-    return [(name, i % plots.SERIES + 1, [c for c in found if c.model == name]) for i, name in enumerate(models)]
+@dataclass(frozen=True)
+class Model:
+    """A model of the page.
+
+    Attributes:
+        number: among them, which its mark goes by. colour: the number of its CSS variable; 0 is of floors.
+    """
+
+    name: str
+    number: int
+
+    @property
+    def colour(self) -> int:
+        """From 1."""
+        return self.number % plots.SERIES + 1
+
+    @property
+    def mark(self) -> str:
+        """The class of its mark in legends and tables."""
+        return f"m{self.number // plots.SERIES % len(plots.MARKS)}"
+
+
+def models_of(found: Sequence[Cell]) -> list[Model]:
+    """The models in order of appearance, floors left out."""
+    names = dict.fromkeys(cell.model for cell in found if cell.steps > 0)
+    return [Model(name, number) for number, name in enumerate(names)]
 
 
 def curves(found: Sequence[Cell]) -> dict[str, Make]:
@@ -27,74 +53,82 @@ def curves(found: Sequence[Cell]) -> dict[str, Make]:
         if not _lines(found, name, "steps"):
             continue
         made[f"{label(name)} by steps"] = lambda name=name: plots.quality_by_steps(
-            _lines(found, name, "steps", interval=True), _axis(found, name), _levels(found, name),
-            log=name in LOGARITHMIC, better=BETTER.get(name),
-        )  # fmt: skip
+            _lines(found, name, "steps", interval=True), _axis(found, name, "by steps"), _levels(found, name)
+        )
         if name == "fd" and _lines(found, name, "latency"):
-            batch = next(c.latency_ms for c in found if c.latency_ms).get("batch", 1)
-            made["FD by latency"] = lambda batch=batch: plots.quality_by_cost(
-                _lines(found, "fd", "latency"), _axis(found, "fd"), _levels(found, "fd"),
-                f"ms a picture, batch {batch}; numbers are steps", front=True,
+            batch = next(c.latency_ms for c in found if c.latency is not None).get("batch", 1)
+            made[BY_LATENCY] = lambda batch=batch: plots.quality_by_cost(
+                _lines(found, "fd", "latency"), _axis(found, "fd", "by latency", "low and left is better"),
+                _levels(found, "fd"), f"ms a picture, batch {batch:g}", front=True,
             )  # fmt: skip
     return made
 
 
 def main_curves() -> set[str]:
     """The titles of the curves that are shown at once."""
-    return {f"{label(name)} by steps" for name in MAIN} | {"FD by latency"}
+    return {f"{label(name)} by steps" for name in MAIN} | {BY_LATENCY}
 
 
 def cost_curves(found: Sequence[Cell], gained: Sequence[Gain]) -> dict[str, Make]:
     """The distance by time of training, where students took unlike times, and the gaps that are left to the teacher."""
     made: dict[str, Make] = {}
     students = [cell for cell in found if cell.train_seconds and cell.method != "teacher"]
-    if len({cell.train_seconds for cell in students}) > 1:
+    if len({cell.train_seconds for cell in students}) > 1 and _lines(students, "fd", "minutes", found):
+        unit = "hours" if max(cell.train_seconds for cell in students) > 7200 else "minutes"
         longest = {(gain.last.model, gain.last.steps): gain.last.fd for gain in gained}
         made["FD by training time"] = lambda: plots.quality_by_cost(
-            _lines(students, "fd", "minutes", found), _axis(found, "fd"),
+            _lines(students, "fd", unit, found),
+            _axis(found, "fd", "by training time", "low and left is better"),
             [(f"{model}, {steps} steps", fd) for (model, steps), fd in longest.items()],
-            "minutes of training; numbers are steps", front=False,
+            f"{unit} of training", front=False,
         )  # fmt: skip
     if gaps := _gaps(found, gained):
-        made["Gap to the teacher by steps"] = lambda: plots.quality_by_steps(
-            gaps, "Distance above the teacher’s longest", [("the teacher’s longest", 0)], log=False, better="lower"
-        )
+        axis = Axis("Gap to the teacher by steps", f"FD above that of the teacher’s longest, {_n(found)}")
+        made[axis.title] = lambda: plots.quality_by_steps(gaps, axis, [("the teacher’s longest", 0)])
     return made
 
 
-def _gaps(found: Sequence[Cell], gained: Sequence[Gain]) -> list[plots.Curve]:
+def _gaps(found: Sequence[Cell], gained: Sequence[Gain]) -> list[Curve]:
     lines = []
-    for i, (model, _, _) in enumerate(by_model(found)):
-        gaps = [(gain.cell.steps, gain.gap.gap) for gain in gained if gain.cell.model == model and gain.gap]
-        points = [plots.Point(steps, gap.value, gap.low, gap.high, steps) for steps, gap in gaps]
-        lines.append(plots.Curve(model, points, i))
+    for model in models_of(found):
+        gaps = [(gain.cell.steps, gain.gap.gap) for gain in gained if gain.cell.model == model.name and gain.gap]
+        points = [Point(steps, gap.value, gap.low, gap.high, steps) for steps, gap in gaps]
+        lines.append(Curve(model.name, points, model.number))
     return [line for line in lines if line.points]
 
 
 def _lines(
     found: Sequence[Cell], name: str, x: str, of: Sequence[Cell] | None = None, *, interval: bool = False
-) -> list[plots.Curve]:
+) -> list[Curve]:
     """A curve a model. of: all cells of the page, which the models' colours go by, where `found` is some of them."""
-    places = {"steps": lambda c: c.steps, "latency": lambda c: c.latency, "minutes": lambda c: c.train_seconds / 60}
+    places = {"steps": lambda c: c.steps, "latency": lambda c: c.latency, "minutes": lambda c: c.train_seconds / 60,
+              "hours": lambda c: c.train_seconds / 3600}  # fmt: skip
     lines = []
-    for i, (model, _, _) in enumerate(by_model(of or found)):
+    for model in models_of(of or found):
         points = []
-        for cell in (c for c in found if c.model == model):
+        for cell in (c for c in found if c.model == model.name and c.steps > 0):
             at = places[x](cell)
             if name not in cell.figures or at is None:
                 continue
             figure = cell.figures[name]
             ends = (figure.low, figure.high) if interval else (None, None)
-            points.append(plots.Point(at, figure.value, *ends, cell.steps))
-        lines.append(plots.Curve(model, points, i))
+            points.append(Point(at, figure.value, *ends, cell.steps))
+        lines.append(Curve(model.name, points, model.number))
     return [line for line in lines if line.points]
 
 
-def _levels(found: Sequence[Cell], name: str) -> list[tuple[str, float]]:
+def _levels(found: Sequence[Cell], name: str) -> list[Level]:
     return [(c.model, c.figures[name].value) for c in floors(found) if name in c.figures]
 
 
-def _axis(found: Sequence[Cell], name: str) -> str:
-    if name == "fd":
-        return f"FD-{found[0].fd_extractor}"
-    return {"clip_score": "CLIP score", "attribute_accuracy": "Attribute accuracy"}.get(name, label(name))
+def _axis(found: Sequence[Cell], name: str, by: str, better: str | None = None) -> Axis:
+    own = f"FD-{found[0].fd_extractor}" if name == "fd" and found[0].fd_extractor else None
+    title = own or TITLES.get(name) or label(name)
+    way = better or (f"{BETTER[name]} is better" if name in BETTER else "")
+    note = ", ".join(filter(None, (way, _n(found))))
+    return Axis(f"{title[:1].upper()}{title[1:]} {by}", note, name in LOGARITHMIC, percent(name))
+
+
+def _n(found: Sequence[Cell]) -> str:
+    """How many pictures the figures are of, in words."""
+    return f"n = {found[0].n:,}" if found[0].n else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from stepdistill.evaluation.cells import Cell, Row
@@ -10,30 +11,30 @@ from stepdistill.evaluation.records import grid_name
 from stepdistill.evaluation.report.tables import Table
 from stepdistill.evaluation.summary import columns, escaped, markdown_table
 
+IMAGES = {"quality.png": "quality by steps", "latency.png": "quality by latency"}
+
 
 def markdown(
-    title: str, rows: Sequence[Row], found: Sequence[Cell], said: Sequence[dict[str, Any]], more: Sequence[Table],
-    prompts: Sequence[str], timed: bool,
+    title: str, told: str, rows: Sequence[Row], found: Sequence[Cell], said: Sequence[dict[str, Any]],
+    more: Sequence[Table], prompts: Sequence[str], images: Sequence[str], folder: Path,
 ) -> str:  # fmt: skip
     """The page, as text.
 
     Args:
-        said: the verdicts. more: tables after the main one. timed: whether there is a latency.png.
+        told: what the figures are of. said: the verdicts. more: tables after the main one. images: the plots that
+            there are. folder: where they and the grids are.
     """
     first = rows[0]
-    seeds = sorted({row["seed"] for row in rows if row.get("seed") is not None})
-    devices = dict.fromkeys(escaped(row.get("device")) for row in rows)
-    lines = [
-        f"# {escaped(title)}", "",
-        f"Protocol {escaped(first.get('protocol'))} (`{escaped(first['protocol_hash'])}`), n = {first.get('n')} a "
-        f"cell, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, FD-{escaped(first.get('fd_extractor'))}; "
-        f"on {'; '.join(devices)}.", "",
-    ]  # fmt: skip
+    facts = [f"Protocol {escaped(told)}, hash `{escaped(first['protocol_hash'])}`"]
+    facts += [f"FD-{escaped(first['fd_extractor'])}"] if first.get("fd_extractor") else []
+    if devices := dict.fromkeys(escaped(row["device"]) for row in rows if row.get("device")):
+        facts.append(f"on {'; '.join(devices)}")
+    lines = [f"# {escaped(title)}", "", f"{'; '.join(facts)}.", ""]
     for verdict in said:
-        told = "; ".join(f"{big} {what}" for big, what in verdict["stats"])
-        lines += [f"**{escaped(verdict['model'])}** at {verdict['steps']}: {escaped(told)}.", ""]
+        stats = "; ".join(f"{big} {what}" for big, what in verdict["stats"])
+        lines += [f"**{escaped(verdict['model'])}** at {verdict['steps']}: {escaped(stats)}.", ""]
     lines += [markdown_table(found, list(columns(found)[0])), ""]
-    lines += ["![quality by steps](quality.png)", *(["![quality by latency](latency.png)"] if timed else []), ""]
+    lines += [*(f"![{IMAGES[file]}]({file})" for file in images), ""]
     lines += [
         "± is half of a 95 % interval. FD, CLIP and attributes by the protocol; ms a picture are medians of whole "
         "calls; per step is one call.", "",
@@ -41,13 +42,19 @@ def markdown(
     for table in more:
         lines += [f"## {table.title}", "", _table(table), ""]
     for cell in found:
-        lines.append(
-            f"{escaped(cell.model)}, {cell.steps} steps\n\n![{escaped(cell.model)}](grids/{grid_name(cell.row)})\n"
-        )
+        grid = f"grids/{grid_name(cell.rows[0])}"
+        if (folder / grid).is_file():
+            steps = f"{cell.steps} step{'s' * (cell.steps > 1)}" if cell.steps else "what can be reached"
+            lines.append(f"{escaped(cell.model)}, {steps}\n\n![{_alt(cell.model)}]({grid})\n")
     lines += [f"{i}. {escaped(prompt)}" for i, prompt in enumerate(prompts, 1)]
-    commands = dict.fromkeys(row.get("command") or "" for row in rows)
-    lines += ["", "Made by:", "", *(f"    {' '.join(command.split())}" for command in commands), ""]
-    return "\n".join(lines)
+    if commands := dict.fromkeys(row["command"] for row in rows if row.get("command")):
+        lines += ["", "Made by:", "", *(f"    {' '.join(command.split())}" for command in commands)]
+    return "\n".join([*lines, ""])
+
+
+def _alt(text: str) -> str:
+    """Text for between brackets."""
+    return escaped(text.replace("\\", "\\\\")).replace("[", "\\[").replace("]", "\\]")
 
 
 def _table(table: Table) -> str:

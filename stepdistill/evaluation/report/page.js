@@ -29,22 +29,20 @@ for (const table of document.querySelectorAll("table.sortable")) {
 // The comparer shows one picture of two strips, the right one over the left one up to the slider.
 const section = document.getElementById("comparer");
 if (section) {
-  const strips = [...document.querySelectorAll("img[data-model]")];
+  const strips = [...document.querySelectorAll(".strip")].map(strip => ({
+    ...strip.dataset, images: [...strip.querySelectorAll("img")], pixels: strip.querySelector(".pixels") !== null,
+  }));
   const [left, right] = section.querySelectorAll("select");
-  const panes = [...section.querySelectorAll(".pane")], tags = [...section.querySelectorAll(".tag")];
+  const panes = [...section.querySelectorAll(".pane img")], tags = [...section.querySelectorAll(".tag")];
   const stage = section.querySelector(".stage"), slider = section.querySelector("input");
   const thumbs = section.querySelector(".thumbs"), caption = section.querySelector("blockquote");
   const prompts = [...document.querySelectorAll("#prompts li")].map(item => item.textContent);
-  const name = image => image.dataset.model +
-    (image.dataset.steps === "0" ? "" : `, ${image.dataset.steps} step${image.dataset.steps === "1" ? "" : "s"}`);
+  const name = strip => strip.model + (strip.steps === "0" ? "" : `, ${strip.steps} step${strip.steps === "1" ? "" : "s"}`);
   let picture = 0;
 
-  const crop = (shown, image, index) => {
-    shown.src = image.src;
-    shown.className = image.className;
-    shown.style.width = `${100 * image.dataset.count}%`;
-    shown.style.left = `${-100 * index}%`;
-    shown.parentElement.style.aspectRatio = image.dataset.ratio;
+  const put = (shown, strip, index) => {
+    shown.src = strip.images[index].src;
+    shown.classList.toggle("pixels", strip.pixels);
   };
   const thumb = index => {
     const button = document.createElement("button");
@@ -56,34 +54,35 @@ if (section) {
   };
   const show = () => {
     const chosen = [left, right].map(select => strips[select.value]);
-    const count = Math.min(...chosen.map(image => image.dataset.count));
+    const count = Math.min(...chosen.map(strip => strip.images.length));
     picture = Math.min(picture, count - 1);
-    chosen.forEach((image, side) => {
-      crop(panes[side].firstElementChild, image, picture);
-      panes[side].firstElementChild.alt = name(image);
-      tags[side].textContent = name(image);
-      tags[side].style.setProperty("--c", `var(--s${image.dataset.colour})`);
+    chosen.forEach((strip, side) => {
+      put(panes[side], strip, picture);
+      panes[side].alt = name(strip);
+      tags[side].textContent = name(strip);
+      tags[side].className = `tag dot ${strip.mark}`;
+      tags[side].style.setProperty("--c", `var(--s${strip.colour})`);
     });
-    stage.style.aspectRatio = chosen[0].dataset.ratio;
+    stage.style.aspectRatio = chosen[0].ratio;
     while (thumbs.children.length < count) thumbs.append(thumb(thumbs.children.length));
     [...thumbs.children].forEach((button, index) => {
       button.hidden = index >= count;
       if (index === picture) button.setAttribute("aria-current", "true");
       else button.removeAttribute("aria-current");
-      crop(button.firstChild, chosen[1], index);
+      if (index < count) put(button.firstChild, chosen[1], index);
     });
     caption.textContent = prompts[picture] ?? "";
   };
   for (const select of [left, right]) {
     const groups = new Map();
-    strips.forEach((image, index) => {
-      if (!groups.has(image.dataset.model)) {
+    strips.forEach((strip, index) => {
+      if (!groups.has(strip.model)) {
         const group = document.createElement("optgroup");
-        group.label = image.dataset.model;
-        groups.set(image.dataset.model, group);
+        group.label = strip.model;
+        groups.set(strip.model, group);
         select.append(group);
       }
-      groups.get(image.dataset.model).append(new Option(name(image), index));
+      groups.get(strip.model).append(new Option(name(strip), index));
     });
     select.addEventListener("change", show);
   }
@@ -94,12 +93,12 @@ if (section) {
     show();
   });
   // A picture of the grids, clicked, comes up on the right.
-  strips.forEach((image, index) => image.addEventListener("click", event => {
-    picture = Math.floor(event.offsetX / image.clientWidth * image.dataset.count);
+  strips.forEach((strip, index) => strip.images.forEach((image, at) => image.addEventListener("click", () => {
+    picture = at;
     right.value = index;
     show();
     section.scrollIntoView({ block: "start" });
-  }));
+  })));
   left.value = section.dataset.left;
   right.value = section.dataset.right;
   cut();

@@ -4,45 +4,30 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from stepdistill import files
 from stepdistill.errors import InputError
-from stepdistill.evaluation.cells import Cell, cells, read_folder
-from stepdistill.evaluation.records import TILE, grid_name
-from stepdistill.evaluation.report import plots
-from stepdistill.evaluation.report.curves import by_model, cost_curves, curves, main_curves
+from stepdistill.evaluation.cells import Row, cells, read_folder
+from stepdistill.evaluation.records import FIELDS
+from stepdistill.evaluation.report import inline
+from stepdistill.evaluation.report.curves import BY_LATENCY, Make, cost_curves, curves, main_curves, models_of
 from stepdistill.evaluation.report.markdown import markdown
+from stepdistill.evaluation.report.strips import chosen, prompts_of, strips_of
 from stepdistill.evaluation.report.tables import as_csv, cost_table, tables
 from stepdistill.evaluation.report.verdicts import gains, verdicts
 
 HERE = Path(__file__).parent
+IMAGES = {"quality.png": "FD by steps", "latency.png": BY_LATENCY}  # for report.md, and for a README
 
 
-@dataclass(frozen=True)
-class Strip:
-    """A cell's pictures in a row.
+def write_report(folder: str | Path, *, title: str | None = None) -> Path:
+    """Writes report.md, its PNG plots and report.html into the folder.
 
-    Attributes:
-        colour: number of the model's. uri: the picture itself. count: pictures in it. ratio: of one, width by height.
-        pixels: whether they are small pictures enlarged, which stay sharp at any size.
-    """
-
-    model: str
-    steps: int
-    colour: int
-    uri: str
-    count: int
-    ratio: float
-    pixels: bool
-
-
-def write_report(folder: str | Path, *, title: str = "Quality and latency by number of steps") -> Path:
-    """Writes report.md, its two PNG plots and report.html into the folder.
+    Args:
+        title: of the page; by what was measured where not given.
 
     Returns:
         The path of report.html.
@@ -62,94 +47,74 @@ def write_report(folder: str | Path, *, title: str = "Quality and latency by num
     found = cells(rows, folder)
     gained = gains(found)
     drawn, cost, said, shown = curves(found), cost_curves(found, gained), verdicts(gained), tables(found)
-    prompts, strips = _prompts(folder), _strips(folder, found)
+    title = title or f"Quality {'and latency ' if BY_LATENCY in drawn else ''}by number of steps"
+    prompts, strips, costs = prompts_of(folder), strips_of(folder, found), cost_table(gained)
     main = {name: make for name, make in drawn.items() if name in main_curves()}
     others = {name: make for name, make in drawn.items() if name not in main}
-    script, costs = (HERE / "page.js").read_text(), cost_table(gained)
+    script, models = _text("page.js"), models_of(found)
+    marks = {model.name: model for model in models}
     context = {
-        "title": title, "first": rows[0], "verdicts": said, "models": by_model(found), "tables": shown,
-        "costs": costs if costs.lines else None, "strips": strips, "chosen": _chosen(strips, said), "prompts": prompts,
+        "title": title, "first": dict.fromkeys(FIELDS) | rows[0], "facts": _facts(rows), "told": _told(rows),
+        "verdicts": said, "models": models, "marks": marks, "tables": shown,
+        "students": [m for m in models if m.name in {gain.cell.model for gain in gained}],
+        "costs": costs if costs.lines else None, "strips": strips, "chosen": chosen(strips, said, list(marks)),
+        "prompts": prompts[: max((len(strip.uris) for strip in strips), default=0)],
         "by_steps": [(n, [s for s in strips if s.steps == n]) for n in sorted({s.steps for s in strips})],
         "svgs": _svgs(main), "more_svgs": _svgs(others), "cost_svgs": _svgs(cost),
-        "colours": {name: colour for name, colour, _ in by_model(found)},
-        "averaged": any(cell.seeds > 1 for cell in found), "timed": "FD by latency" in drawn,
-        "commands": list(dict.fromkeys(row["command"] for row in rows if row.get("command"))),
-        "seeds": sorted({row["seed"] for row in rows if row.get("seed") is not None}),
-        "devices": list(dict.fromkeys(row["device"] for row in rows if row.get("device"))),
-        "csv": base64.b64encode(as_csv(rows).encode()).decode(), "style": (HERE / "page.css").read_text(),
-        "script": script, "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "averaged": any(cell.seeds > 1 for cell in found), "timed": BY_LATENCY in drawn,
+        "floors": any(cell.steps == 0 for cell in found),
+        "commands": _all(rows, "command"), "csv": base64.b64encode(as_csv(rows).encode()).decode(),
+        "style": _text("page.css"), "script": script,
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }  # fmt: skip
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    page = environment.from_string((HERE / "page.html.j2").read_text()).render(context)
-    for file, name in (("quality.png", "FD by steps"), ("latency.png", "FD by latency")):
-        if name in drawn:
-            plots.png(drawn[name], folder / file)
+    page = environment.from_string(_text("page.html.j2")).render(context)
+    images = [file for file, name in IMAGES.items() if name in drawn]
+    for file in images:
+        inline.png(drawn[IMAGES[file]], folder / file)
     more = [table for table in (*shown[1:], costs) if table.lines]
-    files.write(folder / "report.md", markdown(title, rows, found, said, more, prompts, "FD by latency" in drawn))
+    files.write(folder / "report.md", markdown(title, _told(rows), rows, found, said, more, prompts, images, folder))
     files.write(folder / "report.html", page)
     return folder / "report.html"
 
 
-def _svgs(makes: dict) -> list[str]:
-    return [plots.svg(make(), name) for name, make in makes.items()]
+def _text(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
 
 
-def _prompts(folder: Path) -> list[str]:
-    try:
-        found = json.loads((folder / "grids" / "prompts.json").read_text())
-    except (OSError, ValueError):
-        return []
-    return [str(prompt) for prompt in found] if isinstance(found, list) else []
+def _svgs(makes: Mapping[str, Make]) -> list[str]:
+    return [inline.svg(make(), name) for name, make in makes.items()]
 
 
-def _strips(folder: Path, found: Sequence[Cell]) -> list[Strip]:
-    """The strips that are there, of each cell's first seed."""
-    from PIL import Image
-
-    colours = {name: colour for name, colour, _ in by_model(found)}
-    strips = []
-    for cell in found:
-        file = folder / "grids" / grid_name(cell.rows[0])
-        if not file.is_file():
-            continue
-        with Image.open(file) as picture:
-            width, height = picture.size
-            count = width // height if width % height == 0 else max(1, len(_prompts(folder)))
-            uri = _uri(file, picture, small=height < 2 * TILE)
-        strips.append(
-            Strip(
-                cell.model,
-                cell.steps,
-                colours.get(cell.model, 0),
-                uri,
-                count,
-                width / count / height,
-                height < 2 * TILE,
-            )
-        )
-    return sorted(strips, key=lambda strip: strip.steps)  # as the page has them
+def _all(rows: Sequence[Row], name: str) -> list[Any]:
+    """The values of a field, each once, in order."""
+    return list(dict.fromkeys(row[name] for row in rows if row.get(name) is not None))
 
 
-def _uri(file: Path, picture, *, small: bool) -> str:
-    """A strip as it is on the disk, or as WebP where it holds large pictures, which are photographs as a rule."""
-    if small:
-        return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
-    target = io.BytesIO()
-    picture.convert("RGB").save(target, "WEBP", quality=88)
-    return "data:image/webp;base64," + base64.b64encode(target.getvalue()).decode()
+def _seeds(rows: Sequence[Row]) -> str:
+    seeds = sorted(_all(rows, "seed"))
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else ""
 
 
-def _chosen(strips: Sequence[Strip], said: Sequence[dict]) -> tuple[int, int]:
-    """The two strips that are compared at first: the first model's longest, and the best student's headline."""
-    drawn = [i for i, strip in enumerate(strips) if strip.steps > 0]
-    if not drawn:
-        return 0, max(0, len(strips) - 1)
-    left = [i for i in drawn if strips[i].model == strips[drawn[0]].model][-1]
-    if said:
-        best = min((verdict["cell"] for verdict in said), key=lambda cell: cell.fd)
-        for i in drawn:
-            if (strips[i].model, strips[i].steps) == (best.model, best.steps):
-                return left, i
-    return left, next((i for i in drawn if strips[i].model != strips[left].model), drawn[0])
+def _told(rows: Sequence[Row]) -> str:
+    """What the figures are of, in a line for captions."""
+    first = rows[0]
+    n = f"n = {first['n']:,} a cell" if first.get("n") else ""
+    return ", ".join(filter(None, (first.get("protocol"), n, _seeds(rows))))
+
+
+def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """(name, value) of what all rows have, for the head of the page."""
+    first = rows[0]
+    content = (first.get("settings") or {}).get("content") or {}
+    name, _, seeds = _seeds(rows).partition(" ")
+    told = [
+        ("protocol", first.get("protocol")), ("hash", first["protocol_hash"]),
+        ("n", f"{first['n']:,}" if first.get("n") else None), (name, seeds),
+        ("distance", first.get("fd_extractor") and f"FD-{first['fd_extractor']}"), ("CLIP", first.get("clip_model")),
+        ("reference", content.get("statistics") and "foreign statistics"),
+        *(("on", device) for device in _all(rows, "device")),
+    ]  # fmt: skip
+    return [(name, value) for name, value in told if value]

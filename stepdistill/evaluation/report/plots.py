@@ -1,32 +1,15 @@
-"""The report's curves, drawn by matplotlib: as SVG whose colours follow the page's light or dark mode, or as PNG files.
-
-matplotlib draws in placeholder colours; in the SVG each is replaced by a CSS variable of the page.
-"""
+"""The report's curves, drawn by matplotlib. Each model has one colour, and one mark, in all of them."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-SERIES = 8
-# placeholder in the SVG -> (CSS variable, colour in a PNG)
-COLOURS = {
-    "#111213": ("--ink", "#1c2024"),
-    "#717273": ("--mute", "#60646c"),
-    "#d1d2d3": ("--line", "#e2e4e8"),
-    "#a00001": ("--s1", "#2f6fde"),
-    "#a00002": ("--s2", "#e0592a"),
-    "#a00003": ("--s3", "#0f9b76"),
-    "#a00004": ("--s4", "#9250d6"),
-    "#a00005": ("--s5", "#c2930a"),
-    "#a00006": ("--s6", "#d6408f"),
-    "#a00007": ("--s7", "#2d9dc4"),
-    "#a00008": ("--s8", "#76808f"),
-}
-INK, MUTE, LINE = list(COLOURS)[:3]
+from stepdistill.evaluation.report.inline import INK, LINE, MUTE, SERIES
+from stepdistill.evaluation.report.labels import Room, shortened
+
+MARKS = "os^D"  # of the first eight models, of the next eight, and so on
+Level = tuple[str, float]  # a name and a y that is no model's
 
 
 @dataclass(frozen=True)
@@ -42,61 +25,70 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """A model's points, and which of the page's colours it has (0 is the first)."""
+    """A model's points, and its number among the page's models, which its colour and mark go by."""
 
     name: str
     points: Sequence[Point]
-    colour: int
+    number: int
+
+    @property
+    def colour(self) -> str:
+        """The placeholder of it."""
+        return f"#a0000{self.number % SERIES + 1}"
+
+    @property
+    def mark(self) -> str:
+        """matplotlib's letter of it."""
+        return MARKS[self.number // SERIES % len(MARKS)]
 
 
-def _series_colour(index: int) -> str:
-    return f"#a0000{index % SERIES + 1}"
+@dataclass(frozen=True)
+class Axis:
+    """What is on the y axis.
+
+    Attributes:
+        title: of the plot. note: what is said under it. log: whether it is logarithmic where all of it is above 0.
+        percent: whether it is a share.
+    """
+
+    title: str
+    note: str = ""
+    log: bool = False
+    percent: bool = False
 
 
-def quality_by_steps(
-    curves: Sequence[Curve], ylabel: str, floors: Sequence[tuple[str, float]], *, log: bool, better: str | None
-):
-    """A figure of a quality against the number of steps. floors: (name, y) of levels that are no models."""
-    figure, axes = _figure(f"{ylabel} ({better} is better)" if better else ylabel)
-    ticks = sorted({p.steps for c in curves for p in c.points})
+def quality_by_steps(curves: Sequence[Curve], axis: Axis, levels: Sequence[Level]):
+    """A figure of a quality against the number of steps."""
+    figure, axes = _figure(axis)
+    log = axis.log and _positive(curves, levels)
     for curve in curves:
-        _draw(axes, curve, log=log)
-    _floors(axes, floors)
+        _draw(axes, curve, log=log, band=0.8 / max(5, len(curves)))
+    ticks = sorted({p.steps for c in curves for p in c.points})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.set_xticks([], minor=True)
-    axes.set_xlabel("steps")
-    _finish(axes, log)
+    axes.set_xlabel("sampling steps")
+    _finish(axes, curves, levels, axis, log)
     return figure
 
 
-def quality_by_cost(
-    curves: Sequence[Curve], ylabel: str, floors: Sequence[tuple[str, float]], xlabel: str, *, front: bool
-):
-    """A figure of a distance against what it costs. front: draw that of cells which no other beats in both."""
-    figure, axes = _figure(f"{ylabel} (low and left is better)")
+def quality_by_cost(curves: Sequence[Curve], axis: Axis, levels: Sequence[Level], cost: str, *, front: bool):
+    """A figure of a distance against what it costs. front: mark the cells that no other beats in both."""
+    figure, axes = _figure(axis)
+    log = axis.log and _positive(curves, levels)
     for curve in curves:
         _draw(axes, curve, line=0.35)
-        for p in curve.points:
-            axes.annotate(
-                str(p.steps),
-                (p.x, p.y),
-                xytext=(5, 5),
-                textcoords="offset points",
-                fontsize=8,
-                color=_series_colour(curve.colour),
-            )
     best = pareto([(p.x, p.y) for c in curves for p in c.points]) if front else []
-    if len(best) > 1:
+    if best:
         dashes = {"color": INK, "linewidth": 1, "linestyle": (0, (4, 3)), "drawstyle": "steps-post"}
-        axes.plot(*zip(*best, strict=True), **dashes, zorder=1, label="Pareto front")
-    _floors(axes, floors)
+        rings = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.2}
+        axes.plot(*zip(*best, strict=True), **dashes, **rings, zorder=4, label="Pareto front")
     xs = [p.x for c in curves for p in c.points]
-    if max(xs) > 8 * min(xs):
+    if min(xs) > 0 and max(xs) > 8 * min(xs):
         axes.set_xscale("log")
-        _plain(axes.xaxis)
-    axes.set_xlabel(xlabel)
-    _finish(axes, log=True)
+        _plain(axes.xaxis, min(xs), max(xs))
+    axes.set_xlabel(f"{cost}; numbers are steps")
+    _finish(axes, curves, levels, axis, log, numbered=True)
     return figure
 
 
@@ -109,15 +101,22 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
-def _figure(title: str):
+def _positive(curves: Sequence[Curve], levels: Sequence[Level]) -> bool:
+    """Whether a logarithmic axis has room for all of it: an unbiased distance may be below 0."""
+    return all(y > 0 for y in [p.y for c in curves for p in c.points] + [y for _, y in levels])
+
+
+def _figure(axis: Axis):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.7, 3.4), layout="constrained")
+    figure = Figure(figsize=(4.5, 3.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=10.5, color=INK, pad=10)
+    axes.set_title(axis.title, loc="left", fontsize=10.5, color=INK, pad=24, parse_math=False)
+    told = {"xycoords": "axes fraction", "xytext": (0, 10), "textcoords": "offset points"}
+    axes.annotate(axis.note, (0, 1), **told, fontsize=8.5, color=MUTE, va="bottom", parse_math=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -125,88 +124,51 @@ def _figure(title: str):
     axes.grid(axis="y", color=LINE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=MUTE, labelsize=9, length=0, pad=5)
-    axes.xaxis.label.set_color(MUTE)
-    axes.xaxis.label.set_size(9.5)
+    axes.xaxis.label.set(color=MUTE, size=9)
     return figure, axes
 
 
-def _draw(axes, curve: Curve, line: float = 1.0, log: bool = False) -> None:
+def _draw(axes, curve: Curve, *, line: float = 1.0, log: bool = False, band: float = 0.0) -> None:
+    """A curve with its marks. line, band: how opaque they are."""
     points = sorted(curve.points, key=lambda p: p.x)
-    x, y, colour = [p.x for p in points], [p.y for p in points], _series_colour(curve.colour)
-    if points and all(p.low is not None and p.high is not None for p in points):
+    x, y = [p.x for p in points], [p.y for p in points]
+    if band and points and all(p.low is not None and p.high is not None for p in points):
         low = [max(p.low, p.y / 4) if log else p.low for p in points]  # a logarithmic axis has no room for 0
-        axes.fill_between(x, low, [p.high for p in points], color=colour, alpha=0.16, linewidth=0)
-    axes.plot(x, y, color=colour, linewidth=2.2 * max(line, 0.5), alpha=line, solid_capstyle="round", zorder=2)
-    axes.plot(x, y, color=colour, linestyle="", marker="o", markersize=5.5, zorder=3, label=curve.name)
+        axes.fill_between(x, low, [p.high for p in points], color=curve.colour, alpha=band, linewidth=0)
+    axes.plot(x, y, color=curve.colour, linewidth=2.2 * max(line, 0.5), alpha=line, solid_capstyle="round", zorder=2)
+    name = "\N{ZERO WIDTH SPACE}" * curve.name.startswith("_") + shortened(curve.name)  # _ would hide from the legend
+    axes.plot(x, y, color=curve.colour, linestyle="", marker=curve.mark, markersize=5.5, zorder=3, label=name)
 
 
-def _floors(axes, floors: Sequence[tuple[str, float]]) -> None:
-    for i, (name, y) in enumerate(floors):  # one at the left, one at the right: close levels keep their names apart
+def _finish(
+    axes, curves: Sequence[Curve], levels: Sequence[Level], axis: Axis, log: bool, *, numbered: bool = False
+) -> None:
+    """Scales, levels and labels, once all points are there."""
+    from matplotlib.ticker import FuncFormatter
+
+    for _, y in levels:
         axes.axhline(y, color=MUTE, linewidth=1, linestyle=(0, (1, 2.5)), zorder=1)
-        x, side = ((0.01, "left"), (1, "right"))[i % 2]
-        where = {"xycoords": ("axes fraction", "data"), "xytext": (0, 3), "textcoords": "offset points"}
-        axes.annotate(name, (x, y), **where, ha=side, fontsize=8, color=MUTE)
-
-
-def _finish(axes, log: bool) -> None:
+    ys = [p.y for c in curves for p in c.points] + [y for _, y in levels]
     if log:
         axes.set_yscale("log")
-        _plain(axes.yaxis)
+        _plain(axes.yaxis, min(ys), max(ys))
+    elif axis.percent:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
     axes.margins(x=0.07, y=0.12)
+    room = Room(axes, [(p.x, p.y) for c in curves for p in c.points], [y for _, y in levels])
+    for curve in curves if numbered else ():
+        for p in curve.points:
+            room.number(p.x, p.y, str(p.steps), curve.colour)
+    for name, y in levels:
+        room.level(y, name)
 
 
-def _plain(axis) -> None:
-    """Few, plain numbers on a logarithmic axis."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def _plain(axis, low: float, high: float) -> None:
+    """Few, plain numbers on a logarithmic axis: more of them where it is short."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=8))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    subs = (1, 2, 5) if high > 6 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axis.set_minor_formatter(NullFormatter())
-    axis.set_minor_locator(LogLocator(base=10, subs=(), numticks=1))
-
-
-def svg(figure, label: str) -> str:
-    """A figure as inline SVG: scales with its box, coloured by the page, with a label for screen readers."""
-    import matplotlib
-
-    target = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "font.family": "sans-serif"}):
-        figure.savefig(target, format="svg", transparent=True, metadata={"Date": None})
-    text = target.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.S)
-    text = re.sub(r'font: ([\d.]+)px [^;"]*', r"font-size: \1px", text)
-    text = re.sub(
-        r'<svg[^>]*viewBox="([^"]*)"[^>]*>',
-        lambda m: f'<svg viewBox="{m[1]}" role="img" aria-label="{label}">',
-        text,
-        count=1,
-    )
-    stem = re.sub(r"\W+", "-", label)
-    text = re.sub(r'\bid="([^"]+)"', rf'id="{stem}-\1"', text)
-    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{stem}-\1)", text)
-    text = re.sub(r'href="#([^"]+)"', rf'href="#{stem}-\1"', text).replace("xlink:href", "href")
-    for placeholder, (variable, _) in COLOURS.items():
-        text = text.replace(placeholder, f"var({variable})")
-    return text
-
-
-def png(make: Callable[[], object], file: Path) -> None:
-    """A figure as a PNG file on white, with its legend."""
-    from matplotlib.colors import to_hex
-
-    figure = make()
-    legend = figure.axes[0].legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="best")
-    for artist in [*figure.findobj(), *legend.findobj()]:
-        for kind in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
-            getter, setter = getattr(artist, f"get_{kind}", None), getattr(artist, f"set_{kind}", None)
-            if getter is None or setter is None:
-                continue
-            try:
-                known = COLOURS.get(to_hex(getter()))
-            except (ValueError, TypeError):
-                continue
-            if known:
-                setter(known[1])
-    figure.savefig(file, dpi=180, facecolor="white")
+    axis.set_minor_locator(NullLocator())

@@ -51,7 +51,7 @@ class Table:
 def tables(found: Sequence[Cell]) -> list[Table]:
     """Overview, every figure, and latency: those that have something to show."""
     made = [_overview(found), _everything(found), _latency(found)]
-    return [table for table in made if table.lines]
+    return [table for table in made if table.lines and len(table.heads) > 1]
 
 
 def _overview(found: Sequence[Cell]) -> Table:

@@ -1,0 +1,105 @@
+"""A cell's pictures for the page: each by itself, so that a browser can lay them out, and any of them be compared."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from stepdistill.evaluation.cells import Cell
+from stepdistill.evaluation.records import TILE, grid_name
+
+SHOWN = 16  # pictures of a cell that are in the page; grids/ has all
+SIDE = 1024  # pixels they have at most
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A cell's pictures.
+
+    Attributes:
+        uris: the pictures themselves. ratio: of one, width by height. of: how many there are, with those not shown.
+        pixels: whether they are small pictures enlarged, which stay sharp at any size.
+    """
+
+    model: str
+    steps: int
+    uris: Sequence[str]
+    ratio: float
+    of: int
+    pixels: bool
+
+
+def prompts_of(folder: Path) -> list[str]:
+    """What the pictures were drawn for; empty where that was not kept."""
+    try:
+        found = json.loads((folder / "grids" / "prompts.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [str(prompt) for prompt in found] if isinstance(found, list) else []
+
+
+def strips_of(folder: Path, found: Sequence[Cell]) -> list[Strip]:
+    """The strips that are there, of each cell's first seed; by steps, as the page has them."""
+    prompts, strips = prompts_of(folder), []
+    for cell in found:
+        file = folder / "grids" / grid_name(cell.rows[0])
+        if file.is_file():
+            try:
+                with Image.open(file) as picture:
+                    strips.append(_strip(cell, picture, len(prompts)))
+            except Exception as error:  # Pillow's decoders raise a dozen kinds; all mean the same
+                print(f"report: {file} cannot be shown ({str(error)[:80]})", file=sys.stderr)
+    return sorted(strips, key=lambda strip: strip.steps)
+
+
+def chosen(strips: Sequence[Strip], said: Sequence[Mapping], models: Sequence[str]) -> tuple[int, int]:
+    """The two strips that are compared at first: the first model's longest, and the best student's headline."""
+    drawn = [i for i, strip in enumerate(strips) if strip.steps > 0]
+    if not drawn:
+        return 0, max(0, len(strips) - 1)
+    first = min((strips[i].model for i in drawn), key=models.index)
+    left = [i for i in drawn if strips[i].model == first][-1]
+    if said:
+        best = min((verdict["cell"] for verdict in said), key=lambda cell: cell.fd)
+        for i in drawn:
+            if (strips[i].model, strips[i].steps) == (best.model, best.steps):
+                return left, i
+    return left, next((i for i in drawn if strips[i].model != strips[left].model), drawn[0])
+
+
+def _strip(cell: Cell, picture: Image.Image, prompts: int) -> Strip:
+    count = _count(picture, cell, prompts)
+    width, small = picture.width / count, picture.height < 2 * TILE
+    edges = [round(i * width) for i in range(min(count, SHOWN) + 1)]
+    tiles = (picture.crop((left, 0, right, picture.height)) for left, right in itertools.pairwise(edges))
+    uris = [_uri(tile.convert("RGB"), small) for tile in tiles]
+    return Strip(cell.model, cell.steps, uris, width / picture.height, count, small)
+
+
+def _count(picture: Image.Image, cell: Cell, prompts: int) -> int:
+    """Pictures in a strip: as it says; else, of those made before they said it, squares; else one a prompt."""
+    told = str(picture.info.get("pictures", ""))
+    if told.isdecimal() and 0 < int(told) <= picture.width:
+        return int(told)
+    if picture.width % picture.height == 0:
+        return picture.width // picture.height
+    return max(1, min(prompts, int(cell.n or prompts), picture.width))
+
+
+def _uri(tile: Image.Image, small: bool) -> str:
+    """A picture as PNG, or as WebP where it is large, which photographs are as a rule."""
+    target = io.BytesIO()
+    tile.thumbnail((SIDE, SIDE))
+    if small:
+        tile.save(target, "PNG", optimize=True)
+    else:
+        tile.save(target, "WEBP", quality=88)
+    return f"data:image/{'png' if small else 'webp'};base64,{base64.b64encode(target.getvalue()).decode()}"

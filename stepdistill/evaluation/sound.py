@@ -1,0 +1,81 @@
+"""Rows as a benchmark writes them, from whatever stands in a results.jsonl that other tools or hands have written.
+
+What was not measured is None: a figure that is not finite says nothing, nor does a timing without its total.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from stepdistill.errors import InputError
+
+TEXTS = ("protocol", "protocol_hash", "model", "method", "teacher", "spec", "weights", "scheduler", "fd_extractor",
+         "clip_model", "dtype", "device", "commit", "command")  # fmt: skip
+NUMBERS = ("nfe", "guidance", "n", "seed", "fd", "fd_low", "fd_high", "clip_score", "attribute_accuracy",
+           "peak_memory_mb", "batch", "train_seconds")  # fmt: skip
+MAPS = ("settings", "attributes", "metrics", "latency_ms", "latency_ms_batch", "versions")
+WORDS = dict.fromkeys(TEXTS, "text") | dict.fromkeys(NUMBERS, "a number") | dict.fromkeys(MAPS, "a mapping")
+STAGES = ("text", "denoiser_step", "decode")
+UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # control characters, and halves of characters
+
+
+def sound(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A row with its numbers finite, its texts such as can be written, and no figure or timing in part.
+
+    Args:
+        where: it stands, for the errors.
+
+    Raises:
+        InputError: a field is of another kind.
+    """
+    row = _clean(row)
+    for name, kind in WORDS.items():
+        value = row.get(name)
+        if value is None and name not in ("model", "protocol_hash"):
+            continue
+        if not (_number(value) if kind == "a number" else isinstance(value, str if kind == "text" else dict)):
+            raise InputError(f"{where}: got {name}: {str(value)[:40]}; allowed: {kind}; mend or delete the line")
+    if not isinstance(row["steps"], int) or isinstance(row["steps"], bool) or row["steps"] < 0:
+        raise InputError(f"{where}: got steps: {row['steps']}; allowed: a whole number, 0 of floors; mend the line")
+    if row.get("metrics"):
+        row["metrics"] = {name: told for name, each in row["metrics"].items() if (told := _figure(each))}
+    for name in ("latency_ms", "latency_ms_batch"):
+        if row.get(name):
+            row[name] = _timing(row[name])
+    return row
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_clean(name): _clean(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_clean(each) for each in value]
+    if isinstance(value, str):
+        return UNSEEN.sub("\N{REPLACEMENT CHARACTER}", value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _figure(told: Any) -> dict[str, Any] | None:
+    """A figure of `metrics`: with both ends of its interval or none, and its count and unit where they are such."""
+    if not isinstance(told, dict) or not _number(told.get("value")):
+        return None
+    ends = {name: told.get(name) for name in ("low", "high")}
+    told = told | (ends if all(map(_number, ends.values())) else dict.fromkeys(ends))
+    odd = {"n"} if not _number(told.get("n")) else set()
+    odd |= {"of"} if not isinstance(told.get("of"), str) else set()
+    return {name: value for name, value in told.items() if name not in odd}
+
+
+def _timing(told: dict[str, Any]) -> dict[str, Any] | None:
+    """A timing with its totals, of one picture or more."""
+    wanted = [told.get("total_p50"), told.get("total_p90"), told.get("batch", 1)]
+    if not all(_number(value) and value > 0 for value in wanted):
+        return None
+    return told | {name: None for name in STAGES if not _number(told.get(name))}

@@ -1,0 +1,105 @@
+"""A YAML file as a dataclass: every field is known, stands there once, and is of its kind.
+
+    protocol = built(Protocol, read_yaml("mine.yaml", "protocol"), "mine.yaml")
+
+A field's kind is its annotation: int, float, str, tuple[X, ...], another dataclass, and any of these or None. A whole
+number does for a float, and nothing else does for anything else: YAML takes `no` for false and `1e3` for text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from stepdistill.errors import InputError
+
+T = TypeVar("T")
+WORDS = {int: "a whole number", float: "a number", str: "text"}
+
+
+def read_yaml(file: Path, what: str) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        InputError: it is no YAML in UTF-8, or has a name twice, of which YAML would keep the last.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{twice[0]} stands there twice")
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(file.read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and numbers of nonsense are ValueErrors
+        mark = getattr(error, "problem_mark", None)
+        said = getattr(error, "problem", None) or next(iter(str(error).splitlines()), "") or type(error).__name__
+        line = f" in line {mark.line + 1}" if mark else ""
+        raise InputError(
+            f"{what}: got {file}, which is no YAML ({said}{line}); allowed: names and values in UTF-8, each name once; "
+            "mend it"
+        ) from error
+
+
+def built(kind: type[T], told: Any, where: str) -> T:
+    """A dataclass from what a YAML file says.
+
+    Args:
+        where: for the errors.
+
+    Raises:
+        InputError: a field is unknown, missing or of another kind, or the dataclass does not take its value.
+    """
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    if not isinstance(told, dict):
+        raise InputError(f"{where}: got {_shown(told)}; allowed: fields with values, of {', '.join(known)}; write them")
+    if unknown := [name for name in told if name not in known]:
+        near = difflib.get_close_matches(str(unknown[0]), known, 1)
+        fix = f"did you mean {near[0]}?" if near else "leave it out"
+        raise InputError(f"{where}: got the field {_shown(unknown[0])}; allowed: {', '.join(known)}; {fix}")
+    empty = dataclasses.MISSING
+    needed = [name for name, field in known.items() if field.default is empty and field.default_factory is empty]
+    if missing := [name for name in needed if name not in told]:
+        raise InputError(f"{where}: got no {missing[0]!r}; allowed: {', '.join(needed)} and others; add it")
+    kinds = typing.get_type_hints(kind)
+    values = {name: _value(kinds[name], value, where, name) for name, value in told.items()}
+    try:
+        return kind(**values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def _value(kind: Any, value: Any, where: str, name: str) -> Any:
+    """The value, if it is of that kind; a mapping becomes its dataclass, a list a tuple, a float's whole number one."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and types.NoneType in options:
+        return None
+    (kind,) = (option for option in options if option is not types.NoneType)
+    if dataclasses.is_dataclass(kind):
+        return built(kind, value, f"{where}, {name}")
+    if typing.get_origin(kind) is tuple:
+        part, _ = typing.get_args(kind)
+        if not isinstance(value, list):
+            raise InputError(f"{where}: got {name}: {_shown(value)}; allowed: a list; write it as [a, b]")
+        return tuple(_value(part, each, where, f"{name}[{i}]") for i, each in enumerate(value))
+    if kind is float and type(value) is int and abs(value) < 1 << 53:
+        return float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        none = " or none" if types.NoneType in options else ""
+        fix = f"did you mean {value!r} in quotes?" if kind is str and type(value) in (int, float, bool) else "mend it"
+        raise InputError(f"{where}: got {name}: {_shown(value)}; allowed: {WORDS[kind]}{none}; {fix}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value in one short line, with its kind where that is not seen."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,137 @@
+"""Statistics in files: kept to the bit with what they are of; those of something else, or of nothing, are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from test_suite import PROMPTS, Pools
+
+from stepdistill.errors import InputError
+from stepdistill.evaluation import arrays, metrics
+from stepdistill.evaluation.features import Extractor
+from stepdistill.evaluation.frame import Frame
+from stepdistill.evaluation.frechet import Moments, frechet_distance
+from stepdistill.evaluation.protocols import load_protocol, with_data
+from stepdistill.evaluation.statistics import Origin, framed, keep, kept, read_statistics
+
+ORIGIN = Origin("pools:w:nearest@32", "as they are", "k", 30)
+POOLS = Extractor("pools", "Pools", Pools(), 12, 32, "nearest", "w")
+
+
+def draws(n: int, d: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_moments_are_kept_to_the_bit_with_what_they_are_of(tmp_path):
+    moments = Moments.of(draws(30, 7))
+    keep(tmp_path / "m.safetensors", moments, ORIGIN)
+    again, origin = kept(tmp_path / "m.safetensors")
+    assert (again.count, origin) == (30, ORIGIN) and torch.equal(again.mean, moments.mean)
+    assert torch.equal(again.scatter.tril(), moments.scatter.tril()) and torch.equal(again.scatter, again.scatter.T)
+
+
+def test_damaged_statistics_are_said_to_be(tmp_path):
+    file = tmp_path / "m.safetensors"
+    keep(file, Moments.of(draws(30, 7)), ORIGIN)
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(InputError, match="damaged"):
+        kept(file)
+    for tensors, count, reason in (
+        ({"mean": torch.zeros(3)}, "9", "no 'scatter'"),
+        ({"mean": torch.zeros(3), "scatter": torch.zeros(5)}, "9", "do not fit"),
+        ({"mean": torch.zeros(3), "scatter": torch.zeros(6)}, "-1", "count -1"),
+        ({"mean": torch.zeros(3), "scatter": torch.zeros(6)}, "many", "invalid literal"),
+    ):
+        arrays.save(file, tensors, count=count)
+        with pytest.raises(InputError, match=reason) as caught:
+            kept(file)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [("extractor", "pools:w:bilinear@32"), ("frame", framed(Frame(256))), ("count", 50), ("pictures", "j")],
+)
+def test_own_statistics_of_something_else_are_refused_with_what_it_is(tmp_path, field, other):
+    file = tmp_path / "m.safetensors"
+    keep(file, Moments.of(draws(30, 7)), ORIGIN)
+    assert read_statistics(file, ORIGIN, 7)[1]
+    with pytest.raises(InputError, match=rf"whose {field} is .*; allowed: {other}; give those of this protocol"):
+        read_statistics(file, dataclasses.replace(ORIGIN, **{field: other}), 7)
+    assert read_statistics(file, Origin(ORIGIN.extractor), 7)[1]  # what is not asked for is not held against them
+
+
+def test_statistics_of_an_npz_give_the_distance_of_their_pictures(tmp_path):
+    real, drawn = draws(500, 6), draws(80, 6, 1)
+    np.savez(tmp_path / "s.npz", mu=real.numpy().mean(0), sigma=np.cov(real.numpy(), rowvar=False))
+    keep(tmp_path / "s.safetensors", Moments.of(real), Origin("e"))
+    wanted = frechet_distance(Moments.of(drawn), Moments.of(real))
+    for file, count, own in (("s.npz", None, False), ("s.npz", 500, False), ("s.safetensors", None, True)):
+        moments, said = read_statistics(tmp_path / file, Origin("e", count=count), 6)
+        assert frechet_distance(Moments.of(drawn), moments) == pytest.approx(wanted, rel=1e-10) and said is own
+
+
+def test_statistics_that_are_none_are_refused_in_one_line(tmp_path):
+    skewed, negative, indefinite = np.eye(6), np.eye(6), np.eye(6)
+    skewed[0, 1] = 0.01
+    negative[2, 2] = -0.1
+    indefinite[0, 1] = indefinite[1, 0] = 1.1  # every variance is positive, and the correlation is above one
+    for name, arrays_of in {
+        "half": {"mu": np.zeros(3)},
+        "odd": {"mu": np.zeros(3), "sigma": np.zeros((2, 2))},
+        "nan": {"mu": np.full(6, np.nan), "sigma": np.eye(6)},
+        "infinite": {"mu": np.zeros(6), "sigma": np.full((6, 6), np.inf)},
+        "pickle": {"mu": np.array([{}]), "sigma": np.eye(1)},
+        "words": {"mu": np.array(["a"]), "sigma": np.eye(1)},
+        "short": {"mu": np.zeros(3), "sigma": np.eye(3)},
+        "skewed": {"mu": np.zeros(6), "sigma": skewed},
+        "negative": {"mu": np.zeros(6), "sigma": negative},
+        "indefinite": {"mu": np.zeros(6), "sigma": indefinite},
+        "below": {"mu": np.zeros(6), "sigma": -np.eye(6)},
+    }.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays_of)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "odd.npz").read_bytes()[:40])
+    with open(tmp_path / "plain.npz", "wb") as file:
+        np.save(file, np.zeros(3))
+    for name, reason in (
+        ("half", "sigma"), ("odd", "do not fit"), ("nan", "not finite"), ("infinite", "not finite"),
+        ("pickle", "pickle"), ("words", "no statistics"), ("cut", "no statistics"), ("plain", "no statistics"),
+        ("short", "length 3, for an extractor of 6"), ("gone", "does not exist"), ("skewed", "not symmetric"),
+        ("negative", "eigenvalue of -0.1"), ("indefinite", "eigenvalue of -0.1"), ("below", "eigenvalue of -1"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=reason) as caught:
+            read_statistics(tmp_path / f"{name}.npz", Origin("e"), 6)
+        assert "\n" not in str(caught.value), name
+
+
+def test_what_rounding_leaves_is_accepted(tmp_path):
+    """Fewer pictures than features, in float32, summed one by one: eigenvalues of zero come out negative."""
+    few = draws(40, 200).float().numpy()
+    centred = few - few.mean(0)
+    sigma = sum(np.outer(x, x) for x in centred) / np.float32(39)
+    sigma[0, 1] += 1e-7
+    assert np.linalg.eigvalsh(sigma)[0] < 0
+    np.savez(tmp_path / "few.npz", mu=few.mean(0), sigma=sigma)
+    assert len(read_statistics(tmp_path / "few.npz", Origin("e"), 200)[0].mean) == 200
+
+
+def test_a_reference_of_statistics_is_part_of_the_hash_by_its_content_and_said_to_be_foreign(tmp_path, monkeypatch):
+    for name, mean in (("a", 0.0), ("b", 1.0)):
+        np.savez(tmp_path / f"{name}.npz", mu=np.full(12, mean), sigma=np.eye(12))
+    keep(tmp_path / "own.safetensors", Moments.of(draws(30, 12)), Origin(POOLS.identity, "as they are"))
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    monkeypatch.setattr(metrics, "load_extractor", lambda *_, **__: POOLS)
+    asked = dataclasses.replace(load_protocol("mlperf-sdxl-5k"), n=5, scorer=None)
+    found = set()
+    for name, foreign in (("a.npz", True), ("b.npz", True), ("own.safetensors", False)):
+        protocol = with_data(asked, tmp_path / "p.txt", tmp_path / name)
+        tools = metrics.prepare(protocol)
+        assert tools.prompts.prompts == PROMPTS and ("statistics" in dict(tools.content)) is foreign
+        found.add(protocol.hash(dict(tools.content)))
+    assert len(found) == 3
+    framed_otherwise = dataclasses.replace(protocol, frame=Frame(256))
+    with pytest.raises(InputError, match="whose frame is as they are; allowed: 256 square lanczos"):
+        metrics.prepare(framed_otherwise)
