@@ -203,7 +203,7 @@ def deep(tmp_path_factory) -> str:
 @pytest.fixture
 def config(deep, pictures, tmp_path, monkeypatch) -> SnapFusionConfig:
     """A run of four updates, in which a parameter takes a millisecond."""
-    monkeypatch.setattr(snapfusion, "call_ms", lambda like, unet, held: float(parameters(unet)))
+    monkeypatch.setattr(snapfusion, "call_times", lambda like, unet, *_, **__: [float(parameters(unet))])
     return SnapFusionConfig(
         teacher=deep, data=pictures, out=tmp_path / "run", pictures=0, held_out=2, judged=2, max_train_steps=4,
         batch_size=2, checkpoint_every=2, log_every=1, lr_warmup=0, saving=0.2, steps=4, cfg_probability=0.5,

@@ -84,8 +84,8 @@ def evolve(shape: Shape, measure: Callable[[Shape], Cost], saving: float) -> lis
         if not faster:
             most = math.floor(100 * (1 - cost.ms / first.ms)) / 100
             raise InputError(
-                f"saving: got {saving:g}; allowed: up to {most:g}, what all blocks that can be spared save here; ask for "
-                "less"
+                f"saving: got {saving:g}; allowed: up to {most:g}, what all blocks that can be spared save here; ask "
+                "for less"
             )
         removed = min(faster, key=lambda name: (faster[name].distance - cost.distance) / (cost.ms - faster[name].ms))
         rounds.append(Round(cost, candidates, removed, left[removed]))
