@@ -18,7 +18,7 @@ from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.methods import get
 from stepdistill.methods.base import Batch, Clock
-from stepdistill.methods.progressive import Progressive, halving_times, one_step_x0, x0_of
+from stepdistill.methods.progressive import Progressive, halving_times, one_step_x0, two_step_x0, x0_of
 from stepdistill.methods.schedulers import ddim_scheduler
 from stepdistill.prediction import convert
 from stepdistill.schedules import EDM, RectifiedFlow
@@ -73,7 +73,7 @@ def test_one_ddim_step_to_the_target_lands_where_two_steps_of_the_teacher_do(nam
     x_t = torch.randn(4, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for i in range(len(points) // 2):
         t, m, s = (points[2 * i + j].expand(4) for j in range(3))
-        target = Progressive(steps=4, solver=solver).two_steps(teacher, x_t, (t, m, s), {}, torch.ones(4))
+        target = two_step_x0(teacher, x_t, (t, m, s), {}, solver=solver)
         x_s = x_t
         for a, b in ((t, m), (m, s)):
             step = solvers.get(solver)

@@ -69,11 +69,20 @@ def unet(width: int, **options):
     """A text-conditioned UNet with attention, down- and upsampling, convolutional shortcuts and time projections."""
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(
-        sample_size=LATENT, in_channels=4, cross_attention_dim=width, block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1, attention_head_dim=2, norm_num_groups=4, **({"out_channels": 4} | options),
-    )  # fmt: skip
+    settings = {
+        "sample_size": LATENT, "in_channels": 4, "out_channels": 4, "cross_attention_dim": width,
+        "block_out_channels": (8, 16), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "layers_per_block": 1, "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }  # fmt: skip
+    return UNet2DConditionModel(**settings | options)
+
+
+DEEP = {  # a small Stable Diffusion 1.5: the innermost stage has no attention and the width of the one outside it
+    "block_out_channels": (8, 16, 16), "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+}  # fmt: skip
 
 
 def awaken(module: nn.Module, seed: int, gain: float = 1.0) -> None:

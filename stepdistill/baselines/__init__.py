@@ -34,6 +34,12 @@ class Baseline:
 BASELINES: dict[str, Baseline] = {
     "hinton": Baseline("classifier.hinton:HintonConfig", "Hinton et al. 2015", "a classifier learns a larger one's"
                        " softened answers"),
+    "bk_sdm": Baseline("architecture.bk_sdm:BKSDMConfig", "Kim et al. 2023", "a diffusion model's UNet loses blocks and"
+                       " learns from the whole one"),
+    "snapfusion": Baseline("architecture.snapfusion:SnapFusionConfig", "Li et al. 2023", "a diffusion model's UNet"
+                           " loses the blocks it can spare and learns to take one guided step for two"),
+    "prune_then_steps": Baseline("architecture.prune_then_steps:PruneThenStepsConfig", "both kinds", "bk_sdm, then LCM"
+                                 " or LADD of what it made: fewer blocks and fewer steps on one plot"),
 }  # fmt: skip
 
 

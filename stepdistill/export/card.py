@@ -55,6 +55,7 @@ def model_card(
     prompt: str | None,
     settings: dict,
     grid: str | None,
+    what: str = "A few-step student distilled with stepdistill.",
     guidance: float = 1.0,
     steps: int = 4,
     even: bool = False,
@@ -64,7 +65,7 @@ def model_card(
     """Markdown with the hub's front matter: what it is, how to load it, how it was trained.
 
     Args:
-        prompt: of the example; None for a pipeline that takes none, nor a guidance.
+        prompt: of the example; None for a pipeline that takes none, nor a guidance. what: it is, in a sentence.
         guidance: the guidance_scale the student is used with; diffusers' own default would be 7.5.
         steps: of the example. even: whether the pipeline has to be told even sigmas.
         base: where diffusers loads the teacher from; `teacher` where not given.
@@ -85,7 +86,7 @@ def model_card(
 
 # {method} {kind} of {teacher}
 
-A few-step student distilled with stepdistill.
+{what}
 {picture}
 ## Figures
 

@@ -110,6 +110,37 @@ def one_step_x0(schedule: Schedule, x_t: Tensor, x_s: Tensor, t: Time, s: Time) 
     return match(1 / share, x_t) * x_s - match(k / share, x_t) * x_t
 
 
+def two_step_x0(
+    teacher: Denoiser | FrozenDenoiser,
+    x_t: Tensor,
+    times: tuple[Tensor, Tensor, Tensor],
+    cond: Cond | None,
+    uncond: Cond | None = None,
+    scale: float | Tensor = 1.0,
+    *,
+    solver: str = "ddim",
+) -> Tensor:
+    """The x0 that one DDIM step needs to go where the guided teacher's two go.
+
+    Args:
+        times: t, m and s, (B,) each. scale: see `x0_of`.
+    """
+    t, m, s = times
+    schedule, step = teacher.schedule, solvers.get(solver)
+    denoise = Denoise(lambda x, time: x0_of(teacher, x, time, cond, uncond, scale), schedule)
+    return one_step_x0(schedule, x_t, step(denoise, step(denoise, x_t, t, m), m, s), t, s)
+
+
+def on_grid(schedule: Schedule, x0: Tensor, eps: Tensor, points: Tensor, index: Tensor) -> Tensor:
+    """x_t at the times points[index]; at the noisiest noise alone, as an N-step sampler begins with.
+
+    Where the schedule's noisy end still has a trace of the picture (alpha = 0.07 for Stable Diffusion), a student
+    trained on it would read there what is not there in sampling.
+    """
+    noise = from_noise(schedule, eps, points[0])
+    return torch.where(match(index == 0, eps) > 0, noise, schedule.add_noise(x0, eps, points[index]))
+
+
 @dataclass(frozen=True)
 class Progressive(Method):
     """One stage of progressive distillation.
@@ -176,11 +207,7 @@ class Progressive(Method):
         t = points[index]
         scale = self.guidance_min + (self.guidance_max - self.guidance_min) * draws.uniform()
         eps = draws.normal(*batch.x0.shape[1:]).to(batch.x0.dtype)
-        # An N-step sampler begins with noise alone. Where the schedule's noisy end still has a trace of the picture
-        # (alpha = 0.07 for Stable Diffusion), a student trained on it would read there what is not there in sampling.
-        x_t = torch.where(
-            match(index == 0, eps) > 0, from_noise(schedule, eps, points[0]), schedule.add_noise(batch.x0, eps, t)
-        )
+        x_t = on_grid(schedule, batch.x0, eps, points, index)
 
         with torch.no_grad():
             if self.stage == "guide":
@@ -188,21 +215,13 @@ class Progressive(Method):
                 target_x0 = x0_of(models.teacher, x_t, t, batch.cond, batch.uncond, 1.0 if fixed else scale)
             else:
                 m, s = points[index + 1], points[index + 2]
-                target_x0 = self.two_steps(models.teacher, x_t, (t, m, s), batch.cond, scale)
+                own = told(models.teacher, scale)
+                target_x0 = two_step_x0(models.teacher, x_t, (t, m, s), batch.cond, scale=own, solver=self.solver)
         student_x0 = x0_of(models.student, x_t, t, batch.cond, scale=told(models.student, scale))
 
         error = (student_x0 - target_x0).float().square()
         total = (match(self.weight(schedule, t), error) * error).mean()
         return Loss(total, {"distillation": total.detach()})
-
-    def two_steps(
-        self, teacher: FrozenDenoiser, x_t: Tensor, times: tuple[Tensor, Tensor, Tensor], cond: Cond, scale: Tensor
-    ) -> Tensor:
-        """The x0 that one DDIM step needs to go where the teacher's two go; times t, m and s, (B,) each."""
-        t, m, s = times
-        schedule, step, own = teacher.schedule, solvers.get(self.solver), told(teacher, scale)
-        denoise = Denoise(lambda x, time: x0_of(teacher, x, time, cond, scale=own), schedule)
-        return one_step_x0(schedule, x_t, step(denoise, step(denoise, x_t, t, m), m, s), t, s)
 
     @torch.no_grad()
     def sample(self, student: Denoiser, x_T: Tensor, cond: Cond, *, steps: int, draws: Draws) -> Tensor:

@@ -1,0 +1,136 @@
+"""Which blocks a UNet can spare (Li et al. 2023, section 3.1 and algorithm 1): what is lost for a millisecond saved.
+
+rounds = evolve(Shape.of(unet), measure, saving=0.3)
+rounds[-1].shape                                        # the efficient UNet
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepdistill import files
+from stepdistill.baselines.architecture.prune import Shape
+from stepdistill.errors import InputError
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a UNet: milliseconds of a call, and how far its answers are from the whole one's."""
+
+    ms: float
+    distance: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """One removal.
+
+    Attributes:
+        before: the cost of the UNet that was cut. candidates: the costs without each block. removed: the one that went.
+        shape: of what is left.
+    """
+
+    before: Cost
+    candidates: Mapping[str, Cost]
+    removed: str
+    shape: Shape
+
+
+def removals(shape: Shape) -> dict[str, Shape]:
+    """What one block less leaves, by the block's name.
+
+    The attention of a down or up stage, the middle block, or a pair of a stage (of the down stage its last, of the up
+    stage its last but one: a skip joins them). The paper takes single blocks, a stock configuration takes stages; its
+    own efficient UNet has no attention in the outermost ones. The last cross-attention stays: the network would not
+    hear the caption.
+    """
+    found = {}
+    stages = shape.stages
+    for part, places in (("down", range(stages)), ("up", [stages - 1 - i for i in range(stages)])):
+        own = getattr(shape, part)
+        for stage in range(stages):
+            if own[stage]:
+                less = tuple(has and i != stage for i, has in enumerate(own))
+                found[f"{part}_blocks.{places[stage]}.attentions"] = dataclasses.replace(shape, **{part: less})
+    if shape.mid:
+        found["mid_block"] = dataclasses.replace(shape, mid=False)
+    for stage, pairs in enumerate(shape.pairs):
+        if pairs > 1:
+            less = tuple(n - (i == stage) for i, n in enumerate(shape.pairs))
+            name = f"down_blocks.{stage} and up_blocks.{stages - 1 - stage}, a pair"
+            found[name] = dataclasses.replace(shape, pairs=less)
+    return {name: left for name, left in found.items() if any((*left.down, *left.up))}
+
+
+def evolve(shape: Shape, measure: Callable[[Shape], Cost], saving: float) -> list[Round]:
+    """Takes out, again and again, the block of least distance added per millisecond saved, until a call takes
+    1 - saving of what it took. Costs are measured anew after each removal.
+
+    Raises:
+        InputError: all that can be taken out does not save as much.
+    """
+    cost = first = measure(shape)
+    rounds: list[Round] = []
+    while cost.ms > (1 - saving) * first.ms:
+        left = removals(shape)
+        candidates = {name: measure(less) for name, less in left.items()}
+        faster = {name: c for name, c in candidates.items() if c.ms < cost.ms}
+        if not faster:
+            most = math.floor(100 * (1 - cost.ms / first.ms)) / 100
+            raise InputError(
+                f"saving: got {saving:g}; allowed: up to {most:g}, what all blocks that can be spared save here; ask "
+                "for less"
+            )
+        removed = min(faster, key=lambda name: (faster[name].distance - cost.distance) / (cost.ms - faster[name].ms))
+        rounds.append(Round(cost, candidates, removed, left[removed]))
+        shape, cost = left[removed], candidates[removed]
+    return rounds
+
+
+def kept_rounds(file: Path, settings: Mapping[str, Any], make: Callable[[], list[Round]]) -> list[Round]:
+    """The rounds in a file, or made now and written there: milliseconds differ from one measuring to the next, and a
+    run that goes on must go on with the same blocks.
+
+    Raises:
+        InputError: the file is of other settings.
+    """
+    settings = json.loads(json.dumps(settings))
+    if file.is_file():
+        record = json.loads(file.read_text())
+        if record["settings"] != settings:
+            raise InputError(
+                f"--out: got {file.parent}, whose blocks were chosen with {record['settings']} (now {settings}); "
+                "allowed: the same settings; give another --out"
+            )
+        return [_round(row) for row in record["rounds"]]
+    rounds = make()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [dataclasses.asdict(round_) for round_ in rounds]
+    files.write(file, json.dumps({"settings": settings, "rounds": rows}, indent=2) + "\n")
+    return rounds
+
+
+def _round(row: Mapping[str, Any]) -> Round:
+    shape = {name: tuple(v) if isinstance(v, list) else v for name, v in row["shape"].items()}
+    candidates = {name: Cost(**cost) for name, cost in row["candidates"].items()}
+    return Round(Cost(**row["before"]), candidates, row["removed"], Shape(**shape))
+
+
+def show(rounds: list[Round]) -> None:
+    """Prints the importance of each block in the first round, and which went."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("block", "ms saved", "distance added", "a ms", "removed", title="what each block is worth")
+    before, removed = rounds[0].before, [r.removed for r in rounds]
+    for name, cost in rounds[0].candidates.items():
+        saved, added = before.ms - cost.ms, cost.distance - before.distance
+        order = str(removed.index(name) + 1) if name in removed else ""
+        table.add_row(name, f"{saved:.2f}", f"{added:.3g}", f"{added / saved:.3g}" if saved > 0 else "–", order)
+    Console().print(table)

@@ -1,0 +1,143 @@
+"""What every distillation of a diffusion model's architecture can be told, and how it opens teacher and data."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from stepdistill.baselines.architecture.prune import Shape
+from stepdistill.baselines.architecture.unets import Samples
+from stepdistill.baselines.base import BaselineConfig
+from stepdistill.errors import InputError
+
+if TYPE_CHECKING:
+    from stepdistill.denoiser.load import Teacher
+
+MEASURED = ("pictures", "protocol", "sample_steps", "guidance")  # may change from one measuring to the next
+DRY = 4  # samples of a dry run
+
+
+@dataclass(frozen=True)
+class ArchitectureConfig(BaselineConfig):
+    """Flags of what makes a pipeline's UNet smaller."""
+
+    teacher: str = "avatars"
+    """Pipeline folder or hub id with a UNet2DConditionModel; "avatars" is the embedded one."""
+    variant: str | None = None
+    """Of the teacher's weight files, as "fp16"."""
+    revision: str | None = None
+    """Of the teacher's hub repository."""
+    data: str = "avatars"
+    """Image folder with metadata.jsonl, `datasets` name, webdataset shards, cache folder, prompts (.txt), "avatars"."""
+    resolution: int | None = None
+    """Side of the pictures in pixels; the teacher's own where not given."""
+    limit: int | None = None
+    """Training samples at most."""
+    held_out: int = 256
+    """Of the data, the last so many, which are not trained on but measured with."""
+    caption_dropout: float = 0.1
+    """Share of the samples whose caption is left out, so that guidance goes on to work."""
+    control_init: Literal["kept", "random"] = "kept"
+    """What the control begins with: the teacher's kept blocks, as the student, or random weights."""
+
+    pictures: int = 500
+    """Drawn of each network for the Frechet distance and the attributes; 0 for none."""
+    protocol: str = "avatars-2k"
+    """Of the benchmark: a name, or a .yaml file."""
+    sample_steps: int = 16
+    """Steps that pictures are drawn in."""
+    guidance: float = 3.5
+    """Scale that pictures are drawn with; 1 is none."""
+
+    max_train_steps: int = 1000
+    """Updates of student and control."""
+    learning_rate: float = 5e-4
+    """At the plateau."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate goes on after the warm-up."""
+    lr_warmup: int = 50
+    """Updates over which the learning rate rises."""
+
+    def check(self) -> None:
+        """See LoopConfig.check."""
+        super().check()
+        for name, least in (("held_out", 1), ("pictures", 0), ("sample_steps", 1), ("guidance", 1)):
+            if not getattr(self, name) >= least:
+                raise InputError(f"{name}: got {getattr(self, name):g}; allowed: {least} or more")
+        if self.pictures == 1:
+            raise InputError("pictures: got 1; allowed: 0 for none, or 2 and more; hundreds give steady figures")
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"limit: got {self.limit}; allowed: 1 or more; leave it out for all")
+        if not 0 <= self.caption_dropout < 1:
+            raise InputError(f"caption_dropout: got {self.caption_dropout:g}; allowed: 0 to below 1; try 0.1")
+        if self.pictures:
+            from stepdistill.evaluation.protocols import load_protocol
+
+            protocol = load_protocol(self.protocol)
+            if places := [p for p in (protocol.prompts, protocol.reference) if p.startswith("--")]:
+                raise InputError(
+                    f"protocol: got {self.protocol}, which leaves {' and '.join(places)} to the user; allowed: a .yaml "
+                    "file with the paths in it, as its prompts and reference; or --pictures 0, and stepdistill bench "
+                    "afterwards"
+                )
+
+    def part(self, name: str, **changes: object) -> ArchitectureConfig:
+        """The flags of one training; those that say what is measured afterwards are not of it."""
+        plain = {f.name: f.default for f in dataclasses.fields(self) if f.name in MEASURED}
+        return super().part(name, **plain, **changes)
+
+    def open_teacher(self) -> Teacher:
+        """The teacher, on the device of the run.
+
+        Raises:
+            InputError: it cannot be loaded, or its network is not one that is cut down here.
+        """
+        from accelerate import PartialState
+
+        from stepdistill.data.build import picture_size
+        from stepdistill.denoiser.load import load_teacher
+        from stepdistill.training.processes import on_cpu
+
+        device = PartialState(cpu=on_cpu()).device
+        teacher = load_teacher(self.teacher, variant=self.variant, revision=self.revision, device=device)
+        Shape.of(teacher.denoiser.backbone)
+        if teacher.denoiser.takes_guidance:
+            raise InputError(
+                f"teacher: got {self.teacher}, which is told its guidance; allowed: one guided by two calls"
+            )
+        return teacher.resize(picture_size(teacher, self.resolution))
+
+    def open_samples(self, teacher: Teacher) -> tuple[Samples, Samples]:
+        """The training samples, and those held out.
+
+        Raises:
+            InputError: there are too few.
+        """
+        from stepdistill.data.cache import open_data
+
+        held = min(self.held_out, DRY) if self.dry_run else self.held_out
+        count = DRY if self.dry_run else self.limit
+        with tempfile.TemporaryDirectory() if self.dry_run else nullcontext() as beside:
+            cache = open_data(
+                self.data, teacher, resolution=self.resolution, cache_dir=beside, seed=self.seed,
+                synthetic_guidance=self.guidance, limit=None if count is None else count + held,
+            )  # fmt: skip
+        rest = len(cache) - held
+        if rest < 1:
+            raise InputError(
+                f"--data: got {len(cache)} samples, {held} of them held out; allowed: more, or --held-out 1"
+            )
+        return Samples(cache, 0, min(rest, count or rest)), Samples(cache, rest, held)
+
+    @property
+    def draws(self) -> bool:
+        """Whether pictures are drawn."""
+        return bool(self.pictures) and not self.dry_run
+
+    def measured_over(self) -> str:
+        """What figures are measured over, in words."""
+        drawn = f"; {self.pictures:,} pictures at guidance {self.guidance:g}" if self.pictures else ""
+        return f"{self.held_out:,} held-out samples{drawn}"

@@ -1,0 +1,135 @@
+"""A smaller UNet trained with its teacher and, as long, without it; both exported and measured beside the teacher."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from stepdistill import embedded
+from stepdistill.baselines.architecture.measure import call_times, held_out, pictures
+from stepdistill.baselines.architecture.prune import Shape, fresh, parameters, pruned
+from stepdistill.baselines.architecture.unets import Samples, UNets
+from stepdistill.baselines.base import Lesson, learn
+from stepdistill.baselines.results import Results, Row
+from stepdistill.denoiser.load import find
+from stepdistill.evaluation.spec import ModelSpec
+from stepdistill.export.card import model_card
+from stepdistill.export.lora import save_pipeline
+
+if TYPE_CHECKING:
+    from stepdistill.baselines.architecture.config import ArchitectureConfig
+    from stepdistill.denoiser.load import Teacher
+
+BEGINS = {
+    "kept": "Student and control begin with the teacher's kept blocks.",
+    "random": "The student begins with the teacher's kept blocks, the control with random weights.",
+}
+SHOWN = ("max_train_steps", "batch_size", "gradient_accumulation", "learning_rate", "data")
+
+
+def exported(out: Path, role: str, seed: int) -> Path:
+    """Where a run puts the pipeline of a student, or of a control."""
+    return out / f"{role}-{seed}" / "export"
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Teacher, control and student of a run.
+
+    Attributes:
+        method, name: of the baseline, and of the smaller UNet. shape: its.
+        train, held: samples. figure: the one that decides.
+        steps, teacher_steps: that pictures are drawn in; the teacher's as the others' where 0.
+        scheduler: of the exported pipelines. teacher_scheduler: of the teacher's pictures, as in a SPEC; its own where
+            None. card: what the pipelines are, in a sentence. extra: further figures of a UNet. note: on the table.
+    """
+
+    config: ArchitectureConfig
+    method: str
+    name: str
+    teacher: Teacher
+    shape: Shape
+    train: Samples
+    held: Samples
+    figure: str
+    steps: int
+    scheduler: Any
+    card: str
+    teacher_steps: int = 0
+    teacher_scheduler: str | None = None
+    extra: Callable[[nn.Module], dict[str, float]] = field(default=lambda unet: {})
+    note: str = ""
+
+    def run(self, lessons: Mapping[str, Lesson]) -> Results:
+        """Trains and measures, for each seed, a network by the lesson of each role."""
+        config, teacher = self.config, self.teacher
+        results = Results(
+            self.method,
+            self.figure,
+            False,
+            config.measured_over(),
+            note=f"{BEGINS[config.control_init]} {self.note}".strip(),
+        )
+        source = self._spec(config.teacher, "teacher", variant=config.variant, scheduler=self.teacher_scheduler)
+        whole = teacher.denoiser.backbone
+        results.rows.append(self._row("teacher", config.teacher, whole, source, self.teacher_steps or self.steps))
+        results.rows.append(self._row("before", self.name, pruned(whole, self.shape, config.seeds[0])))
+        for seed in config.seeds:
+            for role, lesson in lessons.items():
+                unet = self.start(role, seed)
+                models = UNets(teacher.denoiser, unet, alone=role == "control")
+                seconds = learn(lesson, models, self.train, config.part(f"{role}-{seed}", seed=seed))
+                place = exported(config.out, role, seed)
+                if not config.dry_run:
+                    self._export(unet, place, seconds)
+                spec = self._spec(str(place), f"{role}-{seed}")
+                results.rows.append(self._row(role, self.name, unet, spec, seconds=seconds, seed=seed))
+        return results
+
+    def start(self, role: str, seed: int) -> nn.Module:
+        """The UNet that a student or a control begins with; new weights, where there are any, are drawn from the
+        seed."""
+        whole = self.teacher.denoiser.backbone
+        if role == "control" and self.config.control_init == "random":
+            return fresh(whole, self.shape, seed).to(whole.device)
+        return pruned(whole, self.shape, seed)
+
+    def _spec(self, path: str, name: str, **more: Any) -> ModelSpec:
+        return ModelSpec(path, name, guidance=self.config.guidance, **more)
+
+    def _row(
+        self, role: str, name: str, unet: nn.Module, spec: ModelSpec | None = None, steps: int = 0,
+        seconds: float | None = None, seed: int | None = None,
+    ) -> Row:  # fmt: skip
+        """A measured network, and the pictures of the pipeline that `spec` names."""
+        config, like = self.config, self.teacher.denoiser
+        figures = held_out(like, unet, self.held) | self.extra(unet)
+        figures["latency_ms"] = statistics.median(call_times(like, unet, self.held))
+        if spec is not None and config.draws:
+            steps = steps or self.steps
+            drawn = pictures(
+                {spec.name: spec}, config.out / "bench", protocol=config.protocol, n=config.pictures, steps=(steps,)
+            )
+            figures |= drawn[spec.name, steps]
+        return Row(role, name, figures, parameters(unet), seconds, seed)
+
+    def _export(self, unet: nn.Module, out: Path, seconds: float) -> None:
+        """Writes the pipeline with the UNet in the teacher's place, once."""
+        from accelerate import PartialState
+
+        config, state = self.config, PartialState()
+        if state.is_main_process and not (out / "model_index.json").is_file():
+            record = config.record() | {"method": self.method, "train_seconds": round(seconds, 1)}
+            card = model_card(
+                method=self.method, teacher=config.teacher, out=str(out), scheduler=type(self.scheduler).__name__,
+                lora=False, prompt=self.train.captions[0], settings={k: record[k] for k in SHOWN}, grid=None,
+                what=self.card, guidance=config.guidance, steps=self.steps,
+                base=find(config.teacher) if config.teacher in embedded.TEACHERS else config.teacher,
+            )  # fmt: skip
+            save_pipeline(self.teacher, unet, out, scheduler=self.scheduler, config=record, card=card)
+        state.wait_for_everyone()

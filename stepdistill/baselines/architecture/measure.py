@@ -1,0 +1,112 @@
+"""What is measured of a UNet: held-out errors, milliseconds a call, and, by the benchmark's harness, its pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.baselines.architecture.unets import Samples, around, conditions, noised
+from stepdistill.baselines.base import Batch
+from stepdistill.baselines.reduce import masked_mean
+from stepdistill.conditioning.base import take, to
+from stepdistill.denoiser.base import Denoiser
+from stepdistill.draws import Draws
+from stepdistill.errors import InputError
+from stepdistill.evaluation.spec import ModelSpec
+from stepdistill.methods.progressive import halving_times, x0_of
+from stepdistill.solvers import Denoise, ddim, integrate
+
+BATCH = 32
+METRICS = ("fd", "clip", "attributes")
+FIGURES = ("fd", "clip_score", "attribute_accuracy")
+
+
+def held_batches(held: Samples, device: torch.device, seed: int = 0) -> list[Batch]:
+    """The held-out samples with noise and times of their own, the same for every network."""
+    batches = []
+    for first in range(0, len(held), BATCH):
+        count = min(BATCH, len(held) - first)
+        items = to(held.batch(list(range(first, first + count))), device)
+        batches.append(Batch(items, Draws.at(seed, first, count, device)))
+    return batches
+
+
+@torch.no_grad()
+def held_out(teacher: Denoiser, unet: nn.Module, held: Samples) -> dict[str, float]:
+    """Mean square errors at times drawn evenly: `denoising_loss` to the data's answer, `distance_to_teacher` to the
+    teacher's. Of what the network itself predicts."""
+    student, device = around(teacher, unet), next(unet.parameters()).device
+    task = distance = 0.0
+    for batch in held_batches(held, device):
+        x_t, t, target = noised(batch["x0"], batch.draws, teacher.schedule, teacher.kind)
+        cond = conditions(batch, "cond")
+        own, theirs = (network.raw(x_t, t, cond) for network in (student, teacher))
+        task += len(x_t) * masked_mean((own - target).square()).item()
+        distance += len(x_t) * masked_mean((own - theirs).square()).item()
+    return {"denoising_loss": task / len(held), "distance_to_teacher": distance / len(held)}
+
+
+@torch.no_grad()
+def call_times(teacher: Denoiser, unet: nn.Module, held: Samples, repeats: int = 20) -> list[float]:
+    """The milliseconds of calls with one sample, rising."""
+    network, device = around(teacher, unet), next(unet.parameters()).device
+    batch = held_batches(held, device)[0]
+    x, cond, times = batch["x0"][:1], take(conditions(batch, "cond"), slice(1)), []
+    for _ in range(repeats + 2):
+        started = time.perf_counter()
+        network.raw(x, teacher.schedule.t_max, cond).sum().item()  # waits for the device
+        times.append(1000 * (time.perf_counter() - started))
+    return sorted(times[2:])
+
+
+@torch.no_grad()
+def path_error(teacher: Denoiser, held: Samples, steps: int, guidance: float, unet: nn.Module) -> dict[str, float]:
+    """`path_error`: how far a UNet's samples of so many DDIM steps are from the teacher's of twice as many, from the
+    same noise and guided alike; mean square, in latents, over at most 32 samples. The teacher's own is of as few."""
+    batch = held_batches(held, next(unet.parameters()).device)[0]
+    x_T, cond, uncond = (
+        batch.draws.normal(*batch["x0"].shape[1:]),
+        conditions(batch, "cond"),
+        conditions(batch, "uncond"),
+    )
+
+    def drawn(network: Denoiser, count: int) -> Tensor:
+        denoise = Denoise(lambda x, t: x0_of(network, x, t, cond, uncond, guidance), teacher.schedule)
+        return integrate(ddim, denoise, x_T, halving_times(teacher.schedule, count, teacher.grid))
+
+    own, theirs = drawn(around(teacher, unet), steps), drawn(teacher, 2 * steps)
+    return {"path_error": masked_mean((own - theirs).square()).item()}
+
+
+def pictures(
+    models: Mapping[str, ModelSpec], out: Path, *, protocol: str, n: int, steps: Sequence[int], floor: bool = False
+) -> dict[tuple[str, int], dict[str, float]]:
+    """The figures of the benchmark, by model and number of steps; its rows are kept in `out`.
+
+    Args:
+        floor: measure real and reconstructed pictures too.
+
+    Raises:
+        InputError: a model cannot be measured; or see `suite.evaluate`.
+    """
+    from stepdistill.evaluation.protocols import load_protocol
+    from stepdistill.evaluation.suite import Settings, evaluate
+
+    known = load_protocol(protocol)
+    known = dataclasses.replace(known, n=n, metrics=tuple(m for m in METRICS if m in known.metrics))
+    results = evaluate(models, known, steps, out=out, settings=Settings(latency_repeats=5, floor=floor))
+    if results.failed:
+        failure = results.failed[0]
+        raise InputError(f"pictures: got {failure.model}, which could not be measured: {failure.reason}")
+    return {(row["model"], row["steps"]): _figures(row) for row in results.rows}
+
+
+def _figures(row: Mapping[str, Any]) -> dict[str, float]:
+    figures = {name: row[name] for name in FIGURES if row.get(name) is not None}
+    return figures | ({"picture_ms": row["latency_ms"]["total_p50"]} if row.get("latency_ms") else {})

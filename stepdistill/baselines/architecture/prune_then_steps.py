@@ -1,0 +1,167 @@
+"""Fewer blocks, then fewer steps: BK-SDM (Kim et al. 2023), and the smaller pipeline distilled by LCM or LADD.
+
+stepdistill baselines run prune_then_steps --quick
+stepdistill baselines run prune_then_steps --size tiny --distiller lcm --steps 1 2 4 8
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from accelerate import PartialState
+
+from stepdistill.baselines.architecture.bk_sdm import BKSDMConfig
+from stepdistill.baselines.architecture.contest import exported
+from stepdistill.baselines.architecture.measure import pictures
+from stepdistill.baselines.results import Results
+from stepdistill.data.cache import make_cache
+from stepdistill.errors import InputError
+from stepdistill.evaluation.spec import ModelSpec
+from stepdistill.export.fused import save_fused
+from stepdistill.training.config import TrainConfig, from_yaml
+from stepdistill.training.plans import FLAGS, shipped
+from stepdistill.training.run import distil
+
+CHAIN = {"lcm": ("lcm",), "ladd": ("lcm", "ladd")}  # so short an adversarial run has to begin with something
+
+
+@dataclass(frozen=True)
+class PruneThenStepsConfig(BKSDMConfig):
+    """Flags of `prune_then_steps`.
+
+    Stable Diffusion 1.5: train_scripts/configs/baselines/sd15_prune_then_steps.yaml.
+    """
+
+    out: Path = Path("out/prune-then-steps")
+    """Folder for all that the run makes. Run the same command again to resume."""
+    distiller: Literal["lcm", "ladd"] = "lcm"
+    """What takes the steps out; ladd begins with the student of lcm."""
+    lcm: Path | None = None
+    """YAML of train_lcm_lora.py's flags; those that ship for the embedded teacher where not given."""
+    ladd: Path | None = None
+    """The same of train_ladd.py's."""
+    step_updates: int = 500
+    """Updates of each step distillation, of teacher, control and student alike."""
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    """Step counts that the distilled are measured at."""
+    plain_steps: tuple[int, ...] = (4, 8, 16)
+    """Step counts that the undistilled are measured at."""
+
+    QUICK: ClassVar[Mapping[str, object]] = {
+        **BKSDMConfig.QUICK, "max_train_steps": 4, "step_updates": 2, "pictures": 8, "steps": (1, 4),
+        "plain_steps": (4,),
+    }  # fmt: skip
+    SWEEP: ClassVar[tuple[str, tuple]] = ("size", ("small", "tiny"))
+
+    def check(self) -> None:
+        """See LoopConfig.check."""
+        super().check()
+        if not self.pictures:
+            raise InputError("pictures: got 0; allowed: 2 or more: quality by latency is what this run is for")
+        if self.step_updates < 1 or min((*self.steps, *self.plain_steps), default=0) < 1 or not self.steps:
+            got = f"{self.step_updates}, {self.steps}, {self.plain_steps}"
+            raise InputError(f"step_updates, steps, plain_steps: got {got}; allowed: 1 or more each")
+        for name in CHAIN[self.distiller]:
+            self.settings(name, self.teacher, self.data, self.out, None).check()
+
+    def settings(self, name: str, teacher: str, data: str, out: Path, start: Path | None, seed: int = 0) -> TrainConfig:
+        """The flags of a step distillation.
+
+        Args:
+            name: lcm or ladd. start: what a student of ladd begins with.
+
+        Raises:
+            InputError: there are none for this teacher.
+        """
+        flags = importlib.import_module(FLAGS[name][0])
+        file, script = getattr(self, name), {"lcm": "train_lcm_lora.py", "ladd": "train_ladd.py"}[name]
+        changes = {"teacher": teacher, "data": data, "out": out, "seed": seed, "max_train_steps": self.step_updates}
+        if name == "ladd":  # the blocks it names may be gone: four of those that are left
+            changes |= {"start": start, "blocks": ()}
+        if file is None and self.teacher != "avatars":
+            raise InputError(
+                f"{name}: got none for {self.teacher}; allowed: a YAML file of {script}'s flags that fit it, as "
+                f"train_scripts/configs/sd15_{name}_lora.yaml"
+            )
+        known = shipped(name) if file is None else from_yaml(file, getattr(flags, FLAGS[name][1]))
+        return dataclasses.replace(known, **changes)
+
+    def run(self) -> Results:
+        """Prunes, distils the steps of teacher, control and student, and measures all: <out>/pareto.png shows quality
+        by latency, <out>/bench/report.html everything."""
+        self.check()
+        data = self._data()
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(BKSDMConfig)}
+        pruned = BKSDMConfig(**own | {"out": self.out / "prune", "data": data, "limit": None, "pictures": 0}).run()
+        results = Results(
+            "prune_then_steps", f"fd_{self._decides}", False, f"{self.pictures:,} pictures",
+            note=f"fd_N is at N steps, the others at {self._decides}. {pruned.note}",
+        )  # fmt: skip
+        for row in pruned.rows if not self.dry_run else ():
+            if row.role == "before":
+                continue
+            path = self.teacher if row.seed is None else str(exported(self.out / "prune", row.role, row.seed))
+            name = {"teacher": "teacher", "control": f"{row.name}, untaught", "student": row.name}[row.role]
+            name += "" if row.seed is None else f", seed {row.seed}" * (len(self.seeds) > 1)
+            few, seconds = self.fewer_steps(path, data, self.out / f"steps-{row.role}-{row.seed or 0}", row.seed or 0)
+            self._drawn(ModelSpec(path, name, guidance=self.guidance, scheduler="ddim"), self.plain_steps)
+            found = self._drawn(ModelSpec(str(few), f"{name} + {self.distiller}"), self.steps)
+            figures = {f"fd_{n}": found[n]["fd"] for n in self.steps}
+            figures |= {k: v for k, v in found[self._decides].items() if k in ("attribute_accuracy", "picture_ms")}
+            seconds += row.seconds or 0
+            results.rows.append(
+                dataclasses.replace(row, name=f"{name} + {self.distiller}", figures=figures, seconds=seconds)
+            )
+        if results.rows:
+            self._plot()
+        return results
+
+    def fewer_steps(self, path: str, data: str, out: Path, seed: int) -> tuple[Path, float]:
+        """Distils the steps of a pipeline; the student, a pipeline without an adapter to slow it, and the seconds."""
+        lora, fused = None, out / "fused"
+        for name in CHAIN[self.distiller]:
+            lora = distil(self.settings(name, path, data, out / name, lora, seed))
+        state = PartialState()
+        if state.is_main_process and not fused.exists():
+            save_fused(lora, fused, teacher=path)
+        state.wait_for_everyone()
+        return fused, json.loads((lora.parent / "done.json").read_text())["seconds"]
+
+    @property
+    def _decides(self) -> int:
+        return 4 if 4 in self.steps else max(self.steps)
+
+    def _data(self) -> str:
+        """The data, encoded once for all trainings where there is a limit to them."""
+        if self.limit is None or self.dry_run or (Path(self.data) / "manifest.json").is_file():
+            return self.data
+        make_cache(
+            self.data, self.open_teacher(), self.out / "data", resolution=self.resolution, seed=self.seed,
+            synthetic_guidance=self.guidance, limit=self.limit + self.held_out,
+        )  # fmt: skip
+        return str(self.out / "data")
+
+    def _drawn(self, spec: ModelSpec, steps: tuple[int, ...]) -> dict[int, dict[str, float]]:
+        """The figures of a pipeline by the number of steps."""
+        if not steps:
+            return {}
+        found = pictures(
+            {spec.name: spec}, self.out / "bench", protocol=self.protocol, n=self.pictures, steps=steps, floor=True
+        )
+        return {n: found[spec.name, n] for n in steps}
+
+    def _plot(self) -> None:
+        from stepdistill.evaluation.cells import read_run
+        from stepdistill.evaluation.report import plots, write_report
+        from stepdistill.evaluation.report.curves import curves
+
+        bench = self.out / "bench"
+        write_report(bench, title="Architecture by steps")
+        plots.png(curves(read_run(bench))["FD by latency"], self.out / "pareto.png")
+        print(f"plot: {self.out / 'pareto.png'}")

@@ -1,0 +1,178 @@
+"""Li et al. (2023), *SnapFusion*: a UNet without the blocks it can spare, taught to take one step for two.
+
+stepdistill baselines run snapfusion --quick
+stepdistill baselines run snapfusion --saving 0.3 --steps 8
+stepdistill baselines run snapfusion --config train_scripts/configs/baselines/sd15_snapfusion.yaml --data my/images
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from stepdistill.baselines.architecture import blocks
+from stepdistill.baselines.architecture.config import ArchitectureConfig
+from stepdistill.baselines.architecture.contest import Contest
+from stepdistill.baselines.architecture.measure import call_times, held_out, path_error
+from stepdistill.baselines.architecture.prune import Shape, pruned
+from stepdistill.baselines.architecture.unets import Samples, UNets, Untaught, conditions, task_loss
+from stepdistill.baselines.base import Batch, Lesson
+from stepdistill.baselines.reduce import masked_mean
+from stepdistill.baselines.results import Results
+from stepdistill.errors import InputError
+from stepdistill.methods.base import Clock, Loss
+from stepdistill.methods.progressive import Progressive, halving_times, on_grid, two_step_x0, x0_of
+from stepdistill.schedules import match
+
+if TYPE_CHECKING:
+    from stepdistill.denoiser.load import Teacher
+
+
+@dataclass(frozen=True)
+class CFGAware(Lesson):
+    """L = L_dstl + gamma L_ori (equation 11), at the times of `steps` steps.
+
+    L_dstl is max(SNR, 1) |x0 - x0~|², x0~ where the teacher's two DDIM steps go (equation 9). In a share `guided_share`
+    of the updates, evenly spread, teacher and student are both guided, by a scale drawn from `guidance` for each sample
+    (equation 10); in the others neither is. L_ori is the loss that diffusion models are trained with.
+
+    Args:
+        steps: of the student. original_weight: gamma; with `balanced`, L_ori is brought to the size of L_dstl before.
+    """
+
+    steps: int
+    guidance: tuple[float, float] = (2.0, 14.0)
+    guided_share: float = 0.1
+    original_weight: float = 0.2
+    balanced: bool = True
+    caption_dropout: float = 0.0
+
+    def guided(self, update: int) -> bool:
+        """Whether an update is one of the guided ones."""
+        return int((update + 1) * self.guided_share + 1e-9) > int(update * self.guided_share + 1e-9)
+
+    def loss(self, phase: str, batch: Batch, models: UNets, clock: Clock) -> Loss:
+        """The loss of the student."""
+        guided, distance = self.guided(clock.update), self.distillation(batch, models, clock)
+        terms = {"guided" if guided else "vanilla": distance.detach()}
+        if not self.original_weight:
+            return Loss(distance, terms)
+        original = task_loss(models.denoiser("student"), batch, self.caption_dropout)
+        size = (distance / original).detach() if self.balanced else 1.0
+        return Loss(distance + self.original_weight * size * original, terms | {"original": original.detach()})
+
+    def distillation(self, batch: Batch, models: UNets, clock: Clock) -> Tensor:
+        """L_dstl of one update, scalar."""
+        student, teacher, draws = models.denoiser("student"), models.denoiser("teacher"), batch.draws
+        schedule, x0 = teacher.schedule, batch["x0"]
+        points = halving_times(schedule, 2 * self.steps, teacher.grid).to(draws.device)
+        index = 2 * draws.integers(self.steps)
+        low, high = self.guidance
+        drawn = low + (high - low) * draws.uniform()
+        scale = drawn if self.guided(clock.update) else 1.0
+        x_t = on_grid(schedule, x0, draws.normal(*x0.shape[1:]).to(x0.dtype), points, index)
+        t, m, s = (points[index + i] for i in range(3))
+        cond, uncond = conditions(batch, "cond"), conditions(batch, "uncond")
+        with torch.no_grad():
+            target_x0 = two_step_x0(teacher, x_t, (t, m, s), cond, uncond, scale)
+        error = (x0_of(student, x_t, t, cond, uncond, scale) - target_x0).square()
+        return masked_mean(match(Progressive(self.steps).weight(schedule, t), error) * error)
+
+
+@dataclass(frozen=True)
+class SnapFusionConfig(ArchitectureConfig):
+    """Flags of `snapfusion`.
+
+    Stable Diffusion 1.5, as the paper: train_scripts/configs/baselines/sd15_snapfusion.yaml.
+    """
+
+    out: Path = Path("out/snapfusion")
+    """Folder for all that the run makes. Run the same command again to resume."""
+    saving: float = 0.25
+    """Share of the milliseconds of a call that is saved by leaving blocks out; 0 leaves none out."""
+    judged: int = 64
+    """Held-out samples that blocks are judged by."""
+    steps: int = 8
+    """Of the student; its teacher takes twice as many."""
+    cfg_range: tuple[float, float] = (2.0, 14.0)
+    """Teacher and student are guided by a scale between these."""
+    cfg_probability: float = 0.1
+    """Share of the updates in which they are."""
+    original_weight: float = 0.2
+    """gamma: of the loss that diffusion models are trained with. The control has it alone, with weight 1."""
+    balanced: bool = True
+    """Bring that loss to the size of the distillation's before it is weighted."""
+
+    QUICK: ClassVar[Mapping[str, object]] = {
+        "limit": 128, "held_out": 32, "judged": 16, "pictures": 0, "max_train_steps": 6, "batch_size": 4,
+        "lr_warmup": 2, "steps": 4,
+    }  # fmt: skip
+    SWEEP: ClassVar[tuple[str, tuple]] = ("cfg_probability", (0.0, 0.1, 0.5, 1.0))
+
+    def check(self) -> None:
+        """See LoopConfig.check."""
+        super().check()
+        if not 0 <= self.saving < 1:
+            raise InputError(f"saving: got {self.saving:g}; allowed: 0 (none) to below 1; try 0.25")
+        if not 0 <= self.cfg_probability <= 1:
+            raise InputError(f"cfg_probability: got {self.cfg_probability:g}; allowed: 0 to 1; the paper's is 0.1")
+        if not 1 <= self.cfg_range[0] <= self.cfg_range[1]:
+            got = " to ".join(f"{g:g}" for g in self.cfg_range)
+            raise InputError(f"cfg_range: got {got}; allowed: 1 or more, rising; the paper's is 2 to 14")
+        for name, least in (("judged", 1), ("steps", 1), ("original_weight", 0)):
+            if not getattr(self, name) >= least:
+                raise InputError(f"{name}: got {getattr(self, name):g}; allowed: {least} or more")
+
+    def run(self) -> Results:
+        """Chooses the blocks, then a control and a student for each seed, each a pipeline in <out>/ROLE-SEED/export.
+        What blocks are worth is in <out>/blocks.json."""
+        self.check()
+        teacher = self.open_teacher()
+        like = teacher.denoiser
+        if like.kind == "eps":
+            raise InputError(
+                f"teacher: got {self.teacher}, which predicts eps and so has no say in x0 where there is noise alone; "
+                "allowed: one that predicts v; make it one with train_scripts/train_progressive.py --no-lora"
+            )
+        halving_times(like.schedule, 2 * self.steps, like.grid)
+        train, held = self.open_samples(teacher)
+        contest = Contest(
+            self, "snapfusion", "efficient", teacher, self.efficient(teacher, held), train, held,
+            figure="fd" if self.pictures else "path_error", steps=self.steps, teacher_steps=2 * self.steps,
+            teacher_scheduler="ddim", scheduler=Progressive(self.steps).scheduler(teacher),
+            card=f"A smaller Stable Diffusion for {self.steps} steps, distilled with stepdistill.",
+            extra=partial(path_error, like, held, self.steps, self.guidance),
+            note=f"path_error is of {self.steps} steps, the teacher's too, against the teacher's {2 * self.steps}; its "
+            f"pictures take {2 * self.steps} steps.",
+        )  # fmt: skip
+        taught = CFGAware(
+            self.steps, self.cfg_range, self.cfg_probability, self.original_weight, self.balanced, self.caption_dropout
+        )
+        return contest.run({"control": Untaught(self.caption_dropout), "student": taught})
+
+    def efficient(self, teacher: Teacher, held: Samples) -> Shape:
+        """The shape without the blocks that can be spared, as it was first chosen."""
+        from accelerate import PartialState
+
+        like, whole = teacher.denoiser, Shape.of(teacher.denoiser.backbone)
+        if not self.saving:
+            return whole
+        judged = Samples(held.cache, held.first, min(self.judged, held.count))
+
+        def measure(shape: Shape) -> blocks.Cost:
+            unet = pruned(like.backbone, shape).eval()
+            fastest = call_times(like, unet, judged, repeats=40)[0]  # what else goes on can only add to it
+            return blocks.Cost(fastest, held_out(like, unet, judged)["distance_to_teacher"])
+
+        settings = {"teacher": self.teacher, "data": self.data, "saving": self.saving, "judged": judged.count}
+        choose = partial(blocks.evolve, whole, measure, self.saving)
+        with PartialState().main_process_first():
+            rounds = choose() if self.dry_run else blocks.kept_rounds(self.out / "blocks.json", settings, choose)
+        blocks.show(rounds)
+        return rounds[-1].shape
