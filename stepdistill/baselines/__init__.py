@@ -34,6 +34,8 @@ class Baseline:
 BASELINES: dict[str, Baseline] = {
     "hinton": Baseline("classifier.hinton:HintonConfig", "Hinton et al. 2015", "a classifier learns a larger one's"
                        " softened answers"),
+    "forward_kl": Baseline("language.forward_kl:ForwardKLConfig", "Hinton et al. 2015; Kim & Rush 2016", "a language"
+                           " model learns all that a larger one says might come next"),
 }  # fmt: skip
 
 

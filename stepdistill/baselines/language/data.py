@@ -95,7 +95,7 @@ def stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int 
     """
     ids: list[int] = []
     for text in texts:
-        ids += tokenizer(text, add_special_tokens=False, verbose=False).input_ids + [tokenizer.eos_token_id]
+        ids += [*tokenizer(text, add_special_tokens=False, verbose=False).input_ids, tokenizer.eos_token_id]
         if limit is not None and len(ids) >= limit:
             break
     return torch.tensor(ids[:limit], dtype=torch.int64)

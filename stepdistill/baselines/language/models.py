@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TINY = ("tiny", "tiny-gpt2")
-TINY_VOCABULARY = 512
-END = "<|endoftext|>"
 KINDS = "tiny, tiny-gpt2, smollm2, a .gguf file, a folder, or a hub id"
 
 
@@ -70,7 +68,9 @@ def open_decoder(spec: str, texts: Sequence[str] = (), *, seed: int = 0) -> Deco
         InputError: there is none, or what reads it is not installed, or its tokenizer has no end of text.
     """
     if spec in TINY:
-        return _tiny(spec, texts, seed)
+        from stepdistill.baselines.language import tiny
+
+        return Decoder(*tiny.build(spec, texts, seed=seed), spec)
     network, tokenizer = _load(*_place(spec), spec)
     if tokenizer.eos_token_id is None:
         raise InputError(f"model: got {spec}, whose tokenizer has no eos token; allowed: one with it; set eos_token")
@@ -243,46 +243,3 @@ def _load(place: str, gguf: str | None, spec: str) -> tuple[PreTrainedModel, Pre
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"model: got {spec}, which could not be loaded ({reason}); allowed: {KINDS}") from error
-
-
-def _tiny(spec: str, texts: Sequence[str], seed: int) -> Decoder:
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
-    tokenizer = train_tokenizer(texts, TINY_VOCABULARY)
-    common = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.eos_token_id,
-              "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}  # fmt: skip
-    torch.manual_seed(seed)
-    if spec == "tiny":
-        shape = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
-                 "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True}  # fmt: skip
-        return Decoder(LlamaForCausalLM(LlamaConfig(**shape, **common)).eval(), tokenizer, spec)
-    shape = {"n_embd": 96, "n_layer": 4, "n_head": 4, "n_positions": 512}
-    return Decoder(GPT2LMHeadModel(GPT2Config(**shape, **common)).eval(), tokenizer, spec)
-
-
-def train_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of a text, as GPT-2's: any text can be said in it, and its one special token ends texts.
-
-    Args:
-        texts: their first million characters are read. size: of the vocabulary.
-
-    Raises:
-        InputError: there is no text.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    sample, seen = [], 0
-    for text in texts:
-        sample.append(text[: 1_000_000 - seen])
-        if (seen := seen + len(sample[-1])) >= 1_000_000:
-            break
-    if not seen:
-        raise InputError("corpus: got no text; allowed: some to make a tokenizer from; give another --data")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(sample, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END)
