@@ -36,6 +36,12 @@ BASELINES: dict[str, Baseline] = {
                        " softened answers"),
     "forward_kl": Baseline("language.forward_kl:ForwardKLConfig", "Hinton et al. 2015; Kim & Rush 2016", "a language"
                            " model learns all that a larger one says might come next"),
+    "gkd": Baseline("language.gkd:GKDConfig", "Agarwal et al. 2024", "a language model is corrected by a larger one on"
+                    " what it says itself"),
+    "distillm": Baseline("language.distillm:DistiLLMConfig", "Ko et al. 2024", "skewed divergences; its own text as far"
+                         " as the validation loss asks for it, kept and used again"),
+    "minillm": Baseline("language.minillm:MiniLLMConfig", "Gu et al. 2024", "reverse divergence of whole texts, by a"
+                        " policy gradient"),
 }  # fmt: skip
 
 

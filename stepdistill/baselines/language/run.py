@@ -110,10 +110,10 @@ class DecoderConfig(BaselineConfig):
         """The student, and the control, before it is trained."""
         return make_student(self.student, teacher, seed=seed)
 
-    def teach(self, teacher: Decoder, student: PreTrainedModel, corpus: Corpus, config: BaselineConfig) -> float:
-        """Trains the student in place; returns the seconds that it took."""
+    def teach(self, teacher: Decoder, student: PreTrainedModel, corpus: Corpus) -> float:
+        """Trains the student in place, in this configuration's folder; returns the seconds that it took."""
         models = Pupils(student, teacher.network, **self.others(corpus))
-        return learn(self.lesson(teacher, corpus), models, corpus.train, config)
+        return learn(self.lesson(teacher, corpus), models, corpus.train, self)
 
     def check(self) -> None:
         """See LoopConfig.check."""
@@ -159,9 +159,7 @@ class DecoderConfig(BaselineConfig):
         results = Results(self.NAME, "nll", False, self._over(corpus), note=measure.NOTE)
         said: dict[str, list[str]] = {}
 
-        def row(
-            role: str, name: str, network: nn.Module, seconds: float | None = None, seed: int | None = None
-        ) -> None:
+        def row(role: Role, name: str, network: nn.Module, seconds: float | None, seed: int | None = None) -> None:
             if self.dry_run:
                 return
             figures, texts = self._measure(network, teacher, corpus)
@@ -180,7 +178,7 @@ class DecoderConfig(BaselineConfig):
                 self.make_student(teacher, corpus, seed).to(state.device),
                 self.part(f"student-{seed}", seed=seed),
             )
-            row("student", self.NAME, student, self.teach(teacher, student, corpus, part), seed)
+            row("student", self.NAME, student, part.teach(teacher, student, corpus), seed)
             if not self.dry_run and state.is_main_process:
                 save(student, teacher, part.out / "model")
         if not self.dry_run and state.is_main_process:
