@@ -12,8 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 
 from stepdistill.errors import InputError
+
+FAMILIES = ("architecture", "classifier", "language")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,12 @@ BASELINES: dict[str, Baseline] = {
     "minillm": Baseline("language.minillm:MiniLLMConfig", "Gu et al. 2024", "reverse divergence of whole texts, by a"
                         " policy gradient"),
 }  # fmt: skip
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in FAMILIES:
+        return import_module(f"stepdistill.baselines.{name}")
+    raise AttributeError(f"module 'stepdistill.baselines' has no attribute {name!r}")
 
 
 def get(name: str) -> Baseline:

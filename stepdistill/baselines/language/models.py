@@ -199,7 +199,10 @@ def _changed(config: PretrainedConfig, said: str, seed: int) -> PreTrainedModel:
         config.layer_types = (config.layer_types * config.num_hidden_layers)[: config.num_hidden_layers]
     torch.manual_seed(seed)
     try:
-        return AutoModelForCausalLM.from_config(config).float().eval()
+        student = AutoModelForCausalLM.from_config(config).float().eval()
+        with torch.no_grad():
+            student(torch.zeros(1, 2, dtype=torch.int64))  # some settings only then do not fit
+        return student
     except (ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:100]
         raise InputError(f"student: got config:{said} ({reason}); allowed: settings that fit each other") from error

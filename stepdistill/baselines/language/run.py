@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 QUICK: dict[str, object] = {
-    "limit": 1000, "teacher_steps": 150, "max_train_steps": 60, "test_tokens": 5000, "shown": 8, "batch_size": 8
+    "limit": 1000, "teacher_steps": 300, "max_train_steps": 60, "test_tokens": 5000, "shown": 8, "batch_size": 8
 }  # fmt: skip
 
 
@@ -89,8 +89,10 @@ class DecoderConfig(BaselineConfig):
 
     max_train_steps: int = 600
     """Updates of student and control."""
-    learning_rate: float = 1e-3
-    """At the plateau."""
+    learning_rate: float = 2e-3
+    """At the plateau. As it is for tiny ones; models that are trained already take 1e-5 to 5e-4."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate goes on after the warm-up."""
     weight_decay: float = 0.01
     """Decoupled, as AdamW has it."""
     lr_warmup: int = 20
