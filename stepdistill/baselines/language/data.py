@@ -77,7 +77,10 @@ def open_texts(spec: str, split: str, *, test: str | None = None) -> list[str] |
         return avatars.load(split).captions
     path = Path(spec).expanduser()
     if path.suffix in (".txt", ".jsonl"):
-        found = _file(Path(test).expanduser(), split) if test and split == "test" else _file(path, split, not test)
+        other = test is not None and split == "test"
+        found = _file(Path(test).expanduser(), "--test") if other else _file(path, "--data")
+        if test is None:
+            found = _cut(found, split)
     elif path.exists() or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise InputError(f"--data: got {spec}, which is no text; allowed: {KINDS}")
     else:
@@ -148,20 +151,23 @@ def pair_up(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, *, prompt
     return Tokens(ids, attention, counts, prompt)
 
 
-def _file(path: Path, split: str, cut: bool = False) -> list[str] | list[Pair]:
+def _file(path: Path, flag: str) -> list[str] | list[Pair]:
     try:
         text = path.read_text(encoding="utf-8")
-        found = [text] if path.suffix == ".txt" else [_row(json.loads(line)) for line in text.splitlines() if line]
+        return [text] if path.suffix == ".txt" else [_row(json.loads(line)) for line in text.splitlines() if line]
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:80]
-        raise InputError(f"--data: got {path}, which cannot be read ({reason}); allowed: {KINDS}") from error
-    if not cut:
-        return found
-    if path.suffix == ".txt":
+        raise InputError(f"{flag}: got {path}, which cannot be read ({reason}); allowed: {KINDS}") from error
+
+
+def _cut(texts: list[str] | list[Pair], split: str) -> list[str] | list[Pair]:
+    """The part of one file's texts that is this split's; one text alone is cut at the end of a line."""
+    if len(texts) == 1 and isinstance(texts[0], str):
+        text = texts[0]
         place = text.find("\n", round(len(text) * (1 - HELD_OUT))) + 1 or len(text)
         return [text[:place] if split == "train" else text[place:]]
-    place = round(len(found) * (1 - HELD_OUT))
-    return found[:place] if split == "train" else found[place:]
+    place = round(len(texts) * (1 - HELD_OUT))
+    return texts[:place] if split == "train" else texts[place:]
 
 
 def _row(row: dict) -> str | Pair:

@@ -135,7 +135,7 @@ class DecoderConfig(BaselineConfig):
     def shared(self) -> DecoderConfig:
         """What teacher and controls depend on, and nothing else."""
         names = [field.name for field in dataclasses.fields(DecoderConfig)]
-        changes = {"out": self.beside or self.out, "beside": None, "seeds": (), "quick": False}
+        changes = {"out": self.beside or self.out, "beside": None, "config": None, "seeds": (), "quick": False}
         return DecoderConfig(**{name: getattr(self, name) for name in names} | changes)
 
     def run(self) -> Results:
