@@ -6,6 +6,7 @@ The public names, each imported when first used:
     convert                                               any prediction kind to any other
     load_teacher, Teacher, methods, Trainer, TrainConfig  distillation
     sample, evaluate                                      sampling and measurement
+    baselines                                             what step distillation grew out of
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_MODULES = ("guidance", "methods", "prediction", "schedules", "solvers", "timegrid")
+_MODULES = ("baselines", "guidance", "methods", "prediction", "schedules", "solvers", "timegrid")
 _NAMES = {
     "InputError": "stepdistill.errors",
     "Teacher": "stepdistill.denoiser.load",

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 
 from stepdistill.errors import InputError
+
+FAMILIES = ("architecture", "classifier", "language")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,14 @@ class Baseline:
 BASELINES: dict[str, Baseline] = {
     "hinton": Baseline("classifier.hinton:HintonConfig", "Hinton et al. 2015", "a classifier learns a larger one's"
                        " softened answers"),
+    "forward_kl": Baseline("language.forward_kl:ForwardKLConfig", "Hinton et al. 2015; Kim & Rush 2016", "a language"
+                           " model learns all that a larger one says might come next"),
+    "gkd": Baseline("language.gkd:GKDConfig", "Agarwal et al. 2024", "a language model is corrected by a larger one on"
+                    " what it says itself"),
+    "distillm": Baseline("language.distillm:DistiLLMConfig", "Ko et al. 2024", "skewed divergences; its own text as far"
+                         " as the validation loss asks for it, kept and used again"),
+    "minillm": Baseline("language.minillm:MiniLLMConfig", "Gu et al. 2024", "reverse divergence of whole texts, by a"
+                        " policy gradient"),
     "bk_sdm": Baseline("architecture.bk_sdm:BKSDMConfig", "Kim et al. 2023", "a diffusion model's UNet loses blocks and"
                        " learns from the whole one"),
     "snapfusion": Baseline("architecture.snapfusion:SnapFusionConfig", "Li et al. 2023", "a diffusion model's UNet"
@@ -41,6 +52,12 @@ BASELINES: dict[str, Baseline] = {
     "prune_then_steps": Baseline("architecture.prune_then_steps:PruneThenStepsConfig", "both kinds", "bk_sdm, then LCM"
                                  " or LADD of what it made: fewer blocks and fewer steps on one plot"),
 }  # fmt: skip
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in FAMILIES:
+        return import_module(f"stepdistill.baselines.{name}")
+    raise AttributeError(f"module 'stepdistill.baselines' has no attribute {name!r}")
 
 
 def get(name: str) -> Baseline:

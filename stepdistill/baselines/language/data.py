@@ -1,0 +1,188 @@
+"""Texts as tokens: packed to blocks, or prompts with completions; what counts is said by a mask, never by a token.
+
+avatars              the captions of the embedded set, a text each
+FILE.txt             one text; its last tenth is held out where --test names none
+FILE.jsonl           a text a line ("text"), or a prompt and its completion ("prompt", "completion")
+wikitext             WikiText-2, through `datasets`
+owner/name:config    any other `datasets` name, with a column "text"
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stepdistill.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+KINDS = "avatars, a .txt or .jsonl file, wikitext, or a datasets name (owner/name:config)"
+WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
+HELD_OUT = 0.1  # of a file that has no test file beside it
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and what comes after it."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """N rows of S tokens: `prompt` columns of prompt, padded on the left, then a completion, padded on the right.
+
+    Attributes:
+        ids: (N, S) int64. attention: (N, S) bool, False for padding.
+        counts: (N, S) bool: the tokens whose prediction is trained and measured. A row's first token never is.
+        prompt: columns that generation begins with.
+    """
+
+    ids: Tensor
+    attention: Tensor
+    counts: Tensor
+    prompt: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: slice) -> Tokens:
+        return Tokens(self.ids[rows], self.attention[rows], self.counts[rows], self.prompt)
+
+    def batch(self, indices: list[int]) -> dict[str, Tensor]:
+        """`ids`, `attention` and `counts` of these rows, (B, S) each."""
+        return {"ids": self.ids[indices], "attention": self.attention[indices], "counts": self.counts[indices]}
+
+
+def open_texts(spec: str, split: str, *, test: str | None = None) -> list[str] | list[Pair]:
+    """The texts, or pairs, of a split.
+
+    Args:
+        spec: see above. split: train or test. test: of a file, the one that is held out.
+
+    Raises:
+        InputError: there is no such text, or it is empty.
+    """
+    if spec == "avatars":
+        from stepdistill.data import avatars
+
+        return avatars.load(split).captions
+    path = Path(spec).expanduser()
+    if path.suffix in (".txt", ".jsonl"):
+        other = test is not None and split == "test"
+        found = _file(Path(test).expanduser(), "--test") if other else _file(path, "--data")
+        if test is None:
+            found = _cut(found, split)
+    elif path.exists() or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+        raise InputError(f"--data: got {spec}, which is no text; allowed: {KINDS}")
+    else:
+        found = _dataset(WIKITEXT if spec == "wikitext" else spec, split)
+    if not any(t.completion if isinstance(t, Pair) else t.strip() for t in found):
+        raise InputError(f"--data: got {spec}, whose {split} text is empty; allowed: {KINDS}")
+    return found
+
+
+def stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> Tensor:
+    """All texts as one row of tokens (N,), the end-of-text token behind each.
+
+    Args:
+        limit: tokens at most; the rest is not tokenised.
+    """
+    ids: list[int] = []
+    for text in texts:
+        ids += [*tokenizer(text, add_special_tokens=False, verbose=False).input_ids, tokenizer.eos_token_id]
+        if limit is not None and len(ids) >= limit:
+            break
+    return torch.tensor(ids[:limit], dtype=torch.int64)
+
+
+def pack(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block: int, *, prompt: int, limit: int | None = None
+) -> Tokens:
+    """Texts one behind the other, cut into blocks without padding; what is left at the end is dropped.
+
+    Args:
+        block: S. prompt: tokens of a block that generation begins with. limit: blocks at most.
+
+    Raises:
+        InputError: there is less than one block.
+    """
+    ids = stream(texts, tokenizer, None if limit is None else limit * block)
+    if len(ids) < block:
+        raise InputError(f"corpus: got {len(ids)} tokens; allowed: {block} (--block) or more; give more text")
+    ids = ids[: len(ids) // block * block].view(-1, block)
+    counts = torch.ones_like(ids, dtype=torch.bool)
+    counts[:, 0] = False
+    return Tokens(ids, torch.ones_like(ids, dtype=torch.bool), counts, prompt)
+
+
+def pair_up(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, *, prompt: int, completion: int) -> Tokens:
+    """Prompts, padded on the left, and completions with their end of text, padded on the right; the latter count.
+
+    Args:
+        prompt: columns of prompt: of a longer one, its last tokens are kept.
+        completion: columns of completion, end included: a longer one is cut, and has none.
+
+    Raises:
+        InputError: there are none.
+    """
+    if not pairs:
+        raise InputError("corpus: got no prompts; allowed: one or more")
+    eos = tokenizer.eos_token_id
+    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids = torch.full((len(pairs), prompt + completion), pad)
+    attention = torch.zeros_like(ids, dtype=torch.bool)
+    counts = torch.zeros_like(attention)
+    for row, pair in enumerate(pairs):
+        before, after = (tokenizer(t, add_special_tokens=False).input_ids for t in (pair.prompt, pair.completion))
+        before, after = (before or [eos])[-prompt:], [*after, eos][:completion]
+        first, end = prompt - len(before), prompt + len(after)
+        ids[row, first:end] = torch.tensor(before + after)
+        attention[row, first:end] = True
+        counts[row, prompt:end] = True
+    return Tokens(ids, attention, counts, prompt)
+
+
+def _file(path: Path, flag: str) -> list[str] | list[Pair]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return [text] if path.suffix == ".txt" else [_row(json.loads(line)) for line in text.splitlines() if line]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise InputError(f"{flag}: got {path}, which cannot be read ({reason}); allowed: {KINDS}") from error
+
+
+def _cut(texts: list[str] | list[Pair], split: str) -> list[str] | list[Pair]:
+    """The part of one file's texts that is this split's; one text alone is cut at the end of a line."""
+    if len(texts) == 1 and isinstance(texts[0], str):
+        text = texts[0]
+        place = text.find("\n", round(len(text) * (1 - HELD_OUT))) + 1 or len(text)
+        return [text[:place] if split == "train" else text[place:]]
+    place = round(len(texts) * (1 - HELD_OUT))
+    return texts[:place] if split == "train" else texts[place:]
+
+
+def _row(row: dict) -> str | Pair:
+    return Pair(row["prompt"], row["completion"]) if "prompt" in row else row["text"]
+
+
+def _dataset(spec: str, split: str) -> list[str]:
+    from datasets import load_dataset
+
+    name, _, config = spec.partition(":")
+    try:
+        rows = load_dataset(name, config or None, split=split)
+    except Exception as error:  # what it raises differs by what is missing
+        reason = " ".join(str(error).split())[:80]
+        raise InputError(f"--data: got {spec}, which could not be loaded ({reason}); allowed: {KINDS}") from error
+    if "text" not in rows.column_names:
+        raise InputError(f"--data: got {spec} with columns {', '.join(rows.column_names)}; allowed: one named text")
+    return ["".join(rows["text"])] if "wikitext" in name else list(rows["text"])

@@ -1,0 +1,129 @@
+"""DistiLLM, Ko et al. (2024): a skewed divergence on the text, and on the student's own text only as far as the
+validation loss asks for it; what it said is kept and used again.
+
+stepdistill baselines run distillm --quick
+stepdistill baselines sweep distillm --over alpha=0.05,0.1,0.3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from stepdistill.baselines.base import Batch, Lesson, Pupils
+from stepdistill.baselines.language import losses
+from stepdistill.baselines.language.data import Tokens
+from stepdistill.baselines.language.generate import coin, evaluating, sample
+from stepdistill.baselines.language.measure import mean_nll
+from stepdistill.baselines.language.memory import Replay
+from stepdistill.baselines.language.models import Decoder, logits
+from stepdistill.baselines.language.run import QUICK, Corpus, DecoderConfig
+from stepdistill.errors import InputError
+from stepdistill.methods.base import Clock, Loss
+
+
+def turn(share: float, threshold: float, progress: float, full: bool) -> Literal["speak", "recall", "read"]:
+    """What an update is on: new text of the student, kept text of it, or the corpus.
+
+    Args:
+        share: uniform in [0, 1). threshold: the share that is on the student's text. progress: of the run, 0 to 1; the
+            share of it that is new falls as it grows (the paper's decreasing replay ratio). full: nothing fits in.
+    """
+    if share < threshold * (1 - progress) or (share < threshold and not full):
+        return "speak"
+    return "recall" if share < threshold else "read"
+
+
+@dataclass(frozen=True)
+class DistiLLM(Lesson):
+    """A skewed divergence, on the text or on the student's own, kept or new.
+
+    Attributes:
+        divergence: see losses. alpha: its skew. look_every: updates between looks at the validation loss, on `held`.
+        prompt: tokens of a sample that the student goes on from. eos, pad: tokens. seed: of the choice.
+    """
+
+    divergence: Literal["skew_kl", "skew_reverse_kl"]
+    alpha: float
+    look_every: int
+    held: Tokens
+    prompt: int
+    eos: int
+    pad: int
+    seed: int
+
+    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+        """The loss of the student; keeps what it said, and looks at the validation loss, in `models.replay`."""
+        replay: Replay = models.replay
+        if clock.update % self.look_every == 0 and replay.looked.item() != clock.update:
+            with evaluating(models.bare):
+                replay.look(mean_nll(models.bare, self.held), clock.update)
+        threshold, full = replay.threshold.item(), replay.filled == len(replay.ids)
+        now = turn(coin(self.seed, clock.update), threshold, clock.update / clock.total, full)
+        ids, attention, counts = batch["ids"], batch["attention"], batch["counts"]
+        if now == "speak":
+            spoken = sample(
+                [(models.bare, 1.0)], ids[:, : self.prompt], attention[:, : self.prompt], batch.draws,
+                new=ids.shape[1] - self.prompt, eos=self.eos, pad=self.pad,
+            )  # fmt: skip
+            replay.keep(spoken)
+        elif now == "recall":
+            spoken = replay.recall(batch.draws)
+        if now != "read":
+            ids, attention, counts = spoken.ids, spoken.attention, spoken.counts
+        with torch.no_grad():
+            answers = logits(models.teacher, ids, attention)[:, :-1]
+        said, _, mask = losses.shift(logits(models.student, ids, attention), ids, counts)
+        value = getattr(losses, self.divergence)(said, answers, mask, alpha=self.alpha)
+        return Loss(value, {f"{self.divergence}_{now}": value, "threshold": replay.threshold.detach().clone()})
+
+
+@dataclass(frozen=True)
+class DistiLLMConfig(DecoderConfig):
+    """Flags of `distillm`.
+
+    The paper's, of a student that was fine-tuned on the text first: --teacher openai-community/gpt2-xl --student DIR
+    --data dolly.jsonl --block 512 --prompt 256 --learning-rate 5e-4; Qwen2.5 and Llama 3 likewise.
+    """
+
+    out: Path = Path("out/distillm")
+    """Folder for all that the run makes. Run the same command again to resume."""
+    divergence: Literal["skew_kl", "skew_reverse_kl"] = "skew_reverse_kl"
+    """Of the teacher from the mixture, or of the student from it."""
+    alpha: float = 0.1
+    """The skew: the share of what the divergence is of in the mixture it is from."""
+    threshold: float = 0.0
+    """The share of updates on the student's own text, to begin with; it rises by 0.1 as the validation loss does."""
+    look_every: int = 50
+    """Updates between looks at the validation loss."""
+    capacity: int = 1000
+    """Rows of the student's text that are kept."""
+
+    NAME: ClassVar[str] = "distillm"
+    QUICK: ClassVar[Mapping[str, object]] = {**QUICK, "look_every": 20}
+    SWEEP: ClassVar[tuple[str, tuple]] = ("alpha", (0.05, 0.1, 0.3))
+
+    def check(self) -> None:
+        """See LoopConfig.check."""
+        super().check()
+        if not 0 < self.alpha < 1:
+            raise InputError(f"alpha: got {self.alpha:g}; allowed: above 0, below 1; the paper uses 0.1")
+        if not 0 <= self.threshold <= 1:
+            raise InputError(f"threshold: got {self.threshold:g}; allowed: 0 to 1; the paper begins with 0")
+        if self.look_every < 1 or self.capacity < 1:
+            got = f"{self.look_every} and {self.capacity}"
+            raise InputError(f"look_every, capacity: got {got}; allowed: 1 or more; try 50 and 1000")
+
+    def lesson(self, teacher: Decoder, corpus: Corpus) -> DistiLLM:
+        """The loss of the student."""
+        return DistiLLM(self.divergence, self.alpha, self.look_every, corpus.validation, self.prompt, teacher.eos,
+                        teacher.pad, self.seed)  # fmt: skip
+
+    def others(self, corpus: Corpus) -> dict[str, nn.Module]:
+        """See DecoderConfig.others."""
+        return {"replay": Replay(self.capacity, self.block, self.threshold)}

@@ -1,0 +1,77 @@
+"""Word-level distillation, after Hinton et al. (2015) and Kim and Rush (2016): of each token of a text, the student
+learns all that the teacher says might come next.
+
+stepdistill baselines run forward_kl --quick
+stepdistill baselines run forward_kl --config train_scripts/configs/baselines/gpt2_lab.yaml
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from stepdistill.baselines.base import Batch, Lesson, Pupils
+from stepdistill.baselines.language import losses
+from stepdistill.baselines.language.models import Decoder, logits
+from stepdistill.baselines.language.run import QUICK, Corpus, DecoderConfig
+from stepdistill.errors import InputError
+from stepdistill.methods.base import Clock, Loss
+
+
+@dataclass(frozen=True)
+class ForwardKL(Lesson):
+    """soft_weight T² KL(teacher at T ‖ student at T) + hard_weight cross-entropy, over the tokens of the text."""
+
+    temperature: float
+    soft_weight: float
+    hard_weight: float
+
+    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+        """The loss of the student."""
+        ids, attention = batch["ids"], batch["attention"]
+        with torch.no_grad():
+            answers = logits(models.teacher, ids, attention)[:, :-1]
+        said, labels, mask = losses.shift(logits(models.student, ids, attention), ids, batch["counts"])
+        soft = self.temperature**2 * losses.forward_kl(said, answers, mask, temperature=self.temperature)
+        hard = losses.cross_entropy(said, labels, mask)
+        return Loss(self.soft_weight * soft + self.hard_weight * hard, {"forward_kl": soft, "cross_entropy": hard})
+
+
+@dataclass(frozen=True)
+class ForwardKLConfig(DecoderConfig):
+    """Flags of `forward_kl`.
+
+    GPT-2-Medium to GPT-2 on WikiText-2: train_scripts/configs/baselines/gpt2_lab.yaml. Qwen2.5-1.5B to 0.5B:
+    --teacher Qwen/Qwen2.5-1.5B --student Qwen/Qwen2.5-0.5B --data wikitext --block 512 --mixed-precision bf16. Llama 3:
+    --teacher meta-llama/Llama-3.2-3B --student meta-llama/Llama-3.2-1B.
+    """
+
+    out: Path = Path("out/forward_kl")
+    """Folder for all that the run makes. Run the same command again to resume."""
+    temperature: float = 1.0
+    """T: of both distributions."""
+    soft_weight: float = 0.5
+    """Of T² times the divergence from the teacher."""
+    hard_weight: float = 0.5
+    """Of the cross-entropy with the text. The control has it alone, with weight 1."""
+
+    NAME: ClassVar[str] = "forward_kl"
+    QUICK: ClassVar[Mapping[str, object]] = QUICK
+    SWEEP: ClassVar[tuple[str, tuple]] = ("temperature", (1.0, 2.0, 4.0))
+
+    def check(self) -> None:
+        """See LoopConfig.check."""
+        super().check()
+        if not self.temperature > 0:
+            raise InputError(f"temperature: got {self.temperature:g}; allowed: above 0; try 1")
+        if min(self.soft_weight, self.hard_weight) < 0 or self.soft_weight + self.hard_weight == 0:
+            got = f"{self.soft_weight:g} and {self.hard_weight:g}"
+            raise InputError(f"soft_weight, hard_weight: got {got}; allowed: 0 or more, one of them above 0")
+
+    def lesson(self, teacher: Decoder, corpus: Corpus) -> ForwardKL:
+        """The loss of the student."""
+        return ForwardKL(self.temperature, self.soft_weight, self.hard_weight)

@@ -1,0 +1,111 @@
+"""GKD, Agarwal et al. (2024), *On-Policy Distillation of Language Models*: the student is corrected by its teacher on
+what it says itself, in a share λ of the updates, and on the text in the others, by a generalised Jensen-Shannon
+divergence. Its mean is over the tokens that were said, ends of text included.
+
+stepdistill baselines run gkd --quick
+stepdistill baselines sweep gkd --over lmbda=0,0.5,1
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+
+from stepdistill.baselines.base import Batch, Lesson, Pupils
+from stepdistill.baselines.language import losses
+from stepdistill.baselines.language.generate import coin, sample
+from stepdistill.baselines.language.models import Decoder, logits
+from stepdistill.baselines.language.run import QUICK, Corpus, DecoderConfig
+from stepdistill.errors import InputError
+from stepdistill.methods.base import Clock, Loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class GKD(Lesson):
+    """D_β(teacher, student) on the student's own text with probability λ, else on the batch's; no gradient goes through
+    what was drawn.
+
+    Attributes:
+        lmbda: λ; 1 is on-policy. beta: see losses.generalized_jsd. temperature: of what the student says, not of D.
+        prompt: tokens of a sample that the student goes on from. eos, pad: tokens. seed: of the choice.
+    """
+
+    lmbda: float
+    beta: float
+    temperature: float
+    prompt: int
+    eos: int
+    pad: int
+    seed: int
+
+    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+        """The loss of the student."""
+        ids, attention, counts = batch["ids"], batch["attention"], batch["counts"]
+        own = coin(self.seed, clock.update) < self.lmbda
+        if own:
+            spoken = sample(
+                [(models.bare, 1.0)], ids[:, : self.prompt], attention[:, : self.prompt], batch.draws,
+                new=ids.shape[1] - self.prompt, eos=self.eos, pad=self.pad, temperature=self.temperature,
+            )  # fmt: skip
+            ids, attention, counts = spoken.ids, spoken.attention, spoken.counts
+        with torch.no_grad():
+            answers = logits(models.teacher, ids, attention)[:, :-1]
+        said, _, mask = losses.shift(logits(models.student, ids, attention), ids, counts)
+        value = losses.generalized_jsd(said, answers, mask, beta=self.beta)
+        return Loss(value, {"jsd_own" if own else "jsd_text": value})
+
+
+@dataclass(frozen=True)
+class GKDConfig(DecoderConfig):
+    """Flags of `gkd`.
+
+    Full recipes: --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-0.5B-Instruct --data prompts.jsonl --block
+    768 --prompt 256 --mixed-precision bf16; or --teacher openai-community/gpt2-medium --student openai-community/gpt2
+    --data wikitext.
+    """
+
+    out: Path = Path("out/gkd")
+    """Folder for all that the run makes. Run the same command again to resume."""
+    lmbda: float = 0.5
+    """λ: the share of updates on the student's own text; 1 is on-policy, 0 the text alone."""
+    beta: float = 0.5
+    """β: 0 is KL(teacher || student), 1 is KL(student || teacher)."""
+    temperature: float = 1.0
+    """Of what the student says."""
+    trainer: Literal["own", "trl"] = "own"
+    """trl's GKDTrainer instead of the loop here, from the extra `lm`; it resumes from its last checkpoint."""
+
+    NAME: ClassVar[str] = "gkd"
+    QUICK: ClassVar[Mapping[str, object]] = QUICK
+    SWEEP: ClassVar[tuple[str, tuple]] = ("lmbda", (0.0, 0.5, 1.0))
+
+    def check(self) -> None:
+        """See LoopConfig.check."""
+        super().check()
+        for name in ("lmbda", "beta"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}: got {getattr(self, name):g}; allowed: 0 to 1; try 0.5")
+        if not self.temperature > 0:
+            raise InputError(f"temperature: got {self.temperature:g}; allowed: above 0; try 1")
+        if self.trainer == "trl" and importlib.util.find_spec("trl") is None:
+            raise InputError("trainer: got trl, but trl is not installed; pip install 'stepdistill[lm]', or take own")
+
+    def lesson(self, teacher: Decoder, corpus: Corpus) -> GKD:
+        """The loss of the student."""
+        return GKD(self.lmbda, self.beta, self.temperature, self.prompt, teacher.eos, teacher.pad, self.seed)
+
+    def teach(self, teacher: Decoder, student: PreTrainedModel, corpus: Corpus) -> float:
+        """See DecoderConfig.teach."""
+        if self.trainer == "own":
+            return super().teach(teacher, student, corpus)
+        from stepdistill.baselines.language.gkd_trl import teach
+
+        return teach(self, teacher, student, corpus.train)

@@ -1,0 +1,117 @@
+"""Divergences between what a teacher T and a student S say comes next: the mean over the tokens that count, in nats.
+
+forward_kl         KL(T ‖ S)
+reverse_kl         KL(S ‖ T)
+generalized_jsd    β KL(T ‖ M) + (1 - β) KL(S ‖ M), M = β T + (1 - β) S          GKD, Agarwal et al. 2024, equation 1
+skew_kl            KL(T ‖ α T + (1 - α) S)                                       DistiLLM, Ko et al. 2024, equation 3
+skew_reverse_kl    KL(S ‖ (1 - α) T + α S)
+contrastive_pair   skew_kl on the teacher's answers + skew_reverse_kl on its own   DistiLLM-2, Ko et al. 2025
+
+Logits are (B, S, V) and the mask (B, S): what stands at a place speaks of the token that the mask is of, so shift
+first (`shift`). Both are divided by the temperature; no factor makes up for it. float32, or float64 where it is given.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.baselines.reduce import masked_mean
+
+
+def shift(logits: Tensor, ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Puts what is said of a token beside that token: the logits of place s speak of token s + 1.
+
+    Args:
+        logits: (B, S, V). ids: (B, S). counts: (B, S), the tokens whose prediction counts.
+
+    Returns:
+        logits (B, S - 1, V), labels and mask (B, S - 1).
+    """
+    return logits[:, :-1], ids[:, 1:], counts[:, 1:]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """-log S(label): the mean over the mask."""
+    values = nn.functional.cross_entropy(_wide(logits).transpose(1, 2), labels, reduction="none")
+    return masked_mean(values, mask)
+
+
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """KL(T ‖ S): the student has to cover all that the teacher says."""
+    s, t = _log_probs(student_logits, temperature), _log_probs(teacher_logits, temperature)
+    return masked_mean(kl(t, s), mask)
+
+
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """KL(S ‖ T): the student must not say what the teacher does not."""
+    s, t = _log_probs(student_logits, temperature), _log_probs(teacher_logits, temperature)
+    return masked_mean(kl(s, t), mask)
+
+
+def generalized_jsd(
+    student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, beta: float, temperature: float = 1.0
+) -> Tensor:
+    """β KL(T ‖ M) + (1 - β) KL(S ‖ M) with M = β T + (1 - β) S.
+
+    As β goes to 0 or 1 this goes to 0, and, divided by β or 1 - β, to KL(T ‖ S) or KL(S ‖ T): at the ends themselves
+    it is these, as in trl.
+
+    Raises:
+        ValueError: β is not in [0, 1].
+    """
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta: got {beta}; allowed: 0, KL(teacher || student), to 1, KL(student || teacher)")
+    if beta in (0, 1):
+        divergence = reverse_kl if beta else forward_kl
+        return divergence(student_logits, teacher_logits, mask, temperature=temperature)
+    s, t = _log_probs(student_logits, temperature), _log_probs(teacher_logits, temperature)
+    m = log_mixture(t, s, beta)
+    return masked_mean(beta * kl(t, m) + (1 - beta) * kl(s, m), mask)
+
+
+def skew_kl(
+    student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, alpha: float = 0.1, temperature: float = 1.0
+) -> Tensor:
+    """KL(T ‖ α T + (1 - α) S): finite wherever the student says nothing, at most -log α."""
+    s, t = _log_probs(student_logits, temperature), _log_probs(teacher_logits, temperature)
+    return masked_mean(kl(t, log_mixture(t, s, alpha)), mask)
+
+
+def skew_reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, alpha: float = 0.1, temperature: float = 1.0
+) -> Tensor:
+    """KL(S ‖ (1 - α) T + α S)."""
+    s, t = _log_probs(student_logits, temperature), _log_probs(teacher_logits, temperature)
+    return masked_mean(kl(s, log_mixture(s, t, alpha)), mask)
+
+
+def contrastive_pair(
+    on_teachers: tuple[Tensor, Tensor, Tensor], on_students: tuple[Tensor, Tensor, Tensor], *, alpha: float = 0.1
+) -> Tensor:
+    """skew_kl on answers of the teacher + skew_reverse_kl on answers of the student.
+
+    Args:
+        on_teachers, on_students: student's logits, teacher's logits and mask on either's answers.
+    """
+    return skew_kl(*on_teachers, alpha=alpha) + skew_reverse_kl(*on_students, alpha=alpha)
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Σ p (log p - log q) over the vocabulary: (..., V) to (...)."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """log(share p + (1 - share) q), for a share within (0, 1)."""
+    return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
+
+
+def _log_probs(logits: Tensor, temperature: float) -> Tensor:
+    return (_wide(logits) / temperature).log_softmax(-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,120 @@
+"""What a language model is measured by: negative log-likelihood a token, perplexity, and texts to look at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from stepdistill import files
+from stepdistill.baselines.language import losses
+from stepdistill.baselines.language.data import Tokens
+from stepdistill.baselines.language.generate import Spoken, sample
+from stepdistill.baselines.language.models import Decoder, logits
+from stepdistill.draws import Draws
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NOTE = (
+    "nll: nats a token of the held-out text; own_kl: KL(student || teacher), nats a token, over what each says itself "
+    "after held-out prompts; what they say is in generations.md"
+)
+SPEAK = 0x5A17  # the stream of random numbers that held-out prompts are continued by
+
+
+@torch.no_grad()
+def perplexity(
+    network: nn.Module, ids: Tensor, *, window: int = 1024, stride: int = 512, batch: int = 4
+) -> dict[str, float]:
+    """`nll`, nats a token, and `perplexity`, its exponential, of one text at a fixed stride.
+
+    Windows begin `stride` tokens apart; of each, only what the one before did not have is scored, so that every token
+    but the first is scored once, behind at least window - stride others where there are as many.
+
+    Args:
+        ids: (N,), N > 1. window: tokens seen at once. stride: 1 to window - 1: a window's first token is never scored.
+    """
+    if not 1 <= stride < window:
+        raise ValueError(f"stride: got {stride}; allowed: 1 to {window - 1}, below the window")
+    device = next(network.parameters()).device
+    starts = [0, *range(stride, max(len(ids) - window + stride, 0), stride)]
+    rows = torch.full((len(starts), window), int(ids[0]))
+    attention, counts = (torch.zeros_like(rows, dtype=torch.bool) for _ in range(2))
+    for row, start in enumerate(starts):
+        part = ids[start : start + window]
+        rows[row, : len(part)] = part
+        attention[row, : len(part)] = True
+        counts[row, 1 if row == 0 else window - stride : len(part)] = True
+    total, n = 0.0, 0
+    for at in tqdm(range(0, len(starts), batch), "measuring", leave=False, dynamic_ncols=True):
+        one = slice(at, at + batch)
+        values = token_nll(network, rows[one].to(device), attention[one].to(device))
+        kept = counts[one, 1:].to(device)
+        total += values.masked_fill(~kept, 0).double().sum().item()
+        n += int(kept.sum())
+    return with_perplexity(total / n)
+
+
+def with_perplexity(nll: float) -> dict[str, float]:
+    """`nll`, and `perplexity`, its exponential."""
+    return {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+
+
+@torch.no_grad()
+def mean_nll(network: nn.Module, data: Tokens, batch: int = 8) -> float:
+    """Nats a token, over the tokens that count."""
+    device = next(network.parameters()).device
+    total, n = 0.0, 0
+    for at in range(0, len(data), batch):
+        part = data[at : at + batch]
+        kept = part.counts[:, 1:].to(device)
+        values = token_nll(network, part.ids.to(device), part.attention.to(device))
+        total += values.masked_fill(~kept, 0).double().sum().item()
+        n += int(kept.sum())
+    return total / max(n, 1)
+
+
+def token_nll(network: nn.Module, ids: Tensor, attention: Tensor) -> Tensor:
+    """-log p(token | those before it) of each token but a row's first: (B, S) to (B, S - 1), float32."""
+    said = logits(network, ids, attention)[:, :-1]
+    return nn.functional.cross_entropy(said.float().transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def go_on(network: nn.Module, teacher: Decoder, held: Tokens, seed: int) -> Spoken:
+    """What a network says after held-out prompts; of one seed all networks draw the same numbers."""
+    device = next(network.parameters()).device
+    prompt, attention = (x[:, : held.prompt].to(device) for x in (held.ids, held.attention))
+    draws, new = Draws.at(seed ^ SPEAK, 0, len(held), device), held.ids.shape[1] - held.prompt
+    return sample([(network, 1.0)], prompt, attention, draws, new=new, eos=teacher.eos, pad=teacher.pad)
+
+
+@torch.no_grad()
+def own_kl(network: nn.Module, teacher: nn.Module, spoken: Spoken) -> float:
+    """KL(network || teacher), nats a token, over what the network itself said."""
+    said, answers = (logits(model, spoken.ids, spoken.attention) for model in (network, teacher))
+    said, _, mask = losses.shift(said, spoken.ids, spoken.counts)
+    return losses.reverse_kl(said, answers[:, :-1], mask).item()
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor, kept: Tensor) -> list[str]:
+    """The texts of rows of tokens, of those that are kept."""
+    return [tokenizer.decode(row[mask].tolist()) for row, mask in zip(ids, kept.bool(), strict=True)]
+
+
+def write_generations(file: Path, prompts: Sequence[str], said: Mapping[str, Sequence[str]]) -> None:
+    """Writes the prompts, and beneath each what each network says after it."""
+    lines = ["# What each says after the same prompts, drawn by the same random numbers", ""]
+    for i, prompt in enumerate(prompts):
+        lines += [f"## {i + 1}", "", f"> {_line(prompt)}", ""]
+        lines += [f"- **{name}**: {_line(texts[i])}" for name, texts in said.items()] + [""]
+    files.write(file, "\n".join(lines))
+
+
+def _line(text: str) -> str:
+    return " ".join(text.replace("<", "\\<").split())

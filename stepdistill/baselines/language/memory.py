@@ -1,0 +1,97 @@
+"""What on-policy training remembers between updates, as buffers of a network beside the student: checkpoints keep them.
+
+Several processes remember the same, each what all have said, so that one checkpoint serves all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.baselines.language.generate import Spoken
+from stepdistill.draws import Draws
+
+RISE = 0.1  # of the validation loss, that raises the threshold; and what it is raised by
+
+
+class Replay(nn.Module):
+    """The last `capacity` rows that the student said, and how often it is to speak.
+
+    Args:
+        capacity: rows. length: tokens of a row. threshold: the share of updates on its own text, to begin with.
+    """
+
+    def __init__(self, capacity: int, length: int, threshold: float) -> None:
+        super().__init__()
+        self.register_buffer("ids", torch.zeros(capacity, length, dtype=torch.int64))
+        self.register_buffer("attention", torch.zeros(capacity, length, dtype=torch.bool))
+        self.register_buffer("counts", torch.zeros(capacity, length, dtype=torch.bool))
+        self.register_buffer("said", torch.tensor(0))  # rows, those that were overwritten too
+        self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float64))
+        self.register_buffer("lowest", torch.tensor(torch.inf, dtype=torch.float64))
+        self.register_buffer("looked", torch.tensor(-1))  # the update of the last look
+
+    @property
+    def filled(self) -> int:
+        """Rows that there are."""
+        return min(self.said.item(), len(self.ids))
+
+    def keep(self, spoken: Spoken) -> None:
+        """Takes in what all processes' students said, the oldest rows going first."""
+        from accelerate.utils import gather
+
+        rows = [gather(x) for x in (spoken.ids, spoken.attention, spoken.counts)]
+        places = (self.said + torch.arange(len(rows[0]), device=self.said.device)) % len(self.ids)
+        for kept, new in zip((self.ids, self.attention, self.counts), rows, strict=True):
+            kept[places] = new
+        self.said += len(rows[0])
+
+    def recall(self, draws: Draws) -> Spoken:
+        """A row for each of these samples."""
+        places = draws.integers(self.filled)
+        return Spoken(self.ids[places], self.attention[places], self.counts[places])
+
+    def look(self, loss: float, update: int) -> None:
+        """Raises the threshold where the validation loss is RISE above the lowest since it was raised last.
+
+        The authors compare with the loss before training, of students that were fine-tuned first; of one that was not,
+        that is never reached again, and the student would never speak.
+        """
+        self.looked.fill_(update)
+        if loss >= self.lowest.item() + RISE:
+            self.threshold += RISE
+            self.threshold.clamp_(max=1.0)
+            self.lowest.fill_(loss)
+        self.lowest.clamp_(max=loss)
+
+
+class Rollouts(nn.Module):
+    """An update's texts, said by the mixture, and how likely teacher and student held their tokens.
+
+    Args:
+        rows: samples of an update, over all batches and processes. length: tokens of a row.
+    """
+
+    def __init__(self, rows: int, length: int) -> None:
+        super().__init__()
+        self.register_buffer("ids", torch.zeros(rows, length, dtype=torch.int64))
+        self.register_buffer("attention", torch.zeros(rows, length, dtype=torch.bool))
+        self.register_buffer("counts", torch.zeros(rows, length, dtype=torch.bool))
+        self.register_buffer("log_p", torch.zeros(rows, length - 1))  # of the teacher
+        self.register_buffer("log_q", torch.zeros(rows, length - 1))  # of the student that said them
+        self.register_buffer("seen", torch.tensor(0))  # samples of the run
+
+    def next(self, count: int, new: Spoken | None, log_p: Tensor | None, log_q: Tensor | None) -> dict[str, Tensor]:
+        """This process's `count` rows of the run's next batch, which take the place of the last ones where given."""
+        from accelerate import PartialState
+        from accelerate.utils import gather
+
+        state = PartialState()
+        start = self.seen.item() % len(self.ids)
+        if new is not None:
+            values = {"ids": new.ids, "attention": new.attention, "counts": new.counts, "log_p": log_p, "log_q": log_q}
+            for name, value in values.items():
+                getattr(self, name)[start : start + count * state.num_processes] = gather(value)
+        self.seen += count * state.num_processes
+        own = slice(start + count * state.process_index, start + count * (state.process_index + 1))
+        return {name: getattr(self, name)[own] for name in ("ids", "attention", "counts", "log_p", "log_q")}

@@ -1,0 +1,164 @@
+"""MiniLLM, Gu et al. (2024): the reverse divergence KL(student ‖ teacher) of whole texts, by a policy gradient on texts
+that teacher and student say together.
+
+stepdistill baselines run minillm --quick
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.baselines.base import Batch, Lesson, Pupils
+from stepdistill.baselines.language import losses
+from stepdistill.baselines.language.generate import Spoken, evaluating, sample
+from stepdistill.baselines.language.memory import Rollouts
+from stepdistill.baselines.language.models import Decoder, logits
+from stepdistill.baselines.language.run import QUICK, Corpus, DecoderConfig
+from stepdistill.baselines.reduce import masked_mean
+from stepdistill.errors import InputError
+from stepdistill.methods.base import Clock, Loss
+
+
+def rewards_after(rewards: Tensor, mask: Tensor) -> Tensor:
+    """R_t+1 of each token: the mean of the rewards of those behind it, as length normalisation has it; 0 where none is.
+
+    Args:
+        rewards, mask: (B, S).
+    """
+    kept = rewards.masked_fill(~mask, 0)
+    sums = kept.flip(1).cumsum(1).flip(1) - kept
+    behind = mask.flip(1).cumsum(1).flip(1) - mask.long()
+    return sums / behind.clamp(min=1)
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """To mean 0 and variance 1 over the mask, as the authors' code does with what multiplies the gradient."""
+    mean = masked_mean(x, mask)
+    return (x - mean) * torch.rsqrt(masked_mean((x - mean).square(), mask) + 1e-8)
+
+
+def clipped(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """-min(ρ A, clip(ρ, 1 - ε, 1 + ε) A), Schulman et al. (2017), of each token."""
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def log_likelihood(said: Tensor, labels: Tensor) -> Tensor:
+    """log p(label): (B, S, V) logits to (B, S), float32."""
+    return said.float().log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class MiniLLM(Lesson):
+    """Single + long + corpus_weight × cross-entropy with the text (section 2.2, algorithm 1):
+
+        p̃ = mix p + (1 - mix) q,   w_t = q_old / p̃,   r_t = log p - log q_old   at the token said, y_t ~ p̃
+        single   w_t KL(q ‖ p) over the vocabulary: the step's own reward, without sampling
+        long     R_t+1, the mean of r behind t, through the clipped ρ_t = q / p̃
+
+    Attributes:
+        mix: the teacher's share in what is said. clip: ε. reuse: updates on the same texts.
+        prompt: tokens of a sample that they go on from. eos, pad: tokens.
+    """
+
+    mix: float
+    clip: float
+    reuse: int
+    corpus_weight: float
+    prompt: int
+    eos: int
+    pad: int
+
+    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+        """The loss of the student; the texts are kept in `models.rollouts`."""
+        said = self.speak(batch, models) if clock.update % self.reuse == 0 else (None, None, None)
+        rows = models.rollouts.next(len(batch["ids"]), *said)
+        both = [torch.cat([rows[name], batch[name]]) for name in ("ids", "attention", "counts")]
+        says, labels, mask = losses.shift(logits(models.student, both[0], both[1]), both[0], both[2])
+        n = len(rows["ids"])
+        corpus = losses.cross_entropy(says[n:], labels[n:], mask[n:])
+        with torch.no_grad():
+            answers = logits(models.teacher, rows["ids"], rows["attention"])[:, :-1]
+        single, long = self.pieces(says[:n], answers, labels[:n], mask[:n], rows["log_p"], rows["log_q"])
+        total = single + long + self.corpus_weight * corpus
+        return Loss(total, {"single": single, "long": long, "cross_entropy": corpus})
+
+    def pieces(
+        self, says: Tensor, answers: Tensor, labels: Tensor, mask: Tensor, log_p: Tensor, log_q: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The single-step and the long-term loss.
+
+        Args:
+            says, answers: logits of student and teacher (B, S, V). labels, mask: (B, S).
+            log_p, log_q: of the labels, by the teacher and by the student that said them.
+        """
+        log_mix = losses.log_mixture(log_p, log_q, self.mix)
+        exact = losses.kl(says.float().log_softmax(-1), answers.float().log_softmax(-1))
+        single = masked_mean((log_q - log_mix).exp() * exact, mask)
+        advantage = whiten(rewards_after(log_p - log_q, mask), mask)
+        ratio = (log_likelihood(says, labels) - log_mix).exp()
+        return single, masked_mean(clipped(ratio, advantage, self.clip), mask)
+
+    @torch.no_grad()
+    def speak(self, batch: Batch, models: Pupils) -> tuple[Spoken, Tensor, Tensor]:
+        """What the mixture says, and log p and log q of its tokens."""
+        prompt, attention = batch["ids"][:, : self.prompt], batch["attention"][:, : self.prompt]
+        spoken = sample(
+            [(models.teacher, self.mix), (models.bare, 1 - self.mix)], prompt, attention, batch.draws,
+            new=batch["ids"].shape[1] - self.prompt, eos=self.eos, pad=self.pad,
+        )  # fmt: skip
+        with evaluating(models.bare):
+            both = [logits(m, spoken.ids, spoken.attention)[:, :-1] for m in (models.teacher, models.bare)]
+        return spoken, *(log_likelihood(said, spoken.ids[:, 1:]) for said in both)
+
+
+@dataclass(frozen=True)
+class MiniLLMConfig(DecoderConfig):
+    """Flags of `minillm`.
+
+    The paper's, of a student that was fine-tuned on the text first: --teacher openai-community/gpt2-xl --student DIR
+    --data dolly.jsonl --block 512 --prompt 256 --learning-rate 5e-6; Qwen2.5 and Llama 3 likewise.
+    """
+
+    out: Path = Path("out/minillm")
+    """Folder for all that the run makes. Run the same command again to resume."""
+    mix: float = 0.2
+    """The teacher's share in what is said."""
+    clip: float = 0.2
+    """How far the likelihood ratio may go from 1 before a token pulls no more."""
+    reuse: int = 4
+    """Updates on the same texts."""
+    corpus_weight: float = 1.0
+    """Of the cross-entropy with the text."""
+
+    NAME: ClassVar[str] = "minillm"
+    QUICK: ClassVar[Mapping[str, object]] = QUICK
+    SWEEP: ClassVar[tuple[str, tuple]] = ("corpus_weight", (0.0, 0.5, 1.0))
+
+    def check(self) -> None:
+        """See LoopConfig.check."""
+        super().check()
+        for name in ("mix", "clip"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(f"{name}: got {getattr(self, name):g}; allowed: above 0, below 1; the paper uses 0.2")
+        if self.reuse < 1:
+            raise InputError(f"reuse: got {self.reuse}; allowed: 1 or more; the authors use 4")
+        if not 0 <= self.corpus_weight < math.inf:
+            raise InputError(f"corpus_weight: got {self.corpus_weight:g}; allowed: 0 or more; the paper uses 1")
+
+    def lesson(self, teacher: Decoder, corpus: Corpus) -> MiniLLM:
+        """The loss of the student."""
+        return MiniLLM(self.mix, self.clip, self.reuse, self.corpus_weight, self.prompt, teacher.eos, teacher.pad)
+
+    def others(self, corpus: Corpus) -> dict[str, nn.Module]:
+        """See DecoderConfig.others."""
+        from accelerate import PartialState
+
+        rows = self.batch_size * self.gradient_accumulation * PartialState().num_processes
+        return {"rollouts": Rollouts(rows, self.block)}

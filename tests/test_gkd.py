@@ -1,0 +1,147 @@
+"""GKD: on whose text the divergence is taken, over which tokens, and trl's trainer on the same samples."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+
+import pytest
+import torch
+from speakers import sentences, speaker, tokenizer
+
+from stepdistill.baselines.base import Batch, Pupils
+from stepdistill.baselines.language.data import Tokens, pack
+from stepdistill.baselines.language.generate import coin, sample
+from stepdistill.baselines.language.gkd import GKD, GKDConfig
+from stepdistill.baselines.language.models import logits
+from stepdistill.draws import Draws
+from stepdistill.errors import InputError
+from stepdistill.methods.base import Clock
+
+PROMPT, BLOCK = 4, 12
+CLOCK = Clock(3, 10)
+TRL = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+
+
+def data() -> Tokens:
+    return pack(sentences(30), tokenizer(), BLOCK, prompt=PROMPT)
+
+
+def batch() -> Batch:
+    return Batch(data().batch([0, 1, 2]), Draws.at(7, 0, 3))
+
+
+def pupils() -> Pupils:
+    return Pupils(speaker(seed=1).network, speaker(seed=2).network)
+
+
+def lesson(**changes) -> GKD:
+    settings = {"lmbda": 1.0, "beta": 0.3, "temperature": 1.0, "prompt": PROMPT, "eos": 2, "pad": 0, "seed": 0}
+    return GKD(**settings | changes)
+
+
+@torch.no_grad()
+def jsd_by_hand(models: Pupils, ids, attention, counts, beta: float) -> list[float]:
+    """The divergence of each token that counts, float64."""
+    s, t = (logits(m, ids, attention).double().softmax(-1) for m in (models.student, models.teacher))
+    values = []
+    for b, i in counts.nonzero().tolist():
+        p, q = t[b, i - 1], s[b, i - 1]
+        m = beta * p + (1 - beta) * q
+        values.append((beta * (p * (p / m).log()).sum() + (1 - beta) * (q * (q / m).log()).sum()).item())
+    return values
+
+
+def test_on_policy_the_mean_is_over_what_the_student_said_up_to_its_first_end():
+    models, given = pupils(), batch()
+    loss = lesson().loss("student", given, models, CLOCK)
+    spoken = sample([(models.bare, 1.0)], given["ids"][:, :PROMPT], given["attention"][:, :PROMPT], Draws.at(7, 0, 3),
+                    new=BLOCK - PROMPT, eos=2, pad=0)  # fmt: skip
+    values = jsd_by_hand(models, spoken.ids, spoken.attention, spoken.counts, 0.3)
+    assert loss.total.item() == pytest.approx(sum(values) / len(values), rel=1e-5)
+    assert set(loss.terms) == {"jsd_own"} and not spoken.counts[:, :PROMPT].any()
+
+
+def test_over_other_tokens_than_those_said_it_is_another_number():
+    """The usual mistakes: the prompt counts too, all behind the end counts, or the sum is divided by every place."""
+    models, given = pupils(), batch()
+    models.teacher.load_state_dict(speaker(seed=4).network.state_dict())
+    first = sample([(models.bare, 1.0)], given["ids"][:, :PROMPT], given["attention"][:, :PROMPT], Draws.at(7, 0, 3),
+                   new=BLOCK - PROMPT, eos=-1, pad=0)  # fmt: skip
+    end = first.ids[0, PROMPT + 2].item()  # a token that one of them says early
+    loss = lesson(eos=end).loss("student", given, models, CLOCK).total.item()
+    spoken = sample([(models.bare, 1.0)], given["ids"][:, :PROMPT], given["attention"][:, :PROMPT], Draws.at(7, 0, 3),
+                    new=BLOCK - PROMPT, eos=end, pad=0)  # fmt: skip
+    values = jsd_by_hand(models, spoken.ids, spoken.attention, spoken.counts, 0.3)
+    assert spoken.counts.sum().item() < 3 * (BLOCK - PROMPT)
+    assert loss == pytest.approx(sum(values) / len(values), rel=1e-5)
+    everything = torch.ones_like(spoken.counts)
+    everything[:, 0] = False
+    behind = everything.clone()
+    behind[:, :PROMPT] = False
+    for counts in (everything, behind):
+        wrong = jsd_by_hand(models, spoken.ids, spoken.attention, counts, 0.3)
+        assert abs(sum(wrong) / len(wrong) - loss) > 1e-3 * loss
+    assert abs(sum(values) / (3 * (BLOCK - 1)) - loss) > 0.1 * loss
+
+
+def test_lambda_is_the_share_of_updates_on_the_students_own_text():
+    models = pupils()
+    for lmbda in (0.0, 0.4, 1.0):
+        terms = [
+            next(iter(lesson(lmbda=lmbda).loss("student", batch(), models, Clock(u, 20)).terms)) for u in range(20)
+        ]
+        assert terms == ["jsd_own" if coin(0, u) < lmbda else "jsd_text" for u in range(20)]
+
+
+def test_off_policy_every_token_of_the_text_but_the_first_counts():
+    models, given = pupils(), batch()
+    loss = lesson(lmbda=0.0).loss("student", given, models, CLOCK)
+    values = jsd_by_hand(models, given["ids"], given["attention"], given["counts"], 0.3)
+    assert len(values) == 3 * (BLOCK - 1)
+    assert loss.total.item() == pytest.approx(sum(values) / len(values), rel=1e-5)
+
+
+def test_gradients_reach_the_student_alone():
+    models = pupils()
+    lesson().loss("student", batch(), models, CLOCK).total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in models.bare.parameters())
+    assert all(p.grad is None for p in models.teacher.parameters())
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn():
+    models = Pupils(speaker(seed=1).network, speaker(seed=1).network)
+    assert lesson().loss("student", batch(), models, CLOCK).total.item() == pytest.approx(0, abs=1e-6)
+
+
+@TRL
+def test_trls_trainer_takes_the_same_samples_to_the_same_loss(tmp_path):
+    from stepdistill.baselines.language.gkd_trl import as_trl, make_trainer
+
+    config = GKDConfig(
+        out=tmp_path, lmbda=0.4, beta=0.3, block=BLOCK, prompt=PROMPT, max_train_steps=2, temperature=0.8
+    )
+    student, teacher = speaker(seed=1), speaker(seed=2)
+    trainer = make_trainer(config, teacher, student.network, data())
+    assert (trainer.lmbda, trainer.beta, trainer.temperature) == (0.4, 0.3, 0.8)
+    assert trainer.generation_config.max_new_tokens == BLOCK - PROMPT
+    rows = as_trl(data(), [0, 1, 2])
+    theirs = trainer.compute_loss(student.network, rows).item()
+    ours = lesson(lmbda=0.0).loss("student", batch(), Pupils(student.network, teacher.network), CLOCK).total.item()
+    assert math.isclose(theirs, ours, abs_tol=1e-6)
+
+
+def test_without_trl_its_trainer_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        InputError, match=r"trainer: got trl, but trl is not installed; pip install 'stepdistill\[lm\]'"
+    ):
+        GKDConfig(trainer="trl").check()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lmbda": 1.5}, {"beta": -0.1}, {"temperature": 0.0}, {"prompt": 64}, {"stride": 256}]
+)
+def test_settings_out_of_range_are_refused(changes):
+    with pytest.raises(InputError, match=f"{next(iter(changes))}: got"):
+        GKDConfig(**changes).check()

@@ -1,0 +1,182 @@
+"""Divergences of language models against sums written out, against trl, and against the mistakes usual in them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import stepdistill as sd
+from stepdistill.baselines.language import losses
+
+B, S, V = 3, 5, 7
+BETAS = (0, 0.01, 0.1, 0.5, 0.9, 0.99, 1)
+
+
+@pytest.fixture(params=range(3))
+def said(request) -> tuple[Tensor, Tensor, Tensor]:
+    """Student's and teacher's logits, float64, and a mask with a row that counts nothing."""
+    g = torch.Generator().manual_seed(request.param)
+    student, teacher = (3 * torch.randn(B, S, V, generator=g, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand(B, S, generator=g) < 0.6
+    mask[0] = False
+    return student, teacher, mask
+
+
+def softmax(row: list[float], temperature: float = 1.0) -> list[float]:
+    powers = [math.exp(x / temperature) for x in row]
+    return [p / sum(powers) for p in powers]
+
+
+def kl(p: list[float], q: list[float]) -> float:
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def mix(p: list[float], q: list[float], share: float) -> list[float]:
+    return [share * a + (1 - share) * b for a, b in zip(p, q, strict=True)]
+
+
+def written_out(divergence, student: Tensor, teacher: Tensor, mask: Tensor, temperature: float = 1.0) -> float:
+    """The mean over the mask of divergence(teacher's, student's probabilities), summed in Python."""
+    values = [
+        divergence(softmax(teacher[b, s].tolist(), temperature), softmax(student[b, s].tolist(), temperature))
+        for b in range(len(mask))
+        for s in range(mask.shape[1])
+        if mask[b, s]
+    ]
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+def test_forward_and_reverse_kl_are_their_sums(said, temperature):
+    forward = losses.forward_kl(*said, temperature=temperature)
+    assert forward.item() == pytest.approx(written_out(kl, *said, temperature), abs=1e-10)
+    reverse = losses.reverse_kl(*said, temperature=temperature)
+    assert reverse.item() == pytest.approx(written_out(lambda t, s: kl(s, t), *said, temperature), abs=1e-10)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_generalized_jsd_is_its_sum(said, beta):
+    def jsd(t: list[float], s: list[float]) -> float:
+        if beta in (0, 1):
+            return kl(s, t) if beta else kl(t, s)
+        m = mix(t, s, beta)
+        return beta * kl(t, m) + (1 - beta) * kl(s, m)
+
+    for temperature in (0.7, 1.0):
+        value = losses.generalized_jsd(*said, beta=beta, temperature=temperature)
+        assert value.item() == pytest.approx(written_out(jsd, *said, temperature), abs=1e-10)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5])
+def test_skewed_divergences_are_their_sums(said, alpha):
+    forward, reverse = (f(*said, alpha=alpha).item() for f in (losses.skew_kl, losses.skew_reverse_kl))
+    assert forward == pytest.approx(written_out(lambda t, s: kl(t, mix(t, s, alpha)), *said), abs=1e-10)
+    assert reverse == pytest.approx(written_out(lambda t, s: kl(s, mix(s, t, alpha)), *said), abs=1e-10)
+    assert forward < -math.log(alpha)
+
+
+def test_the_contrastive_pair_holds_each_half_against_its_own_answers(said):
+    student, teacher, mask = said
+    other = (teacher + 1, student * 0.5, ~mask)
+    hand = written_out(lambda t, s: kl(t, mix(t, s, 0.1)), *said)
+    hand += written_out(lambda t, s: kl(s, mix(s, t, 0.1)), *other)
+    assert losses.contrastive_pair(said, other).item() == pytest.approx(hand, abs=1e-10)
+
+
+def test_cross_entropy_is_its_sum(said):
+    student, _, mask = said
+    labels = torch.arange(B * S).view(B, S) % V
+    hand = [-math.log(softmax(student[b, s].tolist())[labels[b, s]]) for b, s in mask.nonzero().tolist()]
+    value = losses.cross_entropy(student, labels, mask).item()
+    assert value == pytest.approx(sum(hand) / len(hand), abs=1e-10)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_generalized_jsd_is_that_of_trl(said, beta):
+    pytest.importorskip("trl", reason="trl is not installed: pip install 'stepdistill[lm]'")
+    from trl.experimental.gkd import GKDTrainer
+
+    student, teacher, mask = said
+    labels = torch.where(mask, 1, -100)
+    for dtype in (torch.float32, torch.float64):
+        pair = student.to(dtype), teacher.to(dtype)
+        for temperature in (1.0, 2.0):
+            theirs = GKDTrainer.generalized_jsd_loss(*pair, labels=labels, beta=beta, temperature=temperature)
+            ours = losses.generalized_jsd(*pair, mask, beta=beta, temperature=temperature)
+            assert ours.item() == pytest.approx(theirs.item(), abs=1e-6)
+
+
+def test_divided_by_the_interpolation_jsd_nears_the_divergence_of_its_end(said):
+    small = 1e-6
+    at_0 = losses.generalized_jsd(*said, beta=small).item() / small
+    at_1 = losses.generalized_jsd(*said, beta=1 - small).item() / small
+    assert at_0 == pytest.approx(losses.forward_kl(*said).item(), rel=1e-3)
+    assert at_1 == pytest.approx(losses.reverse_kl(*said).item(), rel=1e-3)
+
+
+def test_the_usual_reductions_are_a_length_too_large_and_a_vocabulary_too_small(said):
+    """`batchmean` of (B, S, V) divides by B alone, `mean` by V too: without a mask both are off by exact factors."""
+    student, teacher, _ = said
+    everything = torch.ones(B, S, dtype=torch.bool)
+    ours = losses.forward_kl(student, teacher, everything).item()
+    pair = student.log_softmax(-1), teacher.log_softmax(-1)
+    batchmean = torch.nn.functional.kl_div(*pair, reduction="batchmean", log_target=True).item()
+    mean = torch.nn.functional.kl_div(*pair, reduction="mean", log_target=True).item()
+    assert ours == pytest.approx(written_out(kl, student, teacher, everything), abs=1e-10)
+    assert batchmean == pytest.approx(S * ours) and mean == pytest.approx(ours / V)
+
+
+def test_what_does_not_count_changes_nothing_and_gets_no_gradient(said):
+    student, teacher, mask = said
+    other = torch.where(mask[..., None], student, student.roll(1, -1) + 9).requires_grad_(True)
+    for loss in (losses.forward_kl, losses.reverse_kl, losses.skew_kl, losses.skew_reverse_kl):
+        value = loss(other, teacher, mask)
+        assert value.item() == loss(student, teacher, mask).item()
+        (gradient,) = torch.autograd.grad(value, other)
+        assert not gradient[~mask].any() and gradient[mask].any()
+
+
+def test_nothing_to_count_is_0(said):
+    student, teacher, mask = said
+    assert losses.generalized_jsd(student, teacher, torch.zeros_like(mask), beta=0.5).item() == 0
+
+
+def test_the_shift_puts_logits_beside_the_token_they_speak_of():
+    """Two tokens, of which the first says for certain what comes second: the loss is 0, unshifted it is not."""
+    ids = torch.tensor([[0, 1]])
+    said = torch.tensor([[[-60.0, 60.0], [60.0, -60.0]]], dtype=torch.float64)  # after 0 comes 1, after 1 comes 0
+    counts = torch.tensor([[False, True]])
+    assert losses.cross_entropy(*losses.shift(said, ids, counts)).item() == pytest.approx(0, abs=1e-10)
+    unshifted = losses.cross_entropy(said, ids, counts).item()
+    assert unshifted == pytest.approx(120)
+
+
+def test_a_divergence_without_the_shift_masks_other_places(said):
+    student, teacher, mask = said
+    ids = torch.zeros(B, S, dtype=torch.int64)
+    shifted, _, kept = losses.shift(student, ids, mask)
+    ours = losses.forward_kl(shifted, teacher[:, :-1], kept).item()
+    places = [(b, s) for b in range(B) for s in range(1, S) if mask[b, s]]
+    hand = [kl(softmax(teacher[b, s - 1].tolist()), softmax(student[b, s - 1].tolist())) for b, s in places]
+    assert ours == pytest.approx(sum(hand) / len(hand), abs=1e-10)
+    assert abs(losses.forward_kl(student, teacher, mask).item() - ours) > 1e-3
+
+
+def test_half_precision_is_summed_in_float32(said):
+    student, teacher, mask = said
+    half = student.bfloat16(), teacher.bfloat16()
+    value = losses.generalized_jsd(*half, mask, beta=0.5)
+    exact = losses.generalized_jsd(*(x.double() for x in half), mask, beta=0.5)
+    assert value.dtype == torch.float32 and value.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+def test_beta_outside_0_to_1_is_refused(said):
+    with pytest.raises(ValueError, match=r"beta: got 1\.5; allowed: 0"):
+        losses.generalized_jsd(*said, beta=1.5)
+
+
+def test_the_contract_is_reached_from_the_package(said):
+    assert sd.baselines.language.losses.generalized_jsd is losses.generalized_jsd

@@ -1,0 +1,61 @@
+"""Perplexity at a stride against each token alone, and what a student says against its teacher."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from speakers import Constant, sentences, speaker, tokenizer
+
+from stepdistill.baselines.language.data import Pair, pack, pair_up, stream
+from stepdistill.baselines.language.measure import go_on, mean_nll, own_kl, perplexity, write_generations
+from stepdistill.baselines.language.models import logits
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "stride"), [(40, 16, 8), (41, 16, 5), (16, 16, 8), (9, 16, 8), (33, 16, 15)]
+)
+@torch.no_grad()
+def test_every_token_is_scored_once_behind_what_its_window_shows(length, window, stride):
+    network = speaker().network
+    ids = stream(sentences(20), tokenizer(), length)
+    values = []
+    for i in range(1, length):
+        start = 0 if i < window else math.ceil((i - window + 1) / stride) * stride  # of the first window that has it
+        said = network(input_ids=ids[None, start:i]).logits[0, -1].double().log_softmax(-1)
+        values.append(-said[ids[i]].item())
+    found = perplexity(network, ids, window=window, stride=stride)
+    assert found["nll"] == pytest.approx(sum(values) / len(values), abs=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(found["nll"]))
+
+
+def test_a_window_that_moves_by_all_of_itself_is_refused():
+    with pytest.raises(ValueError, match="stride: got 16; allowed: 1 to 15"):
+        perplexity(speaker().network, torch.arange(40), window=16, stride=16)
+
+
+@torch.no_grad()
+def test_of_completions_the_mean_is_over_their_tokens_not_over_rows():
+    network = speaker().network
+    rows = pair_up([Pair("a", " dog"), Pair("the cat", " sees red hats.")], tokenizer(), prompt=4, completion=12)
+    said = logits(network, rows.ids, rows.attention).double().log_softmax(-1)
+    values = [-said[b, s - 1, rows.ids[b, s]].item() for b, s in rows.counts.nonzero().tolist()]
+    assert mean_nll(network, rows, batch=1) == pytest.approx(sum(values) / len(values), abs=1e-6)
+
+
+def test_divergence_on_ones_own_text_is_that_of_the_two_and_0_from_itself():
+    student, teacher = Constant([0.2, 0.3, 0.5]), Constant([0.6, 0.3, 0.1])
+    voice = speaker()
+    spoken = go_on(student, voice, pack(sentences(9), tokenizer(), 12, prompt=4), seed=0)
+    hand = 0.2 * math.log(0.2 / 0.6) + 0.5 * math.log(0.5 / 0.1)
+    assert own_kl(student, teacher, spoken) == pytest.approx(hand, abs=1e-6)
+    assert own_kl(student, student, spoken) == 0
+
+
+def test_what_all_say_stands_side_by_side(tmp_path):
+    write_generations(
+        tmp_path / "a.md", ["one", "two"], {"teacher": ["A", "B"], "student, seed 0": ["C<|end|>", "D\nE"]}
+    )
+    text = (tmp_path / "a.md").read_text()
+    assert "> two\n\n- **teacher**: B\n- **student, seed 0**: D E" in text and "C\\<|end|>" in text

@@ -1,0 +1,168 @@
+"""Whole runs of the language baselines by their command: tables, a cut, other methods' controls, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from speakers import write_text
+
+from stepdistill.baselines import BASELINES, get
+from stepdistill.baselines.base import Learner
+from stepdistill.baselines.language.models import logits, open_decoder
+from stepdistill.cli import main as cli
+from stepdistill.cli.baselines import flags, main
+from stepdistill.training.config import from_yaml
+
+METHODS = ("forward_kl", "gkd", "distillm", "minillm")
+LAB = Path(__file__).parents[1] / "train_scripts" / "configs" / "baselines" / "gpt2_lab.yaml"
+SMALL = ["--block", "24", "--prompt", "8", "--validation", "4", "--limit", "60", "--test-tokens", "300", "--shown", "3",
+         "--window", "32", "--stride", "16", "--batch-size", "4", "--checkpoint-every", "3"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def words(name: str, text: str, out: Path, *more: str, steps: int = 6) -> list[str]:
+    given = ["--data", text, "--teacher-steps", "8", "--max-train-steps", str(steps), "--out", str(out)]
+    return ["run", name, *SMALL, *given, *more]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, text) -> Path:
+    """A run of forward_kl, whose teacher and control the others take."""
+    out = tmp_path_factory.mktemp("runs") / "forward_kl"
+    main(words("forward_kl", text, out))
+    return out
+
+
+def figures(out: Path) -> dict[str, dict]:
+    return {row["role"]: row["figures"] for row in json.loads((out / "results.json").read_text())["rows"]}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_ends_with_teacher_before_control_and_student(name, text, first, tmp_path):
+    out = first if name == "forward_kl" else tmp_path / name
+    if name != "forward_kl":
+        main(words(name, text, out, "--beside", str(first)))
+        assert not (out / "control-0").exists() and not (out / "teacher").exists()
+    found = figures(out)
+    assert list(found) == ["teacher", "before", "control", "student"]
+    shared = [{role: values for role, values in figures(run).items() if role != "student"} for run in (first, out)]
+    assert shared[0] == shared[1]
+    for values in found.values():
+        assert values["perplexity"] == pytest.approx(math.exp(values["nll"]))
+    assert found["control"]["nll"] < found["before"]["nll"]
+    said = (out / "generations.md").read_text()
+    assert said.count("- **student, seed 0**:") == said.count("- **teacher**:") == 3
+    lines = [json.loads(line) for line in (out / "student-0" / "metrics.jsonl").read_text().splitlines()]
+    terms = {"forward_kl": {"forward_kl", "cross_entropy"}, "minillm": {"single", "long", "cross_entropy"}}
+    assert terms.get(name, set()) <= lines[-1].keys() and math.isfinite(found["student"]["nll"])
+
+
+def test_a_student_is_exported_as_transformers_loads_it(first):
+    model = open_decoder(str(first / "student-0" / "model"))
+    weights = load_file(first / "student-0" / "weights" / "student.safetensors")
+    own = dict(model.network.named_parameters())
+    assert all(torch.equal(own[name], value) for name, value in weights.items() if name in own)
+    ids = torch.tensor([model.tokenizer("the cat sees").input_ids])
+    assert logits(model.network, ids, torch.ones_like(ids)).shape[-1] == len(model.tokenizer)
+
+
+def test_a_run_that_was_cut_goes_on_to_the_same_bits(text, first, tmp_path, monkeypatch):
+    fit = Learner.fit
+
+    def cut(self: Learner) -> Path:
+        step = self.step
+
+        def stop() -> dict:
+            if self.update == 4 and self.out.name == "student-0":
+                raise ConnectionAbortedError
+            return step()
+
+        self.step = stop
+        return fit(self)
+
+    monkeypatch.setattr(Learner, "fit", cut)
+    with pytest.raises(ConnectionAbortedError):
+        main(words("forward_kl", text, tmp_path, "--beside", str(first)))
+    monkeypatch.setattr(Learner, "fit", fit)
+    main(words("forward_kl", text, tmp_path, "--beside", str(first)))
+    a, b = (load_file(run / "student-0" / "weights" / "student.safetensors") for run in (tmp_path, first))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert figures(tmp_path) == figures(first)
+
+
+def test_measured_anew_a_run_has_the_same_figures(first):
+    before = figures(first)
+    main(["eval", str(first)])
+    assert figures(first) == before
+
+
+def test_prompts_with_completions_are_measured_on_the_completions(tmp_path):
+    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10) for b in range(10)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    main(words("gkd", str(tmp_path / "sums.jsonl"), tmp_path / "run", "--lmbda", "1"))
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert found["n"].startswith("3 held-out completions") and math.isfinite(
+        figures(tmp_path / "run")["student"]["nll"]
+    )
+
+
+def test_a_student_learns_its_teacher_better_than_the_text_alone_teaches(text, tmp_path):
+    """On the divergence from the teacher, which is what it is trained for: 60 updates of either, the same samples."""
+    main(words("forward_kl", text, tmp_path, "--soft-weight", "1", "--hard-weight", "0", steps=60))
+    found = figures(tmp_path)
+    assert found["student"]["own_kl"] < found["control"]["own_kl"] / 2
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--student", "layers:9"], "student: got layers:9; allowed: 1 to 4"),
+        (["--data", "/nowhere.txt"], "--data: got /nowhere.txt, which cannot be read"),
+        (["--window", "600"], "block, window: got 600 tokens; allowed: 512"),
+        (["--validation", "60"], "corpus: got 60 training samples"),
+        (["--teacher", "smollm3.gguf"], "model: got smollm3.gguf, which does not exist"),
+        (["--prompt", "24"], "prompt: got 24; allowed: below 24, the block"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_2_before_anything_is_trained(more, said, text, tmp_path, capsys):
+    command = words("forward_kl", text, tmp_path, *more)
+    assert cli(["baselines", *command]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in error and not list(tmp_path.glob("*/metrics.jsonl"))
+
+
+@pytest.mark.parametrize("content", ["", " \n", "a few words"])
+def test_a_corpus_of_nothing_ends_in_one_line_and_2(content, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(content)
+    command = words("gkd", str(tmp_path / "text.txt"), tmp_path / "run")
+    assert cli(["baselines", *command]) == 2
+    assert "error: " in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_dry_run_trains_and_measures_nothing(text, tmp_path):
+    main(words("distillm", text, tmp_path, "--dry-run"))
+    assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "results.json").exists()
+
+
+def test_the_gpt2_lab_is_a_configuration_of_every_divergence():
+    lab = from_yaml(LAB, get("forward_kl").config)
+    lab.check()
+    assert (lab.teacher, lab.student) == ("openai-community/gpt2-medium", "openai-community/gpt2")
+    for name in METHODS:
+        config = flags(name, ["--config", str(LAB), "--beside", "out/gpt2-lab"])
+        assert config.shared == get("forward_kl").config.shared.fget(lab)
+
+
+def test_every_method_has_a_paper_and_small_numbers():
+    for name in METHODS:
+        kind = BASELINES[name].config
+        assert BASELINES[name].paper and name == kind.NAME and kind.QUICK["max_train_steps"] <= 100

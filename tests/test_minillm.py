@@ -1,0 +1,193 @@
+"""MiniLLM: rewards, weights and clipping written out, its gradient, and texts that are used again."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from speakers import sentences, speaker, tokenizer
+from test_resume import stop_at
+
+from stepdistill.baselines.base import Batch, Learner, Pupils
+from stepdistill.baselines.language import losses
+from stepdistill.baselines.language.data import Tokens, pack
+from stepdistill.baselines.language.memory import Rollouts
+from stepdistill.baselines.language.minillm import (
+    MiniLLM,
+    MiniLLMConfig,
+    clipped,
+    log_likelihood,
+    rewards_after,
+    whiten,
+)
+from stepdistill.baselines.language.models import logits
+from stepdistill.draws import Draws
+from stepdistill.errors import InputError
+from stepdistill.methods.base import Clock
+from stepdistill.training.config import LoopConfig
+
+PROMPT, BLOCK = 4, 12
+
+
+def data() -> Tokens:
+    return pack(sentences(30), tokenizer(), BLOCK, prompt=PROMPT)
+
+
+def lesson(**changes) -> MiniLLM:
+    settings = {"mix": 0.2, "clip": 0.2, "reuse": 3, "corpus_weight": 1.0, "prompt": PROMPT, "eos": 2, "pad": 0}
+    return MiniLLM(**settings | changes)
+
+
+def pupils(rows: int = 2) -> Pupils:
+    return Pupils(speaker(seed=1).network, speaker(seed=2).network, rollouts=Rollouts(rows, BLOCK))
+
+
+def batch(first: int = 0) -> Batch:
+    return Batch(data().batch([first, first + 1]), Draws.at(0, first, 2))
+
+
+@pytest.fixture
+def pieces() -> dict[str, torch.Tensor]:
+    """What the losses are made of, at random: two texts of six tokens, of which some count; a vocabulary of five."""
+    g = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]], dtype=torch.bool)
+    labels = torch.randint(5, (2, 6), generator=g)
+    says, answers = (2 * torch.randn(2, 6, 5, generator=g) for _ in range(2))
+    old = says + 0.3 * torch.randn(2, 6, 5, generator=g)
+    return {"says": says, "answers": answers, "labels": labels, "mask": mask,
+            "log_p": log_likelihood(answers, labels), "log_q": log_likelihood(old, labels)}  # fmt: skip
+
+
+def test_the_reward_of_a_token_is_the_mean_of_those_behind_it():
+    rewards = torch.tensor([[9.0, 1.0, 2.0, 6.0, 9.0]])
+    mask = torch.tensor([[False, True, True, True, False]])
+    assert rewards_after(rewards, mask)[mask].tolist() == [4.0, 6.0, 0.0]
+    with_its_own = torch.tensor([3.0, 4.0, 6.0])  # the single step has that one exactly already
+    assert not torch.equal(rewards_after(rewards, mask)[mask], with_its_own)
+
+
+def test_whitening_is_over_what_counts():
+    x, mask = torch.tensor([[1.0, 3.0, 100.0]]), torch.tensor([[True, True, False]])
+    assert whiten(x, mask)[mask].tolist() == pytest.approx([-1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "value", "slope"),
+    [
+        (1.1, 2.0, -2.2, -2.0),
+        (1.5, 2.0, -2.4, 0.0),
+        (0.5, 2.0, -1.0, -2.0),
+        (0.5, -2.0, 1.6, 0.0),
+        (1.5, -2.0, 3.0, 2.0),
+    ],
+)
+def test_a_ratio_beyond_the_clip_pulls_no_further(ratio, advantage, value, slope):
+    r = torch.tensor(ratio, requires_grad=True)
+    loss = clipped(r, torch.tensor(float(advantage)), 0.2)
+    loss.backward()
+    assert loss.item() == pytest.approx(value) and r.grad.item() == pytest.approx(slope)
+
+
+def test_both_losses_are_their_sums_written_out(pieces):
+    single, long = lesson().pieces(**pieces)
+    kept = pieces["mask"].nonzero().tolist()
+    p, q = (pieces[n].double().softmax(-1) for n in ("answers", "says"))
+    log_p, log_q = pieces["log_p"].double(), pieces["log_q"].double()
+    mix = {(b, t): 0.2 * log_p[b, t].exp().item() + 0.8 * log_q[b, t].exp().item() for b, t in kept}
+    after = {}
+    for b, t in kept:
+        behind = [(log_p[b, i] - log_q[b, i]).item() for b_, i in kept if b_ == b and i > t]
+        after[b, t] = sum(behind) / len(behind) if behind else 0.0
+    mean = sum(after.values()) / len(kept)
+    spread = math.sqrt(sum((r - mean) ** 2 for r in after.values()) / len(kept))
+    singles, longs = [], []
+    for b, t in kept:
+        exact = sum((q[b, t, v] * (q[b, t, v] / p[b, t, v]).log()).item() for v in range(5))
+        singles.append(log_q[b, t].exp().item() / mix[b, t] * exact)
+        ratio = q[b, t, pieces["labels"][b, t]].item() / mix[b, t]
+        advantage = (after[b, t] - mean) / spread
+        longs.append(-min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage))
+    assert single.item() == pytest.approx(sum(singles) / len(kept), rel=1e-5)
+    assert long.item() == pytest.approx(sum(longs) / len(kept), rel=1e-4)
+
+
+def test_of_ones_own_words_the_gradient_is_that_of_the_policy(pieces):
+    """Without a teacher in the mixture and before any update, weights and ratios are 1: -A ∇log q is left."""
+    says = pieces["says"].clone().requires_grad_(True)
+    own = {**pieces, "says": says, "log_q": log_likelihood(pieces["says"], pieces["labels"])}
+    _, long = lesson(mix=1e-9).pieces(**own)
+    (ours,) = torch.autograd.grad(long, says)
+    advantage = whiten(rewards_after(own["log_p"] - own["log_q"], own["mask"]), own["mask"])
+    plain = -(advantage * log_likelihood(says, own["labels"]))[own["mask"]].mean()
+    (hand,) = torch.autograd.grad(plain, says)
+    assert torch.allclose(ours, hand, atol=1e-6) and hand.abs().max() > 1e-2
+
+
+def test_texts_are_said_once_and_used_three_times_with_what_held_when_they_were_said():
+    models = pupils()
+    seen = []
+    for update in range(4):
+        lesson().loss("student", batch(2 * update), models, Clock(update, 10))
+        seen.append({name: value.clone() for name, value in models.rollouts.named_buffers()})
+        with torch.no_grad():
+            for p in models.bare.parameters():
+                p.mul_(1.01)
+    assert all(torch.equal(seen[0][n], seen[u][n]) for u in (1, 2) for n in ("ids", "log_p", "log_q", "counts"))
+    assert not torch.equal(seen[3]["ids"], seen[0]["ids"])
+    assert torch.equal(seen[3]["ids"][:, :PROMPT], batch(6)["ids"][:, :PROMPT])
+
+
+def test_kept_likelihoods_are_those_of_the_two_who_spoke():
+    models = pupils()
+    loss = lesson().loss("student", batch(), models, Clock(0, 10))
+    rolls = models.rollouts
+    for name, network in (("log_p", models.teacher), ("log_q", models.bare)):
+        said = logits(network, rolls.ids, rolls.attention)[:, :-1].double().log_softmax(-1)
+        hand = said.gather(-1, rolls.ids[:, 1:, None]).squeeze(-1)
+        assert torch.allclose(getattr(rolls, name).double(), hand, atol=1e-5)
+    rows = batch()
+    said = logits(models.student, rows["ids"], rows["attention"])
+    corpus = losses.cross_entropy(*losses.shift(said, rows["ids"], rows["counts"]))
+    assert loss.terms["cross_entropy"].item() == pytest.approx(corpus.item(), rel=1e-5)
+    assert loss.total.item() == pytest.approx(sum(v.item() for v in loss.terms.values()), rel=1e-6)
+
+
+def test_batches_of_an_update_have_texts_of_their_own():
+    models = pupils(rows=4)
+    for update in range(2):
+        for first in (0, 2):
+            lesson().loss("student", batch(first), models, Clock(update, 10))
+    ids = models.rollouts.ids
+    assert torch.equal(ids[:, :PROMPT], torch.cat([batch(0)["ids"], batch(2)["ids"]])[:, :PROMPT])
+
+
+def test_gradients_reach_the_student_alone():
+    models = pupils()
+    lesson().loss("student", batch(), models, Clock(0, 10)).total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in models.bare.parameters())
+    assert all(p.grad is None for p in models.teacher.parameters())
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_cut_between_uses_of_the_same_texts_changes_nothing(tmp_path, accumulation):
+    config = LoopConfig(out=tmp_path, max_train_steps=7, batch_size=2, learning_rate=1e-2, checkpoint_every=2,
+                        gradient_accumulation=accumulation)  # fmt: skip
+
+    def start(name: str) -> Learner:
+        models = pupils(rows=2 * accumulation)
+        return Learner(lesson(), models, data(), dataclasses.replace(config, out=tmp_path / name))
+
+    stop_at(start("cut"), 5)  # goes on from update 4, whose texts are from update 3
+    start("cut").fit()
+    start("whole").fit()
+    a, b = (load_file(tmp_path / name / "weights" / "student.safetensors") for name in ("cut", "whole"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("changes", [{"mix": 0.0}, {"clip": 1.0}, {"reuse": 0}, {"corpus_weight": -1.0}])
+def test_settings_out_of_range_are_refused(changes):
+    with pytest.raises(InputError, match=f"{next(iter(changes))}: got"):
+        MiniLLMConfig(**changes).check()
