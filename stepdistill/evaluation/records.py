@@ -29,8 +29,7 @@ KEY = ("protocol_hash", "model", "weights", "steps", "guidance", "seed")
 FIELDS = (
     "protocol", "protocol_hash", "settings", "model", "method", "teacher", "spec", "weights",
     "steps", "nfe", "guidance", "scheduler", "sigmas", "call", "n", "seed",
-    "fd", "fd_low", "fd_high", "fd_extractor", "clip_score", "clip_model", "attribute_accuracy", "attributes",
-    "metrics",
+    "fd", "fd_low", "fd_high", "fd_extractor", "clip_score", "clip_model", "attribute_accuracy", "metrics",
     "latency_ms", "latency_ms_batch", "peak_memory_mb", "batch", "dtype", "device", "versions", "commit", "command",
     "train_seconds",
 )  # fmt: skip

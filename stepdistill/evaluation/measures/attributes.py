@@ -37,4 +37,4 @@ def _share(judged: Tensor) -> Figure | None:
     if not asked.any():
         return None
     share = (right.sum() / asked.sum()).item()
-    return Figure(share, (right - share * asked) / asked.mean())
+    return Figure(share, (right - share * asked) / asked.mean(), trials=int((asked > 0).sum()))
