@@ -107,3 +107,12 @@ def test_the_interval_of_a_share_of_questions_is_as_wide_as_their_pictures_have_
 def test_no_share_is_known_better_than_by_one_trial():
     low, high = score_interval(0.5, 0.0, 200)
     assert high - low == pytest.approx(2 * 1.96 / 200, rel=0.01)
+
+
+def test_one_wrong_answer_of_several_a_picture_leaves_a_share_as_sure_as_so_many_pictures():
+    judged = torch.ones(48, 3, dtype=torch.int8)
+    judged[5, 1] = 0
+    low, high = _share(judged).interval()
+    n = 48  # Wilson's of a share of 143 / 144 in so many
+    centre, half = 143 / 144 + 1.96**2 / (2 * n), 1.96 * (143 / 144**2 / n + 1.96**2 / (4 * n**2)) ** 0.5
+    assert (low, high) == pytest.approx([(centre + end) / (1 + 1.96**2 / n) for end in (-half, half)], abs=1e-5)

@@ -75,11 +75,13 @@ class Figure:
 def score_interval(share: float, error: float, trials: int) -> tuple[float, float]:
     """Wilson's interval (1927) of a share in as many independent trials as its standard error amounts to.
 
-    Of N independent trials these are N. A share of none or all has no error to go by, and none is known better than by
-    one trial: there `trials` counts.
+    Of N independent trials these are N. A share of none or all has no error to go by, and takes `trials`; any other is
+    known no better than by one of these.
     """
     spread = share * (1 - share)
-    n = 1 + spread / max(error, 1 / trials) ** 2 if spread > 0 else trials
+    n = max(trials, 1 + spread * trials**2)
+    if error > 0 and spread > 0:
+        n = min(n, 1 + spread / error**2)
     centre, half = share + Z**2 / (2 * n), Z * math.sqrt(spread / n + Z**2 / (4 * n**2))
     return max(0.0, (centre - half) / (1 + Z**2 / n)), min(1.0, (centre + half) / (1 + Z**2 / n))
 

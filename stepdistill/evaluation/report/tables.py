@@ -114,6 +114,7 @@ def cost_table(gained: Sequence[Gain]) -> Table:
         cell, gap = gain.cell, gain.gap
         fd = [_figure("fd", c, found, ends=False) if c is not None else Value("–") for c in (cell, gain.same)]
         last, nearer = gain.last.figures["fd"], gain.of_same and gain.of_same.inverse
+        told = (spread("fd", last, 1), f"{gain.last.steps} steps")
         left = Value("–")
         if gap is not None:
             ends = f"{figure(gap.gap.low, 1)} to {figure(gap.gap.high, 1)}"
@@ -121,7 +122,7 @@ def cost_table(gained: Sequence[Gain]) -> Table:
         lines.append((cell, [
             Value(duration(cell.train_seconds), sort=cell.train_seconds), _steps(cell)[0], *fd,
             Value(f"{nearer.value:.1f}×", ends_of(nearer, 1), nearer.value) if nearer else Value("–"),
-            Value(figure(last.value, 1), f"{spread('fd', last, 1)} {gain.last.steps} steps".strip(), last.value), left,
+            Value(figure(last.value, 1), ", ".join(filter(None, told)), last.value), left,
             _text(SAID[gap.word] if gap else ""),
         ]))  # fmt: skip
     return Table("Training cost", heads, lines)
