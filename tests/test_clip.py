@@ -133,6 +133,9 @@ def test_probes_count_only_what_prompts_name(tmp_path):
     assert values == {"attribute_accuracy": 3 / 4, "attribute:hat": 1 / 2, "attribute:hair": 1.0}
     # a ratio of sums: 1/1, 1/2, 1/1 answers, so (1 - 3/4, 1 - 3/2, 1 - 3/4) over 4/3 questions a picture
     assert found["attribute_accuracy"].influence.tolist() == pytest.approx([3 / 16, -3 / 8, 3 / 16])
+    assert {name: (len(figure.influence), figure.trials) for name, figure in found.items()} == {
+        "attribute_accuracy": (3, 3), "attribute:hat": (2, 2), "attribute:hair": (2, 2),  # of those that are asked
+    }  # fmt: skip
     assert "attribute:hat" not in Attributes.figures(torch.tensor([[-1, 1]]), SimpleNamespace(probes=probes))
 
 

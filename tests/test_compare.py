@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -14,11 +15,12 @@ from torch import Tensor
 from stepdistill import cli
 from stepdistill.errors import InputError
 from stepdistill.evaluation.cells import Cell, cells, read_run
-from stepdistill.evaluation.compare import compare, pairs
-from stepdistill.evaluation.figures import Figure, difference
+from stepdistill.evaluation.compare import compare, pairs, ratio
+from stepdistill.evaluation.figures import Figure, Ratio, difference, gap
 from stepdistill.evaluation.frechet import Moments, frechet_figure
 from stepdistill.evaluation.protocols import ExtractorSpec, Protocol
 from stepdistill.evaluation.records import Book, units_file
+from stepdistill.evaluation.seeds import pooled
 
 PROTOCOL = Protocol("tiny", 400, "set", "set", ExtractorSpec("pools", 32), guidance=2.0)
 CONTENT = {"prompts": "p" * 64, "reference": "r" * 64}
@@ -115,26 +117,68 @@ def test_pictures_of_the_same_noise_are_compared_one_by_one_and_the_interval_is_
 
 def test_what_was_not_drawn_alike_is_not_paired(tmp_path):
     figure = Figure.mean(draws(0, 400))
-    real = Figure(figure.value, figure.influence, "real pictures")
-    first = read_run(run(tmp_path / "a", ("m", 4, 0, {"clip_score": figure, "recall": figure})))
-    for name, seed, found in (("seed", 1, {"clip_score": figure}), ("unit", 0, {"recall": real})):
+    groups = Figure(figure.value, figure.influence, "prompts")
+    first = read_run(run(tmp_path / "a", ("m", 4, 0, {"clip_score": figure, "diversity": figure})))
+    for name, seed, found in (("seed", 1, {"clip_score": figure}), ("unit", 0, {"diversity": groups})):
         other = read_run(run(tmp_path / name, ("m", 4, seed, found)))
         assert [c.gap.paired for c in compare(first[0], other[0])] == [False]
     floor = read_run(run(tmp_path / "floor", ("real", 0, None, {"clip_score": figure})))
     assert not compare(first[0], floor[0])[0].gap.paired
 
 
-def test_of_several_seeds_those_of_both_are_averaged_prompt_by_prompt(tmp_path):
+def test_of_several_seeds_the_differences_of_those_of_both_are_pooled_prompt_by_prompt(tmp_path):
     ours = [Figure.mean(draws(seed, 400)) for seed in range(3)]
     theirs = [Figure.mean(draws(seed + 10, 400)) for seed in range(2)]
     a = read_run(run(tmp_path / "a", *(("m", 4, i, {"clip_score": f}) for i, f in enumerate(ours))))
     b = read_run(run(tmp_path / "b", *(("m", 4, i, {"clip_score": f}) for i, f in enumerate(theirs))))
     (found,) = compare(a[0], b[0])
-    gaps = torch.stack([ours[i].value + ours[i].influence - theirs[i].value - theirs[i].influence for i in range(2)])
-    exact = Figure.mean(gaps.mean(0))
+    exact = pooled([gap(one, other) for one, other in zip(ours[:2], theirs, strict=True)])
     assert found.gap.paired and found.gap.value == pytest.approx(exact.value, abs=1e-9)
     assert (found.gap.low, found.gap.high) == pytest.approx(exact.interval(), abs=1e-6)
-    assert found.a.value == pytest.approx((ours[0].value + ours[1].value) / 2)
+    assert found.a.value == pytest.approx((ours[0].value + ours[1].value) / 2) and found.row()["seeds"] == 2
+
+
+def test_the_interval_of_a_cell_of_several_seeds_is_pooled_from_influences_and_wide_without_them(tmp_path):
+    own = [Figure.mean(draws(100 + seed, 400)) for seed in range(3)]
+    folder = run(tmp_path / "a", *(("m", 4, i, {"clip_score": f}) for i, f in enumerate(own)))
+    (cell,) = read_run(folder)
+    found, exact = cell.figures["clip_score"], pooled(own)
+    assert (found.low, found.high) == pytest.approx(exact.interval(), abs=1e-6) and (found.n, found.seeds) == (400, 3)
+    for file in (folder / "units").iterdir():
+        file.unlink()
+    loose = read_run(folder)[0].figures["clip_score"]
+    assert loose.value == found.value and loose.seeds == 3
+    widest = max(own, key=lambda figure: figure.error).half
+    assert found.half < 0.65 * widest and 0.9 * widest < loose.half <= 1.01 * widest
+
+
+def test_a_ratio_of_the_same_noise_is_known_better_than_its_figures(tmp_path):
+    hard = draws(0, 400)
+    ours, theirs = Figure(30.0, 100 * hard + draws(1, 400)), Figure(20.0, 66 * hard + draws(2, 400))
+    (a,) = read_run(run(tmp_path / "a", ("m", 4, 0, {"fd": ours})))
+    (b,) = read_run(run(tmp_path / "b", ("m", 4, 0, {"fd": theirs})))
+    found = ratio(a, b, "fd")
+    influence = ours.influence / 30 - theirs.influence / 20
+    half = 1.959964 * (influence.square().sum() / 399 / 400).sqrt().item()
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (1.5, 1.5 * math.exp(-half), 1.5 * math.exp(half)), rel=1e-6
+    )
+    alone = ratio(*(cells([row("m", 4, 0, {"fd": f})])[0] for f in (ours, theirs)), "fd")
+    half = math.hypot(ours.half / 30, theirs.half / 20)
+    assert (alone.low, alone.high) == pytest.approx((1.5 * math.exp(-half), 1.5 * math.exp(half)), rel=1e-9)
+    assert found.high - found.low < 0.1 * (alone.high - alone.low)
+    old = cells([row("m", 4, 0, {}) | {"metrics": None, "fd": 30.0}])[0]
+    assert (
+        ratio(old, b, "fd") == Ratio(1.5)
+        and ratio(a, cells([row("m", 4, 0, {"fd": Figure(0.0, hard)})])[0], "fd") is None
+    )
+
+
+def test_single_attributes_are_compared_by_name_alone():
+    found = {"clip_score": Figure.mean(draws(0, 400)), "attribute:hat": Figure.share(draws(1, 400) > 0)}
+    one, other = loose(found), loose(found, 1)
+    assert [c.name for c in compare(one, other)] == ["clip_score"]
+    assert [c.name for c in compare(one, other, ["attribute:hat"])] == ["attribute:hat"]
 
 
 def test_rows_of_two_protocols_are_refused_and_what_differs_is_named():

@@ -15,12 +15,13 @@ from stepdistill.errors import InputError
 from stepdistill.evaluation import arrays, metrics
 from stepdistill.evaluation.clip import ClipModel
 from stepdistill.evaluation.features import Extractor
-from stepdistill.evaluation.frechet import Moments
+from stepdistill.evaluation.frechet import Moments, frechet_figure
 from stepdistill.evaluation.kernel import gaussian, mmd_figure, within
-from stepdistill.evaluation.measures import METRICS, View, copies, preference
+from stepdistill.evaluation.measures import METRICS, View, copies, frechet, preference
 from stepdistill.evaluation.metrics import Instruments, Pass, reference_statistics
+from stepdistill.evaluation.protocols import load_protocol
 from stepdistill.evaluation.real import RealPictures, small
-from stepdistill.evaluation.sets import EvalSet
+from stepdistill.evaluation.sets import EvalSet, open_set
 from stepdistill.evaluation.statistics import kept
 
 
@@ -51,7 +52,7 @@ def real_of(found: torch.Tensor, folder, *, key: str = "k", few: int = 20, clip:
 def test_features_are_made_once_and_found_again_under_their_content(tmp_path):
     found = pictures(30, 0)
     first = real_of(found, tmp_path)
-    assert first.features.shape == (20, 12) and torch.equal(first.features, first.extractor(found[:20]))
+    assert first.features.shape == (20, 12) and torch.equal(first.features, first.extractor(found[first.numbers]))
     again = real_of(found, tmp_path)
     assert torch.equal(again.features, first.features) and again.extractor.net.seen == 0
     assert torch.equal(again.pixels, found.flatten(1))
@@ -62,6 +63,26 @@ def test_features_are_made_once_and_found_again_under_their_content(tmp_path):
     ):
         before = other.extractor.net.seen
         assert other.features is not None and other.extractor.net.seen > before
+
+
+def test_which_real_pictures_are_looked_at_is_drawn_by_a_fixed_seed_and_not_by_their_order(tmp_path):
+    found = pictures(300, 0)
+    real = real_of(found, tmp_path, few=60)
+    assert real.numbers == sorted(set(real.numbers)) and len(real.numbers) == 60
+    assert real.numbers == torch.randperm(300, generator=torch.Generator().manual_seed(0))[:60].sort().values.tolist()
+    assert 15 < sum(number < 100 for number in real.numbers) < 25  # a third of them from the first third
+    assert real_of(found, tmp_path, few=300).numbers == list(range(300))
+
+
+def test_pictures_of_any_numbers_are_those_of_a_folder_in_order(tmp_path):
+    found = pictures(9, 3)
+    for i, picture in enumerate(found):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    held = open_set(str(tmp_path))
+    for numbers in ([0, 3, 4, 8], list(range(9)), [7]):
+        assert torch.equal(torch.cat(list(held.some(3, numbers))), found[numbers])
+    with pytest.raises(InputError, match="got 9 pictures; allowed: 10 or more"):
+        list(held.some(3, [2, 9]))
 
 
 @pytest.mark.parametrize("damage", ["a byte", "cut", "another file"])
@@ -95,7 +116,7 @@ def test_statistics_take_the_features_that_are_known_and_look_at_the_rest_alone(
     plain = reference_statistics(real.extractor, real.reference, folder=tmp_path / "a")
     assert len(real.features) == 20
     real.extractor.net.seen = 0
-    known = reference_statistics(real.extractor, real.reference, folder=tmp_path / "b", known=lambda: real.features)
+    known = reference_statistics(real.extractor, real.reference, folder=tmp_path / "b", known=real)
     assert real.extractor.net.seen == 10 and known.count == 30
     assert torch.allclose(known.scatter, plain.scatter, rtol=1e-9, atol=1e-12)
 
@@ -126,15 +147,41 @@ def test_one_pass_gives_every_figure_that_the_instruments_allow_with_its_number_
     assert tools.extractor.net.seen == 40 + 30  # each picture once, for five metrics
     figures = measured.figures()
     better = {name: way for metric in METRICS.values() for name, way in metric.better.items()}
-    assert set(figures) == {"fd", "fd_inf", "fd_inf_r2", "kid", "cmmd", "copies", "precision", "recall", "density",
-                            "coverage"} and set(figures) <= set(better)  # fmt: skip
-    assert {n for n, f in figures.items() if f.unit == "real pictures"} == {"recall", "coverage"}
-    assert all(len(f.influence) == (20 if f.unit == "real pictures" else 30) for f in figures.values())
-    real = tools.clip.images(tools.real.reference.pictures(0, 20))
+    assert set(figures) == {"fd", "fd_inf", "kid", "cmmd", "copies", "precision", "recall", "density", "coverage"}
+    assert set(figures) <= set(better)
+    assert all((len(f.influence), f.unit) == (30, "pictures") for f in figures.values())
+    real = tools.clip.images(pictures(40, 1)[tools.real.numbers])
     want = mmd_figure(tools.clip.images(found), real, gaussian, within(real, gaussian), 1000.0)
     assert figures["cmmd"].value == pytest.approx(want.value, rel=1e-6)
     row = metrics.row_of(figures, tools)["metrics"]
-    assert row["recall"]["n"] == 20 and row["kid"]["low"] < row["kid"]["value"] < row["kid"]["high"]
+    assert row["recall"]["n"] == 30 and row["recall"]["trials"] == 20
+    assert row["kid"]["low"] < row["kid"]["value"] < row["kid"]["high"]
+    assert row["fd_inf"]["bend"] == pytest.approx(figures["fd_inf"].bend, abs=1e-6) and "bend" not in row["fd"]
+
+
+def test_the_whole_is_decomposed_once_for_both_distances(tools, monkeypatch):
+    measured, whole = Pass(dataclasses.replace(tools, metrics=("fd", "fd_inf"))), []
+    measured.add(0, pictures(30, 2))
+    monkeypatch.setattr(frechet, "frechet_figure", lambda *given: whole.append(given) or frechet_figure(*given))
+    assert measured.figures()["fd"].value > 0 and len(whole) == 1
+
+
+def test_fd_inf_is_left_out_where_its_features_are_too_long_for_n_and_that_is_said(capsys):
+    few = dataclasses.replace(load_protocol("avatars-2k"), n=1919, metrics=("fd", "fd_inf"), scorer=None)
+    assert metrics.prepare(few).metrics == ("fd",)
+    said = capsys.readouterr().err
+    assert said == (
+        "fd_inf is left out: got n=1919; it needs 1.5 pictures for each of EfficientNet-Lite2's 1280 features\n"
+    )
+    enough = dataclasses.replace(few, n=1920)
+    assert metrics.prepare(enough).metrics == ("fd", "fd_inf") and not capsys.readouterr().err
+
+
+def test_a_metric_whose_figures_changed_their_meaning_changes_the_hash():
+    fd = dataclasses.replace(load_protocol("avatars-2k"), metrics=("fd",), scorer=None)
+    both = dataclasses.replace(fd, metrics=("fd", "fd_inf"))
+    assert "fd_inf revision" in dict(metrics.prepare(both).content)
+    assert set(dict(metrics.prepare(fd).content)) == {"prompts", "reference", "extractor"}
 
 
 def test_without_the_real_pictures_metrics_that_need_them_are_left_out(tools):

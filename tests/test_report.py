@@ -7,6 +7,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -16,12 +17,13 @@ import torch
 
 from stepdistill import cli
 from stepdistill.errors import InputError
-from stepdistill.evaluation.cells import cells, measured, read_folder
+from stepdistill.evaluation.cells import Measured, cells, measured, read_folder
 from stepdistill.evaluation.records import Book
 from stepdistill.evaluation.report import inline, plots, write_report
+from stepdistill.evaluation.report.tables import cost_table, tables
 from stepdistill.evaluation.report.verdicts import duration, gains
 from stepdistill.evaluation.report.verdicts import verdicts as verdicts_of
-from stepdistill.evaluation.summary import columns, digits
+from stepdistill.evaluation.summary import columns, digits, spread
 
 EVIL = 'a <script>alert(1)</script> hat & "more" | {{ 7*7 }}'
 COMMON = {
@@ -47,7 +49,8 @@ def figure(value: float, half: float, n: int = 5, of: str = "pictures"):
 def full(fd: float, clip: float, kid: float, recall: float):
     """The `metrics` of a row of today: every figure with its interval."""
     return {"fd": figure(fd, fd / 10), "clip_score": figure(clip, 0.25), "attribute_accuracy": figure(0.9, 0.02),
-            "kid": figure(kid, 0.0012), "recall": figure(recall, 0.031, 7, "real pictures")}  # fmt: skip
+            "kid": figure(kid, 0.0012), "recall": figure(recall, 0.031, 7, "prompts"),
+            "attribute:left hat": figure(0.8, 0.03, 5)}  # fmt: skip
 
 
 ROWS = [  # the first is of before `metrics`
@@ -144,9 +147,10 @@ def test_the_page_has_the_protocol_figures_curves_and_grids(page):
 def test_every_figure_stands_there_with_its_interval_and_count(folder, page):
     for text in (page.text, (folder / "report.md").read_text()):
         for value, ends in (("0.0500", "0.0488–0.0512"), ("−0.0004", "−0.0016 to 0.0008"), ("0.200", "0.169–0.231"),
-                            ("30.50", "30.25–30.75"), ("24.0", "21.6–26.4"), ("90.0 %", "88.0–92.0")):  # fmt: skip
+                            ("30.50", "30.25–30.75"), ("24.0", "21.6–26.4"), ("90.0 %", "88.0–92.0"),
+                            ("80.0 %", "77.0–83.0")):  # fmt: skip
             assert value in text and ends in text, (value, ends)
-        assert "5 pictures" in text and "7 real pictures" in text
+        assert "5 pictures" in text and "7 prompts" in text
 
 
 def test_the_csv_has_every_row_and_figure_and_no_formulas(page):
@@ -179,8 +183,8 @@ def test_the_headline_is_the_students_best_few_steps_against_the_teachers_longes
     said, other = verdicts(cells(ROWS))
     assert said["model"] == "student <i>" and said["steps"] == "4 steps" and other["model"] == "=1+1"
     assert said["stats"] == [
-        ("25.0", "FD ± 2.5, where the teacher has 20.0 at 50 steps"),
-        ("1.25×", "the teacher’s distance at 50 steps: worse"),  # 5 ± 3.2
+        ("25.0", "FD ± 2.5, where the teacher has 20.0 ± 2.0 at 50 steps"),
+        ("1.25×", "the teacher’s distance at 50 steps (1.09–1.44): worse"),  # e^±0.141; 5 ± 3.2
         ("10.0×", "faster than the teacher at 50 steps"),
     ]
     near = [row("teacher", 50, 20.0, None, method="teacher"), row("s", 2, 22.0, None, method="lcm")]
@@ -189,7 +193,11 @@ def test_the_headline_is_the_students_best_few_steps_against_the_teachers_longes
 
 def test_gains_are_of_the_same_steps_and_gaps_of_the_teachers_longest():
     one, four, other = gains(cells(ROWS))
-    assert one.nearer == pytest.approx(100 / 30) and four.nearer is None and other.last.steps == 50
+    assert one.of_same.value == pytest.approx(0.3) and four.of_same is None and other.last.steps == 50
+    ends = [math.exp(sign * 0.02**0.5) for sign in (-1, 1)]  # each distance ± a tenth of it
+    assert [one.of_same.low, one.of_same.high] == pytest.approx([0.3 * end for end in ends])
+    (line,) = (values for cell, values in cost_table([one]).lines)
+    assert (line[4].text, line[4].small) == ("3.3×", "2.9–3.8")
     assert (four.gap.gap.value, four.gap.gap.paired) == (5.0, False)
     assert four.gap.gap.high - four.gap.gap.value == pytest.approx((2.5**2 + 2.0**2) ** 0.5)
     assert [duration(s) for s in (None, 60.0, 180.0, 9000.0)] == ["–", "60 s", "3.0 min", "2.5 h"]
@@ -207,16 +215,23 @@ def test_without_a_teacher_nothing_is_compared_and_with_two_each_student_is_held
                 row("xl", 50, 5.0, 800.0, method="teacher", spec="xl")]  # fmt: skip
     mine = [row("of-xl", 4, 10.0, 80.0, method="lcm", teacher="xl"), row("of-none", 4, 20.0, 80.0, method="lcm")]
     said = {each["model"]: each["stats"] for each in verdicts(cells(teachers + mine))}
-    assert said["of-xl"][0] == ("10.0", "FD ± 1.0, where xl has 5.0 at 50 steps")
+    assert said["of-xl"][0] == ("10.0", "FD ± 1.0, where xl has 5.0 ± 0.5 at 50 steps")
     assert said["of-none"][-1] == ("5.0×", "faster than sd at 50 steps")
 
 
-def test_seeds_are_averaged_into_one_cell():
+def test_seeds_are_pooled_into_one_cell_whose_number_is_shown():
     both = [row("m", 4, 10.0, 5.0, metrics=full(10.0, 30.0, 0.1, 0.5)),
             row("m", 4, 20.0, 5.0, seed=1, metrics=full(20.0, 31.0, 0.3, 0.5))]  # fmt: skip
     found = cells(both)
     assert len(found) == 1 and found[0].fd == 15.0 and found[0].seeds == 2
-    assert found[0].figures["kid"].value == pytest.approx(0.2) and found[0].figures["clip_score"].low == 30.25
+    kid, recall, clip = (found[0].figures[name] for name in ("kid", "recall", "clip_score"))
+    assert kid.value == pytest.approx(0.2) and recall.half == pytest.approx(0.031)
+    within = (0.25 / 1.959964) ** 2  # of one seed; the two differ by far more than that
+    student = 12.706205 * ((0.5 - within) / 2) ** 0.5
+    assert clip.half == pytest.approx(math.hypot(0.25, student), rel=1e-5)
+    assert columns(found)[0]["seeds"] == "2" and "seeds" not in columns(cells(both[:1]))[0]
+    overview, everything, *_ = tables(found)
+    assert overview.lines[0][1][2].text == "2" and everything.heads[1].note == "5 pictures × 2 seeds"
 
 
 def test_a_column_without_a_figure_is_a_dash():
@@ -276,3 +291,9 @@ def test_the_report_command_prints_the_table_and_where_the_page_is(folder, tmp_p
         assert cli.main(["report", str(place)]) == 0
         said = capsys.readouterr().out
         assert str(page / "report.html") in said.replace("\n", "") and "teacher" in said and "FD-Pools" in said
+
+
+def test_an_interval_that_is_not_around_its_figure_is_shown_by_its_ends():
+    found = Measured(1.0, 0.9923, 1.0, 500)
+    assert spread("attribute_accuracy", found, 1) == "(99.2–100.0)"
+    assert spread("attribute_accuracy", Measured(0.9, 0.872, 0.926, 500), 1) == "± 2.7"

@@ -122,7 +122,9 @@ def test_rows_have_every_field_and_the_figures_of_a_hand_computation(base, proto
         pictures.float().div(127.5).sub(1).mean((2, 3)) + 1.1, words(PROMPTS).float()
     )
     assert row["clip_score"] == pytest.approx(scores.clamp_min(0).mean().item(), abs=0.05)
-    assert row["attribute_accuracy"] == 0.6 and row["attributes"] == {"hat": 0.6}
+    assert row["attribute_accuracy"] == 0.6
+    told, whole = (row["metrics"][name] for name in ("attribute:hat", "attribute_accuracy"))
+    assert told == whole and told["low"] < told["value"] == 0.6 < told["high"] and (told["n"], told["trials"]) == (5, 5)
 
 
 def test_another_way_of_calling_a_pipeline_is_another_cell(base, protocol, tools, tmp_path):
@@ -145,8 +147,8 @@ def test_what_was_measured_is_kept_where_the_timing_fails(base, protocol, tools,
 
 
 def test_too_few_pictures_for_a_metric_are_refused_before_any_is_drawn():
-    few = dataclasses.replace(load_protocol("avatars-2k"), n=8)
-    with pytest.raises(InputError, match=r"got n=8 with the metric fd_inf; allowed: 10 or more; raise n"):
+    few = dataclasses.replace(load_protocol("avatars-2k"), n=5)
+    with pytest.raises(InputError, match=r"got n=5 with the metric prdc; allowed: 6 or more; raise n"):
         metrics.prepare(few)
 
 

@@ -136,11 +136,11 @@ def main(config: Config) -> int:
         from stepdistill.evaluation.report import write_report
         from stepdistill.evaluation.summary import print_table
 
-        print_table(results.rows)
+        print_table(results.rows, results.folder)
         if config.card:
             from stepdistill.evaluation.cards import write_cards
 
-            for folder in write_cards(results.rows):
+            for folder in write_cards(results.rows, results.folder):
                 print(f"card: {folder / 'README.md'}")
         print(f"report: {write_report(config.out)}")
     if line := results.store.line():

@@ -111,9 +111,9 @@ def print_comparisons(config: Config, found: list[Comparison]) -> None:
         steps = (
             f"{one.cell_a.steps}" if one.cell_a.steps == one.cell_b.steps else f"{one.cell_a.steps}, {one.cell_b.steps}"
         )
-        how = "" if one.gap.paired else "*"
+        how, seeds = "" if one.gap.paired else "*", f" × {one.a.seeds}" if one.a.seeds > 1 else ""
         table.add_row(
-            steps, label(one.name), a, b, gap, f"{low} to {high}{how}", f"{one.a.n:,}",
+            steps, label(one.name), a, b, gap, f"{low} to {high}{how}", f"{one.a.n:,}{seeds}",
             Text(one.word, colours.get(one.word, "")),
         )  # fmt: skip
     console.print(table)

@@ -28,5 +28,5 @@ def main(config: Config) -> None:
     from stepdistill.evaluation.report import write_report
     from stepdistill.evaluation.summary import print_table
 
-    print_table(read_folder(config.folder))
+    print_table(read_folder(config.folder), of_run(config.folder))
     print(f"report: {write_report(of_run(config.folder), title=config.title)}")

@@ -10,22 +10,25 @@ from stepdistill.evaluation.spec import parse
 from stepdistill.evaluation.summary import columns, markdown_table
 from stepdistill.export.card import put_figures
 
-SHOWN = ("steps", "NFE", "FD", "CLIP", "attributes", "ms", "guidance", "scheduler")
+SHOWN = ("steps", "NFE", "seeds", "FD", "CLIP", "attributes", "ms", "guidance", "scheduler")
 
 
-def write_cards(rows: Sequence[Row]) -> list[Path]:
+def write_cards(rows: Sequence[Row], folder: Path | None = None) -> list[Path]:
     """Writes a table of student and teacher into the card of each export folder among the rows' models.
 
     A chain's students of several steps are exports of their own, with figures of their own.
 
+    Args:
+        folder: that the rows are of, where it is known.
+
     Returns:
         The folders whose cards have changed.
     """
-    found = cells(rows)
+    found = cells(rows, folder)
     written = []
     for (model, spec_of), row in {(row["model"], row["spec"]): row for row in rows if row.get("spec")}.items():
         spec = parse(spec_of)
-        folder = Path(spec.lora or spec.path)
+        export = Path(spec.lora or spec.path)
         shown = [cell for cell in found if cell.row["spec"] == spec_of or cell.method in ("teacher", "floor")]
         names = [name for name in columns(shown)[0] if name in SHOWN]
         seeds = sorted({r["seed"] for r in rows if r["model"] == model and r.get("seed") is not None})
@@ -35,6 +38,6 @@ def write_cards(rows: Sequence[Row]) -> list[Path]:
             f"on {row['fd_extractor']} features; ± is half of a 95 % interval; ms is the median of a whole call.\n\n"
             + markdown_table(shown, names)
         )
-        if put_figures(folder, text):
-            written.append(folder)
+        if put_figures(export, text):
+            written.append(export)
     return written

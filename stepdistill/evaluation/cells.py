@@ -1,26 +1,30 @@
-"""A benchmark's rows as cells: seeds averaged, every figure with its interval; rows of two protocols are told apart.
+"""A benchmark's rows as cells: seeds pooled, every figure with its interval; rows of two protocols are told apart.
 
 found = cells(read_folder("out/bench"), folder)
-found[0].figures["fd"]        # Measured(value, low, high, n, of)
+found[0].figures["fd"]        # Measured(value, low, high, n, of, seeds)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from stepdistill.errors import InputError
+from stepdistill.evaluation.figures import Figure, Z
 from stepdistill.evaluation.measures import METRICS
 from stepdistill.evaluation.records import TIMES, cell_of, check_same_protocol, key_of, read_rows
+from stepdistill.evaluation.seeds import alike, between, figures_of, pooled
 from stepdistill.evaluation.sound import sound
 
 Row = dict[str, Any]
 BETTER = {figure: way for metric in METRICS.values() for figure, way in metric.better.items()}
 MAIN = ("fd", "clip_score", "attribute_accuracy")  # the figures that come first, and were there before `metrics`
-AVERAGED = ("fd", "fd_low", "fd_high", "clip_score", "attribute_accuracy", "nfe")
+AVERAGED = ("fd", "clip_score", "attribute_accuracy", "nfe")
+ATTRIBUTE = "attribute:"  # before the name of one, as a figure
 
 
 def of_run(folder: str | Path) -> Path:
@@ -58,7 +62,7 @@ class Measured:
 
     Attributes:
         value, low, high: it and its 95 % interval; rows made before all figures had one may have none.
-        n, of: over how many units, and of what kind.
+        n, of: over how many units, and of what kind. seeds: the mean of how many it is.
     """
 
     value: float
@@ -66,6 +70,12 @@ class Measured:
     high: float | None = None
     n: int | None = None
     of: str = "pictures"
+    seeds: int = 1
+
+    @classmethod
+    def by(cls, figure: Figure, seeds: int = 1) -> Measured:
+        """From a figure."""
+        return cls(figure.value, *figure.interval(), len(figure.influence), figure.unit, seeds)
 
     @property
     def half(self) -> float | None:
@@ -106,7 +116,7 @@ class Cell:
 
     @cached_property
     def figures(self) -> dict[str, Measured]:
-        """Every figure by name. Of several seeds, the ends of intervals are averaged too, which leaves them wide."""
+        """Every figure by name."""
         return measured(self.row)
 
     @property
@@ -143,9 +153,10 @@ def cells(rows: Sequence[Row], folder: Path | None = None) -> list[Cell]:
         row = same[0] | {name: timed.get(name) for name in TIMES}
         for name in AVERAGED:
             row[name] = _mean([r.get(name) for r in same])
-        figures = [measured(r) for r in same]
-        row["metrics"] = {name: asdict(_averaged([f[name] for f in figures if name in f])) for name in
-                          dict.fromkeys(name for f in figures for name in f)}  # fmt: skip
+        figures = _over_seeds(same, folder)
+        row["metrics"] = {name: asdict(figure) for name, figure in figures.items()}
+        if "fd" in figures:
+            row["fd_low"], row["fd_high"] = figures["fd"].low, figures["fd"].high
         found.append(Cell(model, steps, row, tuple(same), folder))
     return found
 
@@ -164,9 +175,32 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _averaged(figures: Sequence[Measured]) -> Measured:
-    parts = {name: _mean([getattr(f, name) for f in figures]) for name in ("value", "low", "high")}
-    return Measured(**parts, n=figures[0].n, of=figures[0].of)
+def _over_seeds(rows: Sequence[Row], folder: Path | None) -> dict[str, Measured]:
+    """The figures of rows of one cell, a row a seed: pooled by what each unit did to them, where that was kept."""
+    told = [measured(row) for row in rows]
+    if len(rows) == 1:
+        return told[0]
+    kept = [figures_of(folder, row) for row in rows]
+    found = {}
+    for name in dict.fromkeys(name for figures in told for name in figures):
+        having = [i for i, figures in enumerate(told) if name in figures]
+        known = [kept[i].get(name) for i in having]
+        if alike(known):
+            found[name] = Measured.by(pooled(known), len(known))
+        else:
+            found[name] = _by_intervals([told[i][name] for i in having])
+    return found
+
+
+def _by_intervals(figures: Sequence[Measured]) -> Measured:
+    """The mean over seeds, as wide as one of them and by what they differ beyond that: they may share all of it."""
+    values, halves = ([getattr(f, name) for f in figures] for name in ("value", "half"))
+    mean, one = sum(values) / len(values), replace(figures[0], seeds=len(figures))
+    if None in halves:
+        return replace(one, value=mean, low=None, high=None)
+    within = math.sqrt(sum(half**2 for half in halves) / len(halves))
+    half = math.hypot(within, between(values, (within / Z) ** 2)) if len(values) > 1 else within
+    return replace(one, value=mean, low=mean - half, high=mean + half)
 
 
 def floors(found: Sequence[Cell]) -> list[Cell]:
@@ -175,6 +209,6 @@ def floors(found: Sequence[Cell]) -> list[Cell]:
 
 
 def names(found: Sequence[Cell]) -> list[str]:
-    """The figures that any cell has, the main ones first."""
-    present = dict.fromkeys(name for cell in found for name in cell.figures)
+    """The figures that any cell has, the main ones first; those of single attributes are apart."""
+    present = dict.fromkeys(n for cell in found for n in cell.figures if not n.startswith(ATTRIBUTE))
     return [n for n in MAIN if n in present] + [n for n in present if n not in MAIN]

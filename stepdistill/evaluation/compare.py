@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from stepdistill.errors import InputError
-from stepdistill.evaluation.cells import BETTER, Cell, Measured, Row
-from stepdistill.evaluation.figures import Difference, Figure, Z, difference
-from stepdistill.evaluation.records import check_same_protocol, read_units
+from stepdistill.evaluation.cells import ATTRIBUTE, BETTER, Cell, Measured
+from stepdistill.evaluation.figures import Difference, Figure, Ratio, gap, log_ratio
+from stepdistill.evaluation.records import check_same_protocol
+from stepdistill.evaluation.seeds import alike, figures_of, pooled
+
+Pairs = dict[str, list[tuple[Figure, Figure]]]  # figures of two cells by name, a pair a seed that both have
 
 
 @dataclass(frozen=True)
@@ -55,66 +55,74 @@ class Comparison:
         return {
             "metric": self.name, "steps_a": self.cell_a.steps, "steps_b": self.cell_b.steps,
             "a": self.a.value, "b": self.b.value, "difference": self.gap.value, "low": self.gap.low,
-            "high": self.gap.high, "paired": self.gap.paired, "n": self.a.n, "of": self.a.of, "verdict": self.word,
+            "high": self.gap.high, "paired": self.gap.paired, "n": self.a.n, "of": self.a.of, "seeds": self.a.seeds,
+            "verdict": self.word,
         }  # fmt: skip
 
 
 def compare(a: Cell, b: Cell, only: Sequence[str] = ()) -> list[Comparison]:
-    """Each figure that both cells have with an interval, or those named in `only`.
+    """Each figure that both cells have with an interval, or those named in `only`; single attributes only by name.
 
     Raises:
         InputError: the cells are of different protocols, or an influence file is damaged.
     """
     check_same_protocol(a.row, b.row, f"{a.folder}", f"{b.folder}")
-    names = [name for name in a.figures if name in b.figures and (not only or name in only)]
-    paired = _paired(a, b, names)
-    found = []
+    both = [name for name in a.figures if name in b.figures]
+    names = [name for name in both if (name in only if only else not name.startswith(ATTRIBUTE))]
+    of_seeds, found = _of_seeds(a, b), []
     for name in names:
         one, other = a.figures[name], b.figures[name]
-        if name in paired:
-            found.append(Comparison(name, a, b, *paired[name]))
+        if name in of_seeds:
+            found.append(_paired(name, a, b, of_seeds[name]))
         elif one.half is not None and other.half is not None:
             found.append(Comparison(name, a, b, one, other, _apart(one, other)))
     return found
 
 
+def ratio(a: Cell, b: Cell, name: str) -> Ratio | None:
+    """How many times b's figure a's is, of figures above 0.
+
+    Its interval is that of the logarithm by the delta method: picture by picture where both drew from the same noise,
+    else from the intervals of the two.
+    """
+    one, other = a.figures.get(name), b.figures.get(name)
+    if one is None or other is None or min(one.value, other.value) <= 0:
+        return None
+    both = _of_seeds(a, b).get(name, [])
+    if both and all(min(ours.value, theirs.value) > 0 for ours, theirs in both):
+        half = pooled([log_ratio(ours, theirs) for ours, theirs in both]).half
+        ours, theirs = (sum(figure.value for figure in side) for side in zip(*both, strict=True))
+        return Ratio.of(ours / theirs, half)
+    known = one.half is not None and other.half is not None
+    half = math.hypot(one.half / one.value, other.half / other.value) if known else None
+    return Ratio.of(one.value / other.value, half)
+
+
 def _apart(a: Measured, b: Measured) -> Difference:
     """Of figures that share no noise: their errors add as squares."""
-    value, half = a.value - b.value, math.hypot(a.half, b.half)
-    return Difference(value, value - half, value + half, paired=False)
+    return Difference.of(a.value - b.value, math.hypot(a.half, b.half), paired=False)
 
 
-def _paired(a: Cell, b: Cell, names: Sequence[str]) -> dict[str, tuple[Measured, Measured, Difference]]:
+def _paired(name: str, a: Cell, b: Cell, both: Sequence[tuple[Figure, Figure]]) -> Comparison:
+    """Of figures of the same units: the differences of each seed are pooled."""
+    ours, theirs = (pooled(side) for side in zip(*both, strict=True))
+    between = pooled([gap(one, other) for one, other in both])
+    told = (Measured.by(side, len(both)) for side in (ours, theirs))
+    return Comparison(name, a, b, *told, Difference.of(between.value, between.half, paired=True))
+
+
+def _of_seeds(a: Cell, b: Cell) -> Pairs:
     """Those figures whose influences both cells keep for the same units at the same seeds."""
-    if a.folder is None or b.folder is None:
-        return {}
     rows_a, rows_b = ({row["seed"]: row for row in cell.rows if row.get("seed") is not None} for cell in (a, b))
-    seeds = [seed for seed in rows_a if seed in rows_b]
-    if not seeds:
-        return {}
-    one, other = ([read_units(cell.folder, rows[seed]) for seed in seeds] for cell, rows in ((a, rows_a), (b, rows_b)))
+    kept = [
+        (figures_of(a.folder, rows_a[seed]), figures_of(b.folder, rows_b[seed])) for seed in rows_a if seed in rows_b
+    ]
     found = {}
-    for name in names:
-        kept = [units.get(name) for units in (*one, *other)]
-        if any(k is None for k in kept) or len({(k[1], len(k[0])) for k in kept}) > 1:
-            continue
-        ours, theirs = (
-            _pooled(name, [rows[seed] for seed in seeds], units) for rows, units in ((rows_a, one), (rows_b, other))
-        )
-        gap = difference(ours, theirs, paired=True)
-        found[name] = (_measured(ours), _measured(theirs), gap)
+    for name in kept[0][0] if kept else ():
+        both = [(ours.get(name), theirs.get(name)) for ours, theirs in kept]
+        if alike([figure for pair in both for figure in pair]):
+            found[name] = both
     return found
-
-
-def _pooled(name: str, rows: Sequence[Row], units: Sequence[dict[str, tuple[Tensor, str]]]) -> Figure:
-    """The mean over seeds. A unit is a prompt then, with a noise for each seed, so its influences are averaged too."""
-    values = [row["metrics"][name]["value"] for row in rows]
-    influence = torch.stack([each[name][0] for each in units]).mean(0)
-    return Figure(sum(values) / len(values), influence, units[0][name][1])
-
-
-def _measured(figure: Figure) -> Measured:
-    return Measured(figure.value, *figure.interval(Z), len(figure.influence), figure.unit)
 
 
 def pairs(

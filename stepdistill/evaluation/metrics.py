@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,13 @@ def origin_of(extractor: Extractor, reference: EvalSet, count: int) -> Origin:
 
 def reference_statistics(
     extractor: Extractor, reference: EvalSet, *, count: int | None = None, batch: int = 64, folder: Path | None = None,
-    progress: Progress = lambda done, total: None, known: Callable[[], Tensor] | None = None,
+    progress: Progress = lambda done, total: None, known: RealPictures | None = None,
 ) -> Moments:  # fmt: skip
     """The moments of a reference set's first `count` pictures: those that ship, those in the cache, or made now.
 
     Args:
         folder: to keep them in; the cache where not given. progress: told how many are done.
-        known: gives the first pictures' features, (few, D), where something else needs them too.
+        known: of the same set, where something else needs the features of some of them too.
     """
     count = count or reference.count
     name = statistics_name(extractor, reference, count)
@@ -97,8 +98,10 @@ def reference_statistics(
                     raise
                 print(f"{error}: it is being made again", file=sys.stderr)
     writable(cached.parent)
-    moments = Moments.empty(extractor.dim) if known is None else Moments.of(known())
-    for _, pictures in reference.batches(batch, count, moments.count):
+    moments, seen = Moments.empty(extractor.dim), set()
+    if known is not None:
+        moments, seen = Moments.of(known.features), set(known.numbers)
+    for pictures in reference.some(batch, [number for number in range(count) if number not in seen]):
         moments = moments + Moments.of(extractor(pictures))
         progress(len(pictures), count)
     keep(cached, moments, origin)
@@ -142,11 +145,20 @@ def prepare(
         if prompts.attributes is not None and clip.folder and (clip.folder / "probes.json").is_file():
             probes = load_probes(clip.folder)
             content["probes"] = sha256(clip.folder / "probes.safetensors")
+    listed = []
     for name in protocol.metrics:
-        if protocol.n < (least := METRICS[name].least):
+        metric = METRICS[name]
+        if protocol.n < math.ceil(metric.per_feature * extractor.dim):
+            _say(
+                f"{name} is left out: got n={protocol.n}; it needs {metric.per_feature:g} pictures for each of "
+                f"{extractor.title}'s {extractor.dim} features"
+            )
+            continue
+        if protocol.n < (least := metric.least):
             got = f"n={protocol.n} with the metric {name}"
             raise InputError(f"protocol {protocol.name}: got {got}; allowed: {least} or more; raise n")
-        content |= METRICS[name].prepare(device)
+        content |= metric.prepare(device) | ({f"{name} revision": str(metric.revision)} if metric.revision > 1 else {})
+        listed.append(name)
     real = None
     if given:
         wanted = Origin(extractor.identity, framed(size), None, protocol.reference_n)
@@ -157,7 +169,7 @@ def prepare(
     else:
         count = protocol.reference_n or reference.count
         few, key = min(protocol.n, count), content.get("scorer", "")
-        needs = {need for name in protocol.metrics for need in METRICS[name].needs}
+        needs = {need for name in listed for need in METRICS[name].needs}
         apart = clip is not None and clip.frame is not None and "embeddings" in needs
         for_clip = open_set(protocol.reference, clip.frame) if apart else None
         real = RealPictures(
@@ -165,10 +177,16 @@ def prepare(
         )  # fmt: skip
         moments = reference_statistics(
             extractor, reference, count=count, batch=batch, progress=progress,
-            known=(lambda: real.features) if "features" in needs else None,
+            known=real if "features" in needs else None,
         )  # fmt: skip
     content = tuple(sorted(content.items()))
-    return Instruments(prompts, extractor, moments, clip, probes, content, protocol.metrics, real, protocol.frame)
+    return Instruments(prompts, extractor, moments, clip, probes, content, tuple(listed), real, protocol.frame)
+
+
+def _say(line: str) -> None:
+    """On stderr, by one process of those that were launched."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 class Pass:
@@ -205,7 +223,6 @@ class Pass:
 
 def row_of(found: Mapping[str, Figure], tools: Instruments) -> dict[str, Any]:
     """The metric columns of a row: the main figures by themselves, all of them with their intervals in `metrics`."""
-    named = {name.partition(":")[2]: figure for name, figure in found.items() if name.startswith("attribute:")}
     score, share = found.get("clip_score"), found.get("attribute_accuracy")
     row: dict[str, Any] = {"fd": None, "fd_low": None, "fd_high": None}
     if "fd" in found:
@@ -216,10 +233,14 @@ def row_of(found: Mapping[str, Figure], tools: Instruments) -> dict[str, Any]:
         "clip_score": None if score is None else round(score.value, 4),
         "clip_model": tools.clip.title if tools.clip else None,
         "attribute_accuracy": None if share is None else round(share.value, 5),
-        "attributes": {name: round(figure.value, 4) for name, figure in named.items()} or None,
-        "metrics": {
-            name: {"value": round(f.value, 6), "low": round(f.interval()[0], 6), "high": round(f.interval()[1], 6),
-                   "n": len(f.influence), "of": f.unit}
-            for name, f in found.items() if not name.startswith("attribute:") and math.isfinite(f.value + f.error)
-        },
-    }  # fmt: skip
+        "metrics": {name: _told(f) for name, f in found.items() if math.isfinite(f.value + f.error)},
+    }
+
+
+def _told(figure: Figure) -> dict[str, Any]:
+    """A figure for JSON: with its interval, number of units, and what pooling and comparing it takes besides these."""
+    low, high = figure.interval()
+    told = {"value": round(figure.value, 6), "low": round(low, 6), "high": round(high, 6)}
+    told |= {"n": len(figure.influence), "of": figure.unit}
+    told |= {"trials": figure.trials} if figure.trials is not None else {}
+    return told | ({"bend": round(figure.bend, 6)} if figure.bend else {})

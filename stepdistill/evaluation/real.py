@@ -3,8 +3,8 @@
     real = RealPictures(open_set("avatars:train"), extractor, few=2000, count=20000)
     real.features        # (2000, D): from the cache where they are, else made and kept there
 
-Features and embeddings are of as many real pictures as are drawn of a model, the first of the set: that is how the
-tools compare, and all pairs of a large set would take hours.
+Features and embeddings are of as many real pictures as are drawn of a model: that is how the tools compare, and all
+pairs of a large set would take hours. Which ones is drawn by a fixed seed, for the first of a folder are of one kind.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from stepdistill.evaluation.sets import EvalSet
 
 Progress = Callable[[int, int], None]  # pictures just done, of how many
 SIDE = 32  # of the small pictures that copies are looked for in
+SEED = 0  # of which real pictures have features and embeddings, where not all have
 
 
 def cache_folder() -> Path:
@@ -64,9 +65,8 @@ class RealPictures:
     Attributes:
         reference: the set. extractor: of features. clip: of embeddings, None where there is none.
         clip_key: hash of CLIP's weights. for_clip: the set as CLIP is to see it, where it has a frame of its own.
-        few: how many, from the first, have features and embeddings.
-        count: how many are compared with at all. batch: pictures at a time. folder: to keep arrays in; the cache where
-            None. progress: told how many are done.
+        count: how many are compared with, from the first. few: how many of these have features and embeddings.
+        batch: pictures at a time. folder: to keep arrays in; the cache where None. progress: told how many are done.
     """
 
     reference: EvalSet
@@ -81,24 +81,30 @@ class RealPictures:
     for_clip: EvalSet | None = None
 
     @cached_property
+    def numbers(self) -> list[int]:
+        """Which `few` of the `count` have features and embeddings, in order."""
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(SEED))
+        return order[: self.few].sort().values.tolist()
+
+    @cached_property
     def features(self) -> Tensor:
         """(few, D) float32 of the extractor."""
-        what = f"features-1 {self.extractor.identity} {self.few}"
-        return self.kept("features", what, lambda: self._seen(self.extractor, self.few))
+        what = f"features-2 {self.extractor.identity} {self.few} of {self.count}"
+        return self.kept("features", what, lambda: self._seen(self.extractor, self.numbers))
 
     @cached_property
     def embeddings(self) -> Tensor:
         """(few, E) float32, unit length, of CLIP."""
         clip = self.clip
         seen = f"{clip.title} {clip.size} {clip.mean} {clip.std} {clip.frame}"
-        what = f"embeddings-2 {self.clip_key} {seen} {self.few}"
+        what = f"embeddings-3 {self.clip_key} {seen} {self.few} of {self.count}"
         given = self.for_clip or self.reference
-        return self.kept("embeddings", what, lambda: self._seen(self.clip.images, self.few, given), given)
+        return self.kept("embeddings", what, lambda: self._seen(self.clip.images, self.numbers, given), given)
 
     @cached_property
     def pixels(self) -> Tensor:
         """(count, 3072) uint8, at 32 x 32."""
-        return self.kept("pixels", f"pixels-1 {self.count}", lambda: self._seen(small, self.count))
+        return self.kept("pixels", f"pixels-1 {self.count}", lambda: self._seen(small, range(self.count)))
 
     def kept(self, name: str, what: str, make: Callable[[], Tensor], given: EvalSet | None = None) -> Tensor:
         """An array about this set: from the cache, else made and kept; made again where the file is damaged.
@@ -118,9 +124,9 @@ class RealPictures:
         arrays.save(file, {"array": array})
         return array
 
-    def _seen(self, see: Callable[[Tensor], Tensor], count: int, given: EvalSet | None = None) -> Tensor:
+    def _seen(self, see: Callable[[Tensor], Tensor], numbers: Sequence[int], given: EvalSet | None = None) -> Tensor:
         parts = []
-        for _, pictures in (given or self.reference).batches(self.batch, count):
+        for pictures in (given or self.reference).some(self.batch, numbers):
             parts.append(see(pictures).cpu())
-            self.progress(len(pictures), count)
+            self.progress(len(pictures), len(numbers))
         return torch.cat(parts)

@@ -30,8 +30,7 @@ TIMES = ("timing", "latency_ms", "latency_ms_batch", "pipeline_memory_mb")  # of
 FIELDS = (
     "protocol", "protocol_hash", "settings", "model", "method", "teacher", "spec", "weights",
     "steps", "nfe", "guidance", "scheduler", "sigmas", "call", "n", "seed",
-    "fd", "fd_low", "fd_high", "fd_extractor", "clip_score", "clip_model", "attribute_accuracy", "attributes",
-    "metrics",
+    "fd", "fd_low", "fd_high", "fd_extractor", "clip_score", "clip_model", "attribute_accuracy", "metrics",
     *TIMES, "batch", "channels_last", "dtype", "device", "versions", "commit", "command", "train_seconds",
 )  # fmt: skip
 FOREIGN = ("config.json", "model_index.json", "manifest.json", "metrics.jsonl", "checkpoints", "export")

@@ -45,15 +45,28 @@ class EvalSet:
     mentioned: Sequence[Sequence[str]] | None = None
     size: int | Frame | None = None
 
-    def batches(self, size: int, count: int, start: int = 0) -> Iterator[tuple[int, Tensor]]:
-        """(first, pictures) of the first `count`, from number `start` on, `size` at a time.
+    def batches(self, size: int, count: int) -> Iterator[tuple[int, Tensor]]:
+        """(first, pictures) of the first `count`, `size` at a time.
 
         Raises:
             InputError: there are no pictures, or fewer than `count`.
         """
-        self.check(count)
-        for first in range(start, count, size):
-            yield first, self.pictures(first, min(first + size, count))
+        yield from zip(range(0, count, size), self.some(size, range(count)), strict=True)
+
+    def some(self, size: int, numbers: Sequence[int]) -> Iterator[Tensor]:
+        """The pictures of these numbers, in order, `size` at a time.
+
+        Raises:
+            InputError: there are no pictures, or fewer than the numbers ask for.
+        """
+        self.check(max(numbers, default=-1) + 1)
+        for first in range(0, len(numbers), size):
+            part = numbers[first : first + size]
+            if part[-1] - part[0] == len(part) - 1:
+                yield self.pictures(part[0], part[-1] + 1)
+            else:
+                with ThreadPoolExecutor() as pool:
+                    yield torch.cat(list(pool.map(lambda number: self.pictures(number, number + 1), part)))
 
     def check(self, count: int) -> None:
         """Looks whether there are `count` pictures.

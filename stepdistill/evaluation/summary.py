@@ -5,19 +5,20 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from stepdistill.evaluation.cells import MAIN, Cell, Measured, Row, cells, names
+from stepdistill.evaluation.cells import ATTRIBUTE, MAIN, Cell, Measured, Row, cells, names
 
 LABELS = {
     "fd": "FD", "clip_score": "CLIP", "attribute_accuracy": "attributes", "kid": "KID", "cmmd": "CMMD",
-    "fd_inf": "FD∞", "fd_inf_r2": "FD∞ R²", "diversity_lpips": "diversity, LPIPS", "diversity_features": "diversity",
-    "hpsv2": "HPSv2", "imagereward": "ImageReward", "pickscore": "PickScore",
+    "fd_inf": "FD∞", "diversity_lpips": "diversity, LPIPS", "diversity_features": "diversity", "hpsv2": "HPSv2",
+    "imagereward": "ImageReward", "pickscore": "PickScore",
 }  # fmt: skip
 
 
 def label(name: str) -> str:
     """What a figure is called in tables."""
-    return LABELS.get(name, name.replace("_", " "))
+    return LABELS.get(name, name.removeprefix(ATTRIBUTE).replace("_", " "))
 
 
 def digits(name: str, found: Sequence[Cell]) -> int:
@@ -30,7 +31,7 @@ def digits(name: str, found: Sequence[Cell]) -> int:
 
 def percent(name: str) -> bool:
     """Whether a figure is shown in percent."""
-    return name == "attribute_accuracy"
+    return name == "attribute_accuracy" or name.startswith(ATTRIBUTE)
 
 
 def _scale(name: str) -> int:
@@ -48,27 +49,34 @@ def number(name: str, value: float | None, places: int) -> str:
 
 
 def spread(name: str, found: Measured, places: int, *, ends: bool = False) -> str:
-    """The interval for a table: ± half its width, or its ends; nothing where there is none."""
+    """The interval for a table: ± half its width, or its ends; nothing where there is none.
+
+    That of a share near none or all reaches further to one side, and is shown by its ends in any case.
+    """
     if found.half is None:
         return ""
+    to = "–" if found.low >= 0 else " to "
+    both = f"{number(name, found.low, places)}{to}{number(name, found.high, places)}"
     if ends:
-        to = "–" if found.low >= 0 else " to "
-        return f"{number(name, found.low, places)}{to}{number(name, found.high, places)}"
-    return f"± {number(name, found.half, places)}"
+        return both
+    aside = abs((found.low + found.high) / 2 - found.value) > found.half / 10
+    return f"({both})" if aside else f"± {number(name, found.half, places)}"
 
 
 def columns(found: Sequence[Cell]) -> list[dict[str, str]]:
     """The main table as text: the columns of each cell, the same for all."""
     main = [name for name in MAIN if name in names(found)]
     places = {name: digits(name, found) for name in main}
-    return [_columns(cell, places) for cell in found]
+    several = any(cell.seeds > 1 for cell in found)
+    return [_columns(cell, places, several) for cell in found]
 
 
-def _columns(cell: Cell, places: Mapping[str, int]) -> dict[str, str]:
+def _columns(cell: Cell, places: Mapping[str, int], several: bool) -> dict[str, str]:
     timing = cell.latency_ms or {}
     batch = timing.get("batch", 1)
     shown = {"steps": str(cell.steps) if cell.steps else "–"}
     shown["NFE"] = f"{cell.nfe:g}" if cell.steps and cell.nfe is not None else "–"
+    shown |= {"seeds": str(cell.seeds)} if several else {}
     for name, count in places.items():
         found, unit = cell.figures.get(name), " %" * percent(name)
         value = f"{number(name, found.value, count)} {spread(name, found, count)}".rstrip() + unit if found else "–"
@@ -97,15 +105,15 @@ def escaped(text: object) -> str:
     return html.escape(str(text)).replace("|", "\\|")
 
 
-def print_table(rows: Sequence[Row]) -> None:
-    """The main columns, on the terminal."""
+def print_table(rows: Sequence[Row], folder: Path | None = None) -> None:
+    """The main columns, on the terminal. folder: that the rows are of, where it is known."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    found = cells(rows)
+    found = cells(rows, folder)
     table_of = columns(found)
-    shown = [n for n in table_of[0] if n in ("steps", "NFE", *map(label, MAIN), "ms")]
+    shown = [n for n in table_of[0] if n in ("steps", "NFE", "seeds", *map(label, MAIN), "ms")]
     first = rows[0]
     title = f"{first.get('protocol')}, n = {first.get('n')}, FD-{first.get('fd_extractor')}; ± is half a 95 % interval"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -31,10 +31,13 @@ class Attributes(Metric):
 
 
 def _share(judged: Tensor) -> Figure | None:
-    """Right answers over questions asked: a ratio of sums, whose influence is (right - share asked) / mean(asked)."""
-    asked = (judged >= 0).double().sum(1)
-    right = (judged == 1).double().sum(1)
-    if not asked.any():
+    """Right answers over questions asked: a ratio of sums, whose influence is (right - share asked) / mean(asked).
+
+    Pictures whose prompts ask nothing are not counted; those of one set of prompts are the same for every model.
+    """
+    judged = judged[(judged >= 0).any(1)]
+    if not len(judged):
         return None
+    asked, right = (judged >= 0).double().sum(1), (judged == 1).double().sum(1)
     share = (right.sum() / asked.sum()).item()
-    return Figure(share, (right - share * asked) / asked.mean())
+    return Figure(share, (right - share * asked) / asked.mean(), trials=len(judged))

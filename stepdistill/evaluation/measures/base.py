@@ -68,7 +68,9 @@ class Metric(ABC):
     Attributes:
         name: as protocols list it. keeps: the name of what it keeps of each picture; metrics of the same share it.
         better: "lower" or "higher", by figure.
-        least: pictures it needs. needs: what it asks of the real pictures: attributes of `real.RealPictures`.
+        revision: of what its figures mean; one above 1 goes into the protocol's hash.
+        least: pictures it needs. per_feature: pictures it needs for each of the extractor's features; with fewer its
+            figures are left out. needs: what it asks of the real pictures: attributes of `real.RealPictures`.
         each: pictures of a prompt, 1 of the pass over the protocol's own; a metric of more has pictures drawn for
             itself, each with a seed of its own, for the first `prompts` prompts, and sees those of one prompt in a row.
     """
@@ -76,7 +78,9 @@ class Metric(ABC):
     name: ClassVar[str]
     keeps: ClassVar[str]
     better: ClassVar[Mapping[str, str]]
+    revision: ClassVar[int] = 1
     least: ClassVar[int] = 2
+    per_feature: ClassVar[float] = 0.0
     needs: ClassVar[tuple[str, ...]] = ()
     each: ClassVar[int] = 1
     prompts: ClassVar[int | None] = None

@@ -21,7 +21,7 @@ class Cmmd(Metric):
     """`cmmd`, without bias as in the paper's eq. 4; the authors' code counts each picture as its own neighbour too,
     which adds about SCALE (1 - E k) (1 / n + 1 / m)."""
 
-    name, keeps, better, needs = "cmmd", "embeddings", {"cmmd": "lower"}, ("embeddings",)
+    name, keeps, better, needs, revision = "cmmd", "embeddings", {"cmmd": "lower"}, ("embeddings",), 2
 
     @classmethod
     def fits(cls, tools) -> bool:

@@ -34,7 +34,7 @@ class Copies(Metric):
     @staticmethod
     def figures(kept: Tensor, tools) -> dict[str, Figure]:
         near = nearness(kept, tools.real.pixels) <= threshold(tools.real)
-        return {"copies": Figure.mean(near)}
+        return {"copies": Figure.share(near)}
 
 
 def threshold(real: RealPictures) -> float:

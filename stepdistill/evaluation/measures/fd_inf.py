@@ -5,15 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from stepdistill.evaluation.figures import Figure
-from stepdistill.evaluation.frechet import PARTS, frechet_limit
+from stepdistill.evaluation.frechet import GROUPS, PER_FEATURE, frechet_limit
 from stepdistill.evaluation.measures.base import Metric, View
+from stepdistill.evaluation.measures.frechet import whole
 
 
 class FrechetLimit(Metric):
-    """`fd_inf`, and `fd_inf_r2` of the line it is read from; see `evaluation.frechet.frechet_limit`."""
+    """`fd_inf`; see `evaluation.frechet.frechet_limit`."""
 
-    name, keeps, better = "fd_inf", "features", {"fd_inf": "lower", "fd_inf_r2": "higher"}
-    least = 2 * PARTS
+    name, keeps, better, revision = "fd_inf", "features", {"fd_inf": "lower"}, 2
+    least, per_feature = 2 * GROUPS, PER_FEATURE
 
     @staticmethod
     def see(view: View) -> Tensor:
@@ -21,5 +22,4 @@ class FrechetLimit(Metric):
 
     @staticmethod
     def figures(kept: Tensor, tools) -> dict[str, Figure]:
-        limit, r2 = frechet_limit(kept, tools.reference)
-        return {"fd_inf": limit, "fd_inf_r2": r2}
+        return {"fd_inf": frechet_limit(kept, tools.reference, whole(kept, tools.reference))}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import Tensor
 
 from stepdistill.evaluation.figures import Figure
-from stepdistill.evaluation.frechet import frechet_figure
+from stepdistill.evaluation.frechet import Moments, frechet_figure
 from stepdistill.evaluation.measures.base import Metric, View
 
 
@@ -20,4 +22,10 @@ class FrechetDistance(Metric):
 
     @staticmethod
     def figures(kept: Tensor, tools) -> dict[str, Figure]:
-        return {"fd": frechet_figure(kept, tools.reference)}
+        return {"fd": whole(kept, tools.reference)}
+
+
+@lru_cache(maxsize=1)
+def whole(kept: Tensor, reference: Moments) -> Figure:
+    """The distance, which `fd_inf` starts from too."""
+    return frechet_figure(kept, reference)

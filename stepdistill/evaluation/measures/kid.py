@@ -15,7 +15,7 @@ from stepdistill.evaluation.real import RealPictures
 class KernelDistance(Metric):
     """`kid`: of all pictures at once, where the tools take the mean of 100 random subsets of 1,000."""
 
-    name, keeps, better, needs = "kid", "features", {"kid": "lower"}, ("features",)
+    name, keeps, better, needs, revision = "kid", "features", {"kid": "lower"}, ("features",), 2
 
     @staticmethod
     def see(view: View) -> Tensor:

@@ -15,7 +15,7 @@ from stepdistill.evaluation.real import RealPictures
 class Prdc(Metric):
     """`precision` and `recall` with 3 neighbours, `density` and `coverage` with 5."""
 
-    name, keeps, needs = "prdc", "features", ("features",)
+    name, keeps, needs, revision = "prdc", "features", ("features",), 2
     least = LARGEST + 1
     better = dict.fromkeys(("precision", "recall", "density", "coverage"), "higher")
 

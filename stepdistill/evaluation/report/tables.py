@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stepdistill.evaluation.cells import BETTER, MAIN, Cell, Row, measured, names
-from stepdistill.evaluation.report.verdicts import SAID, Gain, duration
+from stepdistill.evaluation.cells import ATTRIBUTE, BETTER, MAIN, Cell, Row, measured, names
+from stepdistill.evaluation.report.verdicts import SAID, Gain, duration, ends_of
 from stepdistill.evaluation.summary import digits, figure, label, number, percent, spread
 
 FACTS = (
@@ -49,35 +49,46 @@ class Table:
 
 
 def tables(found: Sequence[Cell]) -> list[Table]:
-    """Overview, every figure, and latency: those that have something to show."""
-    made = [_overview(found), _everything(found), _latency(found)]
+    """Overview, every figure, single attributes, and latency: those that have something to show."""
+    made = [_overview(found), _everything(found), _attributes(found), _latency(found)]
     return [table for table in made if table.lines and len(table.heads) > 1]
 
 
 def _overview(found: Sequence[Cell]) -> Table:
     main = [name for name in MAIN if name in names(found)]
     timed = any(cell.latency for cell in found)
-    heads = [Head("steps"), Head("NFE"), *(_head(name) for name in main), *([Head("ms")] if timed else []),
-             Head("guidance"), Head("scheduler", text=True)]  # fmt: skip
+    several = any(cell.seeds > 1 for cell in found)
+    heads = [Head("steps"), Head("NFE"), *([Head("seeds")] if several else []), *(_head(name) for name in main),
+             *([Head("ms")] if timed else []), Head("guidance"), Head("scheduler", text=True)]  # fmt: skip
     lines = []
     for cell in found:
         figures = [_figure(name, cell, found, ends=False) for name in main]
         times = [_plain(cell.latency, 1)] if timed else []
         scheduler = (cell.scheduler or "").removesuffix("Scheduler") + f", {cell.sigmas} sigmas" * bool(cell.sigmas)
         told = [_plain(cell.guidance), _text(scheduler)]
-        lines.append((cell, [*_steps(cell), *figures, *times, *told]))
+        seeds = [_plain(cell.seeds)] if several else []
+        lines.append((cell, [*_steps(cell), *seeds, *figures, *times, *told]))
     return Table("Overview", heads, lines)
 
 
 def _everything(found: Sequence[Cell]) -> Table:
+    return _of_figures("Every figure", names(found), found)
+
+
+def _attributes(found: Sequence[Cell]) -> Table:
+    """The share of right answers about each attribute, with the number of pictures of which it is asked."""
+    asked = list(dict.fromkeys(name for cell in found for name in cell.figures if name.startswith(ATTRIBUTE)))
+    return _of_figures("Attributes", asked, [cell for cell in found if any(name in cell.figures for name in asked)])
+
+
+def _of_figures(title: str, shown: Sequence[str], found: Sequence[Cell]) -> Table:
     heads = [Head("steps")]
-    for name in names(found):
+    for name in shown:
         of = next(cell.figures[name] for cell in found if name in cell.figures)
-        heads.append(_head(name, "" if of.n is None else f"{of.n:,} {of.of}"))
-    lines = [
-        (cell, [_steps(cell)[0], *(_figure(name, cell, found, ends=True) for name in names(found))]) for cell in found
-    ]
-    return Table("Every figure", heads, lines)
+        seeds = f" × {of.seeds} seeds" if of.seeds > 1 else ""
+        heads.append(_head(name, "" if of.n is None else f"{of.n:,} {of.of}{seeds}"))
+    lines = [(cell, [_steps(cell)[0], *(_figure(name, cell, found, ends=True) for name in shown)]) for cell in found]
+    return Table(title, heads, lines)
 
 
 def _latency(found: Sequence[Cell]) -> Table:
@@ -123,17 +134,21 @@ def cost_table(gained: Sequence[Gain]) -> Table:
     heads = [Head("trained"), Head("steps"), Head("FD"), Head("teacher", "same steps"), Head("nearer", high=True),
              Head("teacher", "its longest"), Head("gap", "95 % interval"), Head("student is", text=True)]  # fmt: skip
     lines = []
+    found = [cell for gain in gained for cell in (gain.cell, gain.last)]
     for gain in gained:
         cell, gap = gain.cell, gain.gap
-        fd = [cell.fd, gain.same and gain.same.fd, gain.last.fd]
+        fd = [_figure("fd", c, found, ends=False) if c is not None else Value("–") for c in (cell, gain.same)]
+        last, nearer = gain.last.figures["fd"], gain.of_same and gain.of_same.inverse
+        told = (spread("fd", last, 1), f"{gain.last.steps} steps")
         left = Value("–")
         if gap is not None:
             ends = f"{figure(gap.gap.low, 1)} to {figure(gap.gap.high, 1)}"
             left = Value(figure(gap.gap.value, 1), ends, gap.gap.value)
         lines.append((cell, [
-            Value(duration(cell.train_seconds), sort=cell.train_seconds), _steps(cell)[0], _plain(fd[0], 1),
-            _plain(fd[1], 1), Value(f"{gain.nearer:.1f}×" if gain.nearer else "–", sort=gain.nearer),
-            Value(figure(fd[2], 1), f"{gain.last.steps} steps", fd[2]), left, _text(SAID[gap.word] if gap else ""),
+            Value(duration(cell.train_seconds), sort=cell.train_seconds), _steps(cell)[0], *fd,
+            Value(f"{nearer.value:.1f}×", ends_of(nearer, 1), nearer.value) if nearer else Value("–"),
+            Value(figure(last.value, 1), ", ".join(filter(None, told)), last.value), left,
+            _text(SAID[gap.word] if gap else ""),
         ]))  # fmt: skip
     return Table("Training cost", heads, lines)
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepdistill.evaluation.cells import Cell
-from stepdistill.evaluation.compare import Comparison, compare
-from stepdistill.evaluation.summary import figure
+from stepdistill.evaluation.compare import Comparison, compare, ratio
+from stepdistill.evaluation.figures import Ratio
+from stepdistill.evaluation.summary import figure, spread
 
 FEW = 8  # steps at most, of the cell that a student is known by
 SAID = {"equal": "equal within the interval", "better": "better", "worse": "worse"}
@@ -20,18 +21,15 @@ class Gain:
 
     Attributes:
         same: the teacher's at as many steps; None where it was not measured. last: the teacher's longest.
-        gap: of the distances, student - last; None where one has no interval.
+        gap: of the distances, student - last; None where one has no interval. of_last, of_same: student / last or same.
     """
 
     cell: Cell
     same: Cell | None
     last: Cell
     gap: Comparison | None
-
-    @property
-    def nearer(self) -> float | None:
-        """How many times nearer the student is to real pictures than its teacher in as many steps."""
-        return self.same.fd / self.cell.fd if self.same is not None and self.cell.fd > 0 else None
+    of_last: Ratio | None
+    of_same: Ratio | None
 
 
 def gains(found: Sequence[Cell]) -> list[Gain]:
@@ -48,8 +46,10 @@ def gains(found: Sequence[Cell]) -> list[Gain]:
         own = next((c for c in teachers if str(c.spec).split(",")[0] == cell.teacher), teachers[0])
         baseline = [c for c in teachers if c.model == own.model]
         same = next((c for c in baseline if c.steps == cell.steps), None)
-        gap = next(iter(compare(cell, baseline[-1], ("fd",))), None)
-        said.append(Gain(cell, same, baseline[-1], gap))
+        last = baseline[-1]
+        gap = next(iter(compare(cell, last, ("fd",))), None)
+        of_same = ratio(cell, same, "fd") if same is not None else None
+        said.append(Gain(cell, same, last, gap, ratio(cell, last, "fd"), of_same))
     return said
 
 
@@ -66,22 +66,33 @@ def verdicts(gained: Sequence[Gain]) -> list[dict[str, Any]]:
         if not few:
             continue
         best = min(few, key=lambda gain: gain.cell.fd)
-        cell, last, same = best.cell, best.last, best.same
+        cell, last = best.cell, best.last
         who = last.model if several else "the teacher"
         at = f"{cell.steps} step{'s' * (cell.steps > 1)}"
-        half = cell.figures["fd"].half
-        trust = "" if half is None else f" ± {figure(half, 1)}"
-        stats = [(figure(cell.fd, 1), f"FD{trust}, where {who} has {figure(last.fd, 1)} at {last.steps} steps")]
-        if last.fd > 0:
+        own, theirs = (spread("fd", c.figures["fd"], 1) for c in (cell, last))
+        has = f"{figure(last.fd, 1)} {theirs}".rstrip()
+        stats = [(figure(cell.fd, 1), f"FD {own}".rstrip() + f", where {who} has {has} at {last.steps} steps")]
+        if best.of_last is not None:
             word = f": {SAID[best.gap.word]}" if best.gap else ""
-            stats.append((f"{figure(cell.fd / last.fd, 2)}×", f"{who}’s distance at {last.steps} steps{word}"))
-        if same is not None and same.fd > 0:
-            stats.append((f"{figure(cell.fd / same.fd, 2)}×", f"{who}’s distance at the same {at}"))
+            stats.append(_times(best.of_last, f"{who}’s distance at {last.steps} steps", word))
+        if best.of_same is not None:
+            stats.append(_times(best.of_same, f"{who}’s distance at the same {at}"))
         if cell.latency and last.latency:
             faster = figure(last.latency / cell.latency, 1)
             stats.append((f"{faster}×", f"faster than {who} at {last.steps} steps"))
         said.append({"cell": cell, "model": model, "steps": at, "stats": stats})
     return said
+
+
+def _times(found: Ratio, what: str, word: str = "") -> tuple[str, str]:
+    """A ratio, and what it is with its interval."""
+    ends = f" ({ends_of(found, 2)})" if found.low is not None else ""
+    return f"{figure(found.value, 2)}×", f"{what}{ends}{word}"
+
+
+def ends_of(found: Ratio, places: int) -> str:
+    """A ratio's interval; nothing where there is none."""
+    return "" if found.low is None else f"{figure(found.low, places)}–{figure(found.high, places)}"
 
 
 def duration(seconds: float | None) -> str:

@@ -1,0 +1,84 @@
+"""A figure of several seeds: the same prompts, each with a noise of every seed.
+
+    pooled([figure of seed 0, figure of seed 1, ...])
+
+Two things make the mean uncertain. Other prompts and noise would be drawn: within. Seeds that are more than noise, of a
+model that was trained anew for each say, differ by more than their pictures explain: between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepdistill.evaluation.figures import Figure, Z
+from stepdistill.evaluation.records import read_units
+
+
+def figures_of(folder: Path | None, row: dict[str, Any]) -> dict[str, Figure]:
+    """The figures of a row with what each unit did to them; none where that was not kept.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    if folder is None:
+        return {}
+    told, found = row.get("metrics") or {}, {}
+    for name, (influence, unit) in read_units(folder, row).items():
+        if name in told:
+            own = told[name]
+            found[name] = Figure(own["value"], influence, unit, own.get("trials"), own.get("bend", 0.0))
+    return found
+
+
+def alike(figures: Sequence[Figure | None]) -> bool:
+    """Whether all are there, over the same units."""
+    return None not in figures and len({(f.unit, len(f.influence)) for f in figures}) == 1
+
+
+def pooled(figures: Sequence[Figure]) -> Figure:
+    """The mean over seeds of figures that are `alike`.
+
+    A unit is a prompt with a noise of each seed, so its influence is the mean of theirs: what prompts do is not divided
+    by the number of seeds, what noise does is.
+    """
+    first, count = figures[0], len(figures)
+    if count == 1:
+        return first
+    values = [figure.value for figure in figures]
+    influences = torch.stack([figure.influence.double() for figure in figures])
+    mean = influences.mean(0)
+    noise = sum(Figure(0.0, own).error ** 2 for own in influences - mean) / (count - 1)
+    bend = sum(figure.bend for figure in figures) / count
+    return Figure(sum(values) / count, mean, first.unit, first.trials, bend, between(values, noise))
+
+
+def between(values: Sequence[float], noise: float) -> float:
+    """Half the width of what seeds differ by beyond chance: Student's, for they are few.
+
+    Args:
+        values: one a seed. noise: the variance between them that is to be expected of chance.
+    """
+    count = len(values)
+    mean = sum(values) / count
+    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
+    return student(count - 1) * math.sqrt(max(0.0, variance - noise) / count)
+
+
+def student(degrees: int) -> float:
+    """Student's 97.5 % quantile: closed forms for 1 and 2 degrees of freedom, else Fisher and Cornish's expansion
+    (Abramowitz and Stegun 26.7.5), right within 1 %."""
+    if degrees == 1:
+        return math.tan(0.475 * math.pi)
+    if degrees == 2:
+        return 0.95 * math.sqrt(2 / (1 - 0.95**2))
+    terms = (
+        (Z**3 + Z) / 4,
+        (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96,
+        (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384,
+    )
+    return Z + sum(term / degrees**i for i, term in enumerate(terms, 1))
