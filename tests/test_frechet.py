@@ -10,7 +10,8 @@ import torch
 
 from stepdistill.errors import InputError
 from stepdistill.evaluation.figures import difference
-from stepdistill.evaluation.frechet import Moments, frechet_distance, frechet_figure, frechet_limit
+from stepdistill.evaluation.frechet import Moments, frechet_distance, frechet_figure
+from stepdistill.evaluation.frechet_limit import frechet_limit
 
 
 def draws(n: int, d: int, seed: int = 0) -> torch.Tensor:

@@ -14,16 +14,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from stepdistill.errors import InputError
 from stepdistill.evaluation.figures import Figure
-
-GROUPS = 5  # of pictures, of which FD_inf leaves out none, one and two
-PER_FEATURE = 1.5  # pictures for each feature that FD_inf needs
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,72 +101,6 @@ def frechet_figure(features: Tensor, reference: Moments) -> Figure:
     """
     x = _finite(features)
     return _figure(x, x @ _checked(reference, x.shape[1]).root, reference)
-
-
-def frechet_limit(features: Tensor, reference: Moments, whole: Figure | None = None, seed: int = 0) -> Figure:
-    """FD_inf, the distance that endlessly many pictures would have: read at 1 / n = 0 off a curve through the distances
-    of subsets (Chong and Forsyth 2020, section 3).
-
-    The distance of n pictures is above that of all by b / n + c / n^2 + ... Of small subsets, as of the paper's line,
-    the second term is not small. So the subsets are large, the curve is a parabola, and subsets are balanced: the
-    pictures fall into fifths, seeded, and distances are means over all sets that leave none, one and two of them out
-    (the jackknife of second order: Schucany, Gray and Owen 1971). `bend` is what the parabola has above the line
-    through the first two: where n is not far above the length of the features they part, and the interval widens by
-    that. The influence is the whole's, for the terms in 1 / n have next to none. The bias that the reference's own
-    number brings stays.
-
-    Args:
-        whole: `frechet_figure` of the same, where it is known.
-
-    Raises:
-        InputError: fewer than 1.5 pictures a feature, or than two in a fifth.
-    """
-    x = _finite(features)
-    least = max(2 * GROUPS, math.ceil(PER_FEATURE * x.shape[1]))
-    if len(x) < least:
-        raise InputError(f"pictures for FD_inf: got {len(x)} of {x.shape[1]} features; allowed: {least} or more")
-    whole = whole or frechet_figure(x, reference)
-    root, shift = _checked(reference, x.shape[1]).root, x.mean(0)
-    groups = [_Sums.of(part, root) for part in (x - shift)[_order(len(x), seed)].tensor_split(GROUPS)]
-    curve = [(1 / len(x), whole.value)]
-    for out in (1, 2):
-        sets = [sum(left[1:], left[0]) for left in combinations(groups, GROUPS - out)]
-        curve.append(tuple(sum(p) / len(p) for p in zip(*(s.point(reference, shift) for s in sets), strict=True)))
-    u, y = torch.tensor(curve, dtype=torch.float64).T
-    line, parabola = (torch.linalg.solve(torch.vander(u[:k], increasing=True), y[:k])[0].item() for k in (2, 3))
-    return Figure(parabola, whole.influence, bend=parabola - line)
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """Sums over pictures z (n, D) and a = z S_r^1/2, from which the distance of any union of sets is had."""
-
-    count: int
-    z: Tensor
-    lengths: float
-    products: Tensor
-
-    @classmethod
-    def of(cls, z: Tensor, root: Tensor) -> _Sums:
-        a = z @ root
-        return cls(len(z), z.sum(0), z.square().sum().item(), a.T @ a)
-
-    def __add__(self, other: _Sums) -> _Sums:
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return _Sums(*(one + another for one, another in pairs))
-
-    def point(self, reference: Moments, shift: Tensor) -> tuple[float, float]:
-        """1 / n, and the distance. shift: what was taken off the features."""
-        n, mean = self.count, self.z / self.count
-        carried = mean @ reference.root
-        values = torch.linalg.eigvalsh((self.products - n * torch.outer(carried, carried)) / (n - 1))
-        trace = (self.lengths - n * mean.square().sum()) / (n - 1) + reference.covariance.trace()
-        gap = (shift + mean - reference.mean).square().sum()
-        return 1 / n, (gap + trace - 2 * values.clamp_min(0).sqrt().sum()).item()
-
-
-def _order(n: int, seed: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 def _finite(features: Tensor) -> Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from stepdistill.evaluation.figures import Figure
-from stepdistill.evaluation.frechet import GROUPS, PER_FEATURE, frechet_limit
+from stepdistill.evaluation.frechet_limit import GROUPS, PER_FEATURE, frechet_limit
 from stepdistill.evaluation.measures.base import Metric, View
 from stepdistill.evaluation.measures.frechet import whole
 
 
 class FrechetLimit(Metric):
-    """`fd_inf`; see `evaluation.frechet.frechet_limit`."""
+    """`fd_inf`; see `evaluation.frechet_limit`."""
 
     name, keeps, better, revision = "fd_inf", "features", {"fd_inf": "lower"}, 2
     least, per_feature = 2 * GROUPS, PER_FEATURE
