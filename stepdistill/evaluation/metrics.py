@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from stepdistill.evaluation.figures import Figure
 from stepdistill.evaluation.frame import Frame
 from stepdistill.evaluation.frechet import Moments
 from stepdistill.evaluation.measures import METRICS, View
+from stepdistill.evaluation.progress import say
 from stepdistill.evaluation.protocols import Protocol, with_data
 from stepdistill.evaluation.real import Progress, RealPictures, cache_folder, writable
 from stepdistill.evaluation.sets import EvalSet, open_set
@@ -95,7 +95,7 @@ def reference_statistics(
             except InputError as error:
                 if file == shipped != cached:
                     raise
-                print(f"{error}: it is being made again", file=sys.stderr)
+                say(f"{error}: it is being made again")
     writable(cached.parent)
     moments = Moments.empty(extractor.dim) if known is None else Moments.of(known())
     for _, pictures in reference.batches(batch, count, moments.count):
