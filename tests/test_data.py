@@ -202,7 +202,7 @@ def test_whatever_a_decoder_raises_the_picture_is_named(error, monkeypatch):
 
     monkeypatch.setattr(Image, "open", fails)
     with pytest.raises(
-        InputError, match=r"picture: got a.png, which is broken \(\w+.*\); replace or remove it"
+        InputError, match=r"picture: got a.png, which is broken \(\w+.*\); allowed: a whole one; replace or remove it"
     ) as said:
         open_picture(io.BytesIO(), "a.png")
     one_line(said)

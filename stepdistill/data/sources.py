@@ -292,8 +292,20 @@ def _table(name: str) -> Source:
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """The picture as its EXIF orientation says it is to be seen, RGB."""
-    return ImageOps.exif_transpose(picture).convert("RGB")
+    """The picture as its EXIF orientation says it is to be seen, RGB; of several frames the first.
+
+    Grey of 16 bits is brought to 8, where Pillow would cut off all above 255. Transparency is taken off, as FID's tools
+    do.
+
+    Raises:
+        ValueError: its pixels are floating point numbers, of no known range.
+    """
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F":
+        raise ValueError("pixels of floating point")
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
+    return picture.convert("RGB")
 
 
 def open_picture(file: Path | io.BytesIO, name: str) -> Image.Image:
@@ -307,8 +319,10 @@ def open_picture(file: Path | io.BytesIO, name: str) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds (struct.error, EOFError, ...); all mean the same
-        reason = str(error)[:60] or type(error).__name__
-        raise InputError(f"picture: got {name}, which is broken ({reason}); replace or remove it") from error
+        reason = str(error).partition(" '")[0][:60] or type(error).__name__
+        raise InputError(
+            f"picture: got {name}, which is broken ({reason}); allowed: a whole one; replace or remove it"
+        ) from error
 
 
 def to_tensor(picture: Picture, size: tuple[int, int], channels: int = 3) -> Tensor:

@@ -53,8 +53,7 @@ def load(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ValueError("its hash is another")
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
-            f"arrays: got {file}, which is damaged ({error}); allowed: a whole file of stepdistill's; delete it, and "
-            "it is made again"
+            f"arrays: got {file}, which is damaged ({error}); allowed: a whole file of stepdistill's; delete it"
         ) from error
     return tensors, facts
 

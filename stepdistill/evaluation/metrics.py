@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +26,7 @@ from stepdistill.evaluation.figures import Figure
 from stepdistill.evaluation.frame import Frame
 from stepdistill.evaluation.frechet import Moments
 from stepdistill.evaluation.measures import METRICS, View
+from stepdistill.evaluation.progress import say
 from stepdistill.evaluation.protocols import Protocol, with_data
 from stepdistill.evaluation.real import Progress, RealPictures, cache_folder, writable
 from stepdistill.evaluation.sets import EvalSet, open_set
@@ -96,7 +95,7 @@ def reference_statistics(
             except InputError as error:
                 if file == shipped != cached:
                     raise
-                print(f"{error}: it is being made again", file=sys.stderr)
+                say(f"{error}: it is being made again")
     writable(cached.parent)
     moments, seen = Moments.empty(extractor.dim), set()
     if known is not None:
@@ -149,7 +148,7 @@ def prepare(
     for name in protocol.metrics:
         metric = METRICS[name]
         if protocol.n < math.ceil(metric.per_feature * extractor.dim):
-            _say(
+            say(
                 f"{name} is left out: got n={protocol.n}; it needs {metric.per_feature:g} pictures for each of "
                 f"{extractor.title}'s {extractor.dim} features"
             )
@@ -181,12 +180,6 @@ def prepare(
         )  # fmt: skip
     content = tuple(sorted(content.items()))
     return Instruments(prompts, extractor, moments, clip, probes, content, tuple(listed), real, protocol.frame)
-
-
-def _say(line: str) -> None:
-    """On stderr, by one process of those that were launched."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
 
 
 class Pass:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import contextmanager
 
@@ -24,6 +25,14 @@ class ReferenceBar:
         """Ends its line, so that an error has one of its own."""
         if self.bar is not None:
             self.bar.close()
+
+
+def say(line: str) -> None:
+    """A line on stderr, on one of its own where there is a bar; of several processes the first says it."""
+    from tqdm import tqdm
+
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(line, file=sys.stderr)
 
 
 @contextmanager

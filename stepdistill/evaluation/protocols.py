@@ -196,7 +196,7 @@ def on_folder(protocol: Protocol, folder: str | Path, size: int | None) -> tuple
         The protocol, of as many pictures as there are at most, and whether they have captions.
 
     Raises:
-        InputError: the protocol has pictures of its own, or the folder holds none.
+        InputError: the protocol has pictures of its own, or the folder holds less than two.
     """
     from stepdistill.evaluation.sets import listing
 
@@ -206,6 +206,8 @@ def on_folder(protocol: Protocol, folder: str | Path, size: int | None) -> tuple
             "the two; leave --protocol out"
         )
     files, captions = listing(folder)
+    if len(files) < 2:
+        raise InputError(f"--data: got {folder}, which holds 1 picture; allowed: 2 or more; add some")
     place = str(Path(folder).expanduser())
     changes = {"prompts": place, "reference": place, "size": size, "n": min(protocol.n, len(files))}
     return dataclasses.replace(protocol, **changes), captions is not None

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +23,7 @@ from stepdistill.errors import InputError
 from stepdistill.evaluation import arrays
 from stepdistill.evaluation.clip import ClipModel
 from stepdistill.evaluation.features import Extractor
+from stepdistill.evaluation.progress import say
 from stepdistill.evaluation.resize import resize
 from stepdistill.evaluation.sets import EvalSet
 
@@ -119,7 +119,7 @@ class RealPictures:
             try:
                 return arrays.load(file)[0]["array"]
             except (InputError, KeyError) as error:
-                print(f"{error}: it is being made again", file=sys.stderr)
+                say(f"{error}: it is being made again")
         array = make()
         arrays.save(file, {"array": array})
         return array

@@ -134,7 +134,7 @@ def listing(folder: str | Path) -> tuple[list[Path], list[str] | None]:
     """The pictures of a folder and their captions, None where there are none; read as training reads them.
 
     Raises:
-        InputError: it is no folder, holds no pictures, or some of them lack a caption that others have.
+        InputError: it is no folder, holds no pictures, or some of them lack a caption that others have, or its words.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -145,6 +145,9 @@ def listing(folder: str | Path) -> tuple[list[Path], list[str] | None]:
     if metadata.is_file() or any(f.with_suffix(".txt").is_file() for f in files):
         rows = sources.listed(metadata) if metadata.is_file() else sources.beside_pictures(folder)
         files, captions = [file for file, _ in rows], [caption for _, caption in rows]
+        if bare := [file for file, caption in rows if not caption]:
+            got = f"{bare[0]} with an empty caption, and {len(bare) - 1} more"
+            raise InputError(f"set {folder}: got {got}; allowed: words for each picture; write them or take it out")
     if not files:
         raise InputError(f"set {folder}: got no pictures; allowed: {', '.join(sources.PICTURES)} files")
     return files, captions
