@@ -45,6 +45,8 @@ BASELINES: dict[str, Baseline] = {
                          " as the validation loss asks for it, kept and used again"),
     "minillm": Baseline("language.minillm:MiniLLMConfig", "Gu et al. 2024", "reverse divergence of whole texts, by a"
                         " policy gradient"),
+    "minitron": Baseline("language.minitron:MinitronConfig", "Muralidharan et al. 2024", "a language model loses what"
+                         " of it matters least, and learns from what it was"),
 }  # fmt: skip
 
 

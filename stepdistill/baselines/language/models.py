@@ -135,7 +135,7 @@ def count_parameters(network: nn.Module) -> int:
 
 def copy_layers(network: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     """A model of these layers alone, in this order, and of all that is around them; its weights are its own copies."""
-    config = _plain(network.config)
+    config = plain(network.config)
     config.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[i] for i in kept]
@@ -181,7 +181,7 @@ def evenly(n: int, count: int) -> list[int]:
 def _changed(config: PretrainedConfig, said: str, seed: int) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    config = _plain(config)
+    config = plain(config)
     for pair in said.split(","):
         key, _, value = pair.partition("=")
         if not value or not hasattr(config, key):
@@ -208,7 +208,7 @@ def _changed(config: PretrainedConfig, said: str, seed: int) -> PreTrainedModel:
         raise InputError(f"student: got config:{said} ({reason}); allowed: settings that fit each other") from error
 
 
-def _plain(config: PretrainedConfig) -> PretrainedConfig:
+def plain(config: PretrainedConfig) -> PretrainedConfig:
     """A copy without what only says how the teacher's file was packed."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
