@@ -47,6 +47,10 @@ BASELINES: dict[str, Baseline] = {
                         " policy gradient"),
     "minitron": Baseline("language.minitron:MinitronConfig", "Muralidharan et al. 2024", "a language model loses what"
                          " of it matters least, and learns from what it was"),
+    "distilbert": Baseline("language.distilbert:DistilBertConfig", "Sanh et al. 2019", "an encoder of half the layers,"
+                           " begun with them: answers, masked tokens, hidden states"),
+    "tinybert": Baseline("language.tinybert:TinyBertConfig", "Jiao et al. 2020", "a narrower encoder follows its"
+                         " teacher layer by layer, on text and then on a task"),
 }  # fmt: skip
 
 
