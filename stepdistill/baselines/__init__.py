@@ -51,6 +51,8 @@ BASELINES: dict[str, Baseline] = {
                            " begun with them: answers, masked tokens, hidden states"),
     "tinybert": Baseline("language.tinybert:TinyBertConfig", "Jiao et al. 2020", "a narrower encoder follows its"
                          " teacher layer by layer, on text and then on a task"),
+    "r1_traces": Baseline("language.r1_traces:R1TracesConfig", "DeepSeek-AI 2025", "a language model learns reasoning"
+                          " that a larger one wrote and a verifier accepted"),
 }  # fmt: skip
 
 
