@@ -193,6 +193,9 @@ def _changed(config: PretrainedConfig, said: str, seed: int) -> PreTrainedModel:
             setattr(config, key, ast.literal_eval(value))
         except (ValueError, SyntaxError):
             setattr(config, key, value)
+    width, heads = config.hidden_size, config.num_attention_heads
+    if isinstance(width, int) and isinstance(heads, int) and width % heads:
+        raise InputError(f"student: got config:{said}; allowed: a hidden_size that is a multiple of its {heads} heads")
     if "head_dim" in config.to_dict() and "head_dim" not in said:
         config.head_dim = config.hidden_size // config.num_attention_heads
     if getattr(config, "layer_types", None):
