@@ -48,10 +48,10 @@ class Draws:
         """Standard normal numbers, (B, *shape), float32."""
         return self._stack(lambda g: torch.randn(shape, generator=g))
 
-    def uniform(self) -> Tensor:
-        """Uniform numbers in [0, 1), (B,), float32."""
-        return self._stack(lambda g: torch.rand((), generator=g))
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1), (B, *shape), float32."""
+        return self._stack(lambda g: torch.rand(shape, generator=g))
 
-    def integers(self, high: int) -> Tensor:
-        """Integers in [0, high), (B,), int64."""
-        return self._stack(lambda g: torch.randint(high, (), generator=g))
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """Integers in [0, high), (B, *shape), int64."""
+        return self._stack(lambda g: torch.randint(high, shape, generator=g))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from safetensors.torch import load_model, save_model
@@ -24,6 +24,8 @@ from stepdistill.training.loop import Loop
 from stepdistill.training.networks import Networks
 from stepdistill.training.order import sample_indices
 from stepdistill.training.processes import on_cpu
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,16 @@ class Batch:
 
     items: Mapping[str, Tensor]
     draws: Draws
+    _made: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.items[name]
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` gives, made in the first of an update's phases that asks for it: one forward serves them all."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
 
 class Lesson:

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def wide(x: Tensor) -> Tensor:
+    """As float32, or as it is where it is float64: what losses are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """sum(values mask) / sum(mask): a scalar, at least of float32.
 
@@ -15,9 +20,9 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     Args:
         values: any shape. mask: the same shape, bool or 0/1; None counts all. With nothing to count the mean is 0.
     """
-    values = values if values.dtype == torch.float64 else values.float()
+    values = wide(values)
     if mask is None:
-        return values.mean()
+        return values.sum() / max(values.numel(), 1)
     if mask.shape != values.shape:
         raise ValueError(f"mask: got shape {tuple(mask.shape)}; allowed: {tuple(values.shape)}, that of the values")
     mask = mask.bool()

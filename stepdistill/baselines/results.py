@@ -60,7 +60,7 @@ class Results:
         """By student's name, see `gap_closed`."""
         teacher, control = self.mean("teacher"), self.mean("control")
         names = dict.fromkeys(row.name for row in self.rows if row.role == "student")
-        if teacher is None or control is None:
+        if teacher is None or control is None or (teacher > control) != self.higher:  # or there is no gap
             return dict.fromkeys(names)
         return {name: gap_closed(teacher, control, self.mean("student", name)) for name in names}
 

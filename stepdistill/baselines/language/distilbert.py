@@ -1,0 +1,205 @@
+"""Sanh et al. (2019), *DistilBERT*: half the layers of an encoder, which it begins with, and a triple loss.
+
+stepdistill baselines run distilbert --quick
+stepdistill baselines sweep distilbert            # begun with the teacher's layers, or with random weights
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils, learn
+from stepdistill.baselines.language import encoders, masked
+from stepdistill.baselines.language.data import open_texts
+from stepdistill.baselines.language.losses import kl
+from stepdistill.baselines.language.masked import MaskedModelling, Masking
+from stepdistill.baselines.language.models import copy_layers, count_parameters, evenly
+from stepdistill.baselines.language.run import save
+from stepdistill.baselines.reduce import masked_mean, wide
+from stepdistill.baselines.results import Results, Role, Row
+from stepdistill.errors import InputError
+from stepdistill.methods.base import Clock, Loss
+
+
+def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T² KL(teacher at T ‖ student at T): logits (N, V) to (N,), at least float32."""
+    student, teacher = wide(student), wide(teacher)
+    return temperature**2 * kl((teacher / temperature).log_softmax(-1), (student / temperature).log_softmax(-1))
+
+
+def cosine_distance(student: Tensor, teacher: Tensor, attention: Tensor) -> Tensor:
+    """1 - cos of hidden states (B, S, D): the mean over what is attended to."""
+    return masked_mean(1 - nn.functional.cosine_similarity(wide(student), wide(teacher), dim=-1), attention)
+
+
+@dataclass(frozen=True)
+class DistilBert(Lesson):
+    """kl_weight T² KL(teacher_T ‖ student_T) + mlm_weight masked modelling + cosine_weight (1 - cos of the last hidden
+    states). The first and the last are means over all that is attended to, or, of the first, over what is hidden."""
+
+    masking: Masking
+    temperature: float
+    kl_weight: float
+    mlm_weight: float
+    cosine_weight: float
+    kl_on: str
+
+    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+        """The loss of the student. Both see the same tokens hidden."""
+        ids, attention = batch["ids"], batch["attention"]
+        shown, hidden = self.masking(ids, attention, batch.draws)
+        told = attention if self.kl_on == "all" else hidden
+        with torch.no_grad():
+            teacher_hidden, teacher_logits = models.teacher(shown, attention, told)
+        student_hidden, student_logits = models.student(shown, attention, told)
+        divergence = softened_kl(student_logits, teacher_logits, self.temperature)
+        masked_nll = nn.functional.cross_entropy(wide(student_logits), ids[told], reduction="none")
+        terms = {
+            "kl": masked_mean(divergence),
+            "masked": masked_mean(masked_nll, hidden[told]),
+            "cosine": cosine_distance(student_hidden, teacher_hidden, attention),
+        }
+        weights = {"kl": self.kl_weight, "masked": self.mlm_weight, "cosine": self.cosine_weight}
+        return Loss(sum(weights[name] * value for name, value in terms.items()), terms)
+
+
+@dataclass(frozen=True)
+class DistilBertConfig(BaselineConfig):
+    """Flags of `distilbert`. For BERT itself: train_scripts/configs/baselines/distilbert_bert.yaml."""
+
+    out: Path = Path("out/distilbert")
+    """Folder for all that the run makes. Run the same command again to resume."""
+    teacher: str = "tiny"
+    """An encoder: tiny, minilm, or a folder or hub id of a BERT or RoBERTa."""
+    data: str = "avatars"
+    """Text: avatars (captions), a .txt or .jsonl file, wikitext, or a `datasets` name."""
+    test: str | None = None
+    """Of a file: the one that is held out, where it is not the last tenth."""
+    length: int = 64
+    """Tokens of a piece of text, special ones included; longer lines are cut into several."""
+    limit: int | None = 4000
+    """Pieces of training text at most; None for all."""
+    held_out: int = 500
+    """Pieces that are measured, at most."""
+    mask_rate: float = 0.15
+    """Share of the tokens that are hidden and have to be told."""
+    teacher_steps: int = 1000
+    """Updates by which the teacher is trained to tell masked tokens first; 0 where it comes with a head for it."""
+    teacher_learning_rate: float = 3e-3
+    """Of these; 1e-4 for a real encoder."""
+
+    layers: tuple[int, ...] = ()
+    """Of the teacher, counted from 0, that the student has; every other where not given, the first and last among
+    them: 0 2 4 7 9 11 of 12."""
+    init: Literal["layers", "random"] = "layers"
+    """What student and control begin with: those layers and all around them, or random weights."""
+    temperature: float = 2.0
+    """T: answers are softened by it."""
+    kl_weight: float = 5.0
+    """Of T² times the divergence from the teacher's softened answers."""
+    mlm_weight: float = 2.0
+    """Of the loss on hidden tokens. The control has it alone."""
+    cosine_weight: float = 1.0
+    """Of the angle between the last hidden states."""
+    kl_on: Literal["all", "masked"] = "all"
+    """Where answers are compared: at every token, as the authors do, or at hidden ones, which is cheaper."""
+
+    max_train_steps: int = 1000
+    """Updates of student and control."""
+    batch_size: int = 32
+    """Pieces an update."""
+    learning_rate: float = 5e-4
+    """At the plateau."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate goes on after the warm-up."""
+    lr_warmup: int = 50
+    """Updates over which the learning rate rises."""
+    weight_decay: float = 0.01
+    """Decoupled, as AdamW has it."""
+
+    QUICK: ClassVar[Mapping[str, object]] = {
+        "teacher": "tiny", "limit": 1000, "held_out": 200, "teacher_steps": 300, "max_train_steps": 60, "lr_warmup": 10,
+    }  # fmt: skip
+    SWEEP: ClassVar[tuple[str, tuple]] = ("init", ("layers", "random"))
+
+    def check(self) -> None:
+        """See LoopConfig.check."""
+        super().check()
+        weights = (self.kl_weight, self.mlm_weight, self.cosine_weight)
+        if min(weights) < 0 or not sum(weights):
+            raise InputError(f"kl_weight, mlm_weight, cosine_weight: got {weights}; allowed: 0 or more, not all 0")
+        if not self.temperature > 0:
+            raise InputError(f"temperature: got {self.temperature:g}; allowed: above 0; try 2")
+        if not 0 < self.mask_rate < 1:
+            raise InputError(f"mask_rate: got {self.mask_rate:g}; allowed: above 0, below 1; try 0.15")
+        if self.length < 4:
+            raise InputError(f"length: got {self.length}; allowed: 4 or more tokens")
+        if self.teacher_steps < 0:
+            raise InputError(f"teacher_steps: got {self.teacher_steps}; allowed: 0 or more")
+
+    def run(self) -> Results:
+        """The teacher, trained first where it has to be; then a control and a student for each seed."""
+        from accelerate import PartialState
+
+        from stepdistill.training.processes import on_cpu
+
+        self.check()
+        texts = open_texts(self.data, "train")
+        encoder = encoders.open_encoder(self.teacher, texts, seed=self.seed)
+        if encoder.untrained and not self.teacher_steps:
+            raise InputError(
+                f"teacher: got {self.teacher}, which has never told masked tokens; give --teacher-steps, 1000 say"
+            )
+        kept = self._kept(encoder.network.config.num_hidden_layers)
+        train = masked.cut_lines(texts, encoder.tokenizer, self.length, self.limit)
+        held = masked.cut_lines(open_texts(self.data, "test", test=self.test), encoder.tokenizer, self.length,
+                                self.held_out)  # fmt: skip
+        masking = Masking.of(encoder.tokenizer, encoder.network.config.vocab_size, self.length, self.mask_rate)
+        plain = MaskedModelling(masking)
+        state = PartialState(cpu=on_cpu())
+        teacher, seconds = masked.MaskedLM(encoder.network).to(state.device), None
+        if self.teacher_steps:
+            first = {"max_train_steps": self.teacher_steps, "learning_rate": self.teacher_learning_rate}
+            seconds = learn(plain, Pupils(teacher), train, self.part("teacher", **first))
+
+        results = Results("distilbert", "masked_nll", False, f"{len(held):,} pieces of held-out text")
+
+        def add(role: Role, network: masked.MaskedLM, seconds: float | None = None, seed: int | None = None) -> None:
+            if self.dry_run:
+                return
+            figures = masked.told_right(network, held, masking)
+            name = encoders.shape(network.network)
+            results.rows.append(Row(role, name, figures, count_parameters(network), seconds, seed))
+
+        add("teacher", teacher, seconds)
+        weights = (self.temperature, self.kl_weight, self.mlm_weight, self.cosine_weight)
+        lessons = {"control": plain, "student": DistilBert(masking, *weights, self.kl_on)}
+        for seed in self.seeds:
+            add("before", self._begin(teacher, kept, seed), seed=seed)
+            for role, lesson in lessons.items():
+                network, part = self._begin(teacher, kept, seed), self.part(f"{role}-{seed}", seed=seed)
+                models = Pupils(network, teacher if role == "student" else None)
+                add(role, network, learn(lesson, models, train, part), seed)
+                if role == "student" and not self.dry_run and state.is_main_process:
+                    save(network.network, encoder.tokenizer, part.out / "model")
+        return results
+
+    def _kept(self, count: int) -> list[int]:
+        """The teacher's layers that the student has."""
+        kept = list(self.layers) or evenly(max(count // 2, 1), count)
+        if sorted(set(kept)) != kept or kept[0] < 0 or kept[-1] >= count:
+            raise InputError(f"layers: got {kept}; allowed: rising numbers from 0 to {count - 1}, the teacher's")
+        return kept
+
+    def _begin(self, teacher: masked.MaskedLM, kept: list[int], seed: int) -> masked.MaskedLM:
+        student = copy_layers(teacher.network, kept)
+        if self.init == "random":
+            torch.manual_seed(seed)
+            student = type(student)(student.config)
+        return masked.MaskedLM(student).to(next(teacher.parameters()).device)

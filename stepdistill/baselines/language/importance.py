@@ -1,0 +1,158 @@
+"""What of a decoder matters least, told from its activations (Muralidharan et al. 2024, section 2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.baselines.language.families import family, head_size, shares_keys
+from stepdistill.errors import InputError
+from stepdistill.hooks import first_input, listening, output
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How much of each goes, from 0 to below 1."""
+
+    layers: float = 0.0
+    heads: float = 0.0
+    channels: float = 0.0
+    neurons: float = 0.0
+
+    @classmethod
+    def read(cls, spec: str) -> Shares:
+        """`prune:layers=0.2,neurons=0.25`, any of the four.
+
+        Raises:
+            InputError: another name, no number, or a share that is out of range.
+        """
+        shares = {}
+        for pair in spec.removeprefix("prune:").split(","):
+            name, _, said = pair.partition("=")
+            try:
+                shares[name] = float(said)
+                if name not in cls.__dataclass_fields__ or not 0 <= shares[name] < 1:
+                    raise ValueError
+            except ValueError as error:
+                raise InputError(
+                    f"student: got {spec}; allowed: prune: and shares that go, 0 to below 1, of "
+                    f"{', '.join(cls.__dataclass_fields__)}, as prune:layers=0.2,neurons=0.25"
+                ) from error
+        return cls(**shares)
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Of L layers (L,), H channels (H,), the heads (L, heads) and the MLPs' neurons (L, neurons): more matters more."""
+
+    layers: Tensor
+    heads: Tensor
+    channels: Tensor
+    neurons: Tensor
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The places that stay, ascending; heads and neurons by the layers that stay."""
+
+    layers: Tensor
+    heads: Tensor
+    channels: Tensor
+    neurons: Tensor
+
+
+@torch.no_grad()
+def importance(network: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]]) -> Importance:
+    """From a few batches (ids, mask), each (B, S): section 2.2, with the mean over a sequence and the L2 norm over
+    sequences that section 4.1 found best.
+
+    A channel counts by |what norms give out|, over all of them; a head by the norm of what it sends on; a neuron by
+    |its activation|; a layer by 1 - cos(what goes in, what comes out).
+    """
+    kind, config = family(network.config), network.config
+    layers = [f"{kind.layers}.{i}" for i in range(config.num_hidden_layers)]
+    norms = [f"{layer}.{norm}" for layer in layers for norm in kind.norms]
+    heads, mlps = ([f"{layer}.{end}" for layer in layers] for end in (kind.attended, kind.fired))
+    size = head_size(config)
+    sums: dict[str, Tensor] = {}
+    for ids, mask in batches:
+        weights = mask.double() / mask.sum(1, keepdim=True).clamp(min=1)
+        with (
+            listening(network, layers, partial(_change, weights)) as changed,
+            listening(network, norms, partial(_size, output, weights)) as normed,
+            listening(network, heads, partial(_by_head, size, weights)) as attended,
+            listening(network, mlps, partial(_size, first_input, weights)) as fired,
+        ):
+            network(input_ids=ids, attention_mask=mask.long())
+        found = {
+            "layers": torch.stack(list(changed.values())).double().sum(1),
+            "heads": torch.stack(list(attended.values())).double().square().sum(1),
+            "channels": torch.stack(list(normed.values())).double().sum(0).square().sum(0),
+            "neurons": torch.stack(list(fired.values())).double().square().sum(1),
+        }
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0) + value.cpu()
+    return Importance(sums["layers"], *(sums[name].sqrt() for name in ("heads", "channels", "neurons")))
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Over a sequence: (B, S, ...) and (B, S) to (B, ...)."""
+    values = values if values.dtype == torch.float64 else values.float()
+    return torch.einsum("bs...,bs->b...", values, weights.to(values))
+
+
+def _change(weights: Tensor, module: nn.Module, inputs: tuple, out: object) -> Tensor:
+    before, after = first_input(module, inputs, out), output(module, inputs, out)
+    return _mean(1 - nn.functional.cosine_similarity(before, after, dim=-1), weights)
+
+
+def _size(what: Callable, weights: Tensor, *heard: object) -> Tensor:
+    return _mean(what(*heard).abs(), weights)
+
+
+def _by_head(size: int, weights: Tensor, module: nn.Module, inputs: tuple, out: object) -> Tensor:
+    return _mean(first_input(module, inputs, out).unflatten(-1, (-1, size)).norm(dim=-1), weights)
+
+
+def choose(found: Importance, config: PretrainedConfig, shares: Shares) -> Kept:
+    """What stays when these shares go. Heads that share keys and values are ranked against each other only, so that
+    every group keeps as many; as many channels stay as the heads that stay divide.
+
+    Raises:
+        InputError: nothing of a kind would stay, or the network's class has no place for what stays.
+    """
+    shared, size = shares_keys(config), head_size(config)
+    heads = found.heads.unflatten(1, (config.num_key_value_heads if shared else 1, -1))
+    layers = _largest(found.layers, shares.layers, "layers")
+    within = _largest(heads[layers], shares.heads, "heads that share keys" if shared else "heads")
+    kept = (within + torch.arange(heads.shape[1])[:, None] * heads.shape[-1]).flatten(1)
+    of = (
+        1 if family(config).tied else kept.shape[1]
+    )  # transformers refuses a Llama whose heads do not divide its channels
+    channels = _largest(found.channels, shares.channels, "channels", of)
+    if family(config).tied and kept.shape[1] * size != len(channels):
+        share = 1 - max(len(channels) // size, 1) * size / config.hidden_size
+        got = f"{len(channels)} channels and {kept.shape[1]} heads of {size}"
+        raise InputError(
+            f"student: got {got}; allowed: of a {config.model_type}, as many channels as heads times "
+            f"their size; give channels={share:.3g} and heads={share:.3g}"
+        )
+    return Kept(layers, kept, channels, _largest(found.neurons[layers], shares.neurons, "neurons"))
+
+
+def _largest(values: Tensor, share: float, what: str, of: int = 1) -> Tensor:
+    """Places, ascending, of what stays along the last axis, a multiple of `of` of them."""
+    stay = round(values.shape[-1] * (1 - share) / of) * of
+    if stay < 1:
+        raise InputError(
+            f"student: got {share:g} of {values.shape[-1]} {what} pruned, which leaves none; allowed: less"
+        )
+    return values.topk(stay, -1).indices.sort(-1).values

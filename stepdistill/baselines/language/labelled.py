@@ -1,0 +1,164 @@
+"""Texts with a class, and an encoder that tells it.
+
+avatars              captions of the embedded set; the class is what --label says of the picture, or that it is unsaid
+FILE.tsv             a class, a tab and a text a line; its last tenth is held out where --task-test names none
+owner/name:config    a `datasets` name, with columns "label" and "text" or "sentence", splits train and validation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.baselines.base import Batch, Lesson, Pupils
+from stepdistill.baselines.language.data import HELD_OUT
+from stepdistill.baselines.language.masked import Lines, surround
+from stepdistill.baselines.reduce import masked_mean, wide
+from stepdistill.errors import InputError
+from stepdistill.methods.base import Clock, Loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+KINDS = "avatars, a .tsv file, or a datasets name (owner/name:config)"
+UNSAID = "unsaid"
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """N texts and their classes.
+
+    Attributes:
+        lines: the texts' tokens. labels: (N,) int64. classes: their names.
+    """
+
+    lines: Lines
+    labels: Tensor
+    classes: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: list[int]) -> dict[str, Tensor]:
+        """`ids` and `attention`, see Lines, and `labels`."""
+        return self.lines.batch(indices) | {"labels": self.labels[indices]}
+
+
+class Classifier(nn.Module):
+    """An encoder, and a linear map of the mean over the tokens it attends to.
+
+    Args:
+        body: of transformers, without a head. classes: of the logits.
+    """
+
+    def __init__(self, body: PreTrainedModel, classes: int) -> None:
+        super().__init__()
+        self.body, self.head = body, nn.Linear(body.config.hidden_size, classes)
+
+    def forward(self, ids: Tensor, attention: Tensor) -> Tensor:
+        """(B, S) tokens, and those attended to, to logits (B, classes)."""
+        hidden = self.body(input_ids=ids, attention_mask=attention.long()).last_hidden_state
+        weights = attention[..., None].to(hidden)
+        return self.head((hidden * weights).sum(1) / weights.sum(1))
+
+
+@dataclass(frozen=True)
+class Classify(Lesson):
+    """Cross-entropy with the classes: how teachers are trained for a task, and controls."""
+
+    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+        """The mean over the texts."""
+        logits = models.student(batch["ids"], batch["attention"])
+        value = masked_mean(nn.functional.cross_entropy(wide(logits), batch["labels"], reduction="none"))
+        return Loss(value, {"hard": value})
+
+
+def open_task(
+    spec: str, tokenizer: PreTrainedTokenizerBase, length: int, *, label: str, limit: int | None, held_out: int,
+    test: str | None = None,
+) -> tuple[Labelled, Labelled]:  # fmt: skip
+    """Training and held-out texts.
+
+    Args:
+        spec: see above. length: tokens of a text; longer ones are cut. label: an attribute of the embedded set.
+        limit, held_out: texts of either at most. test: of a file, the one that is held out.
+
+    Raises:
+        InputError: there is no such task, or it has one class.
+    """
+    if spec == "avatars":
+        train, held = (_captions(split, label) for split in ("train", "test"))
+    elif Path(spec).suffix == ".tsv":
+        train = _file(Path(spec).expanduser())
+        place = round(len(train) * (1 - HELD_OUT))
+        train, held = (train, _file(Path(test).expanduser())) if test else (train[:place], train[place:])
+    else:
+        train, held = (_dataset(spec, split) for split in ("train", "validation"))
+    classes = sorted({name for name, _ in train})
+    if len(classes) < 2:
+        raise InputError(f"--task: got {len(train)} texts of {len(classes)} class in {spec}; allowed: two or more")
+    if strange := sorted({name for name, _ in held} - set(classes)):
+        raise InputError(f"--task: got {strange[0]!r} in held-out texts of {spec}; allowed: classes of training texts")
+    return tuple(_tokens(rows, classes, tokenizer, length) for rows in (train[:limit], held[:held_out]))
+
+
+def _tokens(
+    rows: Sequence[tuple[str, str]], classes: list[str], tokenizer: PreTrainedTokenizerBase, length: int
+) -> Labelled:
+    pieces = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids[: length - 2] for _, text in rows]
+    places = {name: i for i, name in enumerate(classes)}
+    return Labelled(surround(pieces, tokenizer, length), torch.tensor([places[name] for name, _ in rows]), classes)
+
+
+def _captions(split: str, label: str) -> list[tuple[str, str]]:
+    from stepdistill.data import avatars
+
+    data = avatars.load(split)
+    if label not in data.attributes[0]:
+        raise InputError(f"--label: got {label!r}; allowed: {', '.join(data.attributes[0])}")
+    rows = zip(data.captions, data.attributes, data.mentioned, strict=True)
+    return [(values[label] if label in said else UNSAID, text) for text, values, said in rows]
+
+
+def _file(path: Path) -> list[tuple[str, str]]:
+    try:
+        lines = [line.split("\t", 1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [(name, text) for name, text in lines]
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise InputError(
+            f"--task: got {path}, which cannot be read ({reason}); allowed: lines of a class, a tab and a text"
+        ) from error
+
+
+def _dataset(spec: str, split: str) -> list[tuple[str, str]]:
+    from datasets import load_dataset
+
+    name, _, config = spec.partition(":")
+    try:
+        rows = load_dataset(name, config or None, split=split)
+    except Exception as error:  # what it raises differs by what is missing
+        reason = " ".join(str(error).split())[:80]
+        raise InputError(f"--task: got {spec}, which could not be loaded ({reason}); allowed: {KINDS}") from error
+    text = next((column for column in ("text", "sentence") if column in rows.column_names), None)
+    if text is None or "label" not in rows.column_names:
+        raise InputError(f"--task: got {spec} with columns {', '.join(rows.column_names)}; allowed: label, and text")
+    return [(str(row["label"]), row[text]) for row in rows]
+
+
+@torch.no_grad()
+def told_class(network: Classifier, held: Labelled, batch: int = 64) -> dict[str, float]:
+    """`nll`, nats a text, and `accuracy`."""
+    device = next(network.parameters()).device
+    nll, right = 0.0, 0
+    for first in range(0, len(held), batch):
+        items = {k: v.to(device) for k, v in held.batch(list(range(first, min(first + batch, len(held))))).items()}
+        logits = network(items["ids"], items["attention"]).float()
+        nll += nn.functional.cross_entropy(logits, items["labels"], reduction="sum").item()
+        right += (logits.argmax(-1) == items["labels"]).sum().item()
+    return {"nll": nll / len(held), "accuracy": right / len(held)}

@@ -1,0 +1,134 @@
+"""Masked language modelling (Devlin et al. 2019, section 3.1): lines of text, what of them is hidden, and the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.baselines.base import Batch, Lesson, Pupils
+from stepdistill.baselines.language.encoders import MaskedLM
+from stepdistill.baselines.reduce import masked_mean, wide
+from stepdistill.draws import Draws
+from stepdistill.errors import InputError
+from stepdistill.methods.base import Clock, Loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN = 0.8  # of the hidden tokens that are shown as a mask; half of the others as any token, half as they are
+
+
+@dataclass(frozen=True)
+class Lines:
+    """N pieces of text, padded on the right: ids (N, S), attention (N, S) False for padding."""
+
+    ids: Tensor
+    attention: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, indices: list[int]) -> dict[str, Tensor]:
+        """The pieces at these places, cut to the longest of them."""
+        attention = self.attention[indices]
+        longest = int(attention.sum(1).max())
+        return {"ids": self.ids[indices, :longest], "attention": attention[:, :longest]}
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What is hidden from an encoder.
+
+    Attributes:
+        rate: of the tokens that are not special, those that are to be told. length: tokens of the longest piece.
+        mask: the token that hides. special: tokens that are never hidden. vocabulary: how many tokens there are.
+    """
+
+    rate: float
+    length: int
+    mask: int
+    special: tuple[int, ...]
+    vocabulary: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, vocabulary: int, length: int, rate: float) -> Masking:
+        """That of a tokenizer."""
+        return cls(rate, length, tokenizer.mask_token_id, tuple(sorted(tokenizer.all_special_ids)), vocabulary)
+
+    def __call__(self, ids: Tensor, attention: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The tokens as they are shown, and which of them are to be told: (B, S) both, S up to `length`."""
+        size = ids.shape[1]
+        chance, fate = (draws.uniform(self.length)[:, :size] for _ in range(2))
+        other = draws.integers(self.vocabulary, self.length)[:, :size]
+        plain = attention.bool() & ~torch.isin(ids, torch.tensor(self.special, device=ids.device))
+        told = plain & (chance < self.rate)
+        shown = torch.where(fate < SHOWN, self.mask, torch.where(fate < (1 + SHOWN) / 2, other, ids))
+        return torch.where(told, shown, ids), told
+
+
+@dataclass(frozen=True)
+class MaskedModelling(Lesson):
+    """-log p(what is hidden | what is shown): how teachers without a head are trained, and controls."""
+
+    masking: Masking
+
+    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+        """The mean over the hidden tokens."""
+        shown, told = self.masking(batch["ids"], batch["attention"], batch.draws)
+        _, logits = models.student(shown, batch["attention"], told)
+        value = masked_mean(nn.functional.cross_entropy(wide(logits), batch["ids"][told], reduction="none"))
+        return Loss(value, {"masked": value})
+
+
+def cut_lines(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None) -> Lines:
+    """Each line of the texts, cut into pieces of `length` tokens with the special ones around them.
+
+    Args:
+        limit: pieces at most.
+
+    Raises:
+        InputError: there is no line with words in it.
+    """
+    pieces: list[list[int]] = []
+    for line in (line for text in texts for line in text.splitlines() if line.strip()):
+        tokens = tokenizer(line.strip(), add_special_tokens=False, verbose=False).input_ids
+        pieces += [tokens[at : at + length - 2] for at in range(0, len(tokens), length - 2)]
+        if limit is not None and len(pieces) >= limit:
+            break
+    return surround(pieces[:limit], tokenizer, length)
+
+
+def surround(pieces: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, length: int) -> Lines:
+    """Pieces of at most length - 2 tokens between cls and sep, padded on the right to `length`.
+
+    Raises:
+        InputError: there are none.
+    """
+    if not pieces:
+        raise InputError("corpus: got no words; allowed: a line of text or more; give another --data")
+    ids = torch.full((len(pieces), length), tokenizer.pad_token_id)
+    attention = torch.zeros_like(ids, dtype=torch.bool)
+    for row, piece in enumerate(pieces):
+        ids[row, : len(piece) + 2] = torch.tensor([tokenizer.cls_token_id, *piece, tokenizer.sep_token_id])
+        attention[row, : len(piece) + 2] = True
+    return Lines(ids, attention)
+
+
+@torch.no_grad()
+def told_right(network: MaskedLM, held: Lines, masking: Masking, batch: int = 32) -> dict[str, float]:
+    """`masked_nll`, nats a hidden token, and `masked_accuracy`; what is hidden is the same for every network."""
+    device = next(network.parameters()).device
+    nll, right, count = 0.0, 0, 0
+    for first in range(0, len(held), batch):
+        items = held.batch(list(range(first, min(first + batch, len(held)))))
+        ids, attention = (items[name].to(device) for name in ("ids", "attention"))
+        shown, told = masking(ids, attention, Draws.at(0, first, len(ids), device))
+        logits = network(shown, attention, told)[1].float()
+        nll += nn.functional.cross_entropy(logits, ids[told], reduction="sum").item()
+        right += (logits.argmax(-1) == ids[told]).sum().item()
+        count += int(told.sum())
+    return {"masked_nll": nll / max(count, 1), "masked_accuracy": right / max(count, 1)}

@@ -1,0 +1,63 @@
+"""Muralidharan et al. (2024), *Compact Language Models via Pruning and Knowledge Distillation* (Minitron): a decoder
+loses what of it matters least, and learns from what it was.
+
+stepdistill baselines run minitron --quick
+stepdistill baselines sweep minitron              # layers, the MLPs' width, or some of both
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from stepdistill.baselines.language.forward_kl import ForwardKLConfig
+from stepdistill.baselines.language.importance import Shares
+from stepdistill.baselines.language.run import QUICK
+from stepdistill.baselines.results import Results
+from stepdistill.errors import InputError
+
+MOST = 0.5  # of the parameters that a round may take, by the paper's account
+
+
+@dataclass(frozen=True)
+class MinitronConfig(ForwardKLConfig):
+    """Flags of `minitron`: those of `forward_kl`, from a pruned teacher, without cross-entropy.
+
+    Llamas, Qwen2 and GPT-2 can be pruned. For Llama 3 and Qwen2.5: train_scripts/configs/baselines/minitron_llama.yaml
+    and minitron_qwen.yaml. To take more than half, prune a run's <out>/student-0/model again.
+    """
+
+    out: Path = Path("out/minitron")
+    """Folder for all that the run makes. Run the same command again to resume."""
+    student: str = "prune:layers=0.25,neurons=0.25"
+    """prune: and the shares that go of layers, heads, channels and neurons, the MLPs' width."""
+    soft_weight: float = 1.0
+    """Of T² times the divergence from the teacher; the paper needs no more."""
+    hard_weight: float = 0.0
+    """Of the cross-entropy with the text. The control has it alone, with weight 1."""
+
+    NAME: ClassVar[str] = "minitron"
+    QUICK: ClassVar[Mapping[str, object]] = QUICK
+    SWEEP: ClassVar[tuple[str, tuple]] = (
+        "student", ("prune:layers=0.5", "prune:neurons=0.75", "prune:layers=0.25,neurons=0.4")
+    )  # fmt: skip
+
+    def check(self) -> None:
+        """See LoopConfig.check."""
+        super().check()
+        if not self.student.startswith("prune:"):
+            raise InputError(f"student: got {self.student}; allowed: prune: and shares, as {MinitronConfig.student}")
+        Shares.read(self.student)
+
+    def run(self) -> Results:
+        """See DecoderConfig.run."""
+        results = super().run()
+        sizes = {row.role: row.parameters for row in results.rows}
+        if sizes and (gone := 1 - sizes["student"] / sizes["teacher"]) > MOST:
+            results.note = (
+                f"{results.note} {gone:.0%} of the parameters went in one round; the paper advises at most "
+                f"{MOST:.0%}, a training, and another round."
+            ).strip()
+        return results

@@ -1,0 +1,116 @@
+"""Problems whose answers can be verified, and the verifier.
+
+addition             sums of numbers of --digits digits, drawn anew
+FILE.jsonl           "prompt" and "answer" a line; its last tenth is held out where --test names none
+owner/name:config    a `datasets` name with columns "question", "problem" or "prompt", and "answer"; splits train, test
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+from stepdistill.baselines.language.data import HELD_OUT
+from stepdistill.errors import InputError
+
+KINDS = "addition, a .jsonl file, or a datasets name (owner/name:config)"
+OPEN, CLOSE = "<think>", "</think>"  # around reasoning
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is asked, and what is right."""
+
+    prompt: str
+    answer: str
+
+
+def open_problems(
+    spec: str, count: int, held_out: int, *, digits: int, seed: int, test: str | None = None
+) -> tuple[list[Problem], list[Problem]]:
+    """Problems to train on, `count` at most, and held-out ones.
+
+    Args:
+        spec: see above. digits, seed: of sums. test: of a file, the one that is held out.
+
+    Raises:
+        InputError: there are none.
+    """
+    if spec == "addition":
+        from stepdistill.baselines.language.arithmetic import sums
+
+        return sums(count, held_out, digits, seed)
+    if Path(spec).suffix == ".jsonl":
+        train = _file(Path(spec).expanduser())
+        place = round(len(train) * (1 - HELD_OUT))
+        train, held = (train, _file(Path(test).expanduser())) if test else (train[:place], train[place:])
+    else:
+        train, held = (_dataset(spec, split) for split in ("train", "test"))
+    if not train or not held:
+        raise InputError(f"--task: got {len(train)} problems and {len(held)} held out in {spec}; allowed: 1 of each")
+    return train[:count], held[:held_out]
+
+
+def _file(path: Path) -> list[Problem]:
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [Problem(row["prompt"], str(row["answer"])) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise InputError(
+            f"--task: got {path}, which cannot be read ({reason}); allowed: lines with prompt and answer"
+        ) from error
+
+
+def _dataset(spec: str, split: str) -> list[Problem]:
+    from datasets import load_dataset
+
+    name, _, config = spec.partition(":")
+    try:
+        rows = load_dataset(name, config or None, split=split)
+    except Exception as error:  # what it raises differs by what is missing
+        reason = " ".join(str(error).split())[:80]
+        raise InputError(f"--task: got {spec}, which could not be loaded ({reason}); allowed: {KINDS}") from error
+    asked = next((column for column in ("question", "problem", "prompt") if column in rows.column_names), None)
+    if asked is None or "answer" not in rows.column_names:
+        got = ", ".join(rows.column_names)
+        raise InputError(f"--task: got {spec} with columns {got}; allowed: question, problem or prompt, and answer")
+    return [Problem(row[asked], str(row["answer"])) for row in rows]
+
+
+def final_answer(text: str) -> str | None:
+    r"""What a text comes to: behind its reasoning the last \boxed{}, else the last number, else its last line.
+
+    None where reasoning is begun and not ended, or nothing follows it.
+    """
+    if OPEN in text and CLOSE not in text:
+        return None
+    told = text.rpartition(CLOSE)[2].strip()
+    if (at := told.rfind(r"\boxed{")) >= 0:
+        depth, begin = 0, at + len(r"\boxed")
+        for i, sign in enumerate(told[begin:], begin):
+            depth += (sign == "{") - (sign == "}")
+            if not depth:
+                return told[begin + 1 : i].strip()
+        return None
+    if numbers := _NUMBER.findall(told):
+        return numbers[-1]
+    return told.splitlines()[-1].strip() if told else None
+
+
+def right(text: str, answer: str) -> bool:
+    """Whether a text comes to an answer: as numbers where both are, else as words, whatever their case."""
+    found = final_answer(text)
+    return found is not None and _plain(found) == _plain(final_answer(answer) or answer)
+
+
+def _plain(answer: str) -> Decimal | str:
+    bare = answer.strip().strip("$.% ").replace(",", "")
+    try:
+        return Decimal(bare)
+    except InvalidOperation:
+        return " ".join(answer.lower().split())

@@ -1,0 +1,192 @@
+"""DeepSeek-AI (2025), *DeepSeek-R1*, section 2.4: a small model learns to reason from what a large one wrote, of which
+only what a verifier accepts is kept.
+
+stepdistill baselines run r1_traces --quick
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from stepdistill.baselines.base import BaselineConfig, Pupils, learn
+from stepdistill.baselines.language import arithmetic
+from stepdistill.baselines.language.data import Pair, Tokens, pair_up
+from stepdistill.baselines.language.models import Decoder, count_parameters, make_student, open_decoder
+from stepdistill.baselines.language.problems import Problem, open_problems
+from stepdistill.baselines.language.run import CrossEntropy, save
+from stepdistill.baselines.language.traces import answer, ask, keep, sample_all, solved, unopened
+from stepdistill.baselines.results import Results, Role, Row
+from stepdistill.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class R1TracesConfig(BaselineConfig):
+    """Flags of `r1_traces`. For real models: train_scripts/configs/baselines/r1_qwen.yaml."""
+
+    out: Path = Path("out/r1_traces")
+    """Folder for all that the run makes. Run the same command again to resume."""
+    task: str = "addition"
+    """addition, a .jsonl file of prompt and answer, or a `datasets` name as openai/gsm8k:main."""
+    test: str | None = None
+    """Of a file: the one that is held out, where it is not the last tenth."""
+    digits: int = 3
+    """Of the numbers that are added."""
+    problems: int = 2000
+    """To train on, at most."""
+    held_out: int = 300
+    """Problems that are measured, at most."""
+    teacher: str = "tiny"
+    """tiny (trained on worked sums first; not so far that it makes no mistakes), or a model as other baselines take."""
+    teacher_steps: int = 450
+    """Updates of the tiny teacher."""
+    student: str = "config:hidden_size=48,intermediate_size=96"
+    """config:KEY=VALUE,... (as the teacher's but for these; random weights), layers:N, or any model: its tokenizer may
+    be another than the teacher's."""
+
+    samples: int = 4
+    """Answers that the teacher gives to a problem."""
+    temperature: float = 1.0
+    """At which it does."""
+    completion: int = 64
+    """Tokens of an answer with its reasoning, at most; longer ones are not kept."""
+    keep: int = 2
+    """Answers to a problem that are kept, at most."""
+    together: int = 64
+    """Problems that are answered at once."""
+
+    max_train_steps: int = 800
+    """Updates of student and control."""
+    batch_size: int = 32
+    """Answers an update."""
+    learning_rate: float = 3e-3
+    """At the plateau."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate goes on after the warm-up."""
+    lr_warmup: int = 20
+    """Updates over which the learning rate rises."""
+    weight_decay: float = 0.01
+    """Decoupled, as AdamW has it."""
+
+    QUICK: ClassVar[Mapping[str, object]] = {
+        "digits": 2, "problems": 600, "held_out": 100, "samples": 2, "teacher_steps": 260, "max_train_steps": 250,
+    }  # fmt: skip
+    SWEEP: ClassVar[tuple[str, tuple]] = ("keep", (1, 2, 4))
+
+    def check(self) -> None:
+        """See LoopConfig.check."""
+        super().check()
+        for name in ("digits", "problems", "held_out", "teacher_steps", "samples", "completion", "keep", "together"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: got {getattr(self, name)}; allowed: 1 or more; raise it")
+        if not self.temperature > 0:
+            raise InputError(f"temperature: got {self.temperature:g}; allowed: above 0; try 1")
+        if self.teacher == "tiny" and self.task != "addition":
+            raise InputError(f"teacher: got tiny for {self.task}; allowed: a model that can solve it; tiny adds only")
+
+    def run(self) -> Results:
+        """The teacher's answers once; then for each seed a control that learns what is right, and a student that learns
+        how the teacher came to it."""
+        from accelerate import PartialState
+
+        from stepdistill.training.processes import on_cpu
+
+        self.check()
+        train, held = open_problems(self.task, self.problems, self.held_out, digits=self.digits, seed=self.seed,
+                                    test=self.test)  # fmt: skip
+        state, spent = PartialState(cpu=on_cpu()), None
+        if self.teacher == "tiny":
+            teacher = Decoder(*arithmetic.build(self.seed), "tiny")
+        else:
+            teacher = open_decoder(self.teacher, seed=self.seed)
+        self._student(teacher, self.seeds[0])
+        teacher.network.to(state.device)
+        if self.teacher == "tiny":
+            lessons = self._rows(teacher.tokenizer, [(p, [arithmetic.worked(p).completion]) for p in train])
+            part = self.part("teacher", max_train_steps=self.teacher_steps)
+            spent = learn(CrossEntropy(), Pupils(teacher.network), lessons, part)
+        with state.main_process_first():
+            traces, note = self._traces(teacher, train)
+
+        of = f" of {self.digits} digits" if self.task == "addition" else ""
+        results = Results("r1_traces", "accuracy", True, f"{len(held):,} held-out problems: {self.task}{of}", note=note)
+
+        def add(role: Role, name: str, one: Decoder, seconds: float | None = None, seed: int | None = None) -> None:
+            if not self.dry_run:
+                figures = solved(one, held, self.completion, self.together)
+                results.rows.append(Row(role, name, figures, count_parameters(one.network), seconds, seed))
+
+        add("teacher", self.teacher, teacher, spent)
+        answers = [(problem, [problem.answer]) for problem in train]
+        for seed in self.seeds:
+            add("before", self.student, self._student(teacher, seed), seed=seed)
+            for role, name, texts in (("control", "answers", answers), ("student", "traces", traces)):
+                one, part = self._student(teacher, seed), self.part(f"{role}-{seed}", seed=seed)
+                one.network.to(state.device)
+                rows = self._rows(one.tokenizer, texts)
+                add(role, name, one, learn(CrossEntropy(), Pupils(one.network), rows, part), seed)
+                if role == "student" and not self.dry_run and state.is_main_process:
+                    save(one.network, one.tokenizer, part.out / "model")
+        return results
+
+    def _student(self, teacher: Decoder, seed: int) -> Decoder:
+        """The student, and the control, before it is trained."""
+        if self.student.startswith(("config:", "layers:")):
+            return Decoder(make_student(self.student, teacher, seed=seed), teacher.tokenizer, self.student)
+        return open_decoder(self.student, seed=seed)
+
+    def _rows(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[Problem, list[str]]]) -> Tokens:
+        """Prompts, each with what is to be said to it and its end of text; what is longer than the limit is dropped."""
+        pairs, sizes = [], []
+        for problem, said in texts:
+            asked = ask(tokenizer, problem.prompt)
+            for pair in (Pair(asked, unopened(asked, text)) for text in said):
+                before, after = (
+                    len(tokenizer(t, add_special_tokens=False).input_ids) for t in (asked, pair.completion)
+                )
+                if after < self.completion:  # and its end
+                    pairs.append(pair)
+                    sizes.append((before, after + 1))
+        if not pairs:
+            raise InputError(f"completion: got {self.completion} tokens, fewer than any answer has; raise it")
+        prompt, completion = (max(each) for each in zip(*sizes, strict=True))
+        return pair_up(pairs, tokenizer, prompt=prompt, completion=completion)
+
+    def _traces(self, teacher: Decoder, train: list[Problem]) -> tuple[list[tuple[Problem, list[str]]], str]:
+        """The problems with those of the teacher's answers that are kept, and what became of the others, in words.
+
+        Raises:
+            InputError: the verifier accepts none.
+        """
+        if self.dry_run:  # nothing is sampled
+            return [(problem, [problem.answer]) for problem in train], ""
+        names = ("task", "digits", "problems", "teacher", "teacher_steps", "samples", "temperature", "completion",
+                 "together", "seed")  # fmt: skip
+        settings = {name: getattr(self, name) for name in names}
+        say = partial(answer, teacher, samples=self.samples, new=self.completion, temperature=self.temperature,
+                      seed=self.seed)  # fmt: skip
+        fell: Counter[str] = Counter()
+        kept = []
+        for problem, said in zip(train, sample_all(self.out / "traces.jsonl", train, say, self.together, settings),
+                                 strict=True):  # fmt: skip
+            texts, lost = keep(problem, said, self.keep)
+            fell += lost
+            kept += [(problem, texts)] if texts else []
+        lost = ", ".join(f"{count:,} {why}" for why, count in fell.most_common())
+        if not kept:
+            raise InputError(
+                f"traces: got {len(train) * self.samples:,} answers, of which the verifier accepts none ({lost}); "
+                "allowed: one or more; raise --samples or --completion, or take a better --teacher"
+            )
+        count = sum(len(texts) for _, texts in kept)
+        return kept, (
+            f"of {len(train) * self.samples:,} answers to {len(train):,} problems {count:,} are kept, to {len(kept):,} "
+            f"problems; not kept: {lost or 'none'}; the control learns the right answers to all"
+        )

@@ -1,0 +1,195 @@
+"""Jiao et al. (2020), *TinyBERT*: a smaller and narrower encoder follows its teacher layer by layer, on any text first,
+then on a task, of which it learns the teacher's answers last.
+
+stepdistill baselines run tinybert --quick
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+
+from stepdistill.baselines.base import BaselineConfig, Pupils, learn
+from stepdistill.baselines.language import encoders, masked
+from stepdistill.baselines.language.data import open_texts
+from stepdistill.baselines.language.labelled import Classifier, Classify, Labelled, open_task, told_class
+from stepdistill.baselines.language.layers import Answers, Layers, Projections
+from stepdistill.baselines.language.masked import Lines, MaskedLM, MaskedModelling, Masking
+from stepdistill.baselines.language.models import count_parameters, plain
+from stepdistill.baselines.language.run import save
+from stepdistill.baselines.results import Results, Role, Row
+from stepdistill.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class TinyBertConfig(BaselineConfig):
+    """Flags of `tinybert`. For BERT itself: train_scripts/configs/baselines/tinybert_bert.yaml. The paper's third part,
+    more task texts from masked words, is not here."""
+
+    out: Path = Path("out/tinybert")
+    """Folder for all that the run makes. Run the same command again to resume."""
+    teacher: str = "tiny"
+    """An encoder: tiny, minilm, or a folder or hub id of a BERT or RoBERTa."""
+    teacher_steps: int = 1000
+    """Updates by which a tiny teacher is trained to tell masked tokens first; others come trained."""
+    teacher_learning_rate: float = 3e-3
+    """Of these."""
+    data: str = "avatars"
+    """Text of the first stage: avatars (captions), a .txt or .jsonl file, wikitext, or a `datasets` name."""
+    limit: int | None = 4000
+    """Pieces of it at most; None for all."""
+    length: int = 64
+    """Tokens of a piece of text, special ones included."""
+
+    task: str = "avatars"
+    """Of the second stage: avatars, a .tsv file of class and text, or a `datasets` name with label and text."""
+    task_test: str | None = None
+    """Of a file: the one that is held out, where it is not the last tenth."""
+    task_limit: int | None = 1000
+    """Training texts of the task at most; None for all."""
+    label: str = "right clothes"
+    """Of the embedded set: the attribute that is the class."""
+    held_out: int = 1000
+    """Held-out texts of the task, at most."""
+    task_steps: int = 300
+    """Updates of the teacher on the task."""
+    task_learning_rate: float = 1e-3
+    """Of these; a tenth and less for a real encoder."""
+
+    layers: int = 2
+    """Of the student; the teacher has a multiple of them."""
+    width: int = 32
+    """Of the student's hidden states; a multiple of the teacher's heads."""
+    intermediate: int = 64
+    """Of the student's feed-forward layers."""
+    general_steps: int = 1000
+    """Updates of the first stage, on text. The control tells masked tokens in them."""
+    intermediate_steps: int = 500
+    """Updates of the second stage's first part: layers, on the task's texts. The control is told classes in these and
+    all that follow."""
+    temperature: float = 1.0
+    """Of the answers in the second stage's second part."""
+
+    max_train_steps: int = 300
+    """Updates of the second stage's second part: the teacher's answers."""
+    batch_size: int = 32
+    """Texts an update."""
+    learning_rate: float = 1e-3
+    """At the plateau, of each stage."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate goes on after the warm-up."""
+    lr_warmup: int = 20
+    """Updates over which the learning rate rises."""
+    weight_decay: float = 0.01
+    """Decoupled, as AdamW has it."""
+
+    QUICK: ClassVar[Mapping[str, object]] = {
+        "limit": 1000, "task_limit": 300, "teacher_steps": 250, "task_steps": 60, "general_steps": 60,
+        "intermediate_steps": 60, "max_train_steps": 60, "held_out": 300, "lr_warmup": 10,
+    }  # fmt: skip
+    SWEEP: ClassVar[tuple[str, tuple]] = ("layers", (1, 2, 4))
+
+    def check(self) -> None:
+        """See LoopConfig.check."""
+        super().check()
+        for name in ("layers", "width", "intermediate", "general_steps", "intermediate_steps", "task_steps",
+                     "teacher_steps", "held_out"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: got {getattr(self, name)}; allowed: 1 or more")
+        if not self.temperature > 0:
+            raise InputError(f"temperature: got {self.temperature:g}; allowed: above 0; try 1")
+        if self.length < 4:
+            raise InputError(f"length: got {self.length}; allowed: 4 or more tokens")
+
+    def run(self) -> Results:
+        """The teacher, and the teacher of the task; then a control and a student for each seed, stage by stage."""
+        from accelerate import PartialState
+
+        from stepdistill.training.processes import on_cpu
+
+        self.check()
+        texts = open_texts(self.data, "train")
+        encoder = encoders.open_encoder(self.teacher, texts, seed=self.seed)
+        self._small(encoder.network, self.seed)
+        tokenizer, teacher = encoder.tokenizer, encoder.network
+        text = masked.cut_lines(texts, tokenizer, self.length, self.limit)
+        sizes = {"limit": self.task_limit, "held_out": self.held_out}
+        task, held = open_task(self.task, tokenizer, self.length, label=self.label, test=self.task_test, **sizes)
+        masking = Masking.of(tokenizer, teacher.config.vocab_size, self.length, 0.15)
+        spent = 0.0
+        if encoder.untrained == "all":
+            first = {"max_train_steps": self.teacher_steps, "learning_rate": self.teacher_learning_rate}
+            models = Pupils(MaskedLM(teacher))
+            spent += learn(MaskedModelling(masking), models, text, self.part("teacher", **first))
+        torch.manual_seed(self.seed)
+        tutor = Classifier(copy.deepcopy(teacher.base_model), len(task.classes))
+        part = self.part("task", max_train_steps=self.task_steps, learning_rate=self.task_learning_rate)
+        spent += learn(Classify(), Pupils(tutor), task, part)
+
+        of = f"{len(held):,} held-out texts of {self.task}, {len(task.classes)} classes"
+        results = Results("tinybert", "nll", False, of)
+
+        def add(role: Role, network: Classifier, seconds: float, seed: int | None = None) -> None:
+            if not self.dry_run:
+                name, figures = encoders.shape(network.body), told_class(network, held)
+                results.rows.append(Row(role, name, figures, count_parameters(network), seconds, seed))
+
+        add("teacher", tutor, spent)
+        for seed in self.seeds:
+            add("control", *self._control(teacher, masking, text, task, seed), seed)
+            student, seconds = self._student(teacher, tutor, text, task, seed)
+            add("student", student, seconds, seed)
+            if not self.dry_run and PartialState(cpu=on_cpu()).is_main_process:
+                save(student.body, tokenizer, self.out / f"student-{seed}" / "model")
+        return results
+
+    def _control(
+        self, teacher: PreTrainedModel, masking: Masking, text: Lines, task: Labelled, seed: int
+    ) -> tuple[Classifier, float]:
+        """As large as the student and trained as long: on masked tokens of the text, then on the task's classes."""
+        small = self._small(teacher, seed)
+        control = Classifier(small.base_model, len(task.classes))
+        part = self.part(f"control-{seed}/text", seed=seed, max_train_steps=self.general_steps)
+        seconds = learn(MaskedModelling(masking), Pupils(MaskedLM(small)), text, part)
+        steps = self.intermediate_steps + self.max_train_steps
+        part = self.part(f"control-{seed}/task", seed=seed, max_train_steps=steps)
+        return control, seconds + learn(Classify(), Pupils(control), task, part)
+
+    def _student(
+        self, teacher: PreTrainedModel, tutor: Classifier, text: Lines, task: Labelled, seed: int
+    ) -> tuple[Classifier, float]:
+        """The teacher's layers on text, those of the task's teacher on its texts, and the latter's answers."""
+        student = Classifier(self._small(teacher, seed).base_model, len(task.classes))
+        beside = {"projections": Projections(self.width, teacher.config.hidden_size)}
+        part = self.part(f"student-{seed}/text", seed=seed, max_train_steps=self.general_steps)
+        seconds = learn(Layers(), Pupils(student.body, teacher.base_model, **beside), text, part)
+        part = self.part(f"student-{seed}/layers", seed=seed, max_train_steps=self.intermediate_steps)
+        seconds += learn(Layers(), Pupils(student.body, tutor.body, **beside), task, part)
+        part = self.part(f"student-{seed}/answers", seed=seed)
+        return student, seconds + learn(Answers(self.temperature), Pupils(student, tutor), task, part)
+
+    def _small(self, teacher: PreTrainedModel, seed: int) -> PreTrainedModel:
+        """A student with random weights and a head for masked tokens.
+
+        Raises:
+            InputError: the teacher has not a multiple of its layers, or its heads do not divide its width.
+        """
+        config = plain(teacher.config)
+        count, heads = config.num_hidden_layers, config.num_attention_heads
+        if count % self.layers:
+            raise InputError(f"layers: got {self.layers}; allowed: divisors of {count}, the teacher's")
+        if self.width % heads:
+            raise InputError(f"width: got {self.width}; allowed: multiples of {heads}, the teacher's heads")
+        config.num_hidden_layers, config.hidden_size, config.intermediate_size = (
+            self.layers, self.width, self.intermediate
+        )  # fmt: skip
+        torch.manual_seed(seed)
+        return type(teacher)(config)

@@ -1,0 +1,150 @@
+"""Reasoning that is kept because its answer is right: sampled, verified, each once (DeepSeek-AI 2025, *DeepSeek-R1*,
+sections 2.3.3 and 2.4).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from stepdistill import files
+from stepdistill.baselines.language.generate import sample
+from stepdistill.baselines.language.models import Decoder
+from stepdistill.baselines.language.problems import CLOSE, OPEN, Problem, right
+from stepdistill.draws import Draws
+from stepdistill.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+GREEDY = 1e-3  # the temperature at which held-out problems are answered: the likeliest token, as good as always
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer with its reasoning, as it was sampled; `ended` where it came to its end of text within the limit."""
+
+    text: str
+    ended: bool
+
+
+def ask(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """A prompt as a model is given it: in its chat template where it has one.
+
+    Only prompts go through templates: several strip the reasoning from what an assistant says.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        return prompt
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+
+
+def opened(asked: str, text: str) -> str:
+    """A text with the mark that opens its reasoning, where its template had put it at the end of the prompt already."""
+    return f"{OPEN}\n{text}" if asked.rstrip().endswith(OPEN) else text
+
+
+def unopened(asked: str, text: str) -> str:
+    """A text without that mark, where the template of who is to learn it puts it at the end of the prompt."""
+    return text.removeprefix(OPEN).removeprefix("\n") if asked.rstrip().endswith(OPEN) else text
+
+
+def keep(problem: Problem, said: Sequence[Said], most: int) -> tuple[list[str], Counter[str]]:
+    """Of what was said to a problem, what is worth learning: ended, right, with reasoning, each once, the first `most`.
+
+    Returns:
+        these texts, and how many of the others fell to what.
+    """
+    kept: dict[str, str] = {}
+    fell: Counter[str] = Counter()
+    for one in said:
+        words = " ".join(one.text.split())
+        if not one.ended:
+            fell["too long"] += 1
+        elif not right(one.text, problem.answer):
+            fell["wrong"] += 1
+        elif CLOSE not in one.text or not one.text.partition(CLOSE)[0].replace(OPEN, "").strip():
+            fell["without reasoning"] += 1
+        elif words in kept:
+            fell["said before"] += 1
+        elif len(kept) >= most:
+            fell["enough"] += 1
+        else:
+            kept[words] = one.text
+    return list(kept.values()), fell
+
+
+def sample_all(
+    file: Path, problems: Sequence[Problem], say: Callable[[int, Sequence[Problem]], list[list[Said]]], together: int,
+    settings: dict,
+) -> list[list[Said]]:  # fmt: skip
+    """What a teacher says to each problem: from the file as far as it goes; what is new is written there.
+
+    Args:
+        say: given the place of the first and some problems, a list of texts for each. together: problems at once.
+        settings: all that what is said depends on.
+
+    Raises:
+        InputError: the file is of other settings.
+    """
+    head, *lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else [""]
+    if head and json.loads(head) != settings:
+        raise InputError(f"--out: got {file}, sampled with other settings; allowed: the same; give another --out")
+    lines = [line for line in lines if line.endswith("\n")]  # the last may have been cut
+    if len(lines) < len(problems):
+        lines = lines[: len(lines) // together * together]
+    files.write(file, "".join([json.dumps(settings) + "\n", *lines]))
+    found = [[Said(**one) for one in json.loads(line)] for line in lines]
+    with (
+        open(file, "a", encoding="utf-8") as out,
+        tqdm(total=len(problems), initial=len(found), desc="sampling", dynamic_ncols=True) as bar,
+    ):
+        for first in range(len(found), len(problems), together):
+            for said in say(first, problems[first : first + together]):
+                out.write(json.dumps([asdict(one) for one in said]) + "\n")
+                found.append(said)
+                bar.update()
+            out.flush()
+    return found
+
+
+def answer(
+    one: Decoder, first: int, problems: Sequence[Problem], *, samples: int, new: int, temperature: float, seed: int
+) -> list[list[Said]]:
+    """`samples` texts to each problem, of `new` tokens at most; `first` is the place of the first in the run."""
+    device = next(one.network.parameters()).device
+    asked = [ask(one.tokenizer, problem.prompt) for problem in problems]
+    rows = [one.tokenizer(text, add_special_tokens=False).input_ids for text in asked for _ in range(samples)]
+    ids = torch.full((len(rows), max(map(len, rows))), one.pad)
+    attention = torch.zeros_like(ids, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, -len(row) :], attention[i, -len(row) :] = torch.tensor(row), True
+    draws = Draws.at(seed, first * samples, len(rows), device)
+    spoken = sample([(one.network, 1.0)], ids.to(device), attention.to(device), draws, new=new, eos=one.eos,
+                    pad=one.pad, temperature=temperature)  # fmt: skip
+    said = []
+    for i, (row, counts) in enumerate(zip(spoken.ids.cpu(), spoken.counts.cpu(), strict=True)):
+        tokens = row[counts].tolist()
+        ended = one.eos in tokens
+        text = one.tokenizer.decode(tokens[:-1] if ended else tokens, clean_up_tokenization_spaces=False)
+        said.append(Said(opened(asked[i // samples], text), ended))
+    return [said[i : i + samples] for i in range(0, len(said), samples)]
+
+
+def solved(one: Decoder, held: Sequence[Problem], new: int, together: int) -> dict[str, float]:
+    """`accuracy`, and the share of texts that `ended` within the limit, of the likeliest answers."""
+    count = Counter()
+    for first in range(0, len(held), together):
+        part = held[first : first + together]
+        found = answer(one, first, part, samples=1, new=new, temperature=GREEDY, seed=0)
+        for problem, (said,) in zip(part, found, strict=True):
+            count["ended"] += said.ended
+            count["accuracy"] += said.ended and right(said.text, problem.answer)
+    return {name: count[name] / len(held) for name in ("accuracy", "ended")}

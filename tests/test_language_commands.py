@@ -1,0 +1,90 @@
+"""Encoders, pruning and traces by their commands: tables, dry runs, refusals in a line, and recipes that are taken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stepdistill.baselines import get
+from stepdistill.cli import main as cli
+from stepdistill.training.config import from_yaml
+
+FOLDER = Path(__file__).parents[1] / "train_scripts" / "configs" / "baselines"
+RECIPES = {
+    "distilbert_bert": "distilbert", "distilbert_minilm": "distilbert", "tinybert_bert": "tinybert",
+    "tinybert_minilm": "tinybert", "minitron_llama": "minitron", "minitron_qwen": "minitron",
+    "minitron_smollm2": "minitron", "r1_qwen": "r1_traces",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "name"), RECIPES.items())
+def test_a_recipe_is_a_configuration_of_its_method(file, name):
+    text = (FOLDER / f"{file}.yaml").read_text()
+    config = from_yaml(FOLDER / f"{file}.yaml", get(name).config)
+    config.check()
+    assert f"baselines/{file}.yaml" in text and f" {name} " in text
+
+
+def test_other_methods_take_the_pruned_student_and_its_controls():
+    file = FOLDER / "minitron_smollm2.yaml"
+    own = from_yaml(file, get("minitron").config)
+    for name in ("forward_kl", "gkd", "distillm", "minillm"):
+        other = from_yaml(file, get(name).config)
+        assert other.shared == own.shared and other.student.startswith("prune:")
+
+
+FEW = ["--quick", "--max-train-steps", "2", "--teacher-steps", "2", "--batch-size", "4"]
+COMMANDS = {
+    "minitron": ["--limit", "60", "--validation", "4", "--test-tokens", "300", "--shown", "2"],
+    "distilbert": ["--limit", "40", "--held-out", "20"],
+    "tinybert": ["--limit", "40", "--held-out", "20", "--task-limit", "20", "--task-steps", "2", "--general-steps", "2",
+                 "--intermediate-steps", "2"],
+    "r1_traces": ["--digits", "1", "--problems", "20", "--held-out", "5"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def taught(monkeypatch):
+    """A teacher of sums that is right: one of two updates is not."""
+    from stepdistill.baselines.language import arithmetic, r1_traces
+    from stepdistill.baselines.language.traces import Said
+
+    def right(one, first, problems, **_):
+        return [[Said(arithmetic.worked(problem).completion, True)] for problem in problems]
+
+    monkeypatch.setattr(r1_traces, "answer", right)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_quick_run_ends_with_a_table_and_measured_anew_it_is_the_same(name, tmp_path, capsys, taught):
+    command = ["baselines", "run", name, *FEW, *COMMANDS[name], "--out", str(tmp_path)]
+    assert cli([*command, "--dry-run"]) == 0
+    assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "results.json").exists()
+    assert cli(command) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert {"teacher", "control", "student"} <= {row["role"] for row in rows}
+    assert "student" in capsys.readouterr().out and (tmp_path / "student-0" / "model" / "config.json").exists()
+    assert cli(["baselines", "eval", str(tmp_path)]) == 0
+    again = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["figures"] for row in again] == [row["figures"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "said"),
+    [
+        ("minitron", ["--student", "prune:heads=0.99"], "0.99 of 2 heads that share keys pruned, which leaves none"),
+        ("minitron", ["--teacher", "tiny-gpt2", "--student", "prune:channels=0.3"], "give channels=0.5 and heads=0.5"),
+        ("distilbert", ["--data", "/nowhere.txt"], "--data: got /nowhere.txt"),
+        ("tinybert", ["--width", "30"], "width: got 30; allowed: multiples of 4"),
+        ("r1_traces", [], "of which the verifier accepts none"),
+        ("r1_traces", ["--student", "config:hidden_size=50"], "student: got config:hidden_size=50"),
+        ("r1_traces", ["--student", "/nowhere/model"], "got /nowhere/model, which is no folder"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_2(name, more, said, tmp_path, capsys):
+    command = ["baselines", "run", name, *FEW, *COMMANDS[name], "--out", str(tmp_path), *more]
+    assert cli(command) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and said in error

@@ -1,0 +1,205 @@
+"""R1-style distillation: what the verifier takes, what is kept, what templates may not take away, and a whole run."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+import transformers as hf
+
+from stepdistill.baselines.base import Learner
+from stepdistill.baselines.language import arithmetic, r1_traces, tiny, traces
+from stepdistill.baselines.language.models import Decoder
+from stepdistill.baselines.language.problems import Problem, final_answer, open_problems, right
+from stepdistill.baselines.language.r1_traces import R1TracesConfig
+from stepdistill.baselines.language.traces import Said, keep, sample_all
+from stepdistill.errors import InputError
+
+STRIPS = (  # as DeepSeek-R1's: what an assistant thought is cut off, and thinking is begun for it
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "verdict"),
+    [
+        ("<think>7+5+0=12</think>432", "432", True),
+        ("<think>432</think>431", "432", False),
+        ("<think>it is 432", "432", False),  # it never came to an end
+        ("<think>432</think>", "432", False),  # it never said
+        ("the sum of 3 and 4 is 7", "7", True),
+        (r"so \boxed{\frac{1}{2}} of 10", r"\boxed{\frac{1}{2}}", True),
+        (r"first \boxed{3}, no, \boxed{4}.", "4", True),
+        (r"\boxed{4", "4", False),
+        ("They pay $1,234.50 in all.", "1234.5", True),
+        ("it falls to -3", "3", False),
+        ("60%", "60", True),
+        ("The answer: Paris", "the answer:  paris", True),
+        ("he has 5 and 7, so\n#### 12", "5 + 7 = 12\n#### 12", True),
+        ("", "0", False),
+    ],
+)
+def test_the_verifier_takes_what_a_text_comes_to_and_nothing_else(text, answer, verdict):
+    assert right(text, answer) is verdict
+
+
+def test_what_is_thought_is_no_answer():
+    assert final_answer("<think>1</think>2</think>3") == "3" and final_answer("<think>1") is None
+
+
+def test_a_worked_sum_is_right_in_every_step():
+    for a in range(10, 100, 7):
+        for b in range(10, 100, 3):
+            text = arithmetic.worked(Problem(f"{a}+{b}=", str(a + b))).completion
+            assert right(text, str(a + b))
+            carry, digits = 0, []
+            for x, y, carried, total in re.findall(r"(\d)\+(\d)\+(\d)=(\d\d)", text):
+                assert int(carried) == carry and int(x) + int(y) + carry == int(total)
+                carry, digit = divmod(int(total), 10)
+                digits.append((int(x), int(y), digit))
+            assert [sum(d[i] * 10**n for n, d in enumerate(digits)) for i in range(2)] == [a, b]
+            assert carry * 100 + sum(d[2] * 10**n for n, d in enumerate(digits)) == a + b
+
+
+def test_sums_are_different_and_none_is_held_out_that_was_learnt():
+    train, held = arithmetic.sums(3000, 500, 2, seed=0)
+    prompts = [p.prompt for p in [*train, *held]]
+    assert len(set(prompts)) == 3500 and len(train) == 3000
+    with pytest.raises(InputError, match="got 40000 with those held out; allowed: 4050 of 2 digits"):
+        arithmetic.sums(39_000, 1000, 2, seed=0)
+
+
+def test_of_what_is_said_the_first_right_ones_are_kept_once_each():
+    said = [
+        Said("<think>7+5=12</think>12", True),
+        Said("<think>7+5=13</think>13", True),
+        Said("<think>7+5=12</think> 12\n", True),
+        Said("<think>7+5=12</think>  12", True),
+        Said("12", True),
+        Said("<think> </think>12", True),
+        Said("<think>5+7=12</think>12", False),
+        Said("<think>5+7=12</think>12", True),
+        Said("<think>6+6=12</think>12", True),
+    ]
+    kept, fell = keep(Problem("7+5=", "12"), said, most=3)
+    assert kept == ["<think>7+5=12</think>12", "<think>7+5=12</think> 12\n", "<think>5+7=12</think>12"]
+    assert fell == {"wrong": 1, "said before": 1, "without reasoning": 2, "too long": 1, "enough": 1}
+    assert keep(Problem("7+5=", "11"), said, most=3)[0] == []
+
+
+def test_sampling_goes_on_where_it_was_cut_and_refuses_other_settings(tmp_path):
+    problems, asked = [Problem(str(i), str(i)) for i in range(7)], []
+
+    def say(first: int, some: list[Problem]) -> list[list[Said]]:
+        asked.append(first)
+        return [[Said(f"{first + i} to {one.prompt}", True)] for i, one in enumerate(some)]
+
+    whole = sample_all(tmp_path / "whole.jsonl", problems, say, 2, {"seed": 0})
+    text = (tmp_path / "whole.jsonl").read_text()
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text("".join(text.splitlines(keepends=True)[:4]) + '[{"text": "3 to')  # three whole, one cut
+    asked.clear()
+    assert sample_all(cut, problems, say, 2, {"seed": 0}) == whole and asked == [2, 4, 6]
+    assert cut.read_text() == text
+    asked.clear()
+    assert sample_all(cut, problems, say, 2, {"seed": 0}) == whole and not asked
+    with pytest.raises(InputError, match="sampled with other settings"):
+        sample_all(cut, problems, say, 2, {"seed": 1})
+
+
+def test_completions_end_and_alone_count():
+    tokenizer = arithmetic.build(0)[1]
+    texts = [(Problem("7+5=", "12"), ["<think>7+5+0=12</think>12"]), (Problem("17+25=", "42"), ["42", "<think>4"])]
+    rows = R1TracesConfig()._rows(tokenizer, texts)
+    counted = [tokenizer.decode(row[mask]) for row, mask in zip(rows.ids, rows.counts, strict=True)]
+    assert counted == ["<think>7+5+0=12</think>12<end>", "42<end>", "<think>4<end>"]
+    shown = [tokenizer.decode(row[mask]) for row, mask in zip(rows.ids, rows.attention, strict=True)]
+    assert shown == ["7+5=" + counted[0], "17+25=42<end>", "17+25=<think>4<end>"]
+    few = R1TracesConfig(completion=4)._rows(tokenizer, texts)
+    assert [tokenizer.decode(row[mask]) for row, mask in zip(few.ids, few.counts, strict=True)] == counted[1:]
+
+
+def test_a_template_that_strips_reasoning_strips_none(monkeypatch):
+    """Nor does one that begins to think for the model, be it the teacher's, the student's, or both."""
+    text = "7+5+0=12</think>12"
+    network = arithmetic.build(0)[0]
+    tokenizer, plain = (tiny.train_tokenizer(["7+5=12"], 300) for _ in range(2))
+    tokenizer.chat_template = STRIPS
+    message = [{"role": "user", "content": "7+5="}, {"role": "assistant", "content": f"<think>{text}"}]
+    assert tokenizer.apply_chat_template(message, tokenize=False) == "7+5=12"  # the usual mistake
+
+    ids = torch.tensor(tokenizer(f"{text}{tiny.END}", add_special_tokens=False).input_ids)[None]
+    monkeypatch.setattr(traces, "sample", lambda *_, **__: traces_of(ids))
+    problem = Problem("7+5=", "12")
+    [[said]] = traces.answer(Decoder(network, tokenizer, ""), 0, [problem], samples=1, new=40, temperature=1.0, seed=0)
+    assert said == Said(f"<think>\n{text}", True)
+    for student, rest in ((tokenizer, text), (plain, f"<think>\n{text}")):
+        rows = R1TracesConfig()._rows(student, [(problem, [said.text])])
+        whole = student.decode(rows.ids[0][rows.attention[0]])
+        assert whole.replace("\n", "") == f"7+5=<think>{text}{tiny.END}"
+        assert rows.counts.sum() == len(student(rest, add_special_tokens=False).input_ids) + 1
+
+
+def traces_of(ids: torch.Tensor):
+    from stepdistill.baselines.language.generate import Spoken
+
+    return Spoken(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool))
+
+
+FEW = {"digits": 1, "problems": 20, "held_out": 10, "teacher_steps": 3, "samples": 2, "max_train_steps": 4,
+       "batch_size": 4, "together": 8, "checkpoint_every": 2, "log_every": 1, "completion": 24}  # fmt: skip
+
+
+def test_a_verifier_that_rejects_all_is_said_in_a_line(tmp_path):
+    with pytest.raises(InputError, match="got 40 answers, of which the verifier accepts none") as said:
+        R1TracesConfig(out=tmp_path, **FEW).run()
+    assert "\n" not in str(said.value) and "raise --samples" in str(said.value)
+
+
+def test_a_run_that_is_cut_goes_on_to_the_same_figures(tmp_path, monkeypatch):
+    def truly(one, first, problems, **_):
+        return [[Said(arithmetic.worked(p).completion, True), Said("<think>1</think>99", True)] for p in problems]
+
+    def never(*_, **__):
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr(r1_traces, "answer", truly)  # a teacher that is right every other time
+    whole = R1TracesConfig(out=tmp_path / "whole", **FEW).run()
+    step = Learner.step
+
+    def cut(self):
+        if self.out.name == "student-0" and self.update == 3:
+            raise ConnectionAbortedError
+        return step(self)
+
+    monkeypatch.setattr(Learner, "step", cut)
+    with pytest.raises(ConnectionAbortedError):
+        R1TracesConfig(out=tmp_path / "cut", **FEW).run()
+    monkeypatch.setattr(Learner, "step", step)
+    monkeypatch.setattr(r1_traces, "answer", never)
+    again = R1TracesConfig(out=tmp_path / "cut", **FEW).run()
+    weights = [(tmp_path / name / "student-0/weights/student.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+    assert [row.figures for row in again.rows] == [row.figures for row in whole.rows]
+    assert [row.role for row in whole.rows] == ["teacher", "before", "control", "student"]
+    assert whole.note.startswith("of 40 answers to 20 problems 20 are kept, to 20 problems; not kept: 20 wrong")
+    assert hf.AutoModelForCausalLM.from_pretrained(tmp_path / "whole/student-0/model").config.hidden_size == 48
+
+
+def test_problems_of_a_file_are_read_and_bad_ones_named(tmp_path):
+    file = tmp_path / "problems.jsonl"
+    rows = [{"prompt": f"{i} + 1?", "answer": i + 1} for i in range(10)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    train, held = open_problems(str(file), 5, 5, digits=1, seed=0)
+    assert (len(train), held) == (5, [Problem("9 + 1?", "10")])
+    file.write_text('{"prompt": "1 + 1?"}\n')
+    with pytest.raises(InputError, match="allowed: lines with prompt and answer"):
+        open_problems(str(file), 5, 5, digits=1, seed=0)
+    file.write_text("")
+    with pytest.raises(InputError, match="got 0 problems and 0 held out"):
+        open_problems(str(file), 5, 5, digits=1, seed=0)
+    with pytest.raises(InputError, match=r"teacher: got tiny for problems\.jsonl"):
+        R1TracesConfig(task="problems.jsonl").check()
