@@ -96,7 +96,7 @@ def test_cross_entropy_is_its_sum(said):
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_generalized_jsd_is_that_of_trl(said, beta):
-    pytest.importorskip("trl", reason="trl is not installed: pip install 'stepdistill[lm]'")
+    pytest.importorskip("trl", reason="trl is not installed: pip install 'stepdistill[trl]'")
     from trl.experimental.gkd import GKDTrainer
 
     student, teacher, mask = said

@@ -96,7 +96,7 @@ class GKDConfig(DecoderConfig):
         if not self.temperature > 0:
             raise InputError(f"temperature: got {self.temperature:g}; allowed: above 0; try 1")
         if self.trainer == "trl" and importlib.util.find_spec("trl") is None:
-            raise InputError("trainer: got trl, but trl is not installed; pip install 'stepdistill[lm]', or take own")
+            raise InputError("trainer: got trl, but trl is not installed; pip install 'stepdistill[trl]', or take own")
 
     def lesson(self, teacher: Decoder, corpus: Corpus) -> GKD:
         """The loss of the student."""
