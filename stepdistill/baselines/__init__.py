@@ -38,8 +38,8 @@ BASELINES: dict[str, Baseline] = {
                        " learns from the whole one"),
     "snapfusion": Baseline("architecture.snapfusion:SnapFusionConfig", "Li et al. 2023", "a diffusion model's UNet"
                            " loses the blocks it can spare and learns to take one guided step for two"),
-    "prune_then_steps": Baseline("architecture.prune_then_steps:PruneThenStepsConfig", "both kinds", "bk_sdm, then LCM"
-                                 " or LADD of what it made: fewer blocks and fewer steps on one plot"),
+    "prune_then_steps": Baseline("architecture.prune_then_steps:PruneThenStepsConfig", "Kim 2023, Luo 2023", "bk_sdm,"
+                                 " then LCM or LADD of what it made: fewer blocks and fewer steps on one plot"),
 }  # fmt: skip
 
 
