@@ -97,8 +97,8 @@ def _wide(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockRemoval(Lesson):
-    """task_weight |y - y*|² + output_weight |y - y_T|² + feature_weight Σ |f - f_T|², means over all but the sum (eqs.
-    1 to 4). y* is the answer of the data, in what the teacher predicts: eps, or v."""
+    """task_weight |y - y*|² + output_weight |y - y_T|² + feature_weight Σ |f - f_T|², means over all but the sum over
+    blocks (section 3.2). y* is the answer of the data, in what the teacher predicts: eps, or v."""
 
     pairs: Pairs
     task_weight: float = 1.0

@@ -115,7 +115,7 @@ class Contest:
             drawn = pictures(
                 {spec.name: spec}, config.out / "bench", protocol=config.protocol, n=config.pictures, steps=(steps,)
             )
-            figures |= drawn[spec.name, steps]
+            figures |= {k: v for k, v in drawn[spec.name, steps].items() if k != "picture_ms"}
         return Row(role, name, figures, parameters(unet), seconds, seed)
 
     def _export(self, unet: nn.Module, out: Path, seconds: float) -> None:

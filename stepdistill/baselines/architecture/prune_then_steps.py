@@ -113,7 +113,7 @@ class PruneThenStepsConfig(BKSDMConfig):
             self._drawn(ModelSpec(path, name, guidance=self.guidance, scheduler="ddim"), self.plain_steps)
             found = self._drawn(ModelSpec(str(few), f"{name} + {self.distiller}"), self.steps)
             figures = {f"fd_{n}": found[n]["fd"] for n in self.steps}
-            figures |= {k: v for k, v in found[self._decides].items() if k in ("attribute_accuracy", "picture_ms")}
+            figures |= {key: value for key, value in found[self._decides].items() if key != "fd"}
             seconds += row.seconds or 0
             results.rows.append(
                 dataclasses.replace(row, name=f"{name} + {self.distiller}", figures=figures, seconds=seconds)

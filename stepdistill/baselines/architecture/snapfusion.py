@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from stepdistill.baselines.architecture import blocks
 from stepdistill.baselines.architecture.config import ArchitectureConfig
@@ -108,6 +109,8 @@ class SnapFusionConfig(ArchitectureConfig):
     """gamma: of the loss that diffusion models are trained with. The control has it alone, with weight 1."""
     balanced: bool = True
     """Bring that loss to the size of the distillation's before it is weighted."""
+    learning_rate: float = 1e-4
+    """At the plateau: less than where blocks that matter are gone."""
 
     QUICK: ClassVar[Mapping[str, object]] = {
         "limit": 128, "held_out": 32, "judged": 16, "pictures": 0, "max_train_steps": 6, "batch_size": 4,
@@ -166,13 +169,16 @@ class SnapFusionConfig(ArchitectureConfig):
         judged = Samples(held.cache, held.first, min(self.judged, held.count))
 
         def measure(shape: Shape) -> blocks.Cost:
+            bar.update()
             unet = pruned(like.backbone, shape).eval()
             fastest = call_times(like, unet, judged, repeats=40)[0]  # what else goes on can only add to it
             return blocks.Cost(fastest, held_out(like, unet, judged)["distance_to_teacher"])
 
         settings = {"teacher": self.teacher, "data": self.data, "saving": self.saving, "judged": judged.count}
         choose = partial(blocks.evolve, whole, measure, self.saving)
-        with PartialState().main_process_first():
+        state = PartialState()
+        bar = tqdm(desc="judging blocks", unit=" UNets", dynamic_ncols=True, disable=not state.is_local_main_process)
+        with state.main_process_first(), bar:
             rounds = choose() if self.dry_run else blocks.kept_rounds(self.out / "blocks.json", settings, choose)
         blocks.show(rounds)
         return rounds[-1].shape
