@@ -158,6 +158,7 @@ class DecoderConfig(BaselineConfig):
         if self.teacher in TINY:
             config = shared.part("teacher", max_train_steps=self.teacher_steps)
             spent = learn(CrossEntropy(), Pupils(teacher.network), corpus.train, config)
+            first = self.make_student(teacher, corpus, self.seeds[0]).to(state.device)  # of the trained one
         results = Results(self.NAME, "nll", False, self._over(corpus), note=measure.NOTE)
         said: dict[str, list[str]] = {}
 
@@ -176,10 +177,8 @@ class DecoderConfig(BaselineConfig):
             seconds = learn(CrossEntropy(), Pupils(control), corpus.train, shared.part(f"control-{seed}", seed=seed))
             row("control", "cross-entropy", control, seconds, seed)
             del control
-            student, part = (
-                self.make_student(teacher, corpus, seed).to(state.device),
-                self.part(f"student-{seed}", seed=seed),
-            )
+            student = self.make_student(teacher, corpus, seed).to(state.device)
+            part = self.part(f"student-{seed}", seed=seed)
             row("student", self.NAME, student, part.teach(teacher, student, corpus), seed)
             if not self.dry_run and state.is_main_process:
                 save(student, teacher, part.out / "model")
