@@ -56,6 +56,7 @@ def test_a_run_ends_with_teacher_before_control_and_student(name, text, first, t
     assert list(found) == ["teacher", "before", "control", "student"]
     shared = [{role: values for role, values in figures(run).items() if role != "student"} for run in (first, out)]
     assert shared[0] == shared[1]
+    assert found["before"]["nll"] < math.log(300)  # of a trained teacher's layers, not of random ones
     for values in found.values():
         assert values["perplexity"] == pytest.approx(math.exp(values["nll"]))
     assert found["control"]["nll"] < found["before"]["nll"]
@@ -97,6 +98,14 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(text, first, tmp_path, monk
     a, b = (load_file(run / "student-0" / "weights" / "student.safetensors") for run in (tmp_path, first))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert figures(tmp_path) == figures(first)
+
+
+def test_trained_in_half_precision_networks_are_measured_in_full(text, tmp_path):
+    """Of a run that is finished weights are only loaded, so that figures would differ from those of the first time."""
+    main(words("forward_kl", text, tmp_path, "--mixed-precision", "bf16"))
+    before = figures(tmp_path)
+    main(["eval", str(tmp_path)])
+    assert figures(tmp_path) == before
 
 
 def test_measured_anew_a_run_has_the_same_figures(first):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
@@ -167,7 +168,7 @@ class Learner(Loop):
 
 def learn(lesson: Lesson, models: Pupils, data: Data | Callable[[], Data], config: LoopConfig) -> float:
     """Trains `models.student` in place, from where an earlier run of the same command left it. It ends in evaluation
-    mode.
+    mode, and in full precision, as it is where its weights are only loaded.
 
     Args:
         data: or what makes it, where that takes long: asked for only if there is something to train.
@@ -188,6 +189,9 @@ def learn(lesson: Lesson, models: Pupils, data: Data | Callable[[], Data], confi
         for role in filter(lambda role: role in models.trained, models.others):
             load_model(models.others[role], str(done / f"{role}.safetensors"))
     models.student = models.bare.eval()
+    for network in (models.student, models.teacher):
+        if network is not None:
+            extract_model_from_parallel(network, keep_fp32_wrapper=False)
     if config.dry_run:
         return 0.0
     return json.loads((Path(config.out) / "done.json").read_text())["seconds"]

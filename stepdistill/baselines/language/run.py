@@ -183,10 +183,8 @@ class DecoderConfig(BaselineConfig):
             seconds = learn(CrossEntropy(), Pupils(control), corpus.train, shared.part(f"control-{seed}", seed=seed))
             row("control", "cross-entropy", control, seconds, seed)
             del control
-            student, part = (
-                self.make_student(teacher, corpus, seed).to(state.device),
-                self.part(f"student-{seed}", seed=seed),
-            )
+            student = self.make_student(teacher, corpus, seed).to(state.device)
+            part = self.part(f"student-{seed}", seed=seed)
             row("student", self.NAME, student, part.teach(teacher, student, corpus), seed)
             if not self.dry_run and state.is_main_process:
                 save(student, teacher.tokenizer, part.out / "model")
