@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.baselines.language.families import family, head_size, shares_keys
+from stepdistill.baselines.reduce import wide
 from stepdistill.errors import InputError
 from stepdistill.hooks import first_input, listening, output
 
@@ -71,8 +72,8 @@ class Kept:
 
 @torch.no_grad()
 def importance(network: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]]) -> Importance:
-    """From a few batches (ids, mask), each (B, S): section 2.2, with the mean over a sequence and the L2 norm over
-    sequences that section 4.1 found best.
+    """From a few batches (ids, mask), each (B, S): the mean over a sequence, and of these the L2 norm over sequences,
+    which the authors found best.
 
     A channel counts by |what norms give out|, over all of them; a head by the norm of what it sends on; a neuron by
     |its activation|; a layer by 1 - cos(what goes in, what comes out).
@@ -105,7 +106,7 @@ def importance(network: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:
     """Over a sequence: (B, S, ...) and (B, S) to (B, ...)."""
-    values = values if values.dtype == torch.float64 else values.float()
+    values = wide(values)
     return torch.einsum("bs...,bs->b...", values, weights.to(values))
 
 
