@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from stepdistill.schedules import working_dtype
 
 
 def wide(x: Tensor) -> Tensor:
     """As float32, or as it is where it is float64: what losses are computed in."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(working_dtype(x))
 
 
 def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -22,12 +22,11 @@ from stepdistill.baselines.architecture.contest import Contest
 from stepdistill.baselines.architecture.prune import Shape, origin
 from stepdistill.baselines.architecture.unets import UNets, Untaught, dropped, noised
 from stepdistill.baselines.base import Batch, Lesson
-from stepdistill.baselines.reduce import masked_mean
+from stepdistill.baselines.reduce import masked_mean, wide
 from stepdistill.baselines.results import Results
 from stepdistill.errors import InputError
 from stepdistill.hooks import listening
 from stepdistill.methods.base import Clock, Loss
-from stepdistill.schedules import working_dtype
 
 if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
@@ -88,11 +87,7 @@ def feature_pairs(whole: Shape, shape: Shape) -> Pairs:
 
 def feature_distance(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], pairs: Pairs) -> Tensor:
     """The sum over pairs of the mean square difference, scalar."""
-    return torch.stack([masked_mean((_wide(own[a]) - _wide(theirs[b])).square()) for a, b in pairs]).sum()
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(working_dtype(x))
+    return torch.stack([masked_mean((wide(own[a]) - wide(theirs[b])).square()) for a, b in pairs]).sum()
 
 
 @dataclass(frozen=True)

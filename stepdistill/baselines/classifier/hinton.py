@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils, learn
 from stepdistill.baselines.classifier.data import Labelled, normalise, open_labelled, view
 from stepdistill.baselines.classifier.networks import build
-from stepdistill.baselines.reduce import masked_mean
+from stepdistill.baselines.reduce import masked_mean, wide
 from stepdistill.baselines.results import Results, Row
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock, Loss
@@ -31,8 +31,7 @@ def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
     T² keeps the gradient's size as T grows (section 2.1): that of the soft term alone goes as 1/T².
     """
-    student, teacher = (x if x.dtype == torch.float64 else x.float() for x in (student, teacher))
-    p, q = ((x / temperature).log_softmax(-1) for x in (teacher, student))
+    p, q = ((wide(x) / temperature).log_softmax(-1) for x in (teacher, student))
     return temperature**2 * (p.exp() * (p - q)).sum(-1)
 
 

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from stepdistill.baselines.reduce import masked_mean
+from stepdistill.baselines.reduce import masked_mean, wide
 
 
 def shift(logits: Tensor, ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,7 +35,7 @@ def shift(logits: Tensor, ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, 
 
 def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """-log S(label): the mean over the mask."""
-    values = nn.functional.cross_entropy(_wide(logits).transpose(1, 2), labels, reduction="none")
+    values = nn.functional.cross_entropy(wide(logits).transpose(1, 2), labels, reduction="none")
     return masked_mean(values, mask)
 
 
@@ -110,8 +110,4 @@ def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
 
 
 def _log_probs(logits: Tensor, temperature: float) -> Tensor:
-    return (_wide(logits) / temperature).log_softmax(-1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return (wide(logits) / temperature).log_softmax(-1)
