@@ -204,7 +204,8 @@ def test_several_seeds_are_rows_and_the_table_shows_their_mean(tmp_path, pipelin
     assert [row["latency_ms"] is not None for row in rows] == [True, False]
     shown = [line.split() for line in said.splitlines() if line.strip().startswith("t ")]
     mean = sum(row["fd"] for row in rows) / 2
-    assert len(shown) == 1 and float(shown[0][3].replace(",", "")) == pytest.approx(mean, rel=1e-2)
+    assert len(shown) == 1 and shown[0][3] == "2"  # seeds
+    assert float(shown[0][4].replace(",", "")) == pytest.approx(mean, rel=1e-2)
     assert "seeds 0, 1" in (out / "report.md").read_text()
     assert run(capsys, *command, "--seed", 2)[0] == 0
     assert [json.loads(line)["seed"] for line in (out / "results.jsonl").read_text().splitlines()] == [0, 1, 2]
