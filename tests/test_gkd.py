@@ -133,9 +133,8 @@ def test_trls_trainer_takes_the_same_samples_to_the_same_loss(tmp_path):
 
 def test_without_trl_its_trainer_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        InputError, match=r"trainer: got trl, but trl is not installed; pip install 'stepdistill\[lm\]'"
-    ):
+    said = r"trainer: got trl, but trl is not installed; pip install 'stepdistill\[trl\]'"
+    with pytest.raises(InputError, match=said):
         GKDConfig(trainer="trl").check()
 
 
