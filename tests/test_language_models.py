@@ -16,7 +16,6 @@ from stepdistill.baselines.language.measure import perplexity
 from stepdistill.baselines.language.models import (
     check_vocabulary,
     copy_layers,
-    count_parameters,
     evenly,
     layers_name,
     logits,
@@ -24,6 +23,7 @@ from stepdistill.baselines.language.models import (
     open_decoder,
 )
 from stepdistill.baselines.language.tiny import train_tokenizer
+from stepdistill.baselines.results import count_parameters
 from stepdistill.errors import InputError
 
 IDS = torch.arange(24).view(2, 12)

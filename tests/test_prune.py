@@ -14,7 +14,8 @@ from torch import nn
 
 from stepdistill.baselines.architecture.bk_sdm import feature_pairs, shape_of
 from stepdistill.baselines.architecture.blocks import removals
-from stepdistill.baselines.architecture.prune import Shape, config_of, fresh, origin, parameters, pruned
+from stepdistill.baselines.architecture.prune import Shape, config_of, fresh, origin, pruned
+from stepdistill.baselines.results import count_parameters
 from stepdistill.errors import InputError
 
 SIZES = ("base", "small", "tiny")
@@ -50,11 +51,11 @@ def answer(unet: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize(("size", "hundredths"), [(None, 86), ("base", 58), ("small", 49), ("tiny", 33)])
 def test_sizes_of_stable_diffusion_are_the_published_ones(sd15, size, hundredths):
     if size is None:
-        assert math.ceil(parameters(sd15) / 1e7) == hundredths
+        assert math.ceil(count_parameters(sd15) / 1e7) == hundredths
         return
     with torch.device("meta"):
         small = fresh(sd15, shape_of(Shape.of(sd15), size))
-    assert math.ceil(parameters(small) / 1e7) == hundredths
+    assert math.ceil(count_parameters(small) / 1e7) == hundredths
 
 
 @pytest.mark.parametrize("size", SIZES)

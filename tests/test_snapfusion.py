@@ -17,10 +17,11 @@ from test_progressive import Affine
 from stepdistill.baselines.architecture import blocks, snapfusion
 from stepdistill.baselines.architecture.blocks import Cost, evolve, removals
 from stepdistill.baselines.architecture.contest import exported
-from stepdistill.baselines.architecture.prune import Shape, parameters
+from stepdistill.baselines.architecture.prune import Shape
 from stepdistill.baselines.architecture.snapfusion import CFGAware, SnapFusionConfig
 from stepdistill.baselines.architecture.unets import Untaught
 from stepdistill.baselines.base import Batch
+from stepdistill.baselines.results import count_parameters
 from stepdistill.cli import baselines as cli
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
@@ -203,7 +204,7 @@ def deep(tmp_path_factory) -> str:
 @pytest.fixture
 def config(deep, pictures, tmp_path, monkeypatch) -> SnapFusionConfig:
     """A run of four updates, in which a parameter takes a millisecond."""
-    monkeypatch.setattr(snapfusion, "call_times", lambda like, unet, *_, **__: [float(parameters(unet))])
+    monkeypatch.setattr(snapfusion, "call_times", lambda like, unet, *_, **__: [float(count_parameters(unet))])
     return SnapFusionConfig(
         teacher=deep, data=pictures, out=tmp_path / "run", pictures=0, held_out=2, judged=2, max_train_steps=4,
         batch_size=2, checkpoint_every=2, log_every=1, lr_warmup=0, saving=0.2, steps=4, cfg_probability=0.5,

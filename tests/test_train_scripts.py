@@ -155,14 +155,15 @@ def test_yaml_values_become_the_fields_types(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rank: lots", "got rank: 'lots' in .*; allowed: a whole number"),
-        ("learning_rate: high", "got learning_rate: 'high' in .*; allowed: a number"),
-        ("compile: 3", "got compile: 3 in .*; allowed: true or false"),
-        ("loss: l1", "got loss: 'l1' in .*; allowed: huber, l2"),
+        ("rank: lots", "--config .*run.yaml: got rank: 'lots'; allowed: a whole number"),
+        ("learning_rate: high", "got learning_rate: 'high'; allowed: a number"),
+        ("compile: 3", "got compile: 3; allowed: true or false"),
+        ("loss: l1", "got loss: 'l1'; allowed: huber, l2"),
         ("adam_betas: [0.9]", "got adam_betas: .*; allowed: a list of 2"),
-        ("lerning-rate: 1", "got key 'lerning-rate' .*; did you mean 'learning_rate'"),
-        ("- rank", "holds no mapping"),
-        ("rank: [", "allowed: a readable YAML file"),
+        ("lerning-rate: 1", r"got the field 'lerning_rate'; .*; did you mean learning_rate\?"),
+        ("- rank", r"got \['rank'\]; allowed: fields with values"),
+        ("rank: [", "no YAML .*; allowed: names and values in UTF-8"),
+        ("rank: 4\nrank: 8", "rank stands there twice"),
     ],
 )
 def test_bad_yaml_is_named(tmp_path, text, message):

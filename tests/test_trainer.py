@@ -307,7 +307,7 @@ def test_yaml_gives_defaults_flags_win_and_typos_are_named(tmp_path):
     config = parse(LCMConfig, None, ["--config", str(file), "--rank", "16"])
     assert (config.learning_rate, config.rank, config.guidance) == (1e-3, 16, (2.0, 4.0))
     file.write_text("learning_rat: 1e-3\n")
-    with pytest.raises(InputError, match=r"got key 'learning_rat' .* did you mean 'learning_rate'"):
+    with pytest.raises(InputError, match=r"got the field 'learning_rat'; .* did you mean learning_rate\?"):
         parse(LCMConfig, None, ["--config", str(file)])
 
 

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from torch import nn
+
 from stepdistill.errors import InputError
 
 Role = Literal["teacher", "before", "control", "student"]
@@ -78,6 +80,11 @@ class Results:
         file = out / "results.json"
         write_record(file, self.record() | {"config": dict(config or {})}, "cpu" if on_cpu() else "cuda")
         return file
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Parameters; shared ones once."""
+    return sum(p.numel() for p in network.parameters())
 
 
 def gap_closed(teacher: float, control: float, student: float, least: float = 0.02) -> float | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from stepdistill.errors import InputError
 from stepdistill.evaluation import shipped
+from stepdistill.typed import read_yaml
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,8 @@ def catalogue() -> dict[str, Ready]:
     Raises:
         InputError: an entry that is none.
     """
-    import yaml
-
     file = shipped.places("models.yaml")[0]
-    return {name: _read(name, entry, file) for name, entry in yaml.safe_load(file.read_text()).items()}
+    return {name: _read(name, entry, file) for name, entry in read_yaml(file, "ready models").items()}
 
 
 def _read(name: str, entry: Any, file: Path) -> Ready:

@@ -17,6 +17,7 @@ from stepdistill.errors import InputError
 from stepdistill.evaluation import shipped
 from stepdistill.evaluation.cells import Cell, Measured
 from stepdistill.evaluation.summary import digits, percent
+from stepdistill.typed import read_yaml
 
 SHORT = {"clip": "clip_score", "attributes": "attribute_accuracy"}
 LATENCY = "ms"  # median of a whole picture, which is bounded like a figure but has no interval
@@ -87,16 +88,10 @@ def load_gate(name: str | Path) -> Gate:
     Raises:
         InputError: no such gate, no YAML, or unknown or unreadable fields.
     """
-    import yaml
-
     file = shipped.found("gates", name)
     if not file.is_file():
         raise InputError(f"--gate: got {name}; allowed: {', '.join(shipped.names('gates'))}, or a path to a .yaml file")
-    try:
-        told = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        why = str(error).splitlines()[0]
-        raise InputError(f"--gate: got {file}, which cannot be read ({why}); allowed: a gate's .yaml") from error
+    told = read_yaml(file, "--gate")
     allowed = ("description", "rows", "steps", "figures")
     if not isinstance(told, dict) or set(told) - set(allowed) or not isinstance(told.get("figures"), dict):
         raise InputError(f"--gate: got {file}, which is no gate; allowed: figures, and {', '.join(allowed[:3])}; see "

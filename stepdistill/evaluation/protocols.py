@@ -24,7 +24,7 @@ from stepdistill.evaluation import shipped
 from stepdistill.evaluation.frame import Frame
 from stepdistill.evaluation.measures import METRICS
 from stepdistill.evaluation.schedulers import SCHEDULERS, SPACINGS
-from stepdistill.evaluation.typed import built, read_yaml
+from stepdistill.typed import built, read_yaml
 
 DATA = "--data"  # in a protocol's file, as its prompts and reference: the folder is the user's to name
 PROMPTS, REFERENCE = "--prompts", "--reference"  # the same, each by itself

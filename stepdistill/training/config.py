@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.util
 import json
 import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Literal, TypeVar, get_origin, get_type_hints
 
 from stepdistill.errors import InputError
 from stepdistill.training.roles import LORA_TARGETS, adaptable
+from stepdistill.typed import built, read_yaml
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,14 +82,9 @@ class LoopConfig:
 
     def check(self) -> None:
         """Raises InputError where a setting is out of range, or needs a package that is not installed."""
-        positive = ("max_train_steps", "batch_size", "gradient_accumulation", "learning_rate", "checkpoint_every",
-                    "log_every", "max_grad_norm")  # fmt: skip
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name}: got {getattr(self, name)}; allowed: above 0; raise it")
-        for name in ("lr_warmup", "validate_every", "weight_decay", "adam_epsilon"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name}: got {getattr(self, name)}; allowed: 0 or more; 0 is none")
+        self.require("max_train_steps", "batch_size", "gradient_accumulation", "learning_rate", "checkpoint_every",
+                     "log_every", "max_grad_norm", above=0, fix="raise it")  # fmt: skip
+        self.require("lr_warmup", "validate_every", "weight_decay", "adam_epsilon", least=0, fix="0 is none")
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise InputError(f"adam_betas: got {self.adam_betas}; allowed: 0 to below 1; try {LoopConfig.adam_betas}")
         if self.mixed_precision not in ("no", "fp16", "bf16"):
@@ -100,6 +94,28 @@ class LoopConfig:
             _check_installed("trackers", tracker, tracker, "trackers")
         if self.optimizer == "adamw8bit":
             _check_installed("optimizer", "adamw8bit", "bitsandbytes", "quant")
+
+    def require(
+        self, *names: str, least: float | None = None, above: float | None = None, most: float = math.inf,
+        below: float = math.inf, fix: str = "",
+    ) -> None:  # fmt: skip
+        """Raises InputError where a setting is not finite, or not within bounds; one that is None is.
+
+        Args:
+            names: of settings. least, most: bounds that it may be. above, below: those that it may not. fix: of the
+                message.
+        """
+        low = (least if above is None else above) or 0
+        begin = f"{low:g}" if above is None else f"above {low:g}"
+        end = " or more" * (above is None)
+        if most < math.inf:
+            end = f" to {most:g}"
+        elif below < math.inf:
+            end = f" to below {below:g}" if above is None else f", below {below:g}"
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not (low <= value <= most and value < below and value != above):
+                raise InputError(f"{name}: got {value:g}; allowed: {begin}{end}" + f"; {fix}" * bool(fix))
 
     def of(self, role: str) -> LoopConfig:
         """The settings of a role's optimizer; methods with several may give each its own."""
@@ -111,8 +127,8 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(LoopConfig):
-    """Flags of every training script that distils a pipeline."""
+class PipelineConfig(LoopConfig):
+    """Flags of what trains by a diffusion pipeline and pictures."""
 
     teacher: str = "avatars"
     """Pipeline folder, hub id, or an embedded teacher: "avatars", or "avatars-flow", a rectified flow."""
@@ -124,6 +140,14 @@ class TrainConfig(LoopConfig):
     """Image folder with metadata.jsonl, `datasets` name, webdataset shards, cache folder, prompts (.txt), "avatars"."""
     resolution: int | None = None
     """Side of the pictures in pixels; the teacher's own where not given."""
+
+    def check_teacher(self, teacher: Teacher) -> None:
+        """Raises InputError where a teacher cannot be used as the flags say, before its data are encoded."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(PipelineConfig):
+    """Flags of every training script that distils a pipeline into fewer steps."""
 
     lora: bool = True
     """Train an adapter; --no-lora trains every weight."""
@@ -154,12 +178,10 @@ class TrainConfig(LoopConfig):
         """See LoopConfig.check."""
         super().check()
         for name in ("target_ema", "export_ema", "lora_dropout"):
-            if not 0 <= (value := getattr(self, name)) < 1:
-                raise InputError(f"{name}: got {value}; allowed: 0 to below 1; try {getattr(type(self), name)}")
-        if self.lora and self.rank < 1:
-            raise InputError(f"rank: got {self.rank}; allowed: 1 or more; the papers use 64")
-        if self.lora and self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise InputError(f"alpha: got {self.alpha:g}; allowed: above 0; leave it out for alpha = rank")
+            self.require(name, least=0, below=1, fix=f"try {getattr(type(self), name)}")
+        if self.lora:
+            self.require("rank", least=1, fix="the papers use 64")
+            self.require("alpha", above=0, fix="leave it out for alpha = rank")
 
     def method(self) -> Method:
         """The method these flags describe; each method's flags say."""
@@ -171,7 +193,7 @@ class TrainConfig(LoopConfig):
         return 1.0
 
     def check_teacher(self, teacher: Teacher) -> None:
-        """Raises InputError where a teacher cannot be distilled as the flags say, before its data are encoded."""
+        """See PipelineConfig.check_teacher; and that an adapter fits it."""
         if self.lora:
             adaptable(teacher.denoiser.backbone, self.target_modules)
 
@@ -195,61 +217,15 @@ C = TypeVar("C", bound=LoopConfig)
 
 
 def from_yaml(path: Path, kind: type[C]) -> C:
-    """The configuration a YAML file describes.
+    """The configuration a YAML file describes. Names may have hyphens, as flags do; one value does for a list of one.
 
     Raises:
-        InputError: no such file, no mapping in it, an unknown key (with the nearest valid one), or a bad value.
+        InputError: no such file, no mapping in it, an unknown name (with the nearest valid one), or a bad value.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(
-            f"--config: got {path} ({str(error).splitlines()[0]}); allowed: a readable YAML file"
-        ) from error
-    if not isinstance(values, dict):
-        raise InputError(f"--config: got {path}, which holds no mapping; allowed: lines of `flag: value`")
-    hints = get_type_hints(kind)
-    clean = {}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in hints:
-            near = difflib.get_close_matches(name, hints, 1)
-            raise InputError(f"--config: got key {key!r} in {path}; allowed: the script's flags"
-                             + (f"; did you mean {near[0]!r}?" if near else "; see --help"))  # fmt: skip
-        try:
-            clean[name] = _as(hints[name], value)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"--config: got {key}: {value!r} in {path}; allowed: {error}; see --help") from error
-    return kind(**clean)
-
-
-def _as(hint: object, value: object) -> object:
-    """A YAML value as a field's type. Raises ValueError or TypeError that says what is allowed."""
-    options = get_args(hint)
-    if get_origin(hint) in (Union, UnionType):  # T | None
-        return None if value is None else _as(next(o for o in options if o is not type(None)), value)
-    if get_origin(hint) is Literal:
-        if value is False and "no" in options:  # YAML reads a bare no as false
-            value = "no"
-        if value not in options:
-            raise ValueError(", ".join(map(str, options)))
-        return value
-    if get_origin(hint) is tuple:
-        items = value if isinstance(value, list) else [value]
-        if options[-1] is not Ellipsis and len(items) != len(options):
-            raise ValueError(f"a list of {len(options)}")
-        return tuple(_as(options[0], item) for item in items)
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-4 as a string
-        except ValueError:
-            raise ValueError("a number") from None
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if type(value) is not hint:
-        raise TypeError(
-            {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
-        )
-    return value
+    told, kinds = read_yaml(Path(path), "--config"), get_type_hints(kind)
+    if isinstance(told, dict):
+        told = {str(name).replace("-", "_"): value for name, value in told.items()}
+        for name, value in told.items():
+            if get_origin(kinds.get(name)) is tuple and not isinstance(value, list):
+                told[name] = [value]
+    return built(kind, told, f"--config {path}")

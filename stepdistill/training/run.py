@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepdistill.training import folder
-from stepdistill.training.config import TrainConfig
+from stepdistill.training.config import PipelineConfig, TrainConfig
 from stepdistill.training.export import push_rest
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def begin(config: TrainConfig):
     return state
 
 
-def open_teacher(config: TrainConfig, device) -> Teacher:
+def open_teacher(config: PipelineConfig, device) -> Teacher:
     """The teacher, found fit for the run, at the run's picture size."""
     from stepdistill.data.build import picture_size
     from stepdistill.denoiser.load import load_teacher

@@ -150,11 +150,10 @@ class BKSDMConfig(ArchitectureConfig):
                 f"task, output and feature weight: got {got}; allowed: 0 or more, one of the teacher's two above 0"
             )
 
-    def open_teacher(self) -> Teacher:
-        """See ArchitectureConfig.open_teacher; and a UNet of which something can be left out."""
-        teacher = super().open_teacher()
+    def check_teacher(self, teacher: Teacher) -> None:
+        """See ArchitectureConfig.check_teacher; and something of its UNet can be left out."""
+        super().check_teacher(teacher)
         shape_of(Shape.of(teacher.denoiser.backbone), self.size)
-        return teacher
 
     def run(self) -> Results:
         """A control and a student for each seed; each is exported as a pipeline to <out>/ROLE-SEED/export."""

@@ -12,6 +12,7 @@ from stepdistill.baselines.architecture.prune import Shape
 from stepdistill.baselines.architecture.unets import Samples
 from stepdistill.baselines.base import BaselineConfig
 from stepdistill.errors import InputError
+from stepdistill.training.config import PipelineConfig
 
 if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
@@ -21,19 +22,9 @@ DRY = 4  # samples of a dry run
 
 
 @dataclass(frozen=True)
-class ArchitectureConfig(BaselineConfig):
+class ArchitectureConfig(BaselineConfig, PipelineConfig):
     """Flags of what makes a pipeline's UNet smaller."""
 
-    teacher: str = "avatars"
-    """Pipeline folder or hub id with a UNet2DConditionModel; "avatars" is the embedded one."""
-    variant: str | None = None
-    """Of the teacher's weight files, as "fp16"."""
-    revision: str | None = None
-    """Of the teacher's hub repository."""
-    data: str = "avatars"
-    """Image folder with metadata.jsonl, `datasets` name, webdataset shards, cache folder, prompts (.txt), "avatars"."""
-    resolution: int | None = None
-    """Side of the pictures in pixels; the teacher's own where not given."""
     limit: int | None = None
     """Training samples at most."""
     held_out: int = 256
@@ -64,15 +55,12 @@ class ArchitectureConfig(BaselineConfig):
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()
-        for name, least in (("held_out", 1), ("pictures", 0), ("sample_steps", 1), ("guidance", 1)):
-            if not getattr(self, name) >= least:
-                raise InputError(f"{name}: got {getattr(self, name):g}; allowed: {least} or more")
+        self.require("held_out", "sample_steps", "guidance", least=1)
+        self.require("pictures", least=0)
+        self.require("limit", least=1, fix="leave it out for all")
+        self.require("caption_dropout", least=0, below=1, fix="try 0.1")
         if self.pictures == 1:
             raise InputError("pictures: got 1; allowed: 0 for none, or 2 and more; hundreds give steady figures")
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"limit: got {self.limit}; allowed: 1 or more; leave it out for all")
-        if not 0 <= self.caption_dropout < 1:
-            raise InputError(f"caption_dropout: got {self.caption_dropout:g}; allowed: 0 to below 1; try 0.1")
         if self.pictures:
             from stepdistill.evaluation.protocols import load_protocol
 
@@ -89,26 +77,22 @@ class ArchitectureConfig(BaselineConfig):
         plain = {f.name: f.default for f in dataclasses.fields(self) if f.name in MEASURED}
         return super().part(name, **plain, **changes)
 
-    def open_teacher(self) -> Teacher:
-        """The teacher, on the device of the run.
-
-        Raises:
-            InputError: it cannot be loaded, or its network is not one that is cut down here.
-        """
-        from accelerate import PartialState
-
-        from stepdistill.data.build import picture_size
-        from stepdistill.denoiser.load import load_teacher
-        from stepdistill.training.processes import on_cpu
-
-        device = PartialState(cpu=on_cpu()).device
-        teacher = load_teacher(self.teacher, variant=self.variant, revision=self.revision, device=device)
+    def check_teacher(self, teacher: Teacher) -> None:
+        """See PipelineConfig.check_teacher: its network is one that is cut down here, and guided by two calls."""
         Shape.of(teacher.denoiser.backbone)
         if teacher.denoiser.takes_guidance:
             raise InputError(
                 f"teacher: got {self.teacher}, which is told its guidance; allowed: one guided by two calls"
             )
-        return teacher.resize(picture_size(teacher, self.resolution))
+
+    def open_teacher(self) -> Teacher:
+        """See training.run.open_teacher; on the device of the run."""
+        from accelerate import PartialState
+
+        from stepdistill.training.processes import on_cpu
+        from stepdistill.training.run import open_teacher
+
+        return open_teacher(self, PartialState(cpu=on_cpu()).device)
 
     def open_samples(self, teacher: Teacher) -> tuple[Samples, Samples]:
         """The training samples, and those held out.

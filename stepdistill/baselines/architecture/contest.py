@@ -12,10 +12,10 @@ from torch import nn
 
 from stepdistill import embedded
 from stepdistill.baselines.architecture.measure import call_times, held_out, pictures
-from stepdistill.baselines.architecture.prune import Shape, fresh, parameters, pruned
+from stepdistill.baselines.architecture.prune import Shape, fresh, pruned
 from stepdistill.baselines.architecture.unets import Samples, UNets
 from stepdistill.baselines.base import Lesson, learn
-from stepdistill.baselines.results import Results, Row
+from stepdistill.baselines.results import Results, Row, count_parameters
 from stepdistill.denoiser.load import find
 from stepdistill.evaluation.spec import ModelSpec
 from stepdistill.export.card import model_card
@@ -116,7 +116,7 @@ class Contest:
                 {spec.name: spec}, config.out / "bench", protocol=config.protocol, n=config.pictures, steps=(steps,)
             )
             figures |= {k: v for k, v in drawn[spec.name, steps].items() if k != "picture_ms"}
-        return Row(role, name, figures, parameters(unet), seconds, seed)
+        return Row(role, name, figures, count_parameters(unet), seconds, seed)
 
     def _export(self, unet: nn.Module, out: Path, seconds: float) -> None:
         """Writes the pipeline with the UNet in the teacher's place, once."""

@@ -145,8 +145,3 @@ def _kept(own: Tensor, theirs: Tensor, hidden: int) -> Tensor:
         kept.narrow(dim, 0, hidden).zero_()
     kept.narrow(dim, hidden, skip).copy_(theirs.narrow(dim, theirs.shape[dim] - skip, skip))
     return kept
-
-
-def parameters(network: nn.Module) -> int:
-    """How many parameters a network has."""
-    return sum(p.numel() for p in network.parameters())

@@ -121,16 +121,13 @@ class SnapFusionConfig(ArchitectureConfig):
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()
-        if not 0 <= self.saving < 1:
-            raise InputError(f"saving: got {self.saving:g}; allowed: 0 (none) to below 1; try 0.25")
-        if not 0 <= self.cfg_probability <= 1:
-            raise InputError(f"cfg_probability: got {self.cfg_probability:g}; allowed: 0 to 1; the paper's is 0.1")
+        self.require("saving", least=0, below=1, fix="try 0.25")
+        self.require("cfg_probability", least=0, most=1, fix="the paper's is 0.1")
+        self.require("judged", "steps", least=1)
+        self.require("original_weight", least=0)
         if not 1 <= self.cfg_range[0] <= self.cfg_range[1]:
             got = " to ".join(f"{g:g}" for g in self.cfg_range)
             raise InputError(f"cfg_range: got {got}; allowed: 1 or more, rising; the paper's is 2 to 14")
-        for name, least in (("judged", 1), ("steps", 1), ("original_weight", 0)):
-            if not getattr(self, name) >= least:
-                raise InputError(f"{name}: got {getattr(self, name):g}; allowed: {least} or more")
 
     def run(self) -> Results:
         """Chooses the blocks, then a control and a student for each seed, each a pipeline in <out>/ROLE-SEED/export.

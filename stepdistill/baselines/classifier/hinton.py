@@ -21,7 +21,7 @@ from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils, le
 from stepdistill.baselines.classifier.data import Labelled, normalise, open_labelled, view
 from stepdistill.baselines.classifier.networks import build
 from stepdistill.baselines.reduce import masked_mean, wide
-from stepdistill.baselines.results import Results, Row
+from stepdistill.baselines.results import Results, Row, count_parameters
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock, Loss
 
@@ -107,11 +107,11 @@ class HintonConfig(BaselineConfig):
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()
-        if not self.temperature > 0:
-            raise InputError(f"temperature: got {self.temperature:g}; allowed: above 0; try 4")
-        if min(self.soft_weight, self.hard_weight) < 0 or self.soft_weight + self.hard_weight == 0:
-            got = f"{self.soft_weight:g} and {self.hard_weight:g}"
-            raise InputError(f"soft_weight, hard_weight: got {got}; allowed: 0 or more, one of them above 0")
+        self.require("temperature", above=0, fix="try 4")
+        self.require("soft_weight", "hard_weight", least=0)
+        if not self.soft_weight + self.hard_weight:
+            raise InputError("soft_weight, hard_weight: got 0 and 0; allowed: one of them above 0; raise it")
+        self.require("limit", least=2, fix="None is all")
 
     def run(self) -> Results:
         """Teacher once; a control and a student for each seed; accuracy on the test split."""
@@ -142,8 +142,7 @@ class HintonConfig(BaselineConfig):
 
 
 def _row(role: str, name: str, network: nn.Module, seconds: float, held: Labelled, seed: int | None = None) -> Row:
-    parameters = sum(p.numel() for p in network.parameters())
-    return Row(role, name, measure(network, held), parameters, seconds, seed)
+    return Row(role, name, measure(network, held), count_parameters(network), seconds, seed)
 
 
 @torch.no_grad()

@@ -10,10 +10,11 @@ owner/name:config    any other `datasets` name, with a column "text"
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 KINDS = "avatars, a .txt or .jsonl file, wikitext, or a datasets name (owner/name:config)"
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
+T = TypeVar("T")
 HELD_OUT = 0.1  # of a file that has no test file beside it
 
 
@@ -78,7 +80,8 @@ def open_texts(spec: str, split: str, *, test: str | None = None) -> list[str] |
     path = Path(spec).expanduser()
     if path.suffix in (".txt", ".jsonl"):
         other = test is not None and split == "test"
-        found = _file(Path(test).expanduser(), "--test") if other else _file(path, "--data")
+        path, flag = (Path(test).expanduser(), "--test") if other else (path, "--data")
+        found = read_file(path, partial(_parse, path), flag, KINDS)
         if test is None:
             found = _cut(found, split)
     elif path.exists() or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
@@ -151,13 +154,46 @@ def pair_up(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, *, prompt
     return Tokens(ids, attention, counts, prompt)
 
 
-def _file(path: Path, flag: str) -> list[str] | list[Pair]:
+def read_file(path: Path, parse: Callable[[str], T], flag: str, allowed: str) -> T:
+    """What `parse` makes of a text file.
+
+    Args:
+        flag, allowed: for the message.
+
+    Raises:
+        InputError: it cannot be read, or `parse` does not take what is in it.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
-        return [text] if path.suffix == ".txt" else [_row(json.loads(line)) for line in text.splitlines() if line]
+        return parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:80]
-        raise InputError(f"{flag}: got {path}, which cannot be read ({reason}); allowed: {KINDS}") from error
+        raise InputError(f"{flag}: got {path}, which cannot be read ({reason}); allowed: {allowed}") from error
+
+
+def read_table(spec: str, split: str, flag: str, allowed: str):
+    """A split of a `datasets` name, or name:configuration.
+
+    Raises:
+        InputError: it could not be loaded.
+    """
+    from datasets import load_dataset
+
+    name, _, config = spec.partition(":")
+    try:
+        return load_dataset(name, config or None, split=split)
+    except Exception as error:  # what it raises differs by what is missing
+        reason = " ".join(str(error).split())[:80]
+        raise InputError(f"{flag}: got {spec}, which could not be loaded ({reason}); allowed: {allowed}") from error
+
+
+def held_apart(rows: list[T]) -> tuple[list[T], list[T]]:
+    """All but the last tenth, and that."""
+    place = round(len(rows) * (1 - HELD_OUT))
+    return rows[:place], rows[place:]
+
+
+def _parse(path: Path, text: str) -> list[str] | list[Pair]:
+    return [text] if path.suffix == ".txt" else [_row(json.loads(line)) for line in text.splitlines() if line]
 
 
 def _cut(texts: list[str] | list[Pair], split: str) -> list[str] | list[Pair]:
@@ -166,8 +202,7 @@ def _cut(texts: list[str] | list[Pair], split: str) -> list[str] | list[Pair]:
         text = texts[0]
         place = text.find("\n", round(len(text) * (1 - HELD_OUT))) + 1 or len(text)
         return [text[:place] if split == "train" else text[place:]]
-    place = round(len(texts) * (1 - HELD_OUT))
-    return texts[:place] if split == "train" else texts[place:]
+    return held_apart(texts)[split != "train"]
 
 
 def _row(row: dict) -> str | Pair:
@@ -175,14 +210,7 @@ def _row(row: dict) -> str | Pair:
 
 
 def _dataset(spec: str, split: str) -> list[str]:
-    from datasets import load_dataset
-
-    name, _, config = spec.partition(":")
-    try:
-        rows = load_dataset(name, config or None, split=split)
-    except Exception as error:  # what it raises differs by what is missing
-        reason = " ".join(str(error).split())[:80]
-        raise InputError(f"--data: got {spec}, which could not be loaded ({reason}); allowed: {KINDS}") from error
+    rows = read_table(spec, split, "--data", KINDS)
     if "text" not in rows.column_names:
         raise InputError(f"--data: got {spec} with columns {', '.join(rows.column_names)}; allowed: one named text")
-    return ["".join(rows["text"])] if "wikitext" in name else list(rows["text"])
+    return ["".join(rows["text"])] if "wikitext" in spec.partition(":")[0] else list(rows["text"])

@@ -19,10 +19,10 @@ from stepdistill.baselines.language import encoders, masked
 from stepdistill.baselines.language.data import open_texts
 from stepdistill.baselines.language.losses import kl
 from stepdistill.baselines.language.masked import MaskedModelling, Masking
-from stepdistill.baselines.language.models import copy_layers, count_parameters, evenly
+from stepdistill.baselines.language.models import copy_layers, evenly
 from stepdistill.baselines.language.run import save
 from stepdistill.baselines.reduce import masked_mean, wide
-from stepdistill.baselines.results import Results, Role, Row
+from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock, Loss
 
@@ -134,14 +134,10 @@ class DistilBertConfig(BaselineConfig):
         weights = (self.kl_weight, self.mlm_weight, self.cosine_weight)
         if min(weights) < 0 or not sum(weights):
             raise InputError(f"kl_weight, mlm_weight, cosine_weight: got {weights}; allowed: 0 or more, not all 0")
-        if not self.temperature > 0:
-            raise InputError(f"temperature: got {self.temperature:g}; allowed: above 0; try 2")
-        if not 0 < self.mask_rate < 1:
-            raise InputError(f"mask_rate: got {self.mask_rate:g}; allowed: above 0, below 1; try 0.15")
-        if self.length < 4:
-            raise InputError(f"length: got {self.length}; allowed: 4 or more tokens")
-        if self.teacher_steps < 0:
-            raise InputError(f"teacher_steps: got {self.teacher_steps}; allowed: 0 or more")
+        self.require("temperature", above=0, fix="try 2")
+        self.require("mask_rate", above=0, below=1, fix="try 0.15")
+        self.require("length", least=4)
+        self.require("teacher_steps", least=0)
 
     def run(self) -> Results:
         """The teacher, trained first where it has to be; then a control and a student for each seed."""

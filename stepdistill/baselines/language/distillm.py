@@ -23,7 +23,6 @@ from stepdistill.baselines.language.measure import mean_nll
 from stepdistill.baselines.language.memory import Replay
 from stepdistill.baselines.language.models import Decoder, logits
 from stepdistill.baselines.language.run import QUICK, Corpus, DecoderConfig
-from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock, Loss
 
 
@@ -111,13 +110,9 @@ class DistiLLMConfig(DecoderConfig):
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()
-        if not 0 < self.alpha < 1:
-            raise InputError(f"alpha: got {self.alpha:g}; allowed: above 0, below 1; the paper uses 0.1")
-        if not 0 <= self.threshold <= 1:
-            raise InputError(f"threshold: got {self.threshold:g}; allowed: 0 to 1; the paper begins with 0")
-        if self.look_every < 1 or self.capacity < 1:
-            got = f"{self.look_every} and {self.capacity}"
-            raise InputError(f"look_every, capacity: got {got}; allowed: 1 or more; try 50 and 1000")
+        self.require("alpha", above=0, below=1, fix="the paper uses 0.1")
+        self.require("threshold", least=0, most=1, fix="the paper begins with 0")
+        self.require("look_every", "capacity", least=1)
 
     def lesson(self, teacher: Decoder, corpus: Corpus) -> DistiLLM:
         """The loss of the student."""

@@ -66,11 +66,10 @@ class ForwardKLConfig(DecoderConfig):
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()
-        if not self.temperature > 0:
-            raise InputError(f"temperature: got {self.temperature:g}; allowed: above 0; try 1")
-        if min(self.soft_weight, self.hard_weight) < 0 or self.soft_weight + self.hard_weight == 0:
-            got = f"{self.soft_weight:g} and {self.hard_weight:g}"
-            raise InputError(f"soft_weight, hard_weight: got {got}; allowed: 0 or more, one of them above 0")
+        self.require("temperature", above=0, fix="try 1")
+        self.require("soft_weight", "hard_weight", least=0)
+        if not self.soft_weight + self.hard_weight:
+            raise InputError("soft_weight, hard_weight: got 0 and 0; allowed: one of them above 0; raise it")
 
     def lesson(self, teacher: Decoder, corpus: Corpus) -> ForwardKL:
         """The loss of the student."""

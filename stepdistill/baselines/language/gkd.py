@@ -90,11 +90,8 @@ class GKDConfig(DecoderConfig):
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()
-        for name in ("lmbda", "beta"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}: got {getattr(self, name):g}; allowed: 0 to 1; try 0.5")
-        if not self.temperature > 0:
-            raise InputError(f"temperature: got {self.temperature:g}; allowed: above 0; try 1")
+        self.require("lmbda", "beta", least=0, most=1, fix="try 0.5")
+        self.require("temperature", above=0, fix="try 1")
         if self.trainer == "trl" and importlib.util.find_spec("trl") is None:
             raise InputError("trainer: got trl, but trl is not installed; pip install 'stepdistill[trl]', or take own")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.baselines.base import Batch, Lesson, Pupils
-from stepdistill.baselines.language.data import HELD_OUT
+from stepdistill.baselines.language.data import held_apart, read_file, read_table
 from stepdistill.baselines.language.masked import Lines, surround
 from stepdistill.baselines.reduce import masked_mean, wide
 from stepdistill.errors import InputError
@@ -95,8 +95,7 @@ def open_task(
         train, held = (_captions(split, label) for split in ("train", "test"))
     elif Path(spec).suffix == ".tsv":
         train = _file(Path(spec).expanduser())
-        place = round(len(train) * (1 - HELD_OUT))
-        train, held = (train, _file(Path(test).expanduser())) if test else (train[:place], train[place:])
+        train, held = (train, _file(Path(test).expanduser())) if test else held_apart(train)
     else:
         train, held = (_dataset(spec, split) for split in ("train", "validation"))
     classes = sorted({name for name, _ in train})
@@ -126,25 +125,15 @@ def _captions(split: str, label: str) -> list[tuple[str, str]]:
 
 
 def _file(path: Path) -> list[tuple[str, str]]:
-    try:
-        lines = [line.split("\t", 1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [(name, text) for name, text in lines]
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:80]
-        raise InputError(
-            f"--task: got {path}, which cannot be read ({reason}); allowed: lines of a class, a tab and a text"
-        ) from error
+    def parse(text: str) -> list[tuple[str, str]]:
+        lines = [line.split("\t", 1) for line in text.splitlines() if line.strip()]
+        return [(name, said) for name, said in lines]
+
+    return read_file(path, parse, "--task", "lines of a class, a tab and a text")
 
 
 def _dataset(spec: str, split: str) -> list[tuple[str, str]]:
-    from datasets import load_dataset
-
-    name, _, config = spec.partition(":")
-    try:
-        rows = load_dataset(name, config or None, split=split)
-    except Exception as error:  # what it raises differs by what is missing
-        reason = " ".join(str(error).split())[:80]
-        raise InputError(f"--task: got {spec}, which could not be loaded ({reason}); allowed: {KINDS}") from error
+    rows = read_table(spec, split, "--task", KINDS)
     text = next((column for column in ("text", "sentence") if column in rows.column_names), None)
     if text is None or "label" not in rows.column_names:
         raise InputError(f"--task: got {spec} with columns {', '.join(rows.column_names)}; allowed: label, and text")

@@ -6,7 +6,6 @@ stepdistill baselines run minillm --quick
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from stepdistill.baselines.language.memory import Rollouts
 from stepdistill.baselines.language.models import Decoder, logits
 from stepdistill.baselines.language.run import QUICK, Corpus, DecoderConfig
 from stepdistill.baselines.reduce import masked_mean
-from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock, Loss
 
 
@@ -144,13 +142,9 @@ class MiniLLMConfig(DecoderConfig):
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()
-        for name in ("mix", "clip"):
-            if not 0 < getattr(self, name) < 1:
-                raise InputError(f"{name}: got {getattr(self, name):g}; allowed: above 0, below 1; the paper uses 0.2")
-        if self.reuse < 1:
-            raise InputError(f"reuse: got {self.reuse}; allowed: 1 or more; the authors use 4")
-        if not 0 <= self.corpus_weight < math.inf:
-            raise InputError(f"corpus_weight: got {self.corpus_weight:g}; allowed: 0 or more; the paper uses 1")
+        self.require("mix", "clip", above=0, below=1, fix="the paper uses 0.2")
+        self.require("reuse", least=1, fix="the authors use 4")
+        self.require("corpus_weight", least=0, fix="the paper uses 1")
 
     def lesson(self, teacher: Decoder, corpus: Corpus) -> MiniLLM:
         """The loss of the student."""

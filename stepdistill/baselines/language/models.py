@@ -128,11 +128,6 @@ def count_layers(network: PreTrainedModel) -> int:
     return network.config.num_hidden_layers
 
 
-def count_parameters(network: nn.Module) -> int:
-    """Parameters; shared ones once."""
-    return sum(p.numel() for p in network.parameters())
-
-
 def copy_layers(network: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
     """A model of these layers alone, in this order, and of all that is around them; its weights are its own copies."""
     config = plain(network.config)

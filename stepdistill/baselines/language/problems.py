@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from stepdistill.baselines.language.data import HELD_OUT
+from stepdistill.baselines.language.data import held_apart, read_file, read_table
 from stepdistill.errors import InputError
 
 KINDS = "addition, a .jsonl file, or a datasets name (owner/name:config)"
@@ -46,8 +46,7 @@ def open_problems(
         return sums(count, held_out, digits, seed)
     if Path(spec).suffix == ".jsonl":
         train = _file(Path(spec).expanduser())
-        place = round(len(train) * (1 - HELD_OUT))
-        train, held = (train, _file(Path(test).expanduser())) if test else (train[:place], train[place:])
+        train, held = (train, _file(Path(test).expanduser())) if test else held_apart(train)
     else:
         train, held = (_dataset(spec, split) for split in ("train", "test"))
     if not train or not held:
@@ -56,25 +55,15 @@ def open_problems(
 
 
 def _file(path: Path) -> list[Problem]:
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    def parse(text: str) -> list[Problem]:
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         return [Problem(row["prompt"], str(row["answer"])) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:80]
-        raise InputError(
-            f"--task: got {path}, which cannot be read ({reason}); allowed: lines with prompt and answer"
-        ) from error
+
+    return read_file(path, parse, "--task", "lines with prompt and answer")
 
 
 def _dataset(spec: str, split: str) -> list[Problem]:
-    from datasets import load_dataset
-
-    name, _, config = spec.partition(":")
-    try:
-        rows = load_dataset(name, config or None, split=split)
-    except Exception as error:  # what it raises differs by what is missing
-        reason = " ".join(str(error).split())[:80]
-        raise InputError(f"--task: got {spec}, which could not be loaded ({reason}); allowed: {KINDS}") from error
+    rows = read_table(spec, split, "--task", KINDS)
     asked = next((column for column in ("question", "problem", "prompt") if column in rows.column_names), None)
     if asked is None or "answer" not in rows.column_names:
         got = ", ".join(rows.column_names)

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from stepdistill.baselines.base import BaselineConfig, Pupils, learn
 from stepdistill.baselines.language import arithmetic
 from stepdistill.baselines.language.data import Pair, Tokens, pair_up
-from stepdistill.baselines.language.models import Decoder, count_parameters, make_student, open_decoder
+from stepdistill.baselines.language.models import Decoder, make_student, open_decoder
 from stepdistill.baselines.language.problems import Problem, open_problems
 from stepdistill.baselines.language.run import CrossEntropy, save
 from stepdistill.baselines.language.traces import answer, ask, keep, sample_all, solved, unopened
-from stepdistill.baselines.results import Results, Role, Row
+from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.errors import InputError
 
 if TYPE_CHECKING:
@@ -83,11 +83,9 @@ class R1TracesConfig(BaselineConfig):
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()
-        for name in ("digits", "problems", "held_out", "teacher_steps", "samples", "completion", "keep", "together"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: got {getattr(self, name)}; allowed: 1 or more; raise it")
-        if not self.temperature > 0:
-            raise InputError(f"temperature: got {self.temperature:g}; allowed: above 0; try 1")
+        self.require("digits", "problems", "held_out", "teacher_steps", "samples", "completion", "keep", "together",
+                     least=1)  # fmt: skip
+        self.require("temperature", above=0, fix="try 1")
         if self.teacher == "tiny" and self.task != "addition":
             raise InputError(f"teacher: got tiny for {self.task}; allowed: a model that can solve it; tiny adds only")
 

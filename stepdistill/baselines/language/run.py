@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils, learn
 from stepdistill.baselines.language import losses, measure
 from stepdistill.baselines.language.data import Pair, Tokens, open_texts, pack, pair_up, stream
-from stepdistill.baselines.language.models import TINY, Decoder, count_parameters, logits, make_student, open_decoder
+from stepdistill.baselines.language.models import TINY, Decoder, logits, make_student, open_decoder
 from stepdistill.baselines.language.prune import pruned
-from stepdistill.baselines.results import Results, Role, Row
+from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.errors import InputError
 from stepdistill.files import replacing
 from stepdistill.methods.base import Clock, Loss
@@ -126,16 +126,12 @@ class DecoderConfig(BaselineConfig):
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()
-        for name in ("block", "prompt", "validation", "teacher_steps", "window", "stride", "shown"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: got {getattr(self, name)}; allowed: 1 or more; raise it")
+        self.require("block", "prompt", "validation", "teacher_steps", "window", "stride", "shown", least=1)
         for name, most in (("prompt", "block"), ("stride", "window")):
             if not getattr(self, name) < getattr(self, most):
                 got, top = getattr(self, name), getattr(self, most)
                 raise InputError(f"{name}: got {got}; allowed: below {top}, the {most}; lower it, or raise --{most}")
-        for name in ("limit", "test_tokens"):
-            if (value := getattr(self, name)) is not None and value < 2:
-                raise InputError(f"{name}: got {value}; allowed: 2 or more, or none at all; leave it out")
+        self.require("limit", "test_tokens", least=2, fix="leave it out for all")
 
     @property
     def shared(self) -> DecoderConfig:

@@ -20,9 +20,9 @@ from stepdistill.baselines.language.data import open_texts
 from stepdistill.baselines.language.labelled import Classifier, Classify, Labelled, open_task, told_class
 from stepdistill.baselines.language.layers import Answers, Layers, Projections
 from stepdistill.baselines.language.masked import Lines, MaskedLM, MaskedModelling, Masking
-from stepdistill.baselines.language.models import count_parameters, plain
+from stepdistill.baselines.language.models import plain
 from stepdistill.baselines.language.run import save
-from stepdistill.baselines.results import Results, Role, Row
+from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.errors import InputError
 
 if TYPE_CHECKING:
@@ -100,14 +100,10 @@ class TinyBertConfig(BaselineConfig):
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()
-        for name in ("layers", "width", "intermediate", "general_steps", "intermediate_steps", "task_steps",
-                     "teacher_steps", "held_out"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: got {getattr(self, name)}; allowed: 1 or more")
-        if not self.temperature > 0:
-            raise InputError(f"temperature: got {self.temperature:g}; allowed: above 0; try 1")
-        if self.length < 4:
-            raise InputError(f"length: got {self.length}; allowed: 4 or more tokens")
+        self.require("layers", "width", "intermediate", "general_steps", "intermediate_steps", "task_steps",
+                     "teacher_steps", "held_out", "limit", "task_limit", least=1)  # fmt: skip
+        self.require("temperature", above=0, fix="try 1")
+        self.require("length", least=4)
 
     def run(self) -> Results:
         """The teacher, and the teacher of the task; then a control and a student for each seed, stage by stage."""

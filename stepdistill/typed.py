@@ -2,8 +2,8 @@
 
     protocol = built(Protocol, read_yaml("mine.yaml", "protocol"), "mine.yaml")
 
-A field's kind is its annotation: int, float, str, tuple[X, ...], another dataclass, and any of these or None. A whole
-number does for a float, and nothing else does for anything else: YAML takes `no` for false and `1e3` for text.
+A field's kind is its annotation: int, float, bool, str, Path, Literal, tuple[X, ...] or [X, X], another dataclass,
+and any of these or None. A whole number does for a float, and nothing else does for anything else.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -19,14 +20,15 @@ from typing import Any, TypeVar
 from stepdistill.errors import InputError
 
 T = TypeVar("T")
-WORDS = {int: "a whole number", float: "a number", str: "text"}
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "text, a path"}
+POWER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")  # a number that YAML 1.1 would read as text
 
 
 def read_yaml(file: Path, what: str) -> Any:
     """What a YAML file holds.
 
     Raises:
-        InputError: it is no YAML in UTF-8, or has a name twice, of which YAML would keep the last.
+        InputError: it cannot be read, is no YAML in UTF-8, or has a name twice, of which YAML would keep the last.
     """
     import yaml
 
@@ -37,8 +39,11 @@ def read_yaml(file: Path, what: str) -> Any:
                 raise ValueError(f"{twice[0]} stands there twice")
             return super().construct_mapping(node, deep)
 
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", POWER, list("-+0123456789"))
     try:
         return yaml.load(file.read_text(encoding="utf-8"), Loader)
+    except OSError as error:
+        raise InputError(f"{what}: got {file} ({error.strerror}); allowed: a YAML file; check the path") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and numbers of nonsense are ValueErrors
         mark = getattr(error, "problem_mark", None)
         said = getattr(error, "problem", None) or next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -83,19 +88,34 @@ def _value(kind: Any, value: Any, where: str, name: str) -> Any:
     if value is None and types.NoneType in options:
         return None
     (kind,) = (option for option in options if option is not types.NoneType)
+    if typing.get_origin(kind) is typing.Literal:
+        return _choice(typing.get_args(kind), value, where, name)
     if dataclasses.is_dataclass(kind):
         return built(kind, value, f"{where}, {name}")
     if typing.get_origin(kind) is tuple:
-        part, _ = typing.get_args(kind)
-        if not isinstance(value, list):
-            raise InputError(f"{where}: got {name}: {_shown(value)}; allowed: a list; write it as [a, b]")
+        part, *more = typing.get_args(kind)
+        count = None if more == [...] else 1 + len(more)
+        if not isinstance(value, list) or count not in (None, len(value)):
+            of = f" of {count}" if count else ""
+            raise InputError(f"{where}: got {name}: {_shown(value)}; allowed: a list{of}; write it as [a, b]")
         return tuple(_value(part, each, where, f"{name}[{i}]") for i, each in enumerate(value))
+    if kind is Path and isinstance(value, str):
+        return Path(value)
     if kind is float and type(value) is int and abs(value) < 1 << 53:
         return float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         none = " or none" if types.NoneType in options else ""
         fix = f"did you mean {value!r} in quotes?" if kind is str and type(value) in (int, float, bool) else "mend it"
         raise InputError(f"{where}: got {name}: {_shown(value)}; allowed: {WORDS[kind]}{none}; {fix}")
+    return value
+
+
+def _choice(options: tuple, value: Any, where: str, name: str) -> Any:
+    if value is False and "no" in options:  # YAML reads a bare no as false
+        value = "no"
+    if value not in options or type(value) is bool:
+        allowed = ", ".join(map(str, options))
+        raise InputError(f"{where}: got {name}: {_shown(value)}; allowed: {allowed}; take one of them")
     return value
 
 
