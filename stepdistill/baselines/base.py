@@ -38,7 +38,7 @@ class BaselineConfig(LoopConfig):
     seeds: tuple[int, ...] = (0,)
     """Of the student and of its control, one pair for each; --seed is that of the teacher and of the data."""
     quick: bool = False
-    """Smaller numbers for all that is not given: under a minute on two cores, to see it run."""
+    """Smaller numbers for all that is not given, to see it run."""
 
     QUICK: ClassVar[Mapping[str, object]] = {}  # what --quick changes
     SWEEP: ClassVar[tuple[str, tuple]] = ("seed", (0, 1, 2))  # what `sweep` goes over where nothing else is asked for

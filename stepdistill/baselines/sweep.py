@@ -55,7 +55,8 @@ def plot(rows: list[dict], flag: str, record: Mapping, file: Path) -> None:
         axes.plot([x for x, _ in kept], [y["mean"] for _, y in kept], style, color=colour, label=role, linewidth=1.8)
         for x, y in kept if role != "teacher" else []:
             axes.plot([x] * len(y["seeds"]), y["seeds"], ".", color=colour, alpha=0.55)
-    axes.set_xticks(list(places), [str(row["value"]) for row in rows])
+    values = [row["value"] for row in rows]
+    axes.set_xticks(list(places), [f"{v:g}" if isinstance(v, int | float) else str(v) for v in values])
     axes.set(xlabel=flag.replace("_", " "), ylabel=record["figure"].replace("_", " "))
     axes.set_title(f"{record['method']}, {record['n']}; points are seeds", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)

@@ -15,6 +15,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 SERIES = 8
+COLUMNS = 3  # of a legend in a PNG
 # placeholder in the SVG -> (CSS variable, colour in a PNG)
 COLOURS = {
     "#111213": ("--ink", "#1c2024"),
@@ -78,8 +79,10 @@ def png(make: Callable[[], object], file: Path) -> None:
     figure = make()
     for text in figure.axes[0].texts:  # a page does it by its style
         text.set_path_effects([withStroke(linewidth=2, foreground="white")])
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    legend = figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    entries = list(zip(*figure.axes[0].get_legend_handles_labels(), strict=True))
+    by_row = [entry for column in range(COLUMNS) for entry in entries[column::COLUMNS]]  # it is filled by columns
+    look = {"loc": "outside lower center", "ncols": COLUMNS, "frameon": False, "fontsize": 8.5}
+    legend = figure.legend(*zip(*by_row, strict=True), **look)
     for text in legend.get_texts():
         text.set(parse_math=False, color=INK)
     for artist in [*figure.findobj(), *legend.findobj()]:
@@ -94,7 +97,7 @@ def png(make: Callable[[], object], file: Path) -> None:
             if known:
                 setter(known[1])
     with _any_character():
-        figure.savefig(file, dpi=180, facecolor="white")
+        figure.savefig(file, dpi=180, facecolor="white", bbox_inches="tight", pad_inches=0.15)
 
 
 @contextmanager
