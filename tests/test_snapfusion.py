@@ -232,7 +232,7 @@ def test_a_run_keeps_its_blocks_and_exports_what_takes_its_steps(config, capsys)
 def test_settings_and_teachers_that_cannot_work_are_refused(config, pipelines):
     for changes, message in (
         ({"teacher": pipelines["sd"]}, "which predicts eps and so has no say in x0 .*; allowed: one that predicts v"),
-        ({"saving": 1.0}, "saving: got 1; allowed: 0 .none. to below 1"),
+        ({"saving": 1.0}, "saving: got 1; allowed: 0 to below 1"),
         ({"saving": 0.99}, "saving: got 0.99; allowed: up to 0"),
         ({"cfg_range": (5.0, 2.0)}, "cfg_range: got 5 to 2; allowed: 1 or more, rising"),
         ({"cfg_probability": 1.5}, "cfg_probability: got 1.5; allowed: 0 to 1"),
