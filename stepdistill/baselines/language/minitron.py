@@ -37,6 +37,8 @@ class MinitronConfig(ForwardKLConfig):
     """Of T² times the divergence from the teacher; the paper needs no more."""
     hard_weight: float = 0.0
     """Of the cross-entropy with the text. The control has it alone, with weight 1."""
+    max_train_steps: int = 150
+    """Updates of student and control: what is left of a tiny teacher is soon as good as it was."""
 
     NAME: ClassVar[str] = "minitron"
     QUICK: ClassVar[Mapping[str, object]] = QUICK
