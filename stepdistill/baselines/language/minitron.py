@@ -26,7 +26,8 @@ class MinitronConfig(ForwardKLConfig):
     """Flags of `minitron`: those of `forward_kl`, from a pruned teacher, without cross-entropy.
 
     Llamas, Qwen2 and GPT-2 can be pruned. For Llama 3 and Qwen2.5: train_scripts/configs/baselines/minitron_llama.yaml
-    and minitron_qwen.yaml. To take more than half, prune a run's <out>/student-0/model again.
+    and minitron_qwen.yaml. A teacher that learnt from other text is trained on this one first, by --correction-steps.
+    To take more than half, prune a run's <out>/student-0/model again.
     """
 
     out: Path = Path("out/minitron")
