@@ -54,6 +54,8 @@ class ProgressiveConfig(GuidedConfig):
     """Of the error of x0: max(SNR, 1), or the error of v."""
     teacher_solver: Literal["ddim", "heun"] = "ddim"
     """What takes the teacher's two steps."""
+    own_share: float = 0.0
+    """Share of samples that begin where a step of the student's own ended, as its later steps do, not at a picture."""
 
     def check(self) -> None:
         """Raises InputError where a setting is out of range, or needs a package that is not installed."""
@@ -90,7 +92,8 @@ class ProgressiveConfig(GuidedConfig):
         low, high = self.guidance_range
         return Progressive(
             steps=steps, stage=stage, guidance_min=low, guidance_max=high, weighting=self.weighting,
-            solver=self.teacher_solver, eps_student=self.student_prediction, embed_guidance=self.embed_guidance,
+            solver=self.teacher_solver, eps_student=self.student_prediction, own_share=self.own_share,
+            embed_guidance=self.embed_guidance,
         )  # fmt: skip
 
     @property
