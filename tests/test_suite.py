@@ -178,7 +178,7 @@ def test_a_lack_of_memory_is_said_with_what_to_lower(base, protocol, tools, tmp_
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     monkeypatch.setattr(generate.Series, "draw", full)
-    (failure,) = run(f"t={base}", protocol, tools, tmp_path, (1,)).failed
+    (failure,) = run(f"t={base},guidance=9", protocol, tools, tmp_path, (1,)).failed  # whose pictures are not kept yet
     assert failure.reason == "memory: got no room for 3 pictures at a time; allowed: fewer; lower --batch"
 
 
