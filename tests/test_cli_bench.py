@@ -238,7 +238,11 @@ def test_models_of_another_size_are_not_measured_against_the_embedded_pictures(t
     small = tiny.save(tmp_path / "small")
     capsys.readouterr()  # diffusers' bars of saving
     line = refused(capsys, "bench", "--model", tmp_path / "large", "--out", tmp_path / "out")
-    assert "got a model of 64 pixels, and avatars-2k, the default, has 32" in line and "--data FOLDER" in line
+    assert "got a model of 64 pixels, and avatars-2k has 32" in line and "--data FOLDER" in line
+    asked = refused(
+        capsys, "bench", "--model", tmp_path / "large", "--protocol", "avatars-2k", "--out", tmp_path / "out"
+    )
+    assert asked == line
     line = refused(capsys, "bench", "--model", tmp_path / "large", "--model", small, "--data", tmp_path)
     assert "several sizes (large 64, small 32)" in line
 

@@ -317,6 +317,20 @@ def test_the_fingerprint_sees_alpha(base, tmp_path, student):
     assert fingerprint(load(parse(f"{base},lora={other}"))) != fingerprint(load(parse(f"{base},lora={student}")))
 
 
+def test_the_fingerprint_sees_what_each_layer_is_scaled_by():
+    from peft import LoraConfig
+
+    def scaled(weight: float = 1.0, **options) -> str:
+        pipe = tiny.sd()
+        pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "to_v"], **options))
+        tiny.stir_adapter(pipe.unet, "default")
+        pipe.unet.set_adapters("default", weight)
+        return fingerprint(pipe)
+
+    assert scaled() == scaled()
+    assert len({scaled(), scaled(alpha_pattern={"to_v": 3}), scaled(use_rslora=True), scaled(0.5)}) == 4
+
+
 def test_models_that_cannot_be_had_are_said_in_one_line(base, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()

@@ -144,7 +144,7 @@ def beside_pictures(folder: Path) -> list[tuple[Path, str]]:
 def _text(file: Path) -> str:
     """What a text file says."""
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # a mark of byte order is no word
     except UnicodeDecodeError as error:
         byte = f"byte {error.start} is {error.object[error.start]:#04x}"
         raise InputError(f"text: got {file}, whose {byte}; allowed: UTF-8; save it as such") from error
@@ -241,7 +241,7 @@ def _bytes(file: Path, start: int, size: int) -> bytes:
 
 def _caption(file: Path, members: dict[str, tuple[int, int]]) -> str | None:
     if ".txt" in members:
-        return _bytes(file, *members[".txt"]).decode("utf-8", "replace").strip()
+        return _bytes(file, *members[".txt"]).decode("utf-8-sig", "replace").strip()
     if ".json" not in members:
         return None
     try:

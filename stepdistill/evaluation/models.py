@@ -161,10 +161,19 @@ def fingerprint(pipeline) -> str:
             continue
         for adapter, config in sorted((getattr(module, "peft_config", None) or {}).items()):
             digest.update(f"{name}.{adapter} r={config.r} alpha={config.lora_alpha}".encode())
+            if others := _scalings(module, adapter, config.lora_alpha / config.r):
+                digest.update(json.dumps(others, sort_keys=True).encode())
         digest.update(f"{name} {hashes.of_module(module)}".encode())
     scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     digest.update(json.dumps([type(pipeline.scheduler).__name__, scheduler], sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
+
+
+def _scalings(module, adapter: str, usual: float) -> dict[str, float]:
+    """By layer, what a LoRA is scaled by where it is not alpha / r: alphas of single layers, rsLoRA, a weight."""
+    held = {name: getattr(layer, "scaling", None) for name, layer in module.named_modules()}
+    own = {name: scaling[adapter] for name, scaling in held.items() if isinstance(scaling, dict) and adapter in scaling}
+    return {name: value for name, value in own.items() if value != usual}
 
 
 def told(spec: ModelSpec, sampler: Sampler) -> dict[str, Any]:

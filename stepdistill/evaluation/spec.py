@@ -14,13 +14,16 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stepdistill import embedded
 from stepdistill.errors import InputError
 from stepdistill.evaluation.catalogue import ready
 from stepdistill.evaluation.places import export_in
 from stepdistill.evaluation.schedulers import SCHEDULERS, SPACINGS
+
+if TYPE_CHECKING:
+    from stepdistill.evaluation.protocols import Protocol
 
 DTYPES = ("fp32", "fp16", "bf16")
 SIGMAS = ("even", "own")
@@ -205,6 +208,26 @@ def plan_of(
             parts.setdefault(model.at(count), []).append(count)
         plan += [(name, part, tuple(counts)) for part, counts in parts.items()]
     return plan
+
+
+def instead(plan: Sequence[tuple[str, Any, tuple[int, ...]]], protocol: Protocol, asked: bool) -> list[str]:
+    """What models say of their own that a protocol says otherwise, a line each: it counts, and should not surprise.
+
+    Args:
+        plan: see `plan_of`. asked: whether the user named the step counts.
+    """
+    lines: dict[str, None] = {}
+    for name, model, counts in plan:
+        if not isinstance(model, ModelSpec):
+            continue
+        if None not in (model.guidance, protocol.guidance) and model.guidance != protocol.guidance:
+            told = f"guidance {model.guidance:g} of its SPEC, in place of {protocol.name}'s {protocol.guidance:g}"
+            lines[f"{name}: {told}"] = None
+        if not asked and protocol.steps and not set(counts) & set(protocol.steps):
+            own, theirs = (" ".join(map(str, each)) for each in (counts, protocol.steps))
+            told = f"steps {own} of its own, in place of {protocol.name}'s {theirs}"
+            lines[f"{name}: {told}, which --steps {theirs} asks for"] = None
+    return list(lines)
 
 
 def _guidance(value: str) -> float:
