@@ -241,5 +241,17 @@ def test_a_folder_of_folders_is_read_in_order(tmp_path):
     assert found.pixels[:, 0, 0, 0].tolist() == [0, 200]
 
 
+def test_a_limit_leaves_pictures_of_every_class(tmp_path):
+    for i in range(4):
+        (tmp_path / "train" / str(i)).mkdir(parents=True)
+        for n in range(10):
+            Image.new("RGB", (8, 8), (60 * i + n,) * 3).save(tmp_path / "train" / str(i) / f"{n}.png")
+    found, again, other = (open_labelled(str(tmp_path), "train", label=(), limit=20, seed=s) for s in (0, 0, 1))
+    assert len(found) == 20 and set(found.labels.tolist()) == {0, 1, 2, 3}
+    shades = found.pixels[:, 0, 0, 0]
+    assert len(set(shades.tolist())) == 20 and torch.equal(shades // 60, found.labels)
+    assert torch.equal(found.pixels, again.pixels) and not torch.equal(found.labels, other.labels)
+
+
 def test_quick_numbers_are_flags_of_theirs():
     assert set(get("hinton").config.QUICK) <= set(HintonConfig.__dataclass_fields__)

@@ -338,3 +338,24 @@ def test_a_task_of_one_class_or_of_strange_ones_is_refused(tmp_path):
     file.write_text("one two\n")
     with pytest.raises(InputError, match="allowed: lines of a class, a tab and a text"):
         open_task(str(file), tokenizer, 8, **sizes)
+
+
+def test_a_task_in_order_of_class_is_drawn_from_all_of_it(tmp_path):
+    file = tmp_path / "task.tsv"
+    rows = [(name, f"{name} {n}") for name in "abcd" for n in range(50)]
+    file.write_text("".join(f"{name}\t{text}\n" for name, text in rows))
+    tokenizer = encoders.open_encoder("tiny", [text for _, text in rows]).tokenizer
+
+    def said(**more) -> list[list[tuple[int, str]]]:
+        found = open_task(str(file), tokenizer, 8, label="", **more)
+        texts = [tokenizer.batch_decode(part.lines.ids, skip_special_tokens=True) for part in found]
+        return [list(zip(part.labels.tolist(), said, strict=True)) for part, said in zip(found, texts, strict=True)]
+
+    train, held = said(limit=40, held_out=15)
+    assert (len(train), len(held)) == (40, 15) and not {text for _, text in train} & {text for _, text in held}
+    for part in (train, held):
+        assert {label for label, _ in part} == {0, 1, 2, 3}
+        assert all("abcd"[label] == text[0] for label, text in part)
+    assert said(limit=40, held_out=15) == [train, held] != said(limit=40, held_out=15, seed=1)
+    with pytest.raises(InputError, match="got 1 texts of 1 class"):
+        said(limit=1, held_out=15)

@@ -116,7 +116,7 @@ class HintonConfig(BaselineConfig):
     def run(self) -> Results:
         """Teacher once; a control and a student for each seed; accuracy on the test split."""
         self.check()
-        data = partial(open_labelled, self.data, label=self.label, test=self.test)
+        data = partial(open_labelled, self.data, label=self.label, test=self.test, seed=self.seed)
         train, held = data("train", limit=self.limit), data("test", limit=None)
         if list(train.classes) != list(held.classes):
             raise InputError(f"--test: got classes other than the training pictures'; allowed: {len(train.classes)}")

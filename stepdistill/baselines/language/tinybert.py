@@ -52,7 +52,7 @@ class TinyBertConfig(BaselineConfig):
     task: str = "avatars"
     """Of the second stage: avatars, a .tsv file of class and text, or a `datasets` name with label and text."""
     task_test: str | None = None
-    """Of a file: the one that is held out, where it is not the last tenth."""
+    """Of a file: the one that is held out, where it is not a tenth of it."""
     task_limit: int | None = 1000
     """Training texts of the task at most; None for all."""
     label: str = "right clothes"
@@ -118,7 +118,8 @@ class TinyBertConfig(BaselineConfig):
         tokenizer, teacher = encoder.tokenizer, encoder.network
         text = masked.cut_lines(texts, tokenizer, self.length, self.limit)
         sizes = {"limit": self.task_limit, "held_out": self.held_out}
-        task, held = open_task(self.task, tokenizer, self.length, label=self.label, test=self.task_test, **sizes)
+        task, held = open_task(self.task, tokenizer, self.length, label=self.label, test=self.task_test,
+                               seed=self.seed, **sizes)  # fmt: skip
         masking = Masking.of(tokenizer, teacher.config.vocab_size, self.length, 0.15)
         spent = 0.0
         if encoder.untrained == "all":
