@@ -346,3 +346,18 @@ def test_models_that_cannot_be_had_are_said_in_one_line(base, tmp_path):
         with pytest.raises(InputError, match=words) as caught:
             load(parse(text))
         assert "\n" not in str(caught.value)
+
+
+def test_a_revision_is_what_is_asked_of_the_hub(monkeypatch):
+    class AskedError(Exception):
+        pass
+
+    def hub(path, **options):
+        raise AskedError(path, options["revision"])
+
+    monkeypatch.setattr("stepdistill.denoiser.load.open_pipeline", hub)
+    for spec, revision in (("some/model,revision=v2", "v2"), ("some/model", None)):
+        with pytest.raises(AskedError) as asked:
+            load(parse(spec))
+        assert asked.value.args == ("some/model", revision)
+    assert str(parse("some/model,revision=v2")) == "some/model,revision=v2"

@@ -38,7 +38,7 @@ def load(spec: ModelSpec, *, device: str = "cpu", sampler: SamplerSpec | None = 
     from stepdistill.denoiser.load import open_pipeline
 
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}[spec.dtype]
-    pipeline = open_pipeline(spec.path, variant=spec.variant, dtype=dtype)
+    pipeline = open_pipeline(spec.path, variant=spec.variant, revision=spec.revision, dtype=dtype)
     for name in ("safety_checker", "watermark"):  # what is measured is what the model draws
         if getattr(pipeline, name, None) is not None:
             setattr(pipeline, name, None)

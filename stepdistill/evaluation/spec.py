@@ -36,7 +36,8 @@ class ModelSpec:
     Attributes:
         path: a pipeline folder, a hub id, or avatars. name: of its rows and curves.
         lora: a folder or hub id of LoRA weights. scheduler: a key of SCHEDULERS; None keeps the LoRA export's or the
-            pipeline's own. guidance: 1.0 is none. variant: of the weight files. dtype: fp32, fp16 or bf16.
+            pipeline's own. guidance: 1.0 is none. variant: of the weight files. revision: of a hub repository.
+            dtype: fp32, fp16 or bf16.
         sigmas: even asks a flow's scheduler for even ones, own leaves them to the pipeline; None is as the export's
             record says.
         unet: a file of weights for the pipeline's UNet. spacing: of the scheduler's times, as model cards set it.
@@ -50,6 +51,7 @@ class ModelSpec:
     scheduler: str | None = None
     guidance: float | None = None
     variant: str | None = None
+    revision: str | None = None
     dtype: str | None = None
     sigmas: str | None = None
     unet: str | None = None

@@ -67,8 +67,8 @@ class LoopConfig:
     """Longer gradients are scaled down to this norm."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = field(default_factory=launcher_precision)
-    """Of the networks; frozen weights are kept in it. Losses, adapters and optimizer stay float32. That of `accelerate
-    launch` where not given."""
+    """Of the networks; frozen weights are kept in it. Losses, trained weights and optimizer stay float32. That of
+    `accelerate launch` where not given."""
     checkpoint_every: int = 500
     """Updates between checkpoints."""
     validate_every: int = 0

@@ -24,10 +24,9 @@ from stepdistill.training.config import TrainConfig
 from stepdistill.training.export import export, push_rest
 from stepdistill.training.loop import Loop
 from stepdistill.training.order import sample_indices
+from stepdistill.training.processes import HALF
 from stepdistill.training.roles import Models, full_models, lora_models
 from stepdistill.training.validation import grid
-
-HALF = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Trainer(Loop):

@@ -93,6 +93,11 @@ def open_texts(spec: str, split: str, *, test: str | None = None) -> list[str] |
     return found
 
 
+def joined(texts: Sequence[str | Pair]) -> list[str]:
+    """Texts, of pairs the prompt and its completion in one."""
+    return [f"{text.prompt}{text.completion}" if isinstance(text, Pair) else text for text in texts]
+
+
 def stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> Tensor:
     """All texts as one row of tokens (N,), the end-of-text token behind each.
 
@@ -206,7 +211,10 @@ def _cut(texts: list[str] | list[Pair], split: str) -> list[str] | list[Pair]:
 
 
 def _row(row: dict) -> str | Pair:
-    return Pair(row["prompt"], row["completion"]) if "prompt" in row else row["text"]
+    said = [row[name] for name in (("prompt", "completion") if "prompt" in row else ("text",))]
+    if strange := [value for value in said if not isinstance(value, str)]:
+        raise TypeError(f"{json.dumps(strange[0])} is no text")
+    return Pair(*said) if len(said) > 1 else said[0]
 
 
 def _dataset(spec: str, split: str) -> list[str]:

@@ -157,6 +157,16 @@ def layers_name(network: PreTrainedModel) -> str:
     raise InputError(f"model: got {type(network).__name__}, whose layers are not found; allowed: Llama, Qwen2, GPT-2")
 
 
+def check_length(network: PreTrainedModel, needed: int, flags: str) -> None:
+    """Raises InputError where a network has fewer positions than it would be asked for by these flags."""
+    config = network.config
+    most = getattr(config, "max_position_embeddings", needed)
+    if "roberta" in config.model_type or config.model_type == "camembert":  # they count from behind their padding's
+        most -= config.pad_token_id + 1
+    if needed > most:
+        raise InputError(f"{flags}: got {needed} tokens; allowed: {most}, the model's positions; take fewer")
+
+
 def _layers(said: str, count: int) -> list[int]:
     if not re.fullmatch(r"\d+(,\d+)*", said):
         raise InputError(f"student: got layers:{said}; allowed: layers:N, or layers:0,2,5")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 
 from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils, learn
 from stepdistill.baselines.language import losses, measure
-from stepdistill.baselines.language.data import Pair, Tokens, open_texts, pack, pair_up, stream
-from stepdistill.baselines.language.models import TINY, Decoder, logits, make_student, open_decoder
+from stepdistill.baselines.language.data import Pair, Tokens, joined, open_texts, pack, pair_up, stream
+from stepdistill.baselines.language.models import TINY, Decoder, check_length, logits, make_student, open_decoder
 from stepdistill.baselines.language.prune import pruned
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.errors import InputError
@@ -149,12 +148,12 @@ class DecoderConfig(BaselineConfig):
         self.check()
         texts = [open_texts(self.data, split, test=self.test) for split in ("train", "test")]
         state = PartialState(cpu=on_cpu())
-        teacher = open_decoder(self.teacher, _plain(texts[0]), seed=self.seed)
+        teacher = open_decoder(self.teacher, joined(texts[0]), seed=self.seed)
         teacher.network.to(state.device)
         corpus = self.open_corpus(*texts, teacher)
         first = self.make_student(teacher, corpus, self.seeds[0]).to(state.device)
         for network in (teacher.network, first):
-            _check_length(network, max(self.block, 0 if corpus.text is None else self.window))
+            check_length(network, max(self.block, 0 if corpus.text is None else self.window), "block, window")
 
         shared, spent = self.shared, None
         if self.teacher in TINY:
@@ -235,13 +234,3 @@ def save(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: P
         with replacing(target) as folder:
             student.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-
-
-def _plain(texts: Sequence[str | Pair]) -> list[str]:
-    return [f"{text.prompt}{text.completion}" if isinstance(text, Pair) else text for text in texts]
-
-
-def _check_length(network: PreTrainedModel, needed: int) -> None:
-    """Raises InputError where a network has fewer positions than it would be asked for."""
-    if needed > (most := getattr(network.config, "max_position_embeddings", needed)):
-        raise InputError(f"block, window: got {needed} tokens; allowed: {most}, the model's positions; lower them")
