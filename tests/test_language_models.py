@@ -11,8 +11,11 @@ import torch
 from speakers import sentences, speaker, tokenizer
 
 from stepdistill.baselines.language import losses
-from stepdistill.baselines.language.data import stream
+from stepdistill.baselines.language.data import Tokens, stream
+from stepdistill.baselines.language.distillm import DistiLLMConfig
+from stepdistill.baselines.language.gkd import GKDConfig
 from stepdistill.baselines.language.measure import perplexity
+from stepdistill.baselines.language.minillm import MiniLLMConfig
 from stepdistill.baselines.language.models import (
     check_vocabulary,
     copy_layers,
@@ -22,6 +25,7 @@ from stepdistill.baselines.language.models import (
     make_student,
     open_decoder,
 )
+from stepdistill.baselines.language.run import Corpus
 from stepdistill.baselines.language.tiny import train_tokenizer
 from stepdistill.baselines.results import count_parameters
 from stepdistill.errors import InputError
@@ -55,6 +59,19 @@ def test_copied_layers_are_the_students_own(kind):
         for p in student.parameters():
             p.add_(1)
     assert torch.equal(logits(teacher.network, IDS, EVERY), before)
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("llama", {"attention_dropout": 0.5}), ("gpt2", {})])
+@pytest.mark.parametrize("spec", ["layers:1", "config:num_hidden_layers=1", "prune:layers=0.5"])
+def test_a_student_in_training_answers_as_in_evaluation(kind, changes, spec):
+    """MiniLLM's ratio is of what it says in training to what it said in evaluation: 1 before any update."""
+    teacher = speaker(kind, **changes)
+    corpus = Corpus(*[Tokens(IDS, EVERY, EVERY, 1)] * 3, None)
+    for method in (MiniLLMConfig, GKDConfig, DistiLLMConfig):
+        student = method(student=spec).make_student(teacher, corpus, 0)
+        assert torch.equal(logits(student.train(), IDS, EVERY), logits(student.eval(), IDS, EVERY))
+    teacher.network.train()
+    assert not torch.equal(logits(teacher.network, IDS, EVERY), logits(teacher.network, IDS, EVERY))
 
 
 def test_layers_are_taken_evenly_from_the_first_to_the_last():

@@ -81,7 +81,7 @@ class GKDConfig(DecoderConfig):
     temperature: float = 1.0
     """Of what the student says."""
     trainer: Literal["own", "trl"] = "own"
-    """trl's GKDTrainer instead of the loop here, from the extra `lm`; it resumes from its last checkpoint."""
+    """trl's GKDTrainer instead of the loop here, from the extra `trl`; it resumes from its last checkpoint."""
 
     NAME: ClassVar[str] = "gkd"
     QUICK: ClassVar[Mapping[str, object]] = QUICK

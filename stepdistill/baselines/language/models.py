@@ -19,7 +19,8 @@ import ast
 import copy
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,6 +122,32 @@ def logits(network: nn.Module, ids: Tensor, attention: Tensor) -> Tensor:
 def positions(attention: Tensor) -> Tensor:
     """The place of each token among those attended to: (B, S) int64, 0 for padding on the left."""
     return (attention.long().cumsum(-1) - 1).clamp(min=0)
+
+
+@contextmanager
+def placed(network: nn.Module) -> Iterator[None]:
+    """Within, a language model that is given a mask and no places takes those of `positions`."""
+
+    def hook(module: nn.Module, args: tuple, given: dict) -> tuple[tuple, dict]:
+        if given.get("position_ids") is None:
+            given = {**given, "position_ids": positions(given["attention_mask"])}
+        return args, given
+
+    handle = network.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def without_dropout(network: nn.Module) -> nn.Module:
+    """The same network, that answers in training as it does in evaluation."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # a Llama's, which is no module
+            module.attention_dropout = 0.0
+    return network
 
 
 def count_layers(network: PreTrainedModel) -> int:

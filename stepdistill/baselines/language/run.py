@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils, learn
 from stepdistill.baselines.language import losses, measure
 from stepdistill.baselines.language.data import Pair, Tokens, open_texts, pack, pair_up, stream
-from stepdistill.baselines.language.models import TINY, Decoder, logits, make_student, open_decoder
+from stepdistill.baselines.language.models import TINY, Decoder, logits, make_student, open_decoder, without_dropout
 from stepdistill.baselines.language.prune import pruned
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.errors import InputError
@@ -113,10 +113,14 @@ class DecoderConfig(BaselineConfig):
         return {}
 
     def make_student(self, teacher: Decoder, corpus: Corpus, seed: int) -> PreTrainedModel:
-        """The student, and the control, before it is trained."""
+        """The student, and the control, before it is trained.
+
+        Neither has dropout, for any method, so that controls can be shared: on-policy losses compare what a student
+        says while it is trained with what it said in evaluation, and would act on dropout's noise.
+        """
         if self.student.startswith("prune:"):
-            return pruned(self.student, teacher.network, corpus.train[:CALIBRATION])
-        return make_student(self.student, teacher, seed=seed)
+            return without_dropout(pruned(self.student, teacher.network, corpus.train[:CALIBRATION]))
+        return without_dropout(make_student(self.student, teacher, seed=seed))
 
     def teach(self, teacher: Decoder, student: PreTrainedModel, corpus: Corpus) -> float:
         """Trains the student in place, in this configuration's folder; returns the seconds that it took."""
