@@ -17,7 +17,6 @@ from stepdistill.baselines.language.gkd import GKDConfig
 from stepdistill.baselines.language.measure import perplexity
 from stepdistill.baselines.language.minillm import MiniLLMConfig
 from stepdistill.baselines.language.models import (
-    check_vocabulary,
     copy_layers,
     evenly,
     layers_name,
@@ -27,6 +26,7 @@ from stepdistill.baselines.language.models import (
 )
 from stepdistill.baselines.language.run import Corpus
 from stepdistill.baselines.language.tiny import train_tokenizer
+from stepdistill.baselines.language.vocabulary import match_vocabulary
 from stepdistill.baselines.results import count_parameters
 from stepdistill.errors import InputError
 
@@ -95,18 +95,38 @@ def test_a_saved_model_comes_back_with_its_tokenizer(tmp_path):
     teacher.tokenizer.save_pretrained(tmp_path)
     again = open_decoder(str(tmp_path))
     assert torch.equal(logits(again.network, IDS, EVERY), logits(teacher.network, IDS, EVERY))
-    check_vocabulary(teacher, again)
+    match_vocabulary(teacher, again)
     assert again.eos == teacher.eos == again.pad
 
 
 def test_another_vocabulary_is_refused_where_cutting_to_the_smaller_one_gives_a_number():
     teacher, student = speaker(), speaker(vocab_size=len(tokenizer()) - 9)
-    with pytest.raises(InputError, match=r"student: got llama with a vocabulary of \d+; allowed: \d+.*layers:N"):
-        check_vocabulary(teacher, student)
+    with pytest.raises(InputError, match=r"student: got llama with a vocabulary of \d+, and \d+ of.*layers:N"):
+        match_vocabulary(teacher, student)
     said, answers = logits(student.network, IDS, EVERY), logits(teacher.network, IDS, EVERY)
     cut = losses.forward_kl(said, answers[..., : said.shape[-1]], EVERY).item()
     p, q = answers.double().log_softmax(-1)[..., : said.shape[-1]], said.double().log_softmax(-1)
     assert cut > 0 and abs(cut - (p.exp() * (p - q)).sum(-1).mean().item()) > 1e-3  # and it is no divergence of these
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("llama", False), ("gpt2", True)])
+@torch.no_grad()
+def test_rows_behind_the_last_token_are_cut_where_they_are_all_that_differs(kind, tied):
+    """Qwen2.5's vocabularies: 152,064 of 7B, 151,936 of 0.5B, of one tokenizer."""
+    size = len(tokenizer())
+    teacher, student = (speaker(kind, vocab_size=size + n, seed=n, tie_word_embeddings=tied) for n in (24, 8))
+    before = [logits(model.network, IDS, EVERY)[..., :size] for model in (teacher, student)]
+    for _ in range(2):
+        match_vocabulary(teacher, student)
+        after = [logits(model.network, IDS, EVERY) for model in (teacher, student)]
+        assert all(torch.allclose(a, b, atol=1e-6) and a.shape == b.shape for a, b in zip(after, before, strict=True))
+    assert teacher.network.config.vocab_size == student.network.config.vocab_size == size
+
+
+def test_vocabularies_of_one_size_stay_as_they_are():
+    teacher, student = (speaker(vocab_size=len(tokenizer()) + 24, seed=seed) for seed in (0, 1))
+    match_vocabulary(teacher, student)
+    assert teacher.network.config.vocab_size == student.network.config.vocab_size == len(tokenizer()) + 24
 
 
 def test_another_tokenizer_of_as_many_tokens_is_refused():
@@ -117,7 +137,7 @@ def test_another_tokenizer_of_as_many_tokens_is_refused():
     )
     assert len(one.tokenizer) == len(other.tokenizer)
     with pytest.raises(InputError, match="student: got other, whose tokenizer is not that of one"):
-        check_vocabulary(one, other)
+        match_vocabulary(one, other)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ import json
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from stepdistill import files
 from stepdistill.baselines.language.data import Tokens
-from stepdistill.baselines.language.models import Decoder, placed
+from stepdistill.baselines.language.models import Decoder, positions
 from stepdistill.files import replacing
 from stepdistill.training import folder
 from stepdistill.training.processes import on_cpu
@@ -80,6 +82,22 @@ def teach(config: GKDConfig, teacher: Decoder, student: PreTrainedModel, data: T
     load_model(student, str(weights / "student.safetensors"))
     student.eval()
     return json.loads((out / "done.json").read_text())["seconds"]
+
+
+@contextmanager
+def placed(network: nn.Module) -> Iterator[None]:
+    """Within, a language model that is given a mask and no places takes those of `positions`."""
+
+    def hook(module: nn.Module, args: tuple, given: dict) -> tuple[tuple, dict]:
+        if given.get("position_ids") is None:
+            given = {**given, "position_ids": positions(given["attention_mask"])}
+        return args, given
+
+    handle = network.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class Trainer(GKDTrainer):

@@ -19,8 +19,7 @@ import ast
 import copy
 import importlib.util
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from stepdistill.baselines.language.vocabulary import match_vocabulary
 from stepdistill.errors import InputError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def open_decoder(spec: str, texts: Sequence[str] = (), *, seed: int = 0) -> Deco
 
 
 def make_student(spec: str, teacher: Decoder, *, seed: int = 0) -> PreTrainedModel:
-    """The student that `spec` names, with the teacher's vocabulary.
+    """The student that `spec` names, with the teacher's vocabulary; see match_vocabulary for when that is cut.
 
     Raises:
         InputError: no such layers or settings, or another vocabulary or tokenizer than the teacher's.
@@ -90,23 +90,8 @@ def make_student(spec: str, teacher: Decoder, *, seed: int = 0) -> PreTrainedMod
     if kind == "config":
         return _changed(teacher.network.config, said, seed)
     student = open_decoder(spec, seed=seed)
-    check_vocabulary(teacher, student)
+    match_vocabulary(teacher, student)
     return student.network
-
-
-def check_vocabulary(teacher: Decoder, student: Decoder) -> None:
-    """Raises InputError where two models do not speak of the same tokens: divergences would compare unlike things."""
-    one, other = teacher.network.config.vocab_size, student.network.config.vocab_size
-    if one != other:
-        raise InputError(
-            f"student: got {student.name} with a vocabulary of {other}; allowed: {one}, that of {teacher.name}; take "
-            "a student of the teacher's family, or layers:N"
-        )
-    if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
-        raise InputError(
-            f"student: got {student.name}, whose tokenizer is not that of {teacher.name}; allowed: the same tokens in "
-            "the same places; take a student of the teacher's family, or layers:N"
-        )
 
 
 def logits(network: nn.Module, ids: Tensor, attention: Tensor) -> Tensor:
@@ -122,22 +107,6 @@ def logits(network: nn.Module, ids: Tensor, attention: Tensor) -> Tensor:
 def positions(attention: Tensor) -> Tensor:
     """The place of each token among those attended to: (B, S) int64, 0 for padding on the left."""
     return (attention.long().cumsum(-1) - 1).clamp(min=0)
-
-
-@contextmanager
-def placed(network: nn.Module) -> Iterator[None]:
-    """Within, a language model that is given a mask and no places takes those of `positions`."""
-
-    def hook(module: nn.Module, args: tuple, given: dict) -> tuple[tuple, dict]:
-        if given.get("position_ids") is None:
-            given = {**given, "position_ids": positions(given["attention_mask"])}
-        return args, given
-
-    handle = network.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def without_dropout(network: nn.Module) -> nn.Module:
