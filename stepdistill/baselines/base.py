@@ -45,6 +45,8 @@ class BaselineConfig(LoopConfig):
     quick: bool = False
     """Smaller numbers for all that is not given, to see it run."""
 
+    # A batch's mean is over the tokens that count in it: split otherwise, an update is another.
+    FREE: ClassVar[frozenset[str]] = LoopConfig.FREE - {"batch_size", "gradient_accumulation"}
     QUICK: ClassVar[Mapping[str, object]] = {}  # what --quick changes
     SWEEP: ClassVar[tuple[str, tuple]] = ("seed", (0, 1, 2))  # what `sweep` goes over where nothing else is asked for
     DRAWN: ClassVar[tuple[str, ...]] = ()  # folders of what was measured, and is kept until `eval` measures anew

@@ -9,7 +9,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, get_origin, get_type_hints
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, get_origin, get_type_hints
 
 from stepdistill.errors import InputError
 from stepdistill.training.roles import LORA_TARGETS, adaptable
@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
     from stepdistill.methods.base import Method
 
-# What may change when a run is taken up again; batch size and accumulation as long as samples_per_update stays.
-FREE = {"config", "out", "checkpoint_every", "validate_every", "validation_prompts", "log_every", "trackers",
-        "push_to_hub", "dry_run", "batch_size", "gradient_accumulation", "gradient_checkpointing",
-        "compile"}  # fmt: skip
-
 
 def launcher_precision() -> str:
     """What `accelerate launch --mixed_precision` was told; "no" without it."""
@@ -34,7 +29,17 @@ def launcher_precision() -> str:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """Flags of everything that trains."""
+    """Flags of everything that trains.
+
+    Attributes:
+        FREE: what may change when a run is taken up again; batch size and accumulation as long as samples_per_update
+            stays.
+    """
+
+    FREE: ClassVar[frozenset[str]] = frozenset({
+        "config", "out", "checkpoint_every", "validate_every", "validation_prompts", "log_every", "trackers",
+        "push_to_hub", "dry_run", "batch_size", "gradient_accumulation", "gradient_checkpointing", "compile",
+    })  # fmt: skip
 
     out: Path = Path("out/student")
     """Folder for checkpoints, logs and what is made. Run the same command again to resume."""

@@ -17,11 +17,11 @@ import torch
 
 from stepdistill.baselines.base import BaselineConfig, Pupils, learn
 from stepdistill.baselines.language import arithmetic
-from stepdistill.baselines.language.data import Pair, Tokens, pair_up
+from stepdistill.baselines.language.data import Pair, Tokens, ask, pair_up, prompt_ids
 from stepdistill.baselines.language.models import Decoder, check_length, make_student, open_decoder
 from stepdistill.baselines.language.problems import Problem, bare_answer, open_problems
 from stepdistill.baselines.language.run import CrossEntropy, save
-from stepdistill.baselines.language.traces import answer, ask, keep, sample_all, solved, unopened
+from stepdistill.baselines.language.traces import answer, keep, sample_all, solved, unopened
 from stepdistill.baselines.less_memory import halved
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.errors import InputError
@@ -171,9 +171,8 @@ class R1TracesConfig(BaselineConfig):
         for problem, said in texts:
             asked = ask(tokenizer, problem.prompt)
             for pair in (Pair(asked, unopened(asked, text)) for text in said):
-                before, after = (
-                    len(tokenizer(t, add_special_tokens=False).input_ids) for t in (asked, pair.completion)
-                )
+                before = len(prompt_ids(tokenizer, asked))
+                after = len(tokenizer(pair.completion, add_special_tokens=False).input_ids)
                 if after < self.completion:  # and its end
                     pairs.append(pair)
                     sizes.append((before, after + 1))
