@@ -11,7 +11,7 @@ import transformers as hf
 from torch import nn
 
 from stepdistill.baselines.base import Batch, Learner, Pupils
-from stepdistill.baselines.language import encoders, layers, masked
+from stepdistill.baselines.language import encoders, layers, masked, tinybert
 from stepdistill.baselines.language.distilbert import DistilBert, DistilBertConfig, cosine_distance
 from stepdistill.baselines.language.labelled import Classifier, Labelled, open_task
 from stepdistill.baselines.language.layers import Answers, Layers, Projections
@@ -322,6 +322,28 @@ def test_another_kind_of_model_and_a_sentence_encoder_without_a_head_are_told_ap
     assert encoders.open_encoder(str(tmp_path / "whole"), []).untrained == ""
     with pytest.raises(InputError, match="a distilbert; allowed: bert, roberta"):
         encoders.open_encoder(str(tmp_path / "other"), [])
+
+
+def test_the_texts_whose_class_is_told_are_spread_over_all_and_the_student_learns_from_the_rest_too(
+    tmp_path, monkeypatch
+):
+    data = Labelled(lines(*[5] * 10), torch.arange(10) // 3, list("abcd"))
+    some = data.spread(4)
+    assert some.labels.tolist() == [0, 0, 1, 2] and torch.equal(some.lines.ids, data.lines.ids[[0, 2, 5, 7]])
+    assert data.spread(None) is data
+    seen = {}
+
+    def learnt(lesson, models, data, config):
+        seen["/".join(config.out.relative_to(tmp_path).parts)] = len(data)
+        return 0.0
+
+    monkeypatch.setattr(tinybert, "learn", learnt)
+    TinyBertConfig(out=tmp_path, **SMALL["tinybert"][1], labelled=10, dry_run=True).run()
+    assert seen == {"teacher": 40, "task": 10, "control-0/text": 40, "control-0/task": 10, "student-0/text": 40,
+                    "student-0/layers": 40, "student-0/answers": 40}  # fmt: skip
+    for count, message in ((11, "--labelled: got 11; allowed: up to 10"), (1, "got 1, all of one class")):
+        with pytest.raises(InputError, match=message):
+            data.spread(count)
 
 
 def test_a_task_of_one_class_or_of_strange_ones_is_refused(tmp_path):

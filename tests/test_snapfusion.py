@@ -17,12 +17,15 @@ from test_progressive import Affine
 from stepdistill.baselines.architecture import blocks, snapfusion
 from stepdistill.baselines.architecture.blocks import Cost, evolve, removals
 from stepdistill.baselines.architecture.contest import exported
-from stepdistill.baselines.architecture.prune import Shape
+from stepdistill.baselines.architecture.paths import Paths
+from stepdistill.baselines.architecture.prune import Shape, pruned
 from stepdistill.baselines.architecture.snapfusion import CFGAware, SnapFusionConfig
-from stepdistill.baselines.architecture.unets import Untaught
+from stepdistill.baselines.architecture.unets import Samples, Untaught
 from stepdistill.baselines.base import Batch
 from stepdistill.baselines.results import count_parameters
 from stepdistill.cli import baselines as cli
+from stepdistill.data.cache import open_data
+from stepdistill.denoiser.load import load_teacher
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock
@@ -199,6 +202,42 @@ def test_chosen_blocks_are_kept_for_the_run_that_goes_on(tmp_path):
 def deep(tmp_path_factory) -> str:
     root = tmp_path_factory.mktemp("deep")
     return str(tiny.save(root / "sd", "sd", "v_prediction", unet_options=tiny.DEEP))
+
+
+@torch.no_grad()
+def test_errors_of_paths_and_of_steps_are_those_by_hand(deep, pictures):
+    teacher = load_teacher(deep)
+    like, cache = teacher.denoiser, open_data(pictures, teacher)
+    held = Samples(cache, 2, 3)
+    unet = pruned(like.backbone, dataclasses.replace(Shape.of(like.backbone), mid=False)).eval()
+    items, x = held.batch([0, 1, 2]), Draws.at(0, 0, 3).normal(4, 8, 8).double()
+    times = halving_times(like.schedule, 4, like.grid)
+    coefficients = [[c.item() for c in like.schedule.coeffs(t)] for t in times]
+
+    def x0_of(network, x, i):
+        cond, uncond = (network(x.float(), times[i], items[f"{c}.text"]).sample.double() for c in ("cond", "uncond"))
+        alpha, sigma = coefficients[i]
+        return alpha * x - sigma * (uncond + 3.5 * (cond - uncond))
+
+    def step(x, x0, i, j):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = coefficients[i], coefficients[j]
+        return alpha_s * x0 + sigma_s * (x - alpha_t * x0) / sigma_t
+
+    points = [x]
+    for i in range(4):
+        points.append(step(points[-1], x0_of(like.backbone, points[-1], i), i, i + 1))
+    end = step(x, x0_of(unet, x, 0), 0, 2)
+    end = step(end, x0_of(unet, end, 2), 2, 4)
+    errors = []
+    for i in (0, 2):  # the step that leads to x_s has x0~, and the student's lands off by (alpha_s - k alpha_t) of x0's
+        landed, ((alpha_t, sigma_t), (alpha_s, sigma_s)) = step(points[i], x0_of(unet, points[i], i), i, i + 2), (
+            coefficients[i], coefficients[i + 2]
+        )  # fmt: skip
+        error = (landed - points[i + 2]) / (alpha_s - sigma_s / sigma_t * alpha_t)
+        errors.append(max((alpha_t / sigma_t) ** 2, 1) * error.square().mean().item())
+    found = Paths(like, held, 2, 3.5).errors(unet)
+    assert found["path_error"] == pytest.approx((end - points[4]).square().mean().item(), rel=1e-4)
+    assert found["step_error"] == pytest.approx(sum(errors) / 2, rel=1e-4)
 
 
 @pytest.fixture

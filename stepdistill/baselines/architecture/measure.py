@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stepdistill.baselines.architecture.unets import Samples, around, conditions, noised
 from stepdistill.baselines.base import Batch
@@ -19,8 +19,6 @@ from stepdistill.denoiser.base import Denoiser
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.evaluation.spec import ModelSpec
-from stepdistill.methods.progressive import halving_times, x0_of
-from stepdistill.solvers import Denoise, ddim, integrate
 
 BATCH = 32
 METRICS = ("fd", "clip", "attributes")
@@ -62,25 +60,6 @@ def call_times(teacher: Denoiser, unet: nn.Module, held: Samples, repeats: int =
         network.raw(x, teacher.schedule.t_max, cond).sum().item()  # waits for the device
         times.append(1000 * (time.perf_counter() - started))
     return sorted(times[2:])
-
-
-@torch.no_grad()
-def path_error(teacher: Denoiser, held: Samples, steps: int, guidance: float, unet: nn.Module) -> dict[str, float]:
-    """`path_error`: how far a UNet's samples of so many DDIM steps are from the teacher's of twice as many, from the
-    same noise and guided alike; mean square, in latents, over at most 32 samples. The teacher's own is of as few."""
-    batch = held_batches(held, next(unet.parameters()).device)[0]
-    x_T, cond, uncond = (
-        batch.draws.normal(*batch["x0"].shape[1:]),
-        conditions(batch, "cond"),
-        conditions(batch, "uncond"),
-    )
-
-    def drawn(network: Denoiser, count: int) -> Tensor:
-        denoise = Denoise(lambda x, t: x0_of(network, x, t, cond, uncond, guidance), teacher.schedule)
-        return integrate(ddim, denoise, x_T, halving_times(teacher.schedule, count, teacher.grid))
-
-    own, theirs = drawn(around(teacher, unet), steps), drawn(teacher, 2 * steps)
-    return {"path_error": masked_mean((own - theirs).square()).item()}
 
 
 def pictures(

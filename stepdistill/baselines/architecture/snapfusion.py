@@ -20,7 +20,8 @@ from tqdm import tqdm
 from stepdistill.baselines.architecture import blocks
 from stepdistill.baselines.architecture.config import ArchitectureConfig
 from stepdistill.baselines.architecture.contest import Contest
-from stepdistill.baselines.architecture.measure import call_times, held_out, path_error
+from stepdistill.baselines.architecture.measure import call_times, held_out
+from stepdistill.baselines.architecture.paths import Paths
 from stepdistill.baselines.architecture.prune import Shape, pruned
 from stepdistill.baselines.architecture.unets import Samples, UNets, Untaught, conditions, task_loss
 from stepdistill.baselines.base import Batch, Lesson
@@ -151,9 +152,9 @@ class SnapFusionConfig(ArchitectureConfig):
             figure="fd" if self.pictures else "path_error", steps=self.steps, teacher_steps=2 * self.steps,
             teacher_scheduler="ddim", scheduler=Progressive(self.steps).scheduler(teacher),
             card=f"A smaller Stable Diffusion for {self.steps} steps, distilled with stepdistill.",
-            extra=partial(path_error, like, held, self.steps, self.guidance),
-            note=f"path_error is of {self.steps} steps, the teacher's too, against the teacher's {2 * self.steps}; its "
-            f"pictures take {2 * self.steps} steps.",
+            extra=Paths(like, held, self.steps, self.guidance).errors,
+            note=f"path_error and step_error are of {self.steps} steps, the teacher's too, against the teacher's "
+            f"{2 * self.steps}; its pictures take {2 * self.steps} steps.",
         )  # fmt: skip
         taught = CFGAware(
             self.steps, self.cfg_range, self.cfg_probability, self.original_weight, self.balanced, self.caption_dropout

@@ -49,6 +49,22 @@ class Labelled:
         """`ids` and `attention`, see Lines, and `labels`."""
         return self.lines.batch(indices) | {"labels": self.labels[indices]}
 
+    def spread(self, count: int | None) -> Labelled:
+        """So many of the texts, evenly from the first to the last, as files may be sorted by class; None for all.
+
+        Raises:
+            InputError: there are fewer, or what is left has one class.
+        """
+        if count is None:
+            return self
+        if count > len(self):
+            raise InputError(f"--labelled: got {count}; allowed: up to {len(self)}, the training texts of the task")
+        places = torch.arange(count) * len(self) // count
+        lines = Lines(self.lines.ids[places], self.lines.attention[places])
+        if len(self.labels[places].unique()) < 2:
+            raise InputError(f"--labelled: got {count}, all of one class; allowed: texts of two or more; raise it")
+        return Labelled(lines, self.labels[places], self.classes)
+
 
 class Classifier(nn.Module):
     """An encoder, and a linear map of the mean over the tokens it attends to.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,16 +193,23 @@ class DecoderConfig(BaselineConfig):
 
         row("teacher", self.teacher, teacher.network, spent)
         row("before", self.student, first, None)
+        judged = first.cpu() if self.student.startswith("prune:") else None
         del first
+
+        def new(seed: int) -> PreTrainedModel:
+            """As student and control begin; what is pruned is the same for every seed, and takes long to be judged."""
+            made = self.make_student(teacher, corpus, seed) if judged is None else copy.deepcopy(judged)
+            return made.to(state.device)
+
         for seed in self.seeds:
-            control = self.make_student(teacher, corpus, seed).to(state.device)
+            control = new(seed)
             part = shared.part(f"control-{seed}", seed=seed)
             seconds = learn(CrossEntropy(), Pupils(control), corpus.train, part)
             row("control", "cross-entropy", control, seconds, seed)
             if not self.dry_run and state.is_main_process:
                 save(control, teacher.tokenizer, part.out / "model")
             del control
-            student = self.make_student(teacher, corpus, seed).to(state.device)
+            student = new(seed)
             part = self.part(f"student-{seed}", seed=seed)
             row("student", self.NAME, student, part.teach(teacher, student, corpus), seed)
             if not self.dry_run and state.is_main_process:

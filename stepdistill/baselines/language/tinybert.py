@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class TinyBertConfig(BaselineConfig):
     """Flags of `tinybert`. For BERT itself: train_scripts/configs/baselines/tinybert_bert.yaml. The paper's third part,
-    more task texts from masked words, is not here."""
+    more task texts from masked words, is not here; what it is for, texts whose class nobody told, is `labelled`."""
 
     out: Path = Path("out/tinybert")
     """Folder for all that the run makes. Run the same command again to resume."""
@@ -55,6 +55,9 @@ class TinyBertConfig(BaselineConfig):
     """Of a file: the one that is held out, where it is not a tenth of it."""
     task_limit: int | None = 1000
     """Training texts of the task at most; None for all."""
+    labelled: int | None = None
+    """Of these, those whose class is told, spread evenly over them; None for all. Teacher and control learn from these
+    alone, the student from the teacher on all."""
     label: str = "right clothes"
     """Of the embedded set: the attribute that is the class."""
     held_out: int = 1000
@@ -109,7 +112,7 @@ class TinyBertConfig(BaselineConfig):
         """See LoopConfig.check."""
         super().check()
         self.require("layers", "width", "intermediate", "general_steps", "intermediate_steps", "task_steps",
-                     "teacher_steps", "held_out", "limit", "task_limit", least=1)  # fmt: skip
+                     "teacher_steps", "held_out", "limit", "task_limit", "labelled", least=1)  # fmt: skip
         self.require("temperature", above=0, fix="try 1")
         self.require("length", least=4)
 
@@ -129,6 +132,7 @@ class TinyBertConfig(BaselineConfig):
         sizes = {"limit": self.task_limit, "held_out": self.held_out}
         task, held = open_task(self.task, tokenizer, self.length, label=self.label, test=self.task_test,
                                seed=self.seed, **sizes)  # fmt: skip
+        known = task.spread(self.labelled)
         masking = Masking.of(tokenizer, teacher.config.vocab_size, self.length, 0.15)
         spent = 0.0
         if encoder.untrained == "all":
@@ -138,7 +142,7 @@ class TinyBertConfig(BaselineConfig):
         torch.manual_seed(self.seed)
         tutor = Classifier(copy.deepcopy(teacher.base_model), len(task.classes))
         part = self.part("task", max_train_steps=self.task_steps, learning_rate=self.task_learning_rate)
-        spent += learn(Classify(), Pupils(tutor), task, part)
+        spent += learn(Classify(), Pupils(tutor), known, part)
 
         of = f"{len(held):,} held-out texts of {self.task}, {len(task.classes)} classes"
         results = Results("tinybert", "nll", False, of)
@@ -150,7 +154,7 @@ class TinyBertConfig(BaselineConfig):
 
         add("teacher", tutor, spent)
         for seed in self.seeds:
-            add("control", *self._control(teacher, masking, text, task, seed), seed)
+            add("control", *self._control(teacher, masking, text, known, seed), seed)
             student, seconds = self._student(teacher, tutor, text, task, seed)
             add("student", student, seconds, seed)
             if not self.dry_run and PartialState(cpu=on_cpu()).is_main_process:
@@ -158,16 +162,16 @@ class TinyBertConfig(BaselineConfig):
         return results
 
     def _control(
-        self, teacher: PreTrainedModel, masking: Masking, text: Lines, task: Labelled, seed: int
+        self, teacher: PreTrainedModel, masking: Masking, text: Lines, known: Labelled, seed: int
     ) -> tuple[Classifier, float]:
         """As large as the student and trained as long: on masked tokens of the text, then on the task's classes."""
         small = self._small(teacher, seed)
-        control = Classifier(small.base_model, len(task.classes))
+        control = Classifier(small.base_model, len(known.classes))
         part = self.part(f"control-{seed}/text", seed=seed, max_train_steps=self.general_steps)
         seconds = learn(MaskedModelling(masking), Pupils(MaskedLM(small)), text, part)
         steps = self.intermediate_steps + self.max_train_steps
         part = self.part(f"control-{seed}/task", seed=seed, max_train_steps=steps)
-        return control, seconds + learn(Classify(), Pupils(control), task, part)
+        return control, seconds + learn(Classify(), Pupils(control), known, part)
 
     def _student(
         self, teacher: PreTrainedModel, tutor: Classifier, text: Lines, task: Labelled, seed: int
