@@ -165,6 +165,8 @@ def distil_chain(config: ProgressiveConfig) -> Path:
     with tempfile.TemporaryDirectory() as beside:
         teacher = open_teacher(config, state.device)
         kind, methods = teacher.denoiser.kind, config.methods(teacher.denoiser)
+        if config.guide_updates and methods[0].stage != "guide":
+            state.print(f"guide_updates: {config.guide_updates} are not used; this chain begins with its first halving")
         data = open_samples(config, teacher, Path(beside))
         del teacher  # each stage loads its own
         previous = None
