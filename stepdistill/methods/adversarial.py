@@ -130,7 +130,7 @@ class Adversarial(Jumper):
     Args:
         feature_network: what the discriminator looks through, see `feature_networks`.
         picture_size: pixels it works at; 0 is its own.
-        adversarial_loss: "hinge" or "softplus".
+        adversarial_loss: "hinge" or "softplus", which is binary cross-entropy.
         r1_weight: gamma, of R1 on the heads' input; 0 is none.
         condition_on_image: tell the discriminator of the real picture that x_t was made from, but for pure noise.
         distillation_weight: lambda; 0 leaves the teacher out.

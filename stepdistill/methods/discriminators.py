@@ -157,14 +157,15 @@ LOSSES: dict[str, tuple[Callable[[Logits, Logits], Tensor], Callable[[Logits], T
     "softplus": (
         _softplus,
         lambda fake: _mean([F.softplus(-f.float()) for f in fake]),
-    ),  # Goodfellow et al. 2014, on logits
+    ),  # Goodfellow et al. 2014: binary cross-entropy on logits
 }
 
 
 def check_loss(name: str) -> None:
     """Raises InputError where there is no adversarial loss of this name."""
     if name not in LOSSES:
-        raise InputError(f"adversarial_loss: got {name!r}; allowed: {', '.join(LOSSES)}")
+        got = f"{name!r}; allowed: {', '.join(LOSSES)} (binary cross-entropy on logits)"
+        raise InputError(f"adversarial_loss: got {got}; try hinge")
 
 
 def r1(judge: Callable[[Sequence[Tensor]], Logits], maps: Sequence[Tensor]) -> Tensor:

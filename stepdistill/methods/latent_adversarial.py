@@ -69,7 +69,7 @@ class LatentAdversarial(Jumper):
     Args:
         blocks: names of the teacher's submodules that are judged; none is four spread over its depth.
         logit_mean, logit_std: m and s. The resolution shift of the teacher's grid is added to m as log(shift).
-        adversarial_loss: "hinge" or "softplus".
+        adversarial_loss: "hinge" or "softplus", which is binary cross-entropy.
         r1_weight: gamma, of the approximate R1 on the noised input; 0 is none.
         r1_size: standard deviation of the noise it is measured with.
         reconstruction_weight: rho; 0 is none.
