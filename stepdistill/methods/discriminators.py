@@ -116,11 +116,13 @@ def laid_out(tokens: Tensor, size: Sequence[int]) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, (height, count // height))
 
 
-def pooled_text(cond: Cond, batch: int) -> Tensor:
+def pooled_text(cond: Cond, batch: int, classes: int = 0) -> Tensor:
     """One vector (B, P) for a condition: the pipeline's pooled text, else the mean of its text's tokens (of those that
-    count, where a mask says), else nothing (B, 0)."""
+    count, where a mask says), else 1 at its label's place among `classes`, else nothing (B, 0)."""
     if "pooled" in cond:
         return cond["pooled"].float()
+    if classes:
+        return F.one_hot(cond["labels"], classes).float()
     if "text" not in cond:
         device = next((value.device for value in cond.values()), None)
         return torch.zeros(batch, 0, device=device)

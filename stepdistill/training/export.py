@@ -46,6 +46,7 @@ def export(
         settings=shown(record, config.lora) | stamp, grid="grid.png",
         base=find(config.teacher) if config.teacher in embedded.TEACHERS else config.teacher,
         peft_part=None if hasattr(teacher.source, "load_lora_weights") else teacher.part,
+        classes=teacher.denoiser.classes, shape=teacher.sample_shape,
     )  # fmt: skip
     common = {"scheduler": scheduler, "config": record, "card": card, "extra": {"grid.png": png.getvalue()}}
     if config.lora:
