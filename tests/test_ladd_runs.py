@@ -1,4 +1,4 @@
-"""Whole LADD runs: cut and resumed, on two processes, and held against the truth on eight modes in the plane."""
+"""Whole LADD runs: cut and resumed, and on two processes. test_mixture.py has one where the answer is known."""
 
 from __future__ import annotations
 

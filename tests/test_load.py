@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 
+import diffusers
 import pytest
 import tiny
 import torch
@@ -27,6 +28,14 @@ def test_a_teacher_is_its_pipeline_seen_as_a_denoiser(pipelines, family):
     assert teacher.denoiser.kind == "eps"
     assert not any(p.requires_grad for m in (teacher.source.unet, teacher.vae) for p in m.parameters())
     assert not teacher.source.unet.training
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
+def test_a_teacher_of_edms_process_is_refused_in_words_of_its_user(name):
+    pipe = tiny.sd()
+    pipe.scheduler = getattr(diffusers, name)()
+    with pytest.raises(InputError, match=f"scheduler: got {name} in T, whose network was trained on EDM's process"):
+        as_teacher(pipe, "T")
 
 
 def test_the_plain_pipeline_shares_every_module_and_has_a_scheduler_of_its_own(pipelines, family):

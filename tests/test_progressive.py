@@ -355,6 +355,22 @@ def test_teachers_that_cannot_begin_are_refused():
         check(ALPHA_BAR, "v", end_steps=32, guidance=(1.0,))
 
 
+def test_an_eps_student_of_one_step_is_refused_and_others_are_not():
+    def check(kind, **flags):
+        denoiser = SimpleNamespace(
+            schedule=ALPHA_BAR, kind=kind, grid=Grid(), takes_guidance=False, backbone=torch.nn.Sequential()
+        )
+        teacher = SimpleNamespace(denoiser=denoiser, path="T", vae=object())
+        ProgressiveConfig(lora=False, **flags).check_teacher(teacher)
+
+    check("eps"), check("eps", student_prediction="x0")
+    check("eps", student_prediction="eps", end_steps=2)
+    check("v", student_prediction="eps")  # it predicts v, as its teacher does
+    for start in (32, 1):
+        with pytest.raises(InputError, match=r"student_prediction: got eps for one step with T, .*allowed: v or x0"):
+            check("eps", student_prediction="eps", start_steps=start)
+
+
 def test_each_run_has_its_updates_its_folders_and_an_end_of_its_own():
     config = ProgressiveConfig(start_steps=8, max_train_steps=100, guide_updates=30, push_to_hub="me/it", out="o")
     runs = [config.run(steps) for steps in (8, *config.halvings)]

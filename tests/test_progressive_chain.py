@@ -207,6 +207,18 @@ def test_a_dry_run_does_one_update_and_leaves_nothing(chains, tmp_path, capsys):
     assert '"start_steps": 4' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("flags", "said"), [({"guidance": (1.0,)}, True), ({}, False)])
+def test_updates_for_guidance_that_is_not_distilled_are_said_to_be_unused(tmp_path, pictures, capsys, flags, said):
+    teacher = str(tiny.save(tmp_path / "sd3", "sd3"))
+    config = ProgressiveConfig(
+        teacher=teacher, data=pictures, out=tmp_path / "out", resolution=SIDE, start_steps=2, guide_updates=5, rank=2,
+        batch_size=2, dry_run=True,
+    )  # fmt: skip
+    distil_chain(config_at(config, **flags))
+    line = "guide_updates: 5 are not used; this chain begins with its first halving"
+    assert (line in capsys.readouterr().out) == said
+
+
 def test_a_chain_killed_in_the_middle_of_a_halving_ends_with_the_same_bits(tmp_path, pipelines, pictures):
     flags = ["--start-steps", "4", "--max-train-steps", "16", "--checkpoint-every", "5", "--log-every", "1"]
     flags += ["--rank", "2", "--batch-size", "2", "--guidance", "2", "--learning-rate", "1e-3", "--lora-dropout", "0.1"]

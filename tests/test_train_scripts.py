@@ -201,3 +201,10 @@ def test_the_speed_benchmark_measures_both_ways_and_writes_what_it_ran_on(tmp_pa
     assert set(figures["script_over_step"]) == {"median", "quartiles"}
     assert {"device", "commit", "versions", "command", "seed", "batch", "mixed_precision"} <= record.keys()
     assert "the public scripts' way" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["LCM: ", "Progressive ", "ADD: ", "LADD: "])
+def test_the_page_of_a_method_says_what_an_update_costs_and_when_to_choose_it(page):
+    pages = (ROOT / "docs" / "methods.md").read_text().split("\n## ")
+    (text,) = (each for each in pages if each.startswith(page))
+    assert re.search(r"An update\s+(costs|decodes)", text) and re.search(r"Choose it\s+\w", text)

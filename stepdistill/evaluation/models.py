@@ -17,7 +17,7 @@ from typing import Any
 from stepdistill.errors import InputError
 from stepdistill.evaluation import hashes
 from stepdistill.evaluation.catalogue import ready
-from stepdistill.evaluation.generate import Sampler, backbone, takes_guidance, told_guidance
+from stepdistill.evaluation.generate import Sampler, accepted, backbone, takes_guidance, told_guidance
 from stepdistill.evaluation.places import beside, check_lora, fetched
 from stepdistill.evaluation.protocols import SamplerSpec
 from stepdistill.evaluation.schedulers import UNGUIDED, scheduler_of
@@ -42,6 +42,11 @@ def load(spec: ModelSpec, *, device: str = "cpu", sampler: SamplerSpec | None = 
     for name in ("safety_checker", "watermark"):  # what is measured is what the model draws
         if getattr(pipeline, name, None) is not None:
             setattr(pipeline, name, None)
+    if "prompt" not in accepted(type(pipeline)) and backbone(pipeline).config.get("num_class_embeds"):
+        raise InputError(
+            f"model: got {spec.path}, whose network is told a class, which a {type(pipeline).__name__} cannot be; "
+            "allowed: one of text or of no condition; draw with it as its card shows"
+        )
     if spec.unet:
         _load_unet(pipeline, spec.unet)
     if spec.lora:

@@ -36,7 +36,7 @@ class AdversarialConfig(TrainConfig):
     head_start: int = 0
     """Updates at first in which the discriminator alone learns: what knows nothing yet leads a good student astray."""
     adversarial_loss: Literal["hinge", "softplus"] = "hinge"
-    """Of the discriminator and the student."""
+    """Of the discriminator and the student. softplus is binary cross-entropy (BCE) on logits, non-saturating."""
     discriminator_learning_rate: float = 1e-4
     """The heads', at the plateau."""
     discriminator_betas: tuple[float, float] = (0.0, 0.99)

@@ -164,8 +164,6 @@ class TrainConfig(PipelineConfig):
     """Endings of the names of adapted layers."""
     lora_dropout: float = 0.0
     """Share of the adapter's inputs dropped in training."""
-    target_ema: float = 0.95
-    """Decay of the target's moving average; 0 makes the student its own target."""
     export_ema: float = 0.0
     """Decay of the average that is shown and exported; 0 for the trained weights themselves."""
 
@@ -182,7 +180,7 @@ class TrainConfig(PipelineConfig):
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()
-        for name in ("target_ema", "export_ema", "lora_dropout"):
+        for name in ("export_ema", "lora_dropout"):
             self.require(name, least=0, below=1, fix=f"try {getattr(type(self), name)}")
         if self.lora:
             self.require("rank", least=1, fix="the papers use 64")
@@ -191,6 +189,11 @@ class TrainConfig(PipelineConfig):
     def method(self) -> Method:
         """The method these flags describe; each method's flags say."""
         raise NotImplementedError
+
+    @property
+    def target_decay(self) -> float:
+        """Of the target's moving average; 0 where the student is its own target, or the method has none."""
+        return 0.0
 
     @property
     def data_guidance(self) -> float:

@@ -164,7 +164,7 @@ def build_models(
     """
     common = {
         "student_kind": method.student_kind(teacher.denoiser.kind), "others": method.networks(teacher),
-        "target_decay": config.target_ema if "target" in method.roles else 0.0, "export_decay": config.export_ema,
+        "target_decay": config.target_decay, "export_decay": config.export_ema,
         "dtype": HALF[config.mixed_precision],
     }  # fmt: skip
     if config.lora:
