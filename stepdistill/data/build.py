@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepdistill.conditioning.base import expand
-from stepdistill.data.sources import Source, key_of, to_tensor
+from stepdistill.data.broken import BrokenList
+from stepdistill.data.sources import PictureError, Source, key_of, to_tensor
 from stepdistill.denoiser.load import Teacher
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
@@ -110,7 +112,7 @@ class Plan:
         """Writes the cache at `folder`, beside it first; nothing where it is there already.
 
         Raises:
-            InputError: the disk is full or cannot be written; or a picture is broken. What is done is kept.
+            InputError: the disk is full or cannot be written; or too many pictures are broken. What is done is kept.
         """
         from filelock import FileLock
 
@@ -144,6 +146,7 @@ class Plan:
         verb = "painting" if self.painted else "encoding"
         jobs = (("conditions", "encoding captions", captions, self._conditions),
                 ("shards", f"{verb} {self.source.name}", self.captions, self._latents))  # fmt: skip
+        self.broken = BrokenList(folder / "broken.jsonl", len(self.captions))
         for kind, title, items, make in jobs:
             with tqdm(total=len(items), desc=title, unit="", dynamic_ncols=True) as bar:
                 for first in range(0, len(items), SHARD):
@@ -163,7 +166,8 @@ class Plan:
         manifest = {
             "format": FORMAT, "key": self.key, "teacher": self.teacher_key, "teacher_path": self.teacher.path,
             "source": self.source.name, "painted": self.painted, "size": list(self.size), "half": self.half,
-            "count": len(self.captions), "distinct_captions": len(captions), **names,
+            "count": len(self.captions) - len(self.broken), "broken": len(self.broken),
+            "distinct_captions": len(captions), **names,
         }  # fmt: skip
         if self.painted:
             manifest |= {"seed": self.seed, "steps": self.steps, "guidance": self.guidance}
@@ -174,6 +178,8 @@ class Plan:
         parts = []
         for start in range(0, count, BATCH):
             batch = captions[start : start + BATCH]
+        if len(self.broken):
+            tqdm.write(f"{self.source.name}: {self.broken.told()}", file=sys.stderr)
             parts.append(self.teacher.conditioner.encode(batch, size=self.size))
             bar.update(len(batch))
         joined = {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]}
@@ -182,14 +188,15 @@ class Plan:
         return {key: self._kept(value) if key in HALVED else value.contiguous() for key, value in joined.items()}
 
     def _latents(self, first: int, count: int, bar: tqdm) -> dict[str, Tensor]:
-        parts = []
+        parts, rows = [], []
         step = max(1, min(BATCH, PIXELS // (self.size[0] * self.size[1])))
         for start in range(first, first + count, step):
             indices = range(start, min(start + step, first + count))
-            parts.append(self._kept(self._paint(indices) if self.painted else self._encode(indices)))
+            whole, x0 = (indices, self._paint(indices)) if self.painted else self._encode(indices)
+            parts.append(self._kept(x0))
+            rows += [self.distinct[self.captions[i]] for i in whole]
             bar.update(len(indices))
-        rows = [self.distinct[caption] for caption in self.captions[first : first + count]]
-        return {"x0": torch.cat(parts), "caption": torch.tensor(rows)}
+        return {"x0": torch.cat(parts), "caption": torch.tensor(rows, dtype=torch.long)}
 
     def _kept(self, value: Tensor) -> Tensor:
         return value.to("cpu", torch.float16 if self.half else torch.float32).contiguous()
@@ -198,10 +205,22 @@ class Plan:
     def _device(self) -> torch.device:
         return next(self.teacher.denoiser.parameters()).device
 
-    def _encode(self, indices: range) -> Tensor:
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self.teacher.sample_shape[0], *(side // self.teacher.factor for side in self.size)
+
+    def _encode(self, indices: range) -> tuple[list[int], Tensor]:
+        """Those of some samples whose pictures are whole, and their latents."""
         channels = 3 if self.teacher.vae is not None else self.teacher.sample_shape[0]
-        pictures = [to_tensor(self.source.picture(i), self.size, channels) for i in indices]
-        return self.teacher.encode(torch.stack(pictures).to(self._device))
+        pictures = {}
+        for i in indices:
+            try:
+                pictures[i] = to_tensor(self.source.picture(i), self.size, channels)
+            except PictureError as error:
+                self.broken.add(i, error)
+        if not pictures:
+            return [], torch.empty(0, *self._shape)
+        return list(pictures), self.teacher.encode(torch.stack(list(pictures.values())).to(self._device))
 
     def _paint(self, indices: range) -> Tensor:
         """The teacher's own guided samples for some captions, each from noise of its own."""
@@ -209,7 +228,7 @@ class Plan:
 
         captions = [self.captions[i] for i in indices]
         draws = Draws.at(self.seed, indices[0], len(captions), self._device)
-        x_T = draws.normal(self.teacher.sample_shape[0], *(side // self.teacher.factor for side in self.size))
+        x_T = draws.normal(*self._shape)
         cond = self.teacher.conditioner.encode(captions, size=self.size)
         uncond = None
         if self.guidance != 1:
