@@ -31,6 +31,8 @@ from stepdistill.denoiser.load import as_teacher, load_teacher
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.sampling import sample
+from stepdistill.training.lcm import LCMConfig
+from stepdistill.training.run import open_samples
 
 SIDE = tiny.LATENT * tiny.FACTOR
 
@@ -445,6 +447,14 @@ def test_half_takes_half_the_disk_and_reads_as_float32(tmp_path, pictures):
     assert half._latents[0].dtype == torch.float16
 
 
+def test_a_training_run_may_keep_its_samples_in_half(tmp_path, teacher, pictures):
+    for half in (False, True):
+        run = LCMConfig(teacher="tiny", data=pictures, half=half, dry_run=True)
+        assert open_samples(run, teacher, tmp_path / str(half))[0]["x0"].dtype == torch.float32
+        (file,) = (tmp_path / str(half)).glob("*/shards-*")
+        assert load_file(file)["x0"].dtype == (torch.float16 if half else torch.float32)
+
+
 def test_prompts_alone_are_painted_by_the_guided_teacher(tmp_path, teacher):
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join([*tiny.PROMPTS, tiny.PROMPTS[0]]))
@@ -457,6 +467,34 @@ def test_prompts_alone_are_painted_by_the_guided_teacher(tmp_path, teacher):
     assert (cache[0]["x0"] - cache[2]["x0"]).abs().max() > 0.1  # one prompt, other noise
     assert open_data(str(file), teacher, seed=8, **options).key != cache.key
     assert cache.manifest["guidance"] == 4.0
+
+
+def test_the_teacher_paints_in_the_precision_of_the_run(tmp_path, teacher):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(tiny.PROMPTS))
+    options = {"synthetic_steps": 2, "synthetic_guidance": 3.0, "cache_dir": tmp_path}
+    exact = open_data(str(file), teacher, **options)
+    half = open_data(str(file), teacher, precision=torch.bfloat16, **options)
+    draws = Draws.at(0, 0, 2)
+    cond, uncond = teacher.conditioner.encode(half.captions), expand(teacher.conditioner.unconditional(1), 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = sample(teacher.denoiser, draws.normal(4, 8, 8), cond, uncond, steps=2, guidance=3.0)
+    assert torch.equal(half.batch([0, 1])[0], expected)
+    assert not torch.equal(exact.batch([0, 1])[0], expected)
+    assert (exact.manifest["precision"], half.manifest["precision"]) == ("float32", "bfloat16")
+    assert exact.key != half.key
+
+
+def test_a_painted_cache_is_known_to_its_teacher_in_bfloat16_too(tmp_path, pipelines):
+    """A run in bfloat16 loads the network so; `stepdistill cache` in float32."""
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    make_cache(str(tmp_path / "prompts.txt"), load_teacher(pipelines["sd"]), tmp_path / "cache", synthetic_steps=1)
+    half = load_teacher(pipelines["sd"], backbone_dtype=torch.bfloat16)
+    assert len(open_data(str(tmp_path / "cache"), half)) == 1
+    with torch.no_grad():
+        next(half.denoiser.backbone.parameters()).mul_(1.02)
+    with pytest.raises(InputError, match="made with another teacher"):
+        open_data(str(tmp_path / "cache"), half)
 
 
 def test_a_class_conditional_pixel_model_is_cached_without_an_unconditional(tmp_path):
@@ -494,6 +532,20 @@ def test_a_cache_folder_is_data_for_its_own_teacher_only(tmp_path, pictures, tea
         make_cache(pictures, teacher, tmp_path / "cache", resolution=32)
     with pytest.raises(InputError, match=r"--out: got .*, which holds something else"):
         make_cache(pictures, teacher, tmp_path)
+
+
+def test_a_painted_cache_is_data_for_runs_at_its_guidance_only(tmp_path, pictures, teacher):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    painted, encoded = str(tmp_path / "painted"), str(tmp_path / "encoded")
+    make_cache(str(tmp_path / "prompts.txt"), teacher, painted, synthetic_steps=1, synthetic_guidance=2.0)
+    make_cache(pictures, teacher, encoded)
+    with pytest.raises(
+        InputError, match=r"guidance: got 7 with the cache .*, painted at 2; .*`stepdistill cache --guidance 7`"
+    ) as error:
+        open_data(painted, teacher, synthetic_guidance=7.0)
+    one_line(error)
+    for spec, guidance in ((painted, 2.0), (painted, None), (encoded, 7.0)):
+        open_data(spec, teacher, synthetic_guidance=guidance, seed=5)
 
 
 def test_silent_tokens_are_not_kept_and_come_back(tmp_path, pictures):

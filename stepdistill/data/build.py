@@ -25,6 +25,7 @@ FORMAT = 4
 SHARD = 512  # samples, or distinct captions, to a file: what an interrupted build loses at most
 BATCH = 64  # pictures, captions or paintings to a forward, fewer where they are large
 PIXELS = BATCH * 256 * 256  # to a forward of the autoencoder
+GUIDANCE = 2.0  # that the teacher paints with, where nothing is said
 HALVED = ("text", "pooled")
 
 
@@ -32,7 +33,7 @@ def teacher_key(teacher: Teacher, *, painting: bool = False) -> str:
     """Changes with what the teacher makes of pictures and captions.
 
     A hash of the weights and settings of autoencoder, text encoders and tokenizers; with `painting`, of the denoiser
-    and the scheduler too. Adapters do not count.
+    and the scheduler too, its weights as bfloat16 rounds them: a run in it loads no others. Adapters do not count.
     """
     digest = hashlib.sha256(teacher.family.encode())
     for name, part in sorted(teacher.source.components.items()):
@@ -44,6 +45,8 @@ def teacher_key(teacher: Teacher, *, painting: bool = False) -> str:
         digest.update(json.dumps([name, config, vocabulary], sort_keys=True, default=str).encode())
         for key, weight in sorted(part.state_dict().items()) if isinstance(part, torch.nn.Module) else ():
             if ".lora_" not in key:
+                if name == teacher.part and weight.is_floating_point():
+                    weight = weight.to(torch.bfloat16)
                 digest.update(f"{name}.{key.replace('.base_layer', '')} {weight.dtype} {tuple(weight.shape)}".encode())
                 digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
@@ -82,7 +85,7 @@ class Plan:
 
     Args:
         size: (height, width) in pixels.
-        seed, steps, guidance: how the teacher paints, where the source has no pictures.
+        seed, steps, guidance, precision: how the teacher paints, where the source has no pictures; see `open_data`.
         limit: the first so many samples only. half: latents and text in float16.
 
     Attributes:
@@ -91,7 +94,8 @@ class Plan:
 
     def __init__(
         self, source: Source, teacher: Teacher, size: tuple[int, int], *, seed: int = 0, steps: int = 50,
-        guidance: float = 2.0, limit: int | None = None, half: bool = False,
+        guidance: float = GUIDANCE, limit: int | None = None, half: bool = False,
+        precision: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         if limit is not None and limit < 1:
             raise InputError(f"limit: got {limit}; allowed: 1 or more; leave it out for all")
@@ -101,11 +105,12 @@ class Plan:
             )
         self.source, self.teacher, self.size = source, teacher, size
         self.seed, self.steps, self.guidance, self.half = seed, steps, guidance, half
+        self.precision = precision
         self.captions = source.captions[:limit]
         self.distinct = {caption: row for row, caption in enumerate(dict.fromkeys(self.captions))}
         self.painted = source.picture is None
         self.teacher_key = teacher_key(teacher, painting=self.painted)
-        how = (seed, steps, guidance) if self.painted else ()
+        how = (seed, steps, guidance, *([precision] if precision else [])) if self.painted else ()
         self.key = key_of(FORMAT, self.teacher_key, source.key, size, limit, half, *how)
 
     def build(self, folder: Path) -> Path:
@@ -141,12 +146,12 @@ class Plan:
         return folder
 
     def _write(self, folder: Path) -> None:
+        self.broken = BrokenList(folder / "broken.jsonl", len(self.captions))
         captions = list(self.distinct)
         names = {"conditions": [], "shards": []}
         verb = "painting" if self.painted else "encoding"
         jobs = (("conditions", "encoding captions", captions, self._conditions),
                 ("shards", f"{verb} {self.source.name}", self.captions, self._latents))  # fmt: skip
-        self.broken = BrokenList(folder / "broken.jsonl", len(self.captions))
         for kind, title, items, make in jobs:
             with tqdm(total=len(items), desc=title, unit="", dynamic_ncols=True) as bar:
                 for first in range(0, len(items), SHARD):
@@ -171,15 +176,16 @@ class Plan:
         }  # fmt: skip
         if self.painted:
             manifest |= {"seed": self.seed, "steps": self.steps, "guidance": self.guidance}
+            manifest["precision"] = str(self.precision or torch.float32).removeprefix("torch.")
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        if len(self.broken):
+            tqdm.write(f"{self.source.name}: {self.broken.told()}", file=sys.stderr)
 
     def _conditions(self, first: int, count: int, bar: tqdm) -> dict[str, Tensor]:
         captions = list(self.distinct)[first : first + count]
         parts = []
         for start in range(0, count, BATCH):
             batch = captions[start : start + BATCH]
-        if len(self.broken):
-            tqdm.write(f"{self.source.name}: {self.broken.told()}", file=sys.stderr)
             parts.append(self.teacher.conditioner.encode(batch, size=self.size))
             bar.update(len(batch))
         joined = {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]}
@@ -233,7 +239,8 @@ class Plan:
         uncond = None
         if self.guidance != 1:
             uncond = expand(self.teacher.conditioner.unconditional(1, size=self.size), len(captions))
-        return sample(self.teacher.denoiser, x_T, cond, uncond, steps=self.steps, guidance=self.guidance)
+        with torch.autocast(self._device.type, self.precision, enabled=self.precision is not None):
+            return sample(self.teacher.denoiser, x_T, cond, uncond, steps=self.steps, guidance=self.guidance)
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:

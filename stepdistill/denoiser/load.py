@@ -222,12 +222,13 @@ def open_pipeline(
     *,
     variant: str | None = None,
     revision: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | dict[str, torch.dtype] | None = None,
     text: bool = True,
 ):
     """The diffusers pipeline in a folder or on the hub, from safetensors alone; "avatars" is an embedded teacher.
 
     Args:
+        dtype: of the weights, or of each part's by its name and of the "default"; float32 where it is not given.
         text: False leaves the text encoders out, where conditions come from a cache.
 
     Raises:
@@ -284,6 +285,7 @@ def load_teacher(
     variant: str | None = None,
     revision: str | None = None,
     dtype: torch.dtype | None = None,
+    backbone_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     text: bool = True,
 ) -> Teacher:
@@ -292,7 +294,7 @@ def load_teacher(
     Args:
         path: a pipeline folder, a hub id, or "avatars" or "avatars-flow", the embedded ones.
         variant: of the weight files, as "fp16". revision: of the hub repository.
-        dtype: of the weights; float32 where it is not given.
+        dtype: of the weights; float32 where it is not given. backbone_dtype: of the denoiser's, if another.
         text: False leaves the text encoders out; the conditioner then cannot encode.
 
     Returns:
@@ -301,7 +303,9 @@ def load_teacher(
     Raises:
         InputError: what is there is no pipeline, cannot be reached, or is of a class not supported.
     """
-    family_of(class_of(path, revision))
-    pipeline = open_pipeline(path, variant=variant, revision=revision, dtype=dtype, text=text)
+    family, types = family_of(class_of(path, revision)), dtype
+    if backbone_dtype is not None:
+        types = {family.backbone: backbone_dtype, "default": dtype or torch.float32}
+    pipeline = open_pipeline(path, variant=variant, revision=revision, dtype=types, text=text)
     pipeline.set_progress_bar_config(disable=True)
     return as_teacher(pipeline, str(path)).to(device)
