@@ -13,10 +13,11 @@ from test_resume import stop_at, trainer
 from stepdistill.errors import InputError
 from stepdistill.training import config, folder
 from stepdistill.training.add import ADDConfig
+from stepdistill.training.config import from_yaml
 from stepdistill.training.export import shown
 from stepdistill.training.ladd import LADDConfig
 from stepdistill.training.lcm import LCMConfig
-from stepdistill.training.progressive import ProgressiveConfig
+from stepdistill.training.progressive import ProgressiveConfig, distil_chain
 from stepdistill.training.run import distil
 
 
@@ -139,6 +140,22 @@ def test_the_launchers_precision_is_the_default_and_part_of_the_run(settings, mo
         InputError, match=r"mixed_precision: got fp8, from `accelerate launch`; allowed: no, fp16, bf16"
     ):
         LCMConfig().check()
+
+
+def test_only_an_embedded_teacher_has_data_of_its_own(settings, monkeypatch, tmp_path):
+    """With any other, its recipe without --data would train for days on 32-pixel avatars."""
+    monkeypatch.setattr("stepdistill.denoiser.load.load_teacher", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(InputError, match=rf"--data: got none for {settings.teacher}; allowed: .*; give --data"):
+        distil(dataclasses.replace(settings, data=None))
+    assert not settings.out.exists()
+    recipe = Path(__file__).parents[1] / "train_scripts" / "configs" / "sd15_progressive_lora.yaml"
+    chain = dataclasses.replace(from_yaml(recipe, ProgressiveConfig), out=tmp_path / "chain")
+    with pytest.raises(InputError, match="--data: got none for stable-diffusion-v1-5/stable-diffusion-v1-5"):
+        distil_chain(chain)
+    assert not chain.out.exists()
+    for teacher in ("avatars", "avatars-flow"):
+        config = LCMConfig(teacher=teacher)
+        assert (config.samples, config.record()["data"]) == ("avatars", "avatars")
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])  # FSDP of version 1, its default

@@ -11,7 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, get_origin, get_type_hints
 
+import torch
+
+from stepdistill import embedded
 from stepdistill.errors import InputError
+from stepdistill.training.processes import HALF
 from stepdistill.training.roles import LORA_TARGETS, adaptable
 from stepdistill.typed import built, read_yaml
 
@@ -122,6 +126,11 @@ class LoopConfig:
             if value is not None and not (low <= value <= most and value < below and value != above):
                 raise InputError(f"{name}: got {value:g}; allowed: {begin}{end}" + f"; {fix}" * bool(fix))
 
+    @property
+    def half_type(self) -> torch.dtype | None:
+        """What networks compute in; None for float32."""
+        return HALF[self.mixed_precision]
+
     def of(self, role: str) -> LoopConfig:
         """The settings of a role's optimizer; methods with several may give each its own."""
         return self
@@ -141,10 +150,32 @@ class PipelineConfig(LoopConfig):
     """Of the teacher's weight files, as "fp16"."""
     revision: str | None = None
     """Of the teacher's hub repository."""
-    data: str = "avatars"
-    """Image folder with metadata.jsonl, `datasets` name, webdataset shards, cache folder, prompts (.txt), "avatars"."""
+    data: str | None = None
+    """Image folder with metadata.jsonl, `datasets` name, webdataset shards, cache folder, prompts (.txt), "avatars";
+    may be left out for an embedded teacher alone."""
     resolution: int | None = None
     """Side of the pictures in pixels; the teacher's own where not given."""
+    half: bool = False
+    """Keep the encoded latents and text in float16: half the disk."""
+
+    @property
+    def samples(self) -> str:
+        """What --data names.
+
+        Raises:
+            InputError: nothing, for a teacher that is not embedded.
+        """
+        return embedded.data_for(self.teacher, self.data)
+
+    @property
+    def frozen_type(self) -> torch.dtype | None:
+        """What the weights of the teacher's network are loaded in; None for float32."""
+        return None
+
+    def record(self) -> dict:
+        """See LoopConfig.record; the embedded set by its name."""
+        known = self.data is not None or self.teacher in embedded.TEACHERS
+        return super().record() | ({"data": self.samples} if known else {})
 
     def check_teacher(self, teacher: Teacher) -> None:
         """Raises InputError where a teacher cannot be used as the flags say, before its data are encoded."""
@@ -194,6 +225,14 @@ class TrainConfig(PipelineConfig):
     def target_decay(self) -> float:
         """Of the target's moving average; 0 where the student is its own target, or the method has none."""
         return 0.0
+
+    @property
+    def frozen_type(self) -> torch.dtype | None:
+        """bfloat16 under an adapter of a run in it, which keeps them so; a full student begins with float32 ones.
+
+        Those of a run in float16 are cast later: what is painted goes by the weights as bfloat16 rounds them.
+        """
+        return torch.bfloat16 if self.lora and self.mixed_precision == "bf16" else None
 
     @property
     def data_guidance(self) -> float:

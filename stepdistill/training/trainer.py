@@ -24,7 +24,6 @@ from stepdistill.training.config import TrainConfig
 from stepdistill.training.export import export, push_rest
 from stepdistill.training.loop import Loop
 from stepdistill.training.order import sample_indices
-from stepdistill.training.processes import HALF
 from stepdistill.training.roles import Models, full_models, lora_models
 from stepdistill.training.validation import grid
 
@@ -164,8 +163,7 @@ def build_models(
     """
     common = {
         "student_kind": method.student_kind(teacher.denoiser.kind), "others": method.networks(teacher),
-        "target_decay": config.target_decay, "export_decay": config.export_ema,
-        "dtype": HALF[config.mixed_precision],
+        "target_decay": config.target_decay, "export_decay": config.export_ema, "dtype": config.half_type,
     }  # fmt: skip
     if config.lora:
         return lora_models(

@@ -94,6 +94,7 @@ class ArchitectureConfig(BaselineConfig, PipelineConfig):
         from stepdistill.training.processes import on_cpu
         from stepdistill.training.run import open_teacher
 
+        _ = self.samples  # that there are any
         return open_teacher(self, PartialState(cpu=on_cpu()).device)
 
     def files(self, path: str) -> dict[str, str | None]:
@@ -112,8 +113,9 @@ class ArchitectureConfig(BaselineConfig, PipelineConfig):
         count = DRY if self.dry_run else self.limit
         with tempfile.TemporaryDirectory() if self.dry_run else nullcontext() as beside:
             cache = open_data(
-                self.data, teacher, resolution=self.resolution, cache_dir=beside, seed=self.seed,
+                self.samples, teacher, resolution=self.resolution, cache_dir=beside, seed=self.seed,
                 synthetic_guidance=self.guidance, limit=None if count is None else count + held,
+                half=self.half, precision=self.half_type,
             )  # fmt: skip
         rest = len(cache) - held
         if rest < 1:

@@ -93,7 +93,9 @@ class PruneThenStepsConfig(BKSDMConfig):
             **own | {"out": self.out / f"prune-{size}", "size": size, "data": data, "limit": None, "pictures": 0}
         )
 
-    def settings(self, name: str, teacher: str, data: str, out: Path, start: Path | None, seed: int = 0) -> TrainConfig:
+    def settings(
+        self, name: str, teacher: str, data: str | None, out: Path, start: Path | None, seed: int = 0
+    ) -> TrainConfig:
         """The flags of a step distillation.
 
         Args:
@@ -104,7 +106,10 @@ class PruneThenStepsConfig(BKSDMConfig):
         """
         flags = importlib.import_module(FLAGS[name][0])
         file, script = getattr(self, name), {"lcm": "train_lcm_lora.py", "ladd": "train_ladd.py"}[name]
-        changes = {"teacher": teacher, "data": data, "out": out, "seed": seed, "max_train_steps": self.step_updates}
+        changes = {
+            "teacher": teacher, "data": data, "out": out, "seed": seed, "max_train_steps": self.step_updates,
+            "half": self.half,
+        }  # fmt: skip
         if name == "ladd":  # the blocks it names may be gone: four of those that are left
             changes |= {"start": start, "blocks": ()}
         if file is None and self.teacher != "avatars":
@@ -168,11 +173,12 @@ class PruneThenStepsConfig(BKSDMConfig):
 
     def _data(self) -> str:
         """The data, encoded once for all trainings where there is a limit to them."""
-        if self.limit is None or self.dry_run or (Path(self.data) / "manifest.json").is_file():
-            return self.data
+        if self.limit is None or self.dry_run or (Path(self.samples) / "manifest.json").is_file():
+            return self.samples
         make_cache(
-            self.data, self.open_teacher(), self.out / "data", resolution=self.resolution, seed=self.seed,
-            synthetic_guidance=self.guidance, limit=self.limit + self.held_out,
+            self.samples, self.open_teacher(), self.out / "data", resolution=self.resolution, seed=self.seed,
+            synthetic_guidance=self.guidance, limit=self.limit + self.held_out, half=self.half,
+            precision=self.half_type,
         )  # fmt: skip
         return str(self.out / "data")
 

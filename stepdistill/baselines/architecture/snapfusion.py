@@ -176,7 +176,7 @@ class SnapFusionConfig(ArchitectureConfig):
             fastest = call_times(like, unet, judged, repeats=40)[0]  # what else goes on can only add to it
             return blocks.Cost(fastest, held_out(like, unet, judged)["distance_to_teacher"])
 
-        settings = {"teacher": self.teacher, "data": self.data, "saving": self.saving, "judged": judged.count}
+        settings = {"teacher": self.teacher, "data": self.samples, "saving": self.saving, "judged": judged.count}
         choose = partial(blocks.evolve, whole, measure, self.saving)
         state = PartialState()
         bar = tqdm(desc="judging blocks", unit=" UNets", dynamic_ncols=True, disable=not state.is_local_main_process)
