@@ -161,7 +161,7 @@ class R1TracesConfig(BaselineConfig):
         student = self._student(teacher, self.seeds[0])
         for one in (teacher, student):
             asked = [ask(one.tokenizer, problem.prompt) for problem in problems]
-            longest = max(len(one.tokenizer(text, add_special_tokens=False).input_ids) for text in asked)
+            longest = max(len(prompt_ids(one.tokenizer, text)) for text in asked)
             check_length(one.network, longest + self.completion, "the longest prompt and completion")
         return student.tokenizer
 

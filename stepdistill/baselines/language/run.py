@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -115,6 +116,7 @@ class DecoderConfig(BaselineConfig):
     """Updates over which the learning rate rises."""
 
     NAME: ClassVar[str] = ""  # in BASELINES
+    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {"teacher": ("student",)}
 
     def lesson(self, teacher: Decoder, corpus: Corpus) -> Lesson:
         """The loss of the student."""
