@@ -224,10 +224,17 @@ def learn(lesson: Lesson, models: Pupils, data: Data | Callable[[], Data], confi
     models.student = models.bare.eval()
     for network in (models.student, models.teacher):
         if network is not None:
-            extract_model_from_parallel(network, keep_fp32_wrapper=False)
+            unwrap(network)
     if config.dry_run:
         return 0.0
     return json.loads((Path(config.out) / "done.json").read_text())["seconds"]
+
+
+def unwrap(network: nn.Module) -> None:
+    """Gives a network its own forward back, in full precision, as if accelerate had never prepared it: a student that
+    is a teacher next is to be prepared again."""
+    extract_model_from_parallel(network, keep_fp32_wrapper=False)
+    vars(network).pop("_is_accelerate_prepared", None)
 
 
 def _state() -> PartialState:

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from stepdistill import files
+from stepdistill.baselines.base import unwrap
 from stepdistill.baselines.language.data import Tokens
 from stepdistill.baselines.language.models import Decoder, positions
 from stepdistill.files import replacing
@@ -72,7 +72,7 @@ def teach(config: GKDConfig, teacher: Decoder, student: PreTrainedModel, data: T
         trainer.add_callback(record)
         trainer.train(resume_from_checkpoint=last)
         for network in (student, teacher.network):  # measured in full precision, as where weights are only loaded
-            extract_model_from_parallel(network, keep_fp32_wrapper=False)
+            unwrap(network)
         if state.is_main_process:
             with replacing(weights) as path:
                 save_model(student, str(path / "student.safetensors"))
