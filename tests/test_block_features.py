@@ -13,7 +13,7 @@ from stepdistill.denoiser.load import Teacher, as_teacher
 from stepdistill.errors import InputError
 from stepdistill.features import blocks_of, check_blocks, read, tokens
 from stepdistill.training.ladd import LADDConfig
-from stepdistill.training.roles import ADAPTER, full_models, lora_models
+from stepdistill.training.roles import ADAPTER, full_models, keep_in, lora_models
 
 BLOCKS = {
     "sd": ["down_blocks.0.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.0",
@@ -131,10 +131,14 @@ def test_what_hears_nothing_of_the_picture_is_not_judged_by(family, names, says)
         flags.check_teacher(teacher)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])  # as a run in bfloat16 loads the network
 @pytest.mark.parametrize("family", BLOCKS)
-def test_every_block_that_is_known_hears_the_picture(family):
+def test_every_block_that_is_known_hears_the_picture(family, dtype):
     teacher = teacher_of(family)
-    LADDConfig(blocks=tuple(blocks_of(teacher.denoiser.backbone))).check_teacher(teacher)
+    keep_in(dtype, teacher.denoiser.backbone)
+    flags = LADDConfig(blocks=tuple(blocks_of(teacher.denoiser.backbone)))
+    flags.check_teacher(teacher)
+    assert len(flags.method().networks(teacher)["discriminator"].heads.heads) == len(flags.blocks)
 
 
 def test_a_block_that_returns_no_map_is_refused():
