@@ -64,7 +64,7 @@ def student(tmp_path_factory):
 
 def test_a_spec_is_read_with_all_its_options():
     found = parse("mine=some/model,lora=out/x,scheduler=lcm,guidance=1.5,variant=fp16,dtype=bf16")
-    assert found == ModelSpec("some/model", "mine", "out/x", "lcm", 1.5, "fp16", "bf16")
+    assert found == ModelSpec("some/model", "mine", "out/x", "lcm", 1.5, "fp16", dtype="bf16")
     assert str(found) == "some/model,lora=out/x,scheduler=lcm,guidance=1.5,variant=fp16,dtype=bf16"
 
 
