@@ -5,6 +5,7 @@
 LCM and progressive distillation are held against the exact ODE's map: the median distance of an answer from the end of
 the path from the same noise, over the spread of the data. ADD and LADD are held against the data: the energy distance
 of sets of 250 answers, over that between sets of fresh data; in the end of sets of 1,000 too, which show smaller ones.
+Distances hardly see whether there are modes at all, so what is in each is measured in the end (modes.Modes).
 mixture.json has the curves, mixture.png draws them.
 """
 
@@ -15,7 +16,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from plane import MODES, add, from_the_data, ladd, lcm, off_the_map, progressive, shares
+from modes import in_modes
+from plane import MODES, add, from_the_data, ladd, lcm, off_the_map, progressive
 
 from stepdistill.cli._run import guard, parse
 from stepdistill.evaluation.records import write_record
@@ -36,7 +38,7 @@ class Config:
 
 
 def curve(name: str) -> dict:
-    """One method's curve: updates, what its student is measured at, and the shares of the modes in the end."""
+    """One method's curve: updates, what its student is measured at, and what is in the modes in the end."""
     points: list[list[float]] = []
     look = off_the_map if name in MAP else from_the_data
 
@@ -50,7 +52,7 @@ def curve(name: str) -> dict:
     larger = {} if name in MAP else {"of_1000": round(from_the_data(student, 1000, 4)[0], 4)}
     return {
         "held_against": "map" if name in MAP else "data", "goal": GOALS["map" if name in MAP else "data"],
-        "curve": points, **larger, "shares": [round(share, 4) for share in shares(answers).tolist()],
+        "curve": points, **larger, **in_modes(answers).record(),
         "seconds": round(time.time() - started, 1),
     }  # fmt: skip
 

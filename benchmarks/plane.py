@@ -219,9 +219,3 @@ def from_the_data(student: Callable[[Tensor], Tensor], count: int = 250, sets: i
     fresh = [exact.sample(count, torch.Generator().manual_seed(10**7 + i)) for i in range(2 * sets)]
     far, alike = (sum(map(energy_distance, each, fresh[:sets])) / sets for each in (ours, fresh[sets:]))
     return far / alike, torch.cat(ours)
-
-
-def shares(points: Tensor) -> Tensor:
-    """The share of points nearest to each mode, (MODES,)."""
-    counts = (points[:, None] - ring(Cosine()).means).norm(dim=2).argmin(1).bincount(minlength=MODES)
-    return counts / counts.sum()

@@ -1,13 +1,13 @@
-"""Is the embedded teacher a worthy problem, and does a method solve it? Several students, and every claim checked.
+"""Is the embedded teacher a worthy problem, and do the methods solve it? Several students, and every claim checked.
 
-    python benchmarks/students.py --out out/lcm-lora --results benchmarks/results/avatars
-    python benchmarks/students.py --out out/lcm-lora --seeds 1        # one seed alone, say on another core
-    python benchmarks/students.py --method progressive --out out/progressive --results benchmarks/results/progressive
+    python benchmarks/students.py --out out/students --results benchmarks/results/avatars
+    python benchmarks/students.py --out out/students --methods progressive --seeds 1     # a part of it, on another core
 
-Seed s trains a student by train_scripts/configs/avatars_METHOD_lora.yaml. All are drawn from the same noise, the
-protocol's, as the teacher is; progressive's student of so many steps is its own export. What is done is not done again.
-When all seeds are there, their rows are put together under --results, with the report and claims.json: each ratio seed
-by seed, its goal, and whether all seeds meet it.
+Seed s trains a student by train_scripts/configs/avatars_METHOD_lora.yaml; ADD and LADD begin with LCM's student of that
+seed, which is trained first where it is not there. All are drawn from the same noise, the protocol's, as the teacher
+is; progressive's student of so many steps is its own export. What is done is not done again. The rows of all that was
+asked for are put together under --results, with the report and claims.json: each ratio by method and seed, its goal,
+and whether all seeds meet it.
 """
 
 from __future__ import annotations
@@ -33,16 +33,14 @@ Rows = dict[tuple[str, int], dict]
 class Config:
     """Flags of benchmarks/students.py."""
 
-    method: Literal["lcm", "progressive", "add", "ladd"] = "lcm"
+    methods: tuple[Literal["lcm", "progressive", "add", "ladd"], ...] = ("lcm", "progressive", "add", "ladd")
     """What distils."""
     teacher: Literal["avatars", "avatars-flow"] = "avatars"
     """What is distilled."""
-    out: Path = Path("out/lcm-lora")
-    """Students, and the benchmarks of each and of the teacher."""
+    out: Path = Path("out/students")
+    """Students and their benchmarks, a folder a method, and the teacher's benchmark."""
     results: Path | None = None
-    """Where the rows of all seeds, the report and claims.json go; nowhere if not given."""
-    start: Path | None = None
-    """Where an earlier run of this script left the students that add's and ladd's begin with, seed by seed."""
+    """Where the rows of all, the report and claims.json go; nowhere if not given."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of training."""
     n: int | None = None
@@ -82,13 +80,15 @@ def measure(models: dict[str, str], steps: tuple[int, ...], out: Path, n: int | 
         raise RuntimeError(f"{failure.model} at {failure.steps} steps: {failure.reason}")
 
 
-def claims(by_seed: dict[int, Rows]) -> list[dict]:
-    """Every claim with its value for each seed."""
+def claims(by_method: dict[str, dict[int, Rows]]) -> list[dict]:
+    """Every claim with its value for each method and seed."""
     said = []
-    for text, value, bound in CLAIMS:
-        exact = {seed: value(rows) for seed, rows in by_seed.items()}
-        shown = {seed: round(v, 4) for seed, v in exact.items()}  # the verdict is of the exact values
-        said.append({"claim": text, "at_most": round(bound, 4), "seeds": shown, "holds": max(exact.values()) <= bound})
+    for method, by_seed in by_method.items():
+        for text, value, bound in CLAIMS:
+            exact = {seed: value(rows) for seed, rows in by_seed.items()}
+            shown = {seed: round(v, 4) for seed, v in exact.items()}  # the verdict is of the exact values
+            holds = max(exact.values()) <= bound
+            said.append({"claim": text, "method": method, "at_most": round(bound, 4), "seeds": shown, "holds": holds})
     return said
 
 
@@ -102,24 +102,26 @@ def gather(config: Config) -> None:
     for part in PARTS:
         shutil.rmtree(config.results / part, ignore_errors=True)  # those of an earlier recording
     cells: Rows = {}
-    for folder in (config.out / "bench-teacher", *(config.out / f"bench-{seed}" for seed in config.seeds)):
+    parts = [config.out / method / f"bench-{seed}" for method in config.methods for seed in config.seeds]
+    for folder in (config.out / "bench-teacher", *parts):
         for row in read_rows(folder / "results.jsonl"):
             cells[row["model"], row["steps"]] = row  # real pictures are the same in every folder
         for part in filter(lambda part: (folder / part).is_dir(), PARTS):
             shutil.copytree(folder / part, config.results / part, dirs_exist_ok=True)
     rows = list(cells.values())
     (config.results / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = claims({seed: of_student(cells, name(config.method, seed)) for seed in config.seeds})
+    of = {method: {seed: of_student(cells, name(method, seed)) for seed in config.seeds} for method in config.methods}
     record = {
-        "what": "ratios of Frechet distances, and attribute accuracies; goals of the embedded default", "claims": said,
-        "n": rows[0]["n"],
+        "what": "ratios of Frechet distances, and attribute accuracies; goals of the embedded default",
+        "claims": claims(of), "n": rows[0]["n"],
     }  # fmt: skip
     write_record(config.results / "claims.json", record)
     write_cards(rows)
     print_table(rows)
-    for claim in said:
+    for claim in record["claims"]:
         values = ", ".join(f"{v:.3f}" for v in claim["seeds"].values())
-        print(f"{'holds ' if claim['holds'] else 'MISSED'} {claim['claim']}: {values} (at most {claim['at_most']:.3g})")
+        verdict = "holds " if claim["holds"] else "MISSED"
+        print(f"{verdict} {claim['method']}: {claim['claim']}: {values} (at most {claim['at_most']:.3g})")
     print(f"report: {write_report(config.results)}")
 
 
@@ -133,16 +135,25 @@ def of_student(cells: Rows, own: str) -> Rows:
     return {(STUDENT if model == own else model, steps): row for (model, steps), row in cells.items()}
 
 
-def main(config: Config) -> None:
-    """Trains and measures the seeds; measures the teacher and gathers all where asked to."""
+def students(config: Config, method: str, seed: int) -> dict[int, Path]:
+    """Trains a student, and the one it begins with, where they are not there; its export of each number of steps."""
     from stepdistill.training.plans import run, shipped
 
+    start = {}
+    if method in ("add", "ladd"):
+        students(config, "lcm", seed)
+        start = {"start": config.out / "lcm" / f"student-{seed}"}
+    out = config.out / method / f"student-{seed}"
+    return run(shipped(method, config.teacher, out=out, seed=seed, **start), FEW)
+
+
+def main(config: Config) -> None:
+    """Trains and measures the students; measures the teacher and gathers all where asked to."""
     for seed in config.seeds:
-        start = {"start": config.start / f"student-{seed}"} if config.start else {}
-        plan = shipped(config.method, config.teacher, out=config.out / f"student-{seed}", seed=seed, **start)
-        for steps, export in run(plan, FEW).items():
-            spec = {name(config.method, seed): f"{config.teacher},lora={export}"}
-            measure(spec, (steps,), config.out / f"bench-{seed}", config.n)
+        for method in config.methods:
+            for steps, export in students(config, method, seed).items():
+                spec = {name(method, seed): f"{config.teacher},lora={export}"}
+                measure(spec, (steps,), config.out / method / f"bench-{seed}", config.n)
     if config.results:
         own = {"avatars": "scheduler=ddim", "avatars-flow": "sigmas=even"}[config.teacher]  # a flow's Euler is DDIM
         measure({TEACHER: f"{config.teacher},{own}"}, FEW + MANY, config.out / "bench-teacher", config.n)

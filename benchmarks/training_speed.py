@@ -44,8 +44,9 @@ from stepdistill.methods.consistency import boundary_scalings
 from stepdistill.schedules import AlphaBar, match
 from stepdistill.training.lcm import LCMConfig
 from stepdistill.training.networks import trainable
+from stepdistill.training.processes import HALF
 from stepdistill.training.roles import LORA_TARGETS, keep_in, matching
-from stepdistill.training.trainer import HALF, Trainer
+from stepdistill.training.trainer import Trainer
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 UNETS = {

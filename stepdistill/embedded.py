@@ -25,3 +25,17 @@ def path(name: str) -> Path:
     raise InputError(
         f"embedded asset {name!r}: not in {package.parent / 'assets'}; reinstall stepdistill from a full checkout"
     )
+
+
+def data_for(teacher: str, data: str | None) -> str:
+    """What --data says; where it is not given, the set that an embedded teacher was made of.
+
+    Raises:
+        InputError: it is not given, for another teacher.
+    """
+    if data is None and teacher not in TEACHERS:
+        raise InputError(
+            f"--data: got none for {teacher}; allowed: pictures with captions, or prompts, as this teacher was made "
+            "of; give --data"
+        )
+    return data or "avatars"

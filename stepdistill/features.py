@@ -66,6 +66,33 @@ def check_blocks(backbone: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+@torch.no_grad()
+def check_pictures(denoiser: Denoiser, cond: Cond, names: Sequence[str]) -> None:
+    """Checks that blocks return maps of the picture, and not of the text or the time: that these grow with it.
+
+    Args:
+        cond: of batch 1. names: of submodules.
+
+    Raises:
+        InputError: one is never called, as a list of blocks is not, or returns something else.
+    """
+    channels, *_, height, width = denoiser.sample_shape
+    sizes: list[dict[str, int]] = []
+    for rows in (height, height // 2):
+        x_t = torch.zeros(1, channels, rows, width, device=next(denoiser.parameters()).device)
+        with listening(denoiser.backbone, names) as heard:
+            denoiser.raw(x_t, denoiser.schedule.t_max, cond)
+        sizes.append({name: maps.shape[1] for name, maps in heard.items()})
+    for name in names:
+        whole, half = (size.get(name, 0) for size in sizes)
+        if whole <= half:
+            got = "is never called" if not whole else f"returns {whole} tokens of any picture"
+            known = ", ".join(check_blocks(denoiser.backbone, ()))
+            raise InputError(
+                f"blocks: got {name}, which {got}; allowed: what returns a map of the picture, such as {known}"
+            )
+
+
 def listening(backbone: nn.Module, names: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
     """Within, each call of the backbone leaves the token maps (B, N, C) of these blocks in the dictionary."""
     return hooks.listening(backbone, names, lambda module, inputs, output: tokens(module, output))
@@ -81,11 +108,12 @@ def tokens(block: nn.Module, output: object) -> Tensor:
         own = {kind.__name__ for kind in type(block).__mro__}  # what divides a network puts a class above
         output = output[1] if own & TEXT_FIRST else output[0]
     elif not isinstance(output, Tensor):
-        output = output.sample  # a Transformer2DModelOutput
-    if output.ndim not in (2, 3, 4):
+        output = getattr(output, "sample", None)  # of a Transformer2DModelOutput
+    if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
+        got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else "no tensor"
         raise InputError(
-            f"blocks: got a {type(block).__name__} that returns shape {tuple(output.shape)}; allowed: (B, C, h, w), "
-            "(B, N, C) or (B, C); choose another"
+            f"blocks: got a {type(block).__name__} that returns {got}; allowed: (B, C, h, w), (B, N, C) or (B, C); "
+            "choose another"
         )
     if output.ndim == 2:
         return output[:, None]

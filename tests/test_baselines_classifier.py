@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 from torch import nn
 
@@ -17,8 +19,8 @@ from stepdistill.baselines.classifier.data import Labelled, normalise, open_labe
 from stepdistill.baselines.classifier.hinton import Hinton, HintonConfig, softened_kl
 from stepdistill.baselines.classifier.networks import build
 from stepdistill.baselines.reduce import masked_mean
-from stepdistill.baselines.results import Results, Row, gap_closed
-from stepdistill.baselines.sweep import points
+from stepdistill.baselines.results import Results, Row, gap_closed, show
+from stepdistill.baselines.sweep import points, take_over
 from stepdistill.cli import main
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
@@ -61,15 +63,15 @@ class Fixed(nn.Module):
 
 
 def test_weights_are_named_and_the_temperature_is_on_the_soft_term_alone():
-    z, v = torch.tensor([[0.0, math.log(3.0)]]), torch.tensor([[math.log(3.0), 0.0]])
+    z, v = torch.tensor([[[0.0, math.log(3.0)]], [[math.log(3.0), 0.0]]], dtype=torch.float64)
     batch = Batch({"pixels": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "labels": torch.tensor([1, 0])}, Draws([1, 2]))
     lesson = Hinton(temperature=1.0, soft_weight=2.0, hard_weight=3.0, flip=False)
     models = Pupils(Fixed(z), Fixed(v))
     loss = lesson.loss("student", batch, models, Clock(0, 1))
     hard = (-math.log(0.75) - math.log(0.25)) / 2
     soft = 0.75 * math.log(3.0) + 0.25 * math.log(1 / 3.0)
-    assert loss.total.item() == pytest.approx(2 * soft + 3 * hard, rel=1e-6)
-    assert {k: v.item() for k, v in loss.terms.items()} == pytest.approx({"hard": hard, "soft": soft}, rel=1e-6)
+    assert loss.total.item() == pytest.approx(2 * soft + 3 * hard, abs=1e-10)
+    assert {k: v.item() for k, v in loss.terms.items()} == pytest.approx({"hard": hard, "soft": soft}, abs=1e-10)
     loss.total.backward()
     assert models.teacher.logits.grad is None and models.student.logits.grad is not None
 
@@ -126,8 +128,30 @@ def test_a_gap_is_closed_by_a_share_or_not_told():
     rows += [Row("student", "s", {"accuracy": a}, 5, 1.0, seed) for seed, a in enumerate((0.7, 0.8))]
     results = Results("hinton", "accuracy", True, "4 pictures", rows)
     assert results.gaps() == {"s": pytest.approx(0.5)}
+    assert gap_closed(0.0, 0.0, 0.0) is None
     swept = points({4.0: results.record()})
     assert swept[0]["student"] == {"mean": pytest.approx(0.75), "seeds": [0.7, 0.8]}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [(0.9, "50.0%"), (0.605, "not told: teacher and control are too close"),
+     (0.4, "not told: the control is better than the teacher"), (None, "not told: there is no teacher, or no control")],
+)  # fmt: skip
+def test_why_a_gap_is_not_told_is_said(teacher, said, capsys):
+    rows = [Row("control", "s", {"accuracy": 0.6}, 5, 1.0, 0), Row("student", "s", {"accuracy": 0.75}, 5, 1.0, 0)]
+    rows += [] if teacher is None else [Row("teacher", "t", {"accuracy": teacher}, 10)]
+    show(json.loads(json.dumps(Results("hinton", "accuracy", True, "4 pictures", rows).record())))
+    assert f"mean over seeds: {said}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_student_is_compared_with_the_control_of_its_name():
+    rows = [Row("teacher", "t", {"fd": 10.0}, 10)]
+    for name, control, student in (("small", 20.0, 15.0), ("tiny", 30.0, 25.0)):
+        rows += [Row("control", name, {"fd": control}, 5, 1.0, 0), Row("student", name, {"fd": student}, 5, 1.0, 0)]
+    rows.append(Row("student", "other", {"fd": 10.0}, 5, 1.0, 0))
+    gaps = Results("prune_then_steps", "fd", False, "4 pictures", rows).gaps()
+    assert gaps == pytest.approx({"small": 0.5, "tiny": 0.25, "other": 1.0})
 
 
 def shapes() -> Labelled:
@@ -162,6 +186,16 @@ def test_a_run_that_was_cut_ends_with_the_same_bits(tmp_path):
     assert torch.equal(third.bare.head.weight, whole.bare.head.weight) and not third.bare.training
 
 
+def test_a_finished_training_is_loaded_onto_the_runs_device(tmp_path, monkeypatch):
+    config = LoopConfig(out=tmp_path, max_train_steps=1, batch_size=4)
+    learn(Hinton(2.0, 1.0, 1.0, True), Pupils(build("resnet8", 2, 8, seed=1), build("resnet8", 2, 8, seed=2)),
+          shapes(), config)  # fmt: skip
+    monkeypatch.setitem(PartialState._shared_state, "device", torch.device("meta"))
+    again = Pupils(build("resnet8", 2, 8, seed=1), build("resnet8", 2, 8, seed=2))
+    learn(Hinton(2.0, 1.0, 1.0, True), again, shapes(), config)
+    assert {p.device.type for network in (again.student, again.teacher) for p in network.parameters()} == {"meta"}
+
+
 def test_a_student_learns_the_toy_data(tmp_path):
     models = Pupils(build("resnet8", 2, 8, seed=1))
     config = LoopConfig(out=tmp_path, max_train_steps=30, batch_size=8, learning_rate=3e-3)
@@ -191,15 +225,65 @@ def test_from_the_command_line_to_the_table_and_again(tmp_path, capsys):
     assert (out / "student-0/weights/student.safetensors").stat().st_mtime_ns == weights
     assert main([*argv, "--temperature", "3"]) == 2
     assert "temperature = 4.0 (now 3.0)" in capsys.readouterr().err
+    assert json.loads((out / "run.json").read_text())["temperature"] == 4.0  # of the run that is there, for `eval`
 
 
-def test_a_sweep_puts_runs_side_by_side(tmp_path, capsys):
+def test_a_sweep_puts_runs_side_by_side_and_trains_once_what_they_share(tmp_path, capsys, monkeypatch):
+    trained, begin = [], Learner.__init__
+
+    def noted(self, lesson, models, data, config):
+        trained.append(config.out.relative_to(tmp_path).as_posix())
+        begin(self, lesson, models, data, config)
+
+    monkeypatch.setattr(Learner, "__init__", noted)
     argv = ["baselines", "sweep", "hinton", "--over", "temperature=1.0,4.0", "--quick", *QUICK, "--out", str(tmp_path)]
     assert main([*argv, "--label", "background"]) == 0
     record = json.loads((tmp_path / "sweep.json").read_text())
     assert [point["value"] for point in record["points"]] == [1.0, 4.0] and record["flag"] == "temperature"
     assert Image.open(tmp_path / "sweep.png").size[0] > 500
+    assert trained == [*(f"temperature-1.0/{part}" for part in ("teacher", "control-0", "student-0")),
+                       "temperature-4.0/student-0"]  # fmt: skip
+    assert record["points"][0]["control"] == record["points"][1]["control"]
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "value", "shared"),
+    [
+        ("hinton", "temperature", 2.0, ["control-0", "teacher"]),
+        ("hinton", "student", "resnet14", ["teacher"]),
+        ("hinton", "teacher", "resnet14", ["control-0"]),
+        ("hinton", "learning_rate", 0.1, []),
+        ("forward_kl", "temperature", 3.0, ["control-0", "teacher"]),
+        ("gkd", "lmbda", 0.25, ["control-0", "teacher"]),
+        ("forward_kl", "block", 32, []),
+        ("r1_traces", "keep", 1, ["control-0", "teacher", "traces.jsonl"]),
+        ("r1_traces", "samples", 1, ["control-0", "teacher"]),
+        ("distilbert", "init", "random", ["teacher"]),
+        ("distilbert", "kl_weight", 1.0, ["control-0", "teacher"]),
+        ("tinybert", "layers", 1, ["task", "teacher"]),
+        ("tinybert", "temperature", 2.0, ["control-0", "task", "teacher"]),
+        ("tinybert", "task_limit", 10, ["teacher"]),
+        ("bk_sdm", "feature_weight", 0.5, ["control-0"]),
+        ("bk_sdm", "size", "small", []),
+        ("snapfusion", "cfg_probability", 0.5, ["blocks.json", "control-0"]),
+        ("snapfusion", "saving", 0.1, []),
+        ("prune_then_steps", "distiller", "ladd", ["data", "prune-small"]),
+        ("prune_then_steps", "size", ("tiny",), ["data", "prune-small"]),
+    ],
+)
+def test_the_runs_of_a_sweep_share_what_the_flag_does_not_change(name, flag, value, shared, tmp_path):
+    one = get(name).config(out=tmp_path / "one")
+    two = dataclasses.replace(one, out=tmp_path / "two", **{flag: value})
+    for place in ("teacher", "task", "control-0", "student-0", "steps-student-0", "bench", "data", "prune-small"):
+        (one.out / place).mkdir(parents=True)
+    for place in ("results.json", "run.json", "traces.jsonl", "blocks.json"):
+        (one.out / place).write_text(place)
+    (two.out / "student-0").mkdir(parents=True)
+    take_over(one, two)
+    links = [place for place in sorted(two.out.iterdir()) if place.is_symlink()]
+    assert [place.name for place in links] == shared
+    assert all(place.samefile(one.out / place.name) for place in links)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +323,18 @@ def test_a_folder_of_folders_is_read_in_order(tmp_path):
     found = open_labelled(str(tmp_path), "test", label=(), limit=None)
     assert found.classes == ["dark", "light"] and found.labels.tolist() == [0, 1]
     assert found.pixels[:, 0, 0, 0].tolist() == [0, 200]
+
+
+def test_a_limit_leaves_pictures_of_every_class(tmp_path):
+    for i in range(4):
+        (tmp_path / "train" / str(i)).mkdir(parents=True)
+        for n in range(10):
+            Image.new("RGB", (8, 8), (60 * i + n,) * 3).save(tmp_path / "train" / str(i) / f"{n}.png")
+    found, again, other = (open_labelled(str(tmp_path), "train", label=(), limit=20, seed=s) for s in (0, 0, 1))
+    assert len(found) == 20 and set(found.labels.tolist()) == {0, 1, 2, 3}
+    shades = found.pixels[:, 0, 0, 0]
+    assert len(set(shades.tolist())) == 20 and torch.equal(shades // 60, found.labels)
+    assert torch.equal(found.pixels, again.pixels) and not torch.equal(found.labels, other.labels)
 
 
 def test_quick_numbers_are_flags_of_theirs():

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from stepdistill.denoiser.load import Teacher, as_teacher
 from stepdistill.errors import InputError
 from stepdistill.features import blocks_of, check_blocks, read, tokens
-from stepdistill.training.roles import ADAPTER, full_models, lora_models
+from stepdistill.training.ladd import LADDConfig
+from stepdistill.training.roles import ADAPTER, full_models, keep_in, lora_models
 
 BLOCKS = {
     "sd": ["down_blocks.0.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.0",
@@ -110,6 +111,34 @@ def test_an_unknown_block_is_one_line_that_names_some():
     )
     with pytest.raises(InputError, match=r"blocks: got none for a Linear; allowed: names of its submodules"):
         check_blocks(nn.Linear(1, 1), ())
+
+
+@pytest.mark.parametrize(
+    ("family", "names", "says"),
+    [
+        ("sd", "down_blocks", "is never called"),
+        ("sd", "mid_block.attentions", "is never called"),
+        ("sd3", "transformer_blocks", "is never called"),
+        ("sd", "time_embedding", "returns 1 tokens of any picture"),
+        ("sd", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k", "returns 16 tokens of any picture"),
+        ("sd3", "transformer_blocks.0.ff_context", r"returns \d+ tokens of any picture"),
+    ],
+)
+def test_what_hears_nothing_of_the_picture_is_not_judged_by(family, names, says):
+    teacher = teacher_of(family)
+    flags = LADDConfig(blocks=(BLOCKS[family][0], names))
+    with pytest.raises(InputError, match=rf"blocks: got {names}, which {says}; allowed: .* such as \w+"):
+        flags.check_teacher(teacher)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])  # as a run in bfloat16 loads the network
+@pytest.mark.parametrize("family", BLOCKS)
+def test_every_block_that_is_known_hears_the_picture(family, dtype):
+    teacher = teacher_of(family)
+    keep_in(dtype, teacher.denoiser.backbone)
+    flags = LADDConfig(blocks=tuple(blocks_of(teacher.denoiser.backbone)))
+    flags.check_teacher(teacher)
+    assert len(flags.method().networks(teacher)["discriminator"].heads.heads) == len(flags.blocks)
 
 
 def test_a_block_that_returns_no_map_is_refused():

@@ -157,8 +157,12 @@ def test_where_all_models_are_missing_nothing_is_measured(tmp_path, capsys, miss
 @pytest.mark.usefixtures("nothing_is_measured")
 def test_published_models_and_protocols_are_planned_without_a_network(tmp_path, capsys):
     models = ["--model", "@sdxl", "--model", "fast=@hyper-sdxl,dtype=fp32", "--dry-run"]
-    data = ["--prompts", tmp_path / "p.txt", "--reference", tmp_path]
-    code, said, _ = run(capsys, "bench", *models, "--protocol", "coco10k-512", *data)
+    place = tmp_path / "coco10k"
+    place.mkdir()
+    Image.new("RGB", (8, 8)).save(place / "0.png")
+    plan = ["bench", *models, "--protocol", "coco10k-512", "--prompts", tmp_path / "p.txt", "--reference"]
+    assert f"got {place} of 1 pictures; allowed: 10000" in refused(capsys, *plan, place)
+    code, said, _ = run(capsys, *plan, tmp_path / "statistics.npz")
     assert code == 0 and "coco10k-512: 10000 pictures a cell, 5 cells" in said
     for words in (
         "euler,guidance=5.0",
@@ -238,7 +242,11 @@ def test_models_of_another_size_are_not_measured_against_the_embedded_pictures(t
     small = tiny.save(tmp_path / "small")
     capsys.readouterr()  # diffusers' bars of saving
     line = refused(capsys, "bench", "--model", tmp_path / "large", "--out", tmp_path / "out")
-    assert "got a model of 64 pixels, and avatars-2k, the default, has 32" in line and "--data FOLDER" in line
+    assert "got a model of 64 pixels, and avatars-2k has 32" in line and "--data FOLDER" in line
+    asked = refused(
+        capsys, "bench", "--model", tmp_path / "large", "--protocol", "avatars-2k", "--out", tmp_path / "out"
+    )
+    assert asked == line
     line = refused(capsys, "bench", "--model", tmp_path / "large", "--model", small, "--data", tmp_path)
     assert "several sizes (large 64, small 32)" in line
 

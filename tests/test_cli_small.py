@@ -81,7 +81,9 @@ def test_cache_says_what_is_wrong(tmp_path, pipelines, pictures, capsys):
     assert "guidance: got 0.5; allowed" in refused(capsys, *base, "--data", pictures, "--guidance", 0.5)
     assert "steps: got 0; allowed" in refused(capsys, *base, "--data", pictures, "--steps", 0)
     assert "limit: got 0; allowed" in refused(capsys, *base, "--data", pictures, "--limit", 0)
-    assert "no model_index.json" in refused(capsys, "cache", "--teacher", tmp_path, "--out", tmp_path / "cache")
+    there = ["--data", pictures, "--out", tmp_path / "cache"]
+    assert "no model_index.json" in refused(capsys, "cache", "--teacher", tmp_path, *there)
+    assert f"--data: got none for {pipelines['sd']}; allowed" in refused(capsys, *base)
     full = ["cache", "--teacher", pipelines["sd"], "--data", pictures, "--out", tmp_path]
     assert "which holds something else" in refused(capsys, *full)
     assert not (tmp_path / "cache").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -46,6 +47,14 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clip(folder):
     return load_clip(f"local-dir:{folder}")
+
+
+def test_how_pictures_are_brought_to_a_local_model_is_in_its_setup(folder, clip, tmp_path):
+    shutil.copytree(folder, tmp_path / "moved")
+    assert load_clip(f"local-dir:{tmp_path / 'moved'}").setup == clip.setup
+    file = tmp_path / "moved" / "open_clip_config.json"
+    file.write_text(file.read_text().replace("bicubic", "bilinear"))
+    assert load_clip(f"local-dir:{tmp_path / 'moved'}").setup != clip.setup
 
 
 def test_scores_equal_open_clips_own_computation(folder, clip):

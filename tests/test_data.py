@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,13 +23,16 @@ from safetensors.torch import load_file
 
 from stepdistill.conditioning.base import expand
 from stepdistill.data import avatars, build
+from stepdistill.data.broken import BrokenList
 from stepdistill.data.build import FORMAT, picture_size, teacher_key
 from stepdistill.data.cache import LatentCache, make_cache, open_data
-from stepdistill.data.sources import open_picture, open_source, to_tensor
+from stepdistill.data.sources import PictureError, open_picture, open_source, to_tensor
 from stepdistill.denoiser.load import as_teacher, load_teacher
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.sampling import sample
+from stepdistill.training.lcm import LCMConfig
+from stepdistill.training.run import open_samples
 
 SIDE = tiny.LATENT * tiny.FACTOR
 
@@ -182,17 +186,77 @@ def test_bad_metadata_names_the_line(tmp_path, line, message):
     one_line(error)
 
 
-def test_a_broken_picture_is_named(tmp_path, teacher):
-    folder = tmp_path / "set"
-    folder.mkdir()
-    for i in range(2):
-        (folder / f"{i}.png").write_bytes(png(i)[: 200 if i else None])
-        (folder / f"{i}.txt").write_text("a cat")
-    with pytest.raises(InputError, match=r"picture: got .*1.png, which is broken .*; replace or remove it") as error:
-        open_data(str(folder), teacher, cache_dir=tmp_path / "cache")
+@pytest.fixture(params=["folder", "shards", "datasets"])
+def broken(request, tmp_path):
+    """broken(*numbers): a source of six pictures, those of these numbers cut short."""
+
+    def made(*numbers: int) -> str:
+        contents = [png(i)[: 200 if i in numbers else None] for i in range(6)]
+        name = tmp_path / f"{request.param}-{len(numbers)}"
+        if request.param == "shards":
+            members = {f"{i}.png": content for i, content in enumerate(contents)}
+            return str(shard(name.with_suffix(".tar"), members | {f"{i}.txt": f"cat {i}".encode() for i in range(6)}))
+        if request.param == "datasets":
+            datasets = pytest.importorskip("datasets")
+            rows = {"image": [{"bytes": content, "path": None} for content in contents]}
+            kinds = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+            table = datasets.Dataset.from_dict(rows | {"text": [f"cat {i}" for i in range(6)]}, features=kinds)
+            table.save_to_disk(str(name))
+            return str(name)
+        name.mkdir()
+        for i, content in enumerate(contents):
+            (name / f"{i}.png").write_bytes(content)
+            (name / f"{i}.txt").write_text(f"cat {i}")
+        return str(name)
+
+    return made
+
+
+def test_a_broken_picture_is_left_out_counted_and_named(tmp_path, teacher, broken, capsys, monkeypatch):
+    monkeypatch.setattr(build, "SHARD", 2)
+    monkeypatch.setattr("stepdistill.data.cache.SHARD", 2)
+    monkeypatch.setattr(build, "BATCH", 1)
+    cache = open_data(broken(3), teacher, cache_dir=tmp_path / "cache")
+    assert (cache.captions, cache.manifest["broken"]) == ([f"cat {i}" for i in (0, 1, 2, 4, 5)], 1)
+    whole = open_data(broken(), teacher, cache_dir=tmp_path / "cache")
+    (x0, cond), (expected, told) = cache.batch(range(5)), whole.batch([0, 1, 2, 4, 5])
+    assert torch.equal(x0, expected) and torch.equal(cond["text"], told["text"])
+    said = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "left out" in line]
+    assert len(said) == 1 and said[0].endswith(
+        "left out 1 of 6 pictures, which are broken; the cache's broken.jsonl names them"
+    )
+    (line,) = next((tmp_path / "cache").glob("*/broken.jsonl")).read_text().splitlines()
+    assert json.loads(line)["sample"] == 3 and "3" in json.loads(line)["picture"]
+    assert whole.manifest["broken"] == 0
+
+
+def test_more_broken_pictures_than_one_in_a_hundred_are_refused(tmp_path, teacher, broken):
+    with pytest.raises(InputError, match=r"and 1 before it; allowed: 1 of 6; replace or remove them") as error:
+        open_data(broken(1, 3), teacher, cache_dir=tmp_path / "cache")
     one_line(error)
-    (folder / "1.png").write_bytes(png(1))
-    assert len(open_data(str(folder), teacher, cache_dir=tmp_path / "cache")) == 2
+
+
+def test_how_many_may_be_broken():
+    assert [BrokenList(Path("none"), count).most for count in (1, 2, 199, 200, 5000)] == [0, 1, 1, 2, 50]
+
+
+def test_broken_pictures_found_before_a_build_was_cut_off_are_counted(tmp_path):
+    first = BrokenList(tmp_path / "broken.jsonl", 300)
+    first.add(7, PictureError("7.png", EOFError()))
+    again = BrokenList(tmp_path / "broken.jsonl", 300)
+    again.add(7, PictureError("7.png", EOFError()))
+    again.add(8, PictureError("8.png", EOFError()))
+    assert len(again) == 2
+    with pytest.raises(InputError, match=r"picture: got 9.png, which is broken \(EOFError\), and 2 before it"):
+        BrokenList(tmp_path / "broken.jsonl", 200).add(9, PictureError("9.png", EOFError()))
+
+
+def test_a_file_that_cannot_be_read_is_not_a_broken_picture(tmp_path):
+    """What holds it may be well later; samples are not lost for that."""
+    with pytest.raises(InputError, match=r"picture: got a.png, which cannot be read \(No such file") as error:
+        open_picture(tmp_path / "a.png", "a.png")
+    assert not isinstance(error.value, PictureError)
+    one_line(error)
 
 
 @pytest.mark.parametrize("error", [struct.error("unpack requires 8 bytes"), EOFError(), zlib.error("incorrect header")])
@@ -383,6 +447,14 @@ def test_half_takes_half_the_disk_and_reads_as_float32(tmp_path, pictures):
     assert half._latents[0].dtype == torch.float16
 
 
+def test_a_training_run_may_keep_its_samples_in_half(tmp_path, teacher, pictures):
+    for half in (False, True):
+        run = LCMConfig(teacher="tiny", data=pictures, half=half, dry_run=True)
+        assert open_samples(run, teacher, tmp_path / str(half))[0]["x0"].dtype == torch.float32
+        (file,) = (tmp_path / str(half)).glob("*/shards-*")
+        assert load_file(file)["x0"].dtype == (torch.float16 if half else torch.float32)
+
+
 def test_prompts_alone_are_painted_by_the_guided_teacher(tmp_path, teacher):
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join([*tiny.PROMPTS, tiny.PROMPTS[0]]))
@@ -395,6 +467,34 @@ def test_prompts_alone_are_painted_by_the_guided_teacher(tmp_path, teacher):
     assert (cache[0]["x0"] - cache[2]["x0"]).abs().max() > 0.1  # one prompt, other noise
     assert open_data(str(file), teacher, seed=8, **options).key != cache.key
     assert cache.manifest["guidance"] == 4.0
+
+
+def test_the_teacher_paints_in_the_precision_of_the_run(tmp_path, teacher):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(tiny.PROMPTS))
+    options = {"synthetic_steps": 2, "synthetic_guidance": 3.0, "cache_dir": tmp_path}
+    exact = open_data(str(file), teacher, **options)
+    half = open_data(str(file), teacher, precision=torch.bfloat16, **options)
+    draws = Draws.at(0, 0, 2)
+    cond, uncond = teacher.conditioner.encode(half.captions), expand(teacher.conditioner.unconditional(1), 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = sample(teacher.denoiser, draws.normal(4, 8, 8), cond, uncond, steps=2, guidance=3.0)
+    assert torch.equal(half.batch([0, 1])[0], expected)
+    assert not torch.equal(exact.batch([0, 1])[0], expected)
+    assert (exact.manifest["precision"], half.manifest["precision"]) == ("float32", "bfloat16")
+    assert exact.key != half.key
+
+
+def test_a_painted_cache_is_known_to_its_teacher_in_bfloat16_too(tmp_path, pipelines):
+    """A run in bfloat16 loads the network so; `stepdistill cache` in float32."""
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    make_cache(str(tmp_path / "prompts.txt"), load_teacher(pipelines["sd"]), tmp_path / "cache", synthetic_steps=1)
+    half = load_teacher(pipelines["sd"], backbone_dtype=torch.bfloat16)
+    assert len(open_data(str(tmp_path / "cache"), half)) == 1
+    with torch.no_grad():
+        next(half.denoiser.backbone.parameters()).mul_(1.02)
+    with pytest.raises(InputError, match="made with another teacher"):
+        open_data(str(tmp_path / "cache"), half)
 
 
 def test_a_class_conditional_pixel_model_is_cached_without_an_unconditional(tmp_path):
@@ -432,6 +532,20 @@ def test_a_cache_folder_is_data_for_its_own_teacher_only(tmp_path, pictures, tea
         make_cache(pictures, teacher, tmp_path / "cache", resolution=32)
     with pytest.raises(InputError, match=r"--out: got .*, which holds something else"):
         make_cache(pictures, teacher, tmp_path)
+
+
+def test_a_painted_cache_is_data_for_runs_at_its_guidance_only(tmp_path, pictures, teacher):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    painted, encoded = str(tmp_path / "painted"), str(tmp_path / "encoded")
+    make_cache(str(tmp_path / "prompts.txt"), teacher, painted, synthetic_steps=1, synthetic_guidance=2.0)
+    make_cache(pictures, teacher, encoded)
+    with pytest.raises(
+        InputError, match=r"guidance: got 7 with the cache .*, painted at 2; .*`stepdistill cache --guidance 7`"
+    ) as error:
+        open_data(painted, teacher, synthetic_guidance=7.0)
+    one_line(error)
+    for spec, guidance in ((painted, 2.0), (painted, None), (encoded, 7.0)):
+        open_data(spec, teacher, synthetic_guidance=guidance, seed=5)
 
 
 def test_silent_tokens_are_not_kept_and_come_back(tmp_path, pictures):

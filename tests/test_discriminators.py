@@ -82,8 +82,8 @@ def test_a_loss_of_half_precision_logits_is_float32(name):
 
 
 def test_an_unknown_loss_is_refused():
-    with pytest.raises(InputError, match="adversarial_loss: got 'wgan'; allowed: hinge, softplus"):
-        check_loss("wgan")
+    with pytest.raises(InputError, match=r"got 'bce'; allowed: hinge, softplus \(binary cross-entropy on logits\)"):
+        check_loss("bce")
 
 
 def test_r1_of_a_linear_head_is_its_weights_norm():
@@ -200,7 +200,12 @@ def test_pooled_text_is_the_pipelines_else_the_mean_of_the_tokens_that_count():
     masked = pooled_text({"text": text, "text_mask": torch.tensor([[1, 1, 0]])}, 1)
     assert torch.equal(masked, torch.tensor([[2.0, 3.0]]))
     assert torch.equal(pooled_text({"text": text}, 1), torch.tensor([[18.0, 56 / 3]]))
-    assert pooled_text({"labels": torch.tensor([3, 4])}, 2).shape == (2, 0)
+    assert pooled_text({}, 2).shape == (2, 0)
+
+
+def test_of_a_class_the_heads_are_told_which():
+    told = pooled_text({"labels": torch.tensor([2, 0])}, 2, classes=3)
+    assert torch.equal(told, torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]))
 
 
 def test_a_noise_level_reads_the_same_on_every_schedule():

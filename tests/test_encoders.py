@@ -16,7 +16,7 @@ from stepdistill.baselines.language.distilbert import DistilBert, DistilBertConf
 from stepdistill.baselines.language.labelled import Classifier, Labelled, open_task
 from stepdistill.baselines.language.layers import Answers, Layers, Projections
 from stepdistill.baselines.language.masked import Lines, MaskedLM, Masking
-from stepdistill.baselines.language.models import copy_layers, evenly
+from stepdistill.baselines.language.models import check_length, copy_layers, evenly
 from stepdistill.baselines.language.tinybert import TinyBertConfig
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
@@ -360,3 +360,53 @@ def test_a_task_of_one_class_or_of_strange_ones_is_refused(tmp_path):
     file.write_text("one two\n")
     with pytest.raises(InputError, match="allowed: lines of a class, a tab and a text"):
         open_task(str(file), tokenizer, 8, **sizes)
+
+
+@torch.no_grad()
+def test_the_longest_text_that_is_taken_is_the_longest_that_works(tmp_path):
+    """RoBERTa's positions begin behind that of its padding."""
+    for kind, most in (("bert", 16), ("roberta", 15)):
+        network, ids = bert(kind=kind), torch.full((1, 17), 7)
+        check_length(network, most, "length")
+        network(ids[:, :most])
+        with pytest.raises(InputError, match=f"length: got {most + 1} tokens; allowed: {most}, the model's positions"):
+            check_length(network, most + 1, "length")
+        with pytest.raises((IndexError, RuntimeError)):
+            network(ids[:, : most + 1])
+
+
+@pytest.mark.parametrize("kind", [DistilBertConfig, TinyBertConfig])
+def test_encoders_read_prompts_with_their_completions_as_one_text(kind, tmp_path, monkeypatch):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(f'{{"prompt": "a{i} b", "completion": " c d{i}"}}\n' for i in range(20)))
+    seen = []
+
+    def cut(texts, *rest):
+        seen.append(list(texts))
+        raise InputError("read")
+
+    monkeypatch.setattr(masked, "cut_lines", cut)
+    with pytest.raises(InputError, match=r"^read$"):
+        kind(out=tmp_path / "run", data=str(file)).run()
+    assert seen == [[f"a{i} b c d{i}" for i in range(18)]]
+
+
+def test_a_task_in_order_of_class_is_drawn_from_all_of_it(tmp_path):
+    file = tmp_path / "task.tsv"
+    rows = [(name, f"{name} {n}") for name in "abcd" for n in range(50)]
+    file.write_text("".join(f"{name}\t{text}\n" for name, text in rows))
+    tokenizer = encoders.open_encoder("tiny", [text for _, text in rows]).tokenizer
+
+    def said(**more) -> list[list[tuple[int, str]]]:
+        found = open_task(str(file), tokenizer, 8, label="", **more)
+        texts = [tokenizer.batch_decode(part.lines.ids, skip_special_tokens=True) for part in found]
+        return [list(zip(part.labels.tolist(), said, strict=True)) for part, said in zip(found, texts, strict=True)]
+
+    train, held = said(limit=40, held_out=15)
+    assert (len(train), len(held)) == (40, 15) and not {text for _, text in train} & {text for _, text in held}
+    for part in (train, held):
+        assert {label for label, _ in part} == {0, 1, 2, 3}
+        assert all("abcd"[label] == text[0] for label, text in part)
+    assert said(limit=40, held_out=15) == [train, held] != said(limit=40, held_out=15, seed=1)
+    with pytest.raises(InputError, match="got 1 texts of 1 class"):
+        said(limit=1, held_out=15)

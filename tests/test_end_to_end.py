@@ -154,7 +154,7 @@ def test_what_a_pixel_model_cannot_be_is_said_before_data_are_encoded(tmp_path, 
     monkeypatch.setattr("stepdistill.data.cache.open_data", lambda *_, **__: pytest.fail("opened the data"))
     teacher = str(tiny.save(tmp_path / "teacher", "pixel"))
     with pytest.raises(InputError, match=message):
-        distil(LCMConfig(teacher=teacher, out=tmp_path / "run", **({"guidance": (1.0,)} | flags)))
+        distil(LCMConfig(teacher=teacher, data="avatars", out=tmp_path / "run", **({"guidance": (1.0,)} | flags)))
 
 
 def test_training_leaves_every_base_weight_bit_identical(tmp_path, family, pipelines, pictures):

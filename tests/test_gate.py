@@ -66,6 +66,12 @@ def test_a_line_says_the_figure_its_interval_its_count_and_the_bound(folder, cap
     assert lines == ["missed student, 4 steps: fd 25 (95 %: 23.0 to 27.0, n = 500), at most 24"]
 
 
+def test_a_line_of_a_time_says_what_its_median_is_of():
+    timing = {"total_p50": 80.0, "total_p90": 90.0, "batch": 2, "repeats": 12}
+    (found,) = judge(cells([row("m", 4, 0, 0, latency_ms=timing)]), Gate((Bound("ms", high=41),)))
+    assert str(found) == "met    m, 4 steps: ms 40 (p90 45.0, 12 calls), at most 41"
+
+
 def test_a_line_shows_shares_and_large_figures_as_they_are_bounded():
     figures = {
         "attribute_accuracy": {"value": 0.52341, "low": 0.5013, "high": 0.5455, "n": 500, "of": "pictures"},
@@ -103,6 +109,11 @@ def test_mlperfs_windows_ship_and_open_for_figures_inside_them_only(tmp_path, ca
     )
     code, _, err = gate(capsys, tmp_path / "other", "--gate", MLPERF)
     assert code == 2 and "got sdxl with n 500; allowed: n 5000" in err
+    Book(tmp_path / "as-sdxl", {"protocol_hash": "abc", "protocol": "tiny"}).add(
+        row("sdxl", 50, 23.5, 31.75, **told | {"guidance": 5.0})
+    )
+    code, _, err = gate(capsys, tmp_path / "as-sdxl", "--gate", MLPERF)  # of what is wrong with it, the first
+    assert code == 2 and "got sdxl with guidance 5.0; allowed: guidance 8.0" in err
 
 
 @pytest.mark.parametrize(
@@ -116,8 +127,8 @@ def test_mlperfs_windows_ship_and_open_for_figures_inside_them_only(tmp_path, ca
         (["--window", "fd=3,1"], "got a window from 3 to 1"),
         (["--max", "recall=1"], "got recall; allowed: fd, clip_score, kid, ms"),
         (["--max-fd", "9", "--model", "nobody"], "got nobody; allowed: teacher, student"),
-        (["--max-fd", "9", "--steps", "2"], "got 2; allowed: 1, 4, 50"),
-        (["--max-fd", "9", "--model", "student", "--steps", "50"], "got 50; allowed: 1, 4"),
+        (["--max-fd", "9", "--steps", "2"], "got bounds of 2, and a run of 1, 4, 50"),
+        (["--max-fd", "9", "--model", "student", "--steps", "50"], "got bounds of 50, and a run of 1, 4"),
         (["--gate", "nowhere.yaml"], "got nowhere.yaml; allowed: mlperf-sdxl, or a path"),
     ],
 )

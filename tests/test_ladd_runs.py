@@ -1,4 +1,4 @@
-"""Whole LADD runs: cut and resumed, on two processes, and held against the truth on eight modes in the plane."""
+"""Whole LADD runs: cut and resumed, and on two processes. test_mixture.py has one where the answer is known."""
 
 from __future__ import annotations
 
@@ -98,14 +98,17 @@ def test_what_a_student_cannot_begin_with_is_named(tmp_path, pipelines, pictures
     first = trainer(tmp_path / "first", pipelines["sd"], pictures, max_train_steps=1).fit()
     with pytest.raises(InputError, match=r"adapter: got .* allowed: one made with the same --rank"):
         trainer(tmp_path / "ranks", pipelines["sd"], pictures, start=first, rank=3)
+    for changes in ({"rank": 3}, {"rank": 2, "target_modules": ("to_q",)}):
+        with pytest.raises(InputError, match=r"adapter: got .* allowed: one made with the same --rank"):
+            LADDConfig(start=first, **changes).check_teacher(load_teacher(pipelines["sd"]))  # before the data are made
     with pytest.raises(InputError, match=r"start: got .* with --no-lora; allowed: with a LoRA"):
         trainer(tmp_path / "full", pipelines["sd"], pictures, start=first, lora=False)
     file = first / "scheduler" / "scheduler_config.json"  # as a chain from eps to v would have left it
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
     with pytest.raises(InputError, match=r"start: got .* predicts v, for a teacher that predicts eps; allowed"):
-        LADDConfig(start=first).check_teacher(load_teacher(pipelines["sd"]))
+        LADDConfig(start=first, rank=2).check_teacher(load_teacher(pipelines["sd"]))
     with pytest.raises(InputError, match=r"lora: got .*, which holds neither"):
-        LADDConfig(start=tmp_path).check_teacher(load_teacher(pipelines["sd"]))
+        LADDConfig(start=tmp_path, rank=2).check_teacher(load_teacher(pipelines["sd"]))
 
 
 def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(tmp_path, pipelines, pictures):

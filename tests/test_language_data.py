@@ -132,6 +132,8 @@ def test_captions_of_the_embedded_set_are_texts():
         ("none.jsonl", "", "whose train text is empty"),
         ("bad.jsonl", "{not json", "cannot be read"),
         ("odd.jsonl", '{"words": "a"}\n', "cannot be read ('text')"),
+        ("null.jsonl", '{"text": "a"}\n{"text": null}\n', "cannot be read (null is no text)"),
+        ("number.jsonl", '{"prompt": "a", "completion": 3}\n', "cannot be read (3 is no text)"),
         ("table.csv", "a,b", "which is no text; allowed: avatars"),
         ("missing.txt", None, "cannot be read"),
     ],

@@ -11,10 +11,12 @@ import torch
 from speakers import sentences, speaker, tokenizer
 
 from stepdistill.baselines.language import losses
-from stepdistill.baselines.language.data import stream
+from stepdistill.baselines.language.data import Tokens, stream
+from stepdistill.baselines.language.distillm import DistiLLMConfig
+from stepdistill.baselines.language.gkd import GKDConfig
 from stepdistill.baselines.language.measure import perplexity
+from stepdistill.baselines.language.minillm import MiniLLMConfig
 from stepdistill.baselines.language.models import (
-    check_vocabulary,
     copy_layers,
     evenly,
     layers_name,
@@ -22,7 +24,9 @@ from stepdistill.baselines.language.models import (
     make_student,
     open_decoder,
 )
+from stepdistill.baselines.language.run import Corpus
 from stepdistill.baselines.language.tiny import train_tokenizer
+from stepdistill.baselines.language.vocabulary import match_vocabulary
 from stepdistill.baselines.results import count_parameters
 from stepdistill.errors import InputError
 
@@ -57,6 +61,19 @@ def test_copied_layers_are_the_students_own(kind):
     assert torch.equal(logits(teacher.network, IDS, EVERY), before)
 
 
+@pytest.mark.parametrize(("kind", "changes"), [("llama", {"attention_dropout": 0.5}), ("gpt2", {})])
+@pytest.mark.parametrize("spec", ["layers:1", "config:num_hidden_layers=1", "prune:layers=0.5"])
+def test_a_student_in_training_answers_as_in_evaluation(kind, changes, spec):
+    """MiniLLM's ratio is of what it says in training to what it said in evaluation: 1 before any update."""
+    teacher = speaker(kind, **changes)
+    corpus = Corpus(*[Tokens(IDS, EVERY, EVERY, 1)] * 3, None)
+    for method in (MiniLLMConfig, GKDConfig, DistiLLMConfig):
+        student = method(student=spec).make_student(teacher, corpus, 0)
+        assert torch.equal(logits(student.train(), IDS, EVERY), logits(student.eval(), IDS, EVERY))
+    teacher.network.train()
+    assert not torch.equal(logits(teacher.network, IDS, EVERY), logits(teacher.network, IDS, EVERY))
+
+
 def test_layers_are_taken_evenly_from_the_first_to_the_last():
     assert evenly(6, 30) == [0, 6, 12, 17, 23, 29] and evenly(1, 4) == [0] and evenly(4, 4) == [0, 1, 2, 3]
 
@@ -78,18 +95,38 @@ def test_a_saved_model_comes_back_with_its_tokenizer(tmp_path):
     teacher.tokenizer.save_pretrained(tmp_path)
     again = open_decoder(str(tmp_path))
     assert torch.equal(logits(again.network, IDS, EVERY), logits(teacher.network, IDS, EVERY))
-    check_vocabulary(teacher, again)
+    match_vocabulary(teacher, again)
     assert again.eos == teacher.eos == again.pad
 
 
 def test_another_vocabulary_is_refused_where_cutting_to_the_smaller_one_gives_a_number():
     teacher, student = speaker(), speaker(vocab_size=len(tokenizer()) - 9)
-    with pytest.raises(InputError, match=r"student: got llama with a vocabulary of \d+; allowed: \d+.*layers:N"):
-        check_vocabulary(teacher, student)
+    with pytest.raises(InputError, match=r"student: got llama with a vocabulary of \d+, and \d+ of.*layers:N"):
+        match_vocabulary(teacher, student)
     said, answers = logits(student.network, IDS, EVERY), logits(teacher.network, IDS, EVERY)
     cut = losses.forward_kl(said, answers[..., : said.shape[-1]], EVERY).item()
     p, q = answers.double().log_softmax(-1)[..., : said.shape[-1]], said.double().log_softmax(-1)
     assert cut > 0 and abs(cut - (p.exp() * (p - q)).sum(-1).mean().item()) > 1e-3  # and it is no divergence of these
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("llama", False), ("gpt2", True)])
+@torch.no_grad()
+def test_rows_behind_the_last_token_are_cut_where_they_are_all_that_differs(kind, tied):
+    """Qwen2.5's vocabularies: 152,064 of 7B, 151,936 of 0.5B, of one tokenizer."""
+    size = len(tokenizer())
+    teacher, student = (speaker(kind, vocab_size=size + n, seed=n, tie_word_embeddings=tied) for n in (24, 8))
+    before = [logits(model.network, IDS, EVERY)[..., :size] for model in (teacher, student)]
+    for _ in range(2):
+        match_vocabulary(teacher, student)
+        after = [logits(model.network, IDS, EVERY) for model in (teacher, student)]
+        assert all(torch.allclose(a, b, atol=1e-6) and a.shape == b.shape for a, b in zip(after, before, strict=True))
+    assert teacher.network.config.vocab_size == student.network.config.vocab_size == size
+
+
+def test_vocabularies_of_one_size_stay_as_they_are():
+    teacher, student = (speaker(vocab_size=len(tokenizer()) + 24, seed=seed) for seed in (0, 1))
+    match_vocabulary(teacher, student)
+    assert teacher.network.config.vocab_size == student.network.config.vocab_size == len(tokenizer()) + 24
 
 
 def test_another_tokenizer_of_as_many_tokens_is_refused():
@@ -100,7 +137,7 @@ def test_another_tokenizer_of_as_many_tokens_is_refused():
     )
     assert len(one.tokenizer) == len(other.tokenizer)
     with pytest.raises(InputError, match="student: got other, whose tokenizer is not that of one"):
-        check_vocabulary(one, other)
+        match_vocabulary(one, other)
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,11 @@ def test_a_run_ends_with_teacher_before_control_and_student(name, text, first, t
     assert terms.get(name, set()) <= lines[-1].keys() and math.isfinite(found["student"]["nll"])
 
 
-def test_a_student_is_exported_as_transformers_loads_it(first):
-    model = open_decoder(str(first / "student-0" / "model"))
-    weights = load_file(first / "student-0" / "weights" / "student.safetensors")
+@pytest.mark.parametrize("part", ["student-0", "control-0"])
+def test_a_student_and_its_control_are_exported_as_transformers_loads_them(part, first):
+    """The control is what other methods begin with: a student that was fine-tuned on the text."""
+    model = open_decoder(str(first / part / "model"))
+    weights = load_file(first / part / "weights" / "student.safetensors")
     own = dict(model.network.named_parameters())
     assert all(torch.equal(own[name], value) for name, value in weights.items() if name in own)
     ids = torch.tensor([model.tokenizer("the cat sees").input_ids])
@@ -98,6 +100,15 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(text, first, tmp_path, monk
     a, b = (load_file(run / "student-0" / "weights" / "student.safetensors") for run in (tmp_path, first))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert figures(tmp_path) == figures(first)
+
+
+def test_a_run_does_not_go_on_with_its_updates_split_otherwise(text, tmp_path, capsys):
+    """A batch's mean is over its own tokens, so that two of 2 are another update than one of 4."""
+    command = words("forward_kl", text, tmp_path, steps=2)
+    main(command)
+    again = ["baselines", *command, "--batch-size", "2", "--gradient-accumulation", "2"]
+    assert cli(again) == 2
+    assert "which holds a run with batch_size = 4 (now 2)" in capsys.readouterr().err
 
 
 def test_trained_in_half_precision_networks_are_measured_in_full(text, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 
+import diffusers
 import pytest
 import tiny
 import torch
@@ -12,6 +13,8 @@ import torch
 from stepdistill.denoiser import load
 from stepdistill.denoiser.load import as_teacher, load_teacher, open_pipeline
 from stepdistill.errors import InputError
+from stepdistill.training.lcm import LCMConfig
+from stepdistill.training.run import open_teacher
 
 
 def pictures(side: int = tiny.LATENT * tiny.FACTOR) -> torch.Tensor:
@@ -27,6 +30,14 @@ def test_a_teacher_is_its_pipeline_seen_as_a_denoiser(pipelines, family):
     assert teacher.denoiser.kind == "eps"
     assert not any(p.requires_grad for m in (teacher.source.unet, teacher.vae) for p in m.parameters())
     assert not teacher.source.unet.training
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
+def test_a_teacher_of_edms_process_is_refused_in_words_of_its_user(name):
+    pipe = tiny.sd()
+    pipe.scheduler = getattr(diffusers, name)()
+    with pytest.raises(InputError, match=f"scheduler: got {name} in T, whose network was trained on EDM's process"):
+        as_teacher(pipe, "T")
 
 
 def test_the_plain_pipeline_shares_every_module_and_has_a_scheduler_of_its_own(pipelines, family):
@@ -130,6 +141,22 @@ def test_weights_take_the_dtype_asked_for(pipelines):
     teacher = load_teacher(pipelines["sd"], dtype=torch.bfloat16)
     assert teacher.denoiser.dtype == teacher.vae.dtype == torch.bfloat16
     assert teacher.encode(pictures()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("lora", "precision", "held"), [
+    (True, "bf16", torch.bfloat16), (False, "bf16", torch.float32), (True, "no", torch.float32),
+    (True, "fp16", torch.float32),
+])  # fmt: skip
+def test_the_network_under_an_adapter_is_loaded_in_what_it_is_kept_in(pipelines, lora, precision, held):
+    """And is what casting it later would make it; what encodes is float32 in every run, as its caches are."""
+    run = LCMConfig(teacher=pipelines["sd"], lora=lora, mixed_precision=precision)
+    teacher, whole = open_teacher(run, "cpu"), load_teacher(pipelines["sd"])
+    for part in ("unet", "vae", "text_encoder"):
+        dtype = held if part == "unet" else torch.float32
+        weights = getattr(whole.source, part).state_dict()
+        for name, weight in getattr(teacher.source, part).state_dict().items():
+            if weight.is_floating_point():
+                assert weight.dtype == dtype and torch.equal(weight, weights[name].to(dtype)), name
 
 
 def test_without_text_the_towers_are_not_loaded(pipelines, family):

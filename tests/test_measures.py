@@ -9,12 +9,27 @@ import pytest
 import torch
 
 from stepdistill.errors import InputError
+from stepdistill.evaluation import measures
 from stepdistill.evaluation.figures import difference
 from stepdistill.evaluation.kernel import gaussian, mmd_figure, polynomial, within
 from stepdistill.evaluation.manifold import prdc_figures, radii
 from stepdistill.evaluation.measures import copies, diversity
 
 MEAN, SPREAD = torch.tensor([0.5, -0.3, 0.2], dtype=torch.float64), 1.3  # of the pictures; the real ones are N(0, I)
+
+
+def test_a_metric_is_one_file(tmp_path, monkeypatch):
+    lines = (
+        "from stepdistill.evaluation.measures.base import Metric",
+        "from stepdistill.evaluation.measures.kid import KernelDistance",
+        "class Odd(Metric):",
+        "    name, keeps, better = 'odd', 'features', {'odd': 'lower'}",
+    )
+    (tmp_path / "odd.py").write_text("\n".join(lines))
+    monkeypatch.setattr(measures, "__path__", [*measures.__path__, str(tmp_path)])
+    found = measures._listed()
+    assert set(found) == {*measures.METRICS, "odd"} and len(measures.METRICS) == 12
+    assert found["odd"].__name__ == "Odd" and found["kid"] is measures.METRICS["kid"]
 
 
 def draws(n: int, d: int, seed: int) -> torch.Tensor:

@@ -8,21 +8,69 @@ from __future__ import annotations
 import math
 
 import pytest
-from plane import MODES, add, from_the_data, ladd, lcm, off_the_map, progressive, shares
+import torch
+from modes import in_modes
+from plane import MODES, STD, add, from_the_data, ladd, lcm, off_the_map, progressive, ring
+from torch import Tensor
+
+from stepdistill.schedules import Cosine
+
+
+def fakes(count: int = 4000) -> dict[str, Tensor]:
+    """The data, and what must not be taken for them, (n, 2) each."""
+    generator = torch.Generator().manual_seed(0)
+    data, means = ring(Cosine()).sample(count, generator).float(), ring(Cosine()).means.float()
+    mode = torch.cdist(data, means).argmin(1)
+    angle = 2 * math.pi * torch.rand(count, generator=generator)
+    circle = math.sqrt(2) * torch.stack([angle.cos(), angle.sin()], 1)
+    return {
+        "data": data, "circle": circle, "broad circle": circle + STD * torch.randn(count, 2, generator=generator),
+        "centres": means[mode], "narrow": (data + means[mode]) / 2, "wide": 2 * data - means[mode],
+        "short": 0.9 * data, "seven modes": data[mode > 0],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "faults"),
+    [
+        ("data", set()),
+        ("circle", {"within", "widths"}),
+        ("broad circle", {"within", "widths"}),
+        ("centres", {"widths"}),
+        ("narrow", {"widths"}),
+        ("wide", {"within", "widths"}),
+        ("short", {"off"}),
+        ("seven modes", {"shares", "widths", "off"}),
+    ],
+)
+def test_nothing_but_the_data_is_taken_for_them(name, faults):
+    assert set(in_modes(fakes()[name]).faults) == faults
+
+
+def test_the_measures_of_the_modes_are_those_of_a_normal_law():
+    """Within 3 std of a plane's normal law are 1 - exp(-9/2); its mean and std are 0 and 1."""
+    modes = in_modes(fakes(200_000)["data"])
+    assert modes.within == pytest.approx(1 - math.exp(-4.5), abs=1e-3)
+    assert (modes.widths - 1).abs().max() < 0.02 and modes.off.max() < 0.03
 
 
 @pytest.mark.parametrize("method", [lcm, progressive])
 def test_the_one_step_student_reaches_the_exact_ode_map_in_all_modes(method):
     error, answers = off_the_map(method())
     assert error < 0.1, f"median error {error:.4f} of the spread"
+    modes = in_modes(answers)
     deviation = math.sqrt(1 / MODES * (1 - 1 / MODES) / len(answers))
-    assert (shares(answers) - 1 / MODES).abs().max() < 4 * deviation, shares(answers)
+    assert (modes.shares - 1 / MODES).abs().max() < 4 * deviation, modes
+    assert not modes.faults, modes
 
 
-@pytest.mark.parametrize("method", [add, ladd])
+RING = "LADD's answers are a broad ring: 79 % within 3 std of a mode, modes 1.3 to 1.7 times as wide as they should be"
+
+
+@pytest.mark.parametrize("method", [add, pytest.param(ladd, marks=pytest.mark.xfail(strict=True, reason=RING))])
 def test_the_one_step_student_reaches_the_datas_distribution_in_all_modes(method):
-    """Sets of 250 points. Of sets of 1,000, which see a smaller fault, it is held against in benchmarks/mixture.py."""
-    ratio, answers = from_the_data(method())
-    share = shares(answers)
-    assert share.min() > 0.7 / MODES and share.max() < 1.3 / MODES, share
-    assert ratio < 2, f"energy distance {ratio:.2f} times that between fresh sets"
+    """Sets of 1,000 points: those of 250 hardly tell the modes from a circle through them."""
+    ratio, answers = from_the_data(method(), 1000, 4)
+    modes = in_modes(answers)
+    assert not modes.faults, modes
+    assert ratio < 3, f"energy distance {ratio:.2f} times that between fresh sets"

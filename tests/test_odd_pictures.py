@@ -58,6 +58,17 @@ def test_a_picture_of_any_mode_is_seen_in_its_colours(name, tmp_path):
     assert np.array_equal(as_set, seen)
 
 
+def test_a_mark_of_byte_order_is_no_part_of_a_prompt_or_caption(tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\na dog\n", encoding="utf-8-sig")
+    assert sets.open_set(str(tmp_path / "p.txt")).prompts == ["a cat", "a dog"]
+    for name, text in (("beside/0.txt", "a cat"), ("listed/metadata.jsonl", '{"file_name": "0.png", "text": "a cat"}')):
+        file = tmp_path / name
+        file.parent.mkdir()
+        picture(COLOURS).save(file.parent / "0.png")
+        file.write_text(text, encoding="utf-8-sig")
+        assert sets.open_set(str(file.parent)).prompts == ["a cat"]
+
+
 def test_floating_point_pixels_have_no_known_range(tmp_path):
     picture(GREY.astype(np.float32) / 255).save(tmp_path / "f.tiff")
     with pytest.raises(InputError, match=r"f.tiff, which is broken \(pixels of floating point\)"):

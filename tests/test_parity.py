@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 from metric_speed import random_inception
+from test_resize import THEIRS as RESIZED
 from torch import Tensor, nn
 
 from stepdistill.errors import InputError
 from stepdistill.evaluation import features
-from stepdistill.evaluation.features import load_extractor
+from stepdistill.evaluation.features import Scaled, load_extractor
 from stepdistill.evaluation.frechet import Moments, frechet_figure
 from stepdistill.evaluation.kernel import mmd_figure, polynomial, within
 from stepdistill.evaluation.manifold import prdc_figures, radii
+from stepdistill.evaluation.resize import resize
 
 fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
 pytest.importorskip("cleanfid")
@@ -164,6 +166,21 @@ def test_features_and_figures_of_pictures_are_the_tools_own(tool, inception, pic
     assert (ours - theirs).abs().max() < 2e-5 * theirs.abs().max()
     assert theirs.std(0).mean() > 0.02 * theirs.mean()  # pictures differ a thousand times more
     agree(tool, theirs.split(5), ours.split(5), slice(0, 2048, 700))
+
+
+@pytest.mark.parametrize("tool", list(TOOLS))
+def test_figures_of_sixty_pictures_are_the_tools_own_over_all_features(tool):
+    """Each side through its own resize, and a network of a line: distances, precision and recall of real pictures."""
+    generator = torch.Generator().manual_seed(2)
+    rough = torch.rand(120, 3, 5, 5, generator=generator)
+    rough[:60] *= torch.tensor([1.0, 0.8, 0.9]).view(3, 1, 1)
+    smooth = nn.functional.interpolate(rough, size=(48, 48), mode="bicubic").clamp(0, 1)
+    pictures = (255 * smooth).round().to(torch.uint8)
+    network = Scaled(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()), 128.0, 128.0)
+    how, resized, _ = RESIZED[tool]
+    theirs = network(resized(pictures).float())
+    ours = network(resize(pictures, 299, how))
+    agree(tool, theirs.split(60), ours.split(60), slice(None))
 
 
 @pytest.mark.parametrize("tool", list(TOOLS))

@@ -211,8 +211,14 @@ def test_a_cut_cell_goes_on_where_it_was_and_stays_only_where_it_is_to_be_kept(
 
 
 def test_a_cell_above_the_limit_is_not_kept(base, cache, monkeypatch):
-    monkeypatch.setattr(pictures, "LIMIT", 1000)
+    monkeypatch.setenv("STEPDISTILL_PICTURES_GIB", "1e-6")
     assert run(base).store.line() is None and not [*cache.glob("*/*")]
+    monkeypatch.setenv("STEPDISTILL_PICTURES_GIB", "1")
+    assert run(base).store.cells
+    for told in ("many", "-1", "nan"):
+        monkeypatch.setenv("STEPDISTILL_PICTURES_GIB", told)
+        with pytest.raises(InputError, match=rf"STEPDISTILL_PICTURES_GIB: got '{told}'; allowed: GiB, 0 or more"):
+            run(base)
 
 
 def test_a_cache_that_cannot_be_written_ends_no_benchmark(base, cache):

@@ -83,12 +83,15 @@ def test_one_ddim_step_to_the_target_lands_where_two_steps_of_the_teacher_do(nam
         assert (landed - x_s).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("own_share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("weighting", ["truncated_snr", "snr+1"])
-def test_the_loss_equals_a_hand_computation(weighting):
+def test_the_loss_equals_a_hand_computation(weighting, own_share):
     teacher, student = Affine(ALPHA_BAR, 0.8), Affine(ALPHA_BAR, 0.5)
-    method = Progressive(steps=4, weighting=weighting)
+    method = Progressive(steps=4, weighting=weighting, own_share=own_share)
     sample = batch(12)
     index, _, noise = sample.draws.integers(4), sample.draws.uniform(), sample.draws.normal(2).double()
+    own = (sample.draws.uniform() < own_share) & (index > 0)
+    assert own.any() == (own_share > 0) and (own == (index > 0)).all() == (own_share == 1)
     loss = method.loss("student", batch(12), duo(teacher, student), CLOCK).total.item()
 
     scheduler = DDIMScheduler(**BETAS, timestep_spacing="trailing")
@@ -99,11 +102,19 @@ def test_the_loss_equals_a_hand_computation(weighting):
     assert set(index.tolist()) == {0, 1, 2, 3}
     for i in range(12):
         a = 2 * int(index[i])
-        x_t = noise[i] if a == 0 else alpha[a] * sample.x0[i] + sigma[a] * noise[i]
+
+        def begun(j, i=i):
+            return noise[i] if j == 0 else alpha[j] * sample.x0[i] + sigma[j] * noise[i]
+
+        x_t = begun(a)
 
         def x0_at(x, j, weight):
             return (x - sigma[j] * (weight * x + 0.3)) / alpha[j]
 
+        if own[i]:  # where the student's own step from the time before ends
+            x_b = begun(a - 2)
+            x0 = x0_at(x_b, a - 2, 0.5)
+            x_t = alpha[a] * x0 + sigma[a] * (x_b - alpha[a - 2] * x0) / sigma[a - 2]
         x = x_t
         for j in (a, a + 1):
             x0 = x0_at(x, j, 0.8)
@@ -303,6 +314,7 @@ def test_a_clock_in_thousandths_moves_the_clock_and_not_the_coefficients():
         ({"solver": "dpmpp_2m"}, "solver: got 'dpmpp_2m'; allowed: ddim, heun"),
         ({"stage": "all"}, "stage: got 'all'; allowed: guide, halve"),
         ({"eps_student": "flow"}, "eps_student: got 'flow'; allowed: v, x0, eps"),
+        ({"own_share": 1.5}, "own_share: got 1.5; allowed: 0 to 1"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
@@ -341,6 +353,22 @@ def test_teachers_that_cannot_begin_are_refused():
         check(zero, "v", teacher_solver="heun")
     with pytest.raises(InputError, match="end_steps: got 32, the start steps, without guidance to distil"):
         check(ALPHA_BAR, "v", end_steps=32, guidance=(1.0,))
+
+
+def test_an_eps_student_of_one_step_is_refused_and_others_are_not():
+    def check(kind, **flags):
+        denoiser = SimpleNamespace(
+            schedule=ALPHA_BAR, kind=kind, grid=Grid(), takes_guidance=False, backbone=torch.nn.Sequential()
+        )
+        teacher = SimpleNamespace(denoiser=denoiser, path="T", vae=object())
+        ProgressiveConfig(lora=False, **flags).check_teacher(teacher)
+
+    check("eps"), check("eps", student_prediction="x0")
+    check("eps", student_prediction="eps", end_steps=2)
+    check("v", student_prediction="eps")  # it predicts v, as its teacher does
+    for start in (32, 1):
+        with pytest.raises(InputError, match=r"student_prediction: got eps for one step with T, .*allowed: v or x0"):
+            check("eps", student_prediction="eps", start_steps=start)
 
 
 def test_each_run_has_its_updates_its_folders_and_an_end_of_its_own():

@@ -195,9 +195,9 @@ def config_at(config: ProgressiveConfig, **changed) -> ProgressiveConfig:
     return ProgressiveConfig(**(vars(config) | changed))
 
 
-def same(a: Path, b: Path) -> bool:
+def same(a: Path, b: Path, steps: tuple[int, ...] = (4, 2, 1)) -> bool:
     """Whether two chains' LoRAs are the same bits."""
-    pairs = [(load_file(a / f"steps-{n}" / LORA_FILE), load_file(b / f"steps-{n}" / LORA_FILE)) for n in (4, 2, 1)]
+    pairs = [(load_file(a / f"steps-{n}" / LORA_FILE), load_file(b / f"steps-{n}" / LORA_FILE)) for n in steps]
     return all(x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x, y in pairs)
 
 
@@ -207,19 +207,34 @@ def test_a_dry_run_does_one_update_and_leaves_nothing(chains, tmp_path, capsys):
     assert '"start_steps": 4' in capsys.readouterr().out
 
 
-def test_a_chain_killed_in_the_middle_of_a_halving_ends_with_the_same_bits(tmp_path, pipelines, pictures):
-    flags = ["--start-steps", "4", "--max-train-steps", "16", "--checkpoint-every", "5", "--log-every", "1"]
+@pytest.mark.parametrize(("flags", "said"), [({"guidance": (1.0,)}, True), ({}, False)])
+def test_updates_for_guidance_that_is_not_distilled_are_said_to_be_unused(tmp_path, pictures, capsys, flags, said):
+    teacher = str(tiny.save(tmp_path / "sd3", "sd3"))
+    config = ProgressiveConfig(
+        teacher=teacher, data=pictures, out=tmp_path / "out", resolution=SIDE, start_steps=2, guide_updates=5, rank=2,
+        batch_size=2, dry_run=True,
+    )  # fmt: skip
+    distil_chain(config_at(config, **flags))
+    line = "guide_updates: 5 are not used; this chain begins with its first halving"
+    assert (line in capsys.readouterr().out) == said
+
+
+def test_a_chain_of_32_to_1_killed_in_the_middle_of_halvings_ends_with_the_same_bits(tmp_path, pipelines, pictures):
+    """Killed twice, so that a cut chain hands on both kinds of export: those of 32 and 16 steps, and of 4."""
+    flags = ["--start-steps", "32", "--max-train-steps", "8", "--final-factor", "1", "--checkpoint-every", "3"]
     flags += ["--rank", "2", "--batch-size", "2", "--guidance", "2", "--learning-rate", "1e-3", "--lora-dropout", "0.1"]
-    words = [sys.executable, str(SCRIPT), "--teacher", pipelines["sd"], "--data", pictures, *flags]
+    words = [sys.executable, str(SCRIPT), "--teacher", pipelines["sd"], "--data", pictures, "--log-every", "1", *flags]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     subprocess.run([*words, "--out", str(whole)], env=environment(), check=True, capture_output=True)
     again = [*words, "--out", str(cut)]
-    log = cut / "runs" / "steps-2" / "metrics.jsonl"
-    assert kill_when(lambda: log.exists() and log.read_text().count("\n") >= 8, again) == -signal.SIGKILL
-    assert (cut / "steps-4").is_dir() and not (cut / "steps-2").exists()
-    assert list((cut / "runs" / "steps-2" / "checkpoints").glob("step-*"))
+    for steps, kind in ((16, "DPMSolverMultistepScheduler"), (2, "DDIMScheduler")):
+        run, before = cut / "runs" / f"steps-{steps}", cut / f"steps-{2 * steps}"
+        log = run / "metrics.jsonl"
+        assert kill_when(lambda log=log: log.exists() and log.read_text().count("\n") >= 4, again) == -signal.SIGKILL
+        assert json.loads((before / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == kind
+        assert not (cut / f"steps-{steps}").exists() and list((run / "checkpoints").glob("step-*"))
     subprocess.run(again, env=environment(), check=True, capture_output=True)
-    assert same(whole, cut)
+    assert same(whole, cut, (32, 16, 8, 4, 2, 1))
 
 
 @pytest.mark.parametrize(

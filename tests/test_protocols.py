@@ -20,8 +20,9 @@ from stepdistill.evaluation.frame import Frame
 from stepdistill.evaluation.frechet import Moments
 from stepdistill.evaluation.measures import View
 from stepdistill.evaluation.metrics import Instruments
-from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, load_protocol, with_data
+from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, ScorerSpec, load_protocol, with_data
 from stepdistill.evaluation.records import check_same_protocol
+from stepdistill.methods.feature_networks import LITE2_SHA256
 
 PUBLISHED = ("cifar10-50k", "coco30k-256", "coco10k-512", "coco10k-512-patch", "mjhq30k", "mlperf-sdxl-5k")
 POOLS = Extractor("pools", "Pools", Pools(), 12, 32, "nearest", "w")
@@ -105,9 +106,54 @@ def test_a_published_protocol_says_where_its_data_are(name, tmp_path):
         metrics.prepare(protocol)
     assert " ".join(protocol.where.split()) in str(caught.value) and "\n" not in str(caught.value)
     prompts = tmp_path / "p.txt" if protocol.prompts == protocols.PROMPTS else None
-    placed = with_data(protocol, prompts, tmp_path)
-    assert (placed.prompts, placed.reference) == (str(prompts or "none"), str(tmp_path))
+    placed = with_data(protocol, prompts, tmp_path / "r.npz")
+    assert (placed.prompts, placed.reference) == (str(prompts or "none"), str(tmp_path / "r.npz"))
     assert placed.hash({}) == protocol.hash({})
+
+
+def test_a_folder_that_is_not_what_a_protocol_compares_with_is_refused(tmp_path):
+    for i in range(3):
+        picture(32, 32).save(tmp_path / f"{i}.png")
+    mjhq = load_protocol("mjhq30k")
+    with pytest.raises(
+        InputError, match=rf"reference: got {tmp_path} of 3 pictures; allowed: 30000, "
+    ):  # half unzipped
+        with_data(mjhq, tmp_path / "p.txt", tmp_path)
+    assert load_protocol("coco30k-256").reference_n == 40504  # all of val2014
+    whole = with_data(dataclasses.replace(mjhq, reference_n=3), tmp_path / "p.txt", tmp_path)
+    assert whole.reference == str(tmp_path)
+    cifar, sdxl = dataclasses.replace(load_protocol("cifar10-50k"), reference_n=3), load_protocol("mlperf-sdxl-5k")
+    assert with_data(cifar, None, tmp_path).reference == str(tmp_path)
+    with pytest.raises(InputError, match=r"0.png of 32 x 32; allowed: 1024 x 1024"):
+        with_data(sdxl, tmp_path / "p.txt", tmp_path)
+    picture(64, 64).save(tmp_path / "2.png")
+    with pytest.raises(InputError, match=r"2.png of 64 x 64; allowed: 32 x 32"):
+        with_data(cifar, None, tmp_path)
+
+
+def test_the_embedded_protocol_keeps_its_hash():
+    """By it rows that were recorded compare with rows that are made now; what it depends on is as such a row says."""
+    content = {
+        "cmmd revision": "2", "fd_inf revision": "2", "kid revision": "2", "prdc revision": "2",
+        "extractor": f"efficientnet_lite2:{LITE2_SHA256}:bilinear@128",
+        "probes": "3a7634e62737fdd6367f30a61f5645a4fbe3aff52943f9c6551543fcdc7d28ad",
+        "prompts": "9a362ec3edaf235a4b974f35a014ce3f47f2757c327349a010b2f386bcc01a5f",
+        "reference": "25d6590dcd858084bf1a169e2ff32c5eac06dd49396fdfb200038f55e17e4844",
+        "scorer": "eda80078ff86d9f1d5cdb7b67bf20b83dcb276052bf6d7516a653df7545770ab",
+    }  # fmt: skip
+    assert load_protocol("avatars-2k").hash(content) == "2276370210f19163"
+
+
+def test_where_a_scorer_lies_is_not_in_the_hash(tmp_path):
+    plain, placed = load_protocol("mjhq30k"), []
+    for name in ("a", "b"):
+        file = tmp_path / name / "clip.bin"
+        file.parent.mkdir()
+        file.write_bytes(b"weights")
+        placed += [dataclasses.replace(plain, scorer=ScorerSpec("ViT-L-14", str(file)))]
+        placed += [dataclasses.replace(plain, scorer=ScorerSpec(f"local-dir:{file.parent}"))]
+    assert placed[0].hash({}) == placed[2].hash({}) and placed[1].hash({}) == placed[3].hash({})
+    assert len({plain.hash({}), placed[0].hash({}), placed[1].hash({})}) == 3
 
 
 def test_data_that_a_protocol_names_itself_are_not_the_users_to_name():

@@ -24,33 +24,38 @@ def config(pictures, tmp_path, monkeypatch) -> PruneThenStepsConfig:
     (tmp_path / "ladd.yaml").write_text("rank: 2\nbatch_size: 2\nblocks: [mid_block.attentions.0]\n")
     return PruneThenStepsConfig(
         teacher=str(teacher), data=pictures, out=tmp_path / "run", pictures=5, held_out=2, limit=4, max_train_steps=2,
-        batch_size=2, lr_warmup=0, step_updates=2, steps=(1, 2), plain_steps=(2,), lcm=tmp_path / "lcm.yaml",
-        ladd=tmp_path / "ladd.yaml", guidance=2.0,
+        size=("small", "tiny"), batch_size=2, lr_warmup=0, step_updates=2, steps=(1, 2), plain_steps=(2,), guidance=2.0,
+        lcm=tmp_path / "lcm.yaml", ladd=tmp_path / "ladd.yaml",
     )  # fmt: skip
 
 
 def test_architecture_and_steps_end_in_one_table_and_one_plot(config):
     record = cli.finish(config)
     assert [(row["role"], row["name"]) for row in record["rows"]] == [
-        ("teacher", "teacher + lcm"), ("control", "tiny, untaught + lcm"), ("student", "tiny + lcm")
+        ("teacher", "teacher + lcm"), ("control", "small + lcm"), ("control", "tiny + lcm"),
+        ("student", "small + lcm"), ("student", "tiny + lcm"),
     ]  # fmt: skip
+    assert record["gap_closed"].keys() == {"small + lcm", "tiny + lcm"}
     assert record["figure"] == "fd_2" and set(record["rows"][0]["figures"]) == {
         "fd_1", "fd_2", "attribute_accuracy", "picture_ms"
     }  # fmt: skip
     cells = {(r["model"], r["steps"]): r for r in map(json.loads, (config.out / "bench" / "results.jsonl").open())}
-    names = ("teacher", "tiny, untaught", "tiny")
+    names = {"teacher": "teacher", "control": "{}, untaught", "student": "{}"}
+    names = [name.format(size) for name in names.values() for size in ("small", "tiny")]
     expected = {(n, 2) for n in names} | {(f"{n} + lcm", s) for n in names for s in (1, 2)}
     assert {key for key in cells if key[1]} == expected
     for row in record["rows"]:
-        assert row["figures"]["fd_1"] == cells[row["name"], 1]["fd"]
+        drawn = row["name"].replace(" +", ", untaught +") if row["role"] == "control" else row["name"]
+        assert row["figures"]["fd_1"] == cells[drawn, 1]["fd"]
     assert cells["tiny", 2]["nfe"] == 4 and cells["tiny + lcm", 2]["nfe"] == 2
     assert (config.out / "pareto.png").read_bytes()[:4] == b"\x89PNG"
 
-    teacher, student = (
+    teacher, small, student = (
         StableDiffusionPipeline.from_pretrained(config.out / f"steps-{role}-0" / "fused", safety_checker=None)
-        for role in ("teacher", "student")
+        for role in ("teacher", "small-student", "tiny-student")
     )
-    assert teacher.unet.mid_block is not None and student.unet.mid_block is None
+    assert teacher.unet.mid_block is not None and small.unet.mid_block is None is student.unet.mid_block
+    assert [len(pipe.unet.down_blocks) for pipe in (teacher, small, student)] == [3, 3, 2]
     assert type(student.scheduler).__name__ == "LCMScheduler" and not hasattr(student.unet, "peft_config")
 
 
@@ -68,7 +73,9 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_trained(config
         ({"lcm": None}, "lcm: got none for .*; allowed: a YAML file of train_lcm_lora.py's flags that fit it"),
         ({"steps": ()}, "steps"),
         ({"step_updates": 0}, "step_updates, steps, plain_steps: got 0"),
-        ({"size": "base", "teacher": "avatars"}, "one pair a stage already"),
+        ({"size": ("tiny", "base"), "teacher": "avatars"}, "one pair a stage already"),
+        ({"size": ()}, "size: got none; allowed: one or more of base, small, tiny"),
+        ({"size": ("tiny", "tiny")}, "size: got tiny, tiny; allowed: one or more of base, small, tiny, each once"),
     ):
         with pytest.raises(InputError, match=message):
             dataclasses.replace(config, **changes).run()

@@ -192,6 +192,19 @@ def test_importance_is_what_its_definitions_say_of_the_tokens_that_count(kind):
         assert found.channels[channel] == pytest.approx(torch.stack(means).norm().item(), abs=1e-10)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_padding_on_the_left_changes_no_importance(kind):
+    """GPT-2's places are learnt, and count from the first token that is attended to."""
+    network = decoder(kind)
+    right = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+    left, ids = right.flip(1), IDS.clone()
+    ids[1] = ids[1].roll(3)
+    one, other = (importance(network, [(x, mask)]) for x, mask in ((IDS, right), (ids, left)))
+    for name in ("layers", "heads", "channels", "neurons"):
+        assert torch.allclose(getattr(one, name), getattr(other, name), rtol=1e-10, atol=1e-12), name
+
+
 def test_heads_are_ranked_within_their_group_and_the_least_go():
     config = decoder("llama").config
     found = Importance(

@@ -189,6 +189,38 @@ def test_a_run_that_is_cut_goes_on_to_the_same_figures(tmp_path, monkeypatch):
     assert hf.AutoModelForCausalLM.from_pretrained(tmp_path / "whole/student-0/model").config.hidden_size == 48
 
 
+def test_a_control_learns_bare_answers_and_what_is_too_long_for_the_student_is_counted(tmp_path, monkeypatch):
+    asked = [Problem(f"{a}+{b}=", f"{a}+{b}={a + b}") for a in range(3) for b in range(4, 7)]
+    sums = [one.answer.rpartition("=")[2] for one in asked]
+
+    def short_and_long(one, first, problems, **_):
+        totals = [p.answer.rpartition("=")[2] for p in problems]
+        return [
+            [Said(f"<think>{p.prompt * n}</think>{total}", True) for n in (1, 10)]
+            for p, total in zip(problems, totals, strict=True)
+        ]
+
+    monkeypatch.setattr(r1_traces, "open_problems", lambda *_, **__: (asked, asked[:2]))
+    monkeypatch.setattr(r1_traces, "answer", short_and_long)
+    learnt = {}
+
+    def noted(lesson, models, rows, config):
+        learnt[config.out.name] = rows
+        return 0.0
+
+    monkeypatch.setattr(r1_traces, "learn", noted)
+    monkeypatch.setattr(r1_traces, "save", lambda *_: None)
+    results = R1TracesConfig(out=tmp_path, **FEW | {"completion": 30}).run()
+    tokenizer = arithmetic.build(0)[1]
+    said = {
+        part: [tokenizer.decode(row[mask]) for row, mask in zip(rows.ids, rows.counts, strict=True)]
+        for part, rows in learnt.items()
+    }
+    assert said["control-0"] == [f"{total}<end>" for total in sums]
+    assert said["student-0"] == [f"<think>{p.prompt}</think>{t}<end>" for p, t in zip(asked, sums, strict=True)]
+    assert results.note.endswith("of the traces, 9 are too long in the student's tokens, and not learnt")
+
+
 def test_problems_of_a_file_are_read_and_bad_ones_named(tmp_path):
     file = tmp_path / "problems.jsonl"
     rows = [{"prompt": f"{i} + 1?", "answer": i + 1} for i in range(10)]

@@ -25,8 +25,8 @@ from stepdistill.evaluation import models, places
 from stepdistill.evaluation.catalogue import catalogue, listed
 from stepdistill.evaluation.generate import Sampler
 from stepdistill.evaluation.latency import Stages
-from stepdistill.evaluation.protocols import SamplerSpec
-from stepdistill.evaluation.spec import parse, plan_of
+from stepdistill.evaluation.protocols import SamplerSpec, load_protocol
+from stepdistill.evaluation.spec import instead, parse, plan_of
 
 TRAILING = {1: [999], 2: [999, 499], 4: [999, 749, 499, 249], 8: [999, 874, 749, 624, 499, 374, 249, 124]}
 CONSISTENCY = {2: [999, 499], 4: [999, 759, 499, 259], 8: [999, 879, 759, 639, 499, 379, 259, 139]}
@@ -120,6 +120,12 @@ def opened(monkeypatch):
     return load
 
 
+def test_every_ready_model_that_is_no_teacher_names_one():
+    assert [
+        entry.name for entry in catalogue().values() if (entry.method == "teacher") != (entry.teacher is None)
+    ] == []
+
+
 def test_every_ready_model_has_a_published_way_here():
     assert set(PUBLISHED) == set(catalogue())
     assert all(tuple(PUBLISHED[name][2]) == tuple(catalogue()[name].steps) for name in PUBLISHED)
@@ -177,6 +183,16 @@ def test_steps_a_model_is_not_for_are_refused_and_others_are_free():
     with pytest.raises(InputError, match="did you mean @sdxl-turbo"):
         parse("@sdxl-turb")
     assert listed().count("@") >= len(catalogue())
+
+
+def test_what_a_model_says_in_place_of_a_protocol_is_said():
+    protocol = load_protocol("mlperf-sdxl-5k")
+    models = {"sdxl": parse("@sdxl"), "as-asked": parse("sdxl=@sdxl,guidance=8"), "silent": parse("folder")}
+    guidance = "sdxl: guidance 5 of its SPEC, in place of mlperf-sdxl-5k's 8"
+    steps = "{}: steps 50 of its own, in place of mlperf-sdxl-5k's 20, which --steps 20 asks for"
+    said = instead(plan_of(models, None, protocol.steps), protocol, False)
+    assert said == [guidance, steps.format("sdxl"), steps.format("as-asked")]
+    assert instead(plan_of(models, (20,), protocol.steps), protocol, True) == [guidance]
 
 
 def test_models_take_the_asked_steps_then_their_own_then_the_default():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -17,9 +20,9 @@ from stepdistill.evaluation.clip import ClipModel
 from stepdistill.evaluation.features import Extractor
 from stepdistill.evaluation.frechet import Moments, frechet_figure
 from stepdistill.evaluation.kernel import gaussian, mmd_figure, within
-from stepdistill.evaluation.measures import METRICS, View, copies, frechet, preference
+from stepdistill.evaluation.measures import METRICS, View, copies, diversity, frechet, preference
 from stepdistill.evaluation.metrics import Instruments, Pass, reference_statistics
-from stepdistill.evaluation.protocols import load_protocol
+from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, load_protocol
 from stepdistill.evaluation.real import RealPictures, small
 from stepdistill.evaluation.sets import EvalSet, open_set
 from stepdistill.evaluation.statistics import kept
@@ -182,6 +185,47 @@ def test_a_metric_whose_figures_changed_their_meaning_changes_the_hash():
     both = dataclasses.replace(fd, metrics=("fd", "fd_inf"))
     assert "fd_inf revision" in dict(metrics.prepare(both).content)
     assert set(dict(metrics.prepare(fd).content)) == {"prompts", "reference", "extractor"}
+
+
+def test_a_reference_that_a_metric_has_too_few_pictures_of_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        metrics, "load_extractor", lambda *_, **__: Extractor("p", "P", Pools(), 12, 32, "bilinear", "w")
+    )
+    for i in range(3):
+        Image.fromarray(np.full((32, 32, 3), 40 * i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    few = Protocol("few", 12, "avatars:test", str(tmp_path), ExtractorSpec("pools"), metrics=("fd", "prdc"))
+    with pytest.raises(InputError, match="few: got a reference of 3 pictures with the metric prdc; allowed: 6 or more"):
+        metrics.prepare(few)
+
+
+def test_lpips_weights_are_in_the_hash(monkeypatch):
+    assert METRICS["diversity"].prepare("cpu") == {}
+    monkeypatch.setattr(diversity, "trunk", lambda: True)
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        net = torch.nn.Linear(2, 2)
+        monkeypatch.setattr(diversity, "_lpips", lambda device, net=net: net)
+        found.append(METRICS["diversity"].prepare("cpu")["lpips"])
+    assert found[0] == found[1] != found[2]
+
+
+def test_hpsv2s_weights_are_in_the_hash(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    package, utils = types.ModuleType("hpsv2"), types.ModuleType("hpsv2.utils")
+    utils.hps_version_map = {"v2.1": "HPS_v2.1_compressed.pt"}
+    monkeypatch.setitem(sys.modules, "hpsv2", package)
+    monkeypatch.setitem(sys.modules, "hpsv2.utils", utils)
+    monkeypatch.setattr(preference, "find_spec", lambda name: name)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *what: asked.append(what) or tmp_path / "weights")
+    for content in (b"one", b"another"):
+        preference._loaded.cache_clear()
+        (tmp_path / "weights").write_bytes(content)
+        assert METRICS["hpsv2"].prepare("cpu") == {"hpsv2": hashlib.sha256(content).hexdigest()}
+    assert set(asked) == {("xswu/HPSv2", "HPS_v2.1_compressed.pt")}
+    preference._loaded.cache_clear()
 
 
 def test_without_the_real_pictures_metrics_that_need_them_are_left_out(tools):

@@ -19,7 +19,7 @@ from stepdistill import cli
 from stepdistill.errors import InputError
 from stepdistill.evaluation.cells import Measured, cells, measured, read_folder
 from stepdistill.evaluation.records import Book
-from stepdistill.evaluation.report import inline, plots, write_report
+from stepdistill.evaluation.report import curves, inline, plots, write_report
 from stepdistill.evaluation.report.tables import cost_table, tables
 from stepdistill.evaluation.report.verdicts import duration, gains
 from stepdistill.evaluation.report.verdicts import verdicts as verdicts_of
@@ -55,11 +55,29 @@ def full(fd: float, clip: float, kid: float, recall: float):
 
 ROWS = [  # the first is of before `metrics`
     row("real", 0, 2.0, None, method="floor"),
-    row("teacher", 1, 100.0, 10.0, method="teacher", metrics=full(100.0, 28.5, 0.05, 0.2)),
-    row("teacher", 50, 20.0, 400.0, method="teacher", metrics=full(20.0, 31.0, 0.004, 0.7)),
-    row("student <i>", 1, 30.0, 8.0, method="lcm", metrics=full(30.0, 29.0, -0.0004, 0.4), train_seconds=180.0),
-    row("student <i>", 4, 25.0, 40.0, method="lcm", metrics=full(25.0, 30.0, 0.006, 0.6), train_seconds=180.0),
-    row("=1+1", 4, 24.0, 40.0, method="add", metrics=full(24.0, 30.5, 0.005, 0.65), train_seconds=7200.0),
+    row("teacher", 1, 100.0, 10.0, method="teacher", spec="t,scheduler=ddim", metrics=full(100.0, 28.5, 0.05, 0.2)),
+    row("teacher", 50, 20.0, 400.0, method="teacher", spec="t,scheduler=ddim", metrics=full(20.0, 31.0, 0.004, 0.7)),
+    row(
+        "student <i>",
+        1,
+        30.0,
+        8.0,
+        method="lcm",
+        teacher="t",
+        metrics=full(30.0, 29.0, -0.0004, 0.4),
+        train_seconds=180.0,
+    ),
+    row(
+        "student <i>",
+        4,
+        25.0,
+        40.0,
+        method="lcm",
+        teacher="t",
+        metrics=full(25.0, 30.0, 0.006, 0.6),
+        train_seconds=180.0,
+    ),
+    row("=1+1", 4, 24.0, 40.0, method="add", teacher="t", metrics=full(24.0, 30.5, 0.005, 0.65), train_seconds=7200.0),
 ]
 
 
@@ -140,6 +158,7 @@ def test_the_page_has_the_protocol_figures_curves_and_grids(page):
     drawn, empty = 2 * len(ROWS), 2  # the comparer's two are filled by the script
     assert page.tags.count("img") == drawn + empty and len(page.ids) == len(set(page.ids))
     assert "tiny, n = 5 a cell, seed 0." in page.text
+    assert "the same prompts, from the same seeds" in page.text and "initial noise" not in page.text
     # four main curves, two more figures, distance by training time, and the gap to the teacher
     assert page.tags.count("svg") == 8
 
@@ -185,7 +204,7 @@ def test_the_headline_is_the_students_best_few_steps_against_the_teachers_longes
     assert said["stats"] == [
         ("25.0", "FD ± 2.5, where the teacher has 20.0 ± 2.0 at 50 steps"),
         ("1.25×", "the teacher’s distance at 50 steps (1.09–1.44): worse"),  # e^±0.141; 5 ± 3.2
-        ("10.0×", "faster than the teacher at 50 steps"),
+        ("10.0×", "faster than the teacher at 50 steps: 40.0 ms (p90 40.0) against 400.0 ms (p90 400.0)"),
     ]
     near = [row("teacher", 50, 20.0, None, method="teacher"), row("s", 2, 22.0, None, method="lcm")]
     assert verdicts(cells(near))[0]["stats"][1][1].endswith("equal within the interval")  # 2 ± 2.97
@@ -216,7 +235,35 @@ def test_without_a_teacher_nothing_is_compared_and_with_two_each_student_is_held
     mine = [row("of-xl", 4, 10.0, 80.0, method="lcm", teacher="xl"), row("of-none", 4, 20.0, 80.0, method="lcm")]
     said = {each["model"]: each["stats"] for each in verdicts(cells(teachers + mine))}
     assert said["of-xl"][0] == ("10.0", "FD ± 1.0, where xl has 5.0 ± 0.5 at 50 steps")
-    assert said["of-none"][-1] == ("5.0×", "faster than sd at 50 steps")
+    faster = "faster than the baseline sd at 50 steps: 80.0 ms (p90 80.0) against 400.0 ms (p90 400.0)"
+    assert said["of-none"][-1] == ("5.0×", faster)
+
+
+def test_times_of_training_are_an_axis_only_where_they_differ():
+    def drawn(*seconds: float) -> set[str]:
+        students = [row(f"s{i}", 4, 30.0, None, method="lcm", train_seconds=each) for i, each in enumerate(seconds)]
+        return set(curves.cost_curves(cells(students), []))
+
+    assert drawn(4500.0, 4584.0, 4530.0) == drawn() == drawn(60.0) == set()  # three seeds of one recipe
+    assert drawn(60.0, 90.0) == {"FD by training time"}
+
+
+def test_a_student_whose_teacher_was_not_measured_is_held_against_nobody():
+    teacher = row("sd15", 50, 10.0, 400.0, method="teacher", spec="sd15,guidance=7.5")
+    of_another = row("bk-sdm", 4, 20.0, 80.0, method="bk-sdm", teacher="sd14")
+    assert gains(cells([teacher, of_another])) == []
+    of_none = row("odd", 4, 20.0, 80.0, method="student")
+    (gain,) = gains(cells([teacher, of_another, of_none]))
+    assert gain.cell.model == "odd" and not gain.own
+    assert [head.name for head in cost_table([gain]).heads].count("baseline") == 2
+    run = row("mine", 50, 10.0, 400.0, method="teacher", spec="out/teacher/export,scheduler=ddim")
+    (gain,) = gains(cells([teacher, run, row("s", 4, 20.0, 80.0, method="lcm", teacher="out/teacher/")]))
+    assert gain.own and gain.last.model == "mine"
+
+
+def test_a_plot_says_of_how_many_of_what_its_own_figure_is():
+    notes = {name: curves._axis(cells(ROWS), name, "by steps").note for name in ("fd", "recall")}
+    assert notes == {"fd": "lower is better, n = 5", "recall": "higher is better, n = 7 prompts"}
 
 
 def test_seeds_are_pooled_into_one_cell_whose_number_is_shown():

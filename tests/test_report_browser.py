@@ -215,6 +215,27 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(browser, page):
     assert browser.execute_script(tables)
 
 
+def test_on_a_phone_the_choices_are_whole_and_plots_can_be_read(browser, page):
+    dress(browser, 390, "light")
+    browser.get(page)
+    lefts = "return [...document.querySelectorAll('.pair select')].map(each => each.getBoundingClientRect().left)"
+    first, second = browser.execute_script(lefts)
+    assert first == second  # one below the other
+    sizes = """return [...document.querySelectorAll('section > .plots svg')].map(svg =>
+        svg.getBoundingClientRect().width / svg.viewBox.baseVal.width *
+        Math.min(...[...svg.querySelectorAll('text')].map(text => parseFloat(getComputedStyle(text).fontSize))))"""
+    assert min(browser.execute_script(sizes)) > 10.5
+
+
+def test_an_odd_last_card_takes_the_whole_row(browser):
+    for cards in ("section > .plots", ".cards"):
+        script = f"""const all = document.querySelector('{cards}');
+            all.append(all.firstElementChild.cloneNode(true));
+            return [all.children.length, all.lastElementChild.getBoundingClientRect().width, all.clientWidth]"""
+        count, last, whole = browser.execute_script(script)
+        assert count % 2 == 1 and last == whole
+
+
 def test_without_a_script_the_grids_and_tables_remain(browser, page):
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:

@@ -26,10 +26,8 @@ def off(how: str, given: torch.Tensor, theirs: torch.Tensor, size: int = 299) ->
     return (ours - theirs.float()).abs().max().item() / 255
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_bilinear_is_torchmetrics(side, monkeypatch):
-    inception = pytest.importorskip("torchmetrics.image.fid").NoTrainInceptionV3
-    given, seen = pictures(side), []
+def torchmetrics_(given: torch.Tensor) -> torch.Tensor:
+    inception, seen = pytest.importorskip("torchmetrics.image.fid").NoTrainInceptionV3, []
 
     class StopError(Exception):
         pass
@@ -41,38 +39,42 @@ def test_bilinear_is_torchmetrics(side, monkeypatch):
     net = inception.__new__(inception)
     torch.nn.Module.__init__(net)
     net.use_antialias, net.features_list, net.INPUT_IMAGE_SIZE = True, ["2048"], 299
-    monkeypatch.setattr(inception, "Conv2d_1a_3x3", staticmethod(see), raising=False)
-    with pytest.raises(StopError):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StopError):
+        patch.setattr(inception, "Conv2d_1a_3x3", staticmethod(see), raising=False)
         net._torch_fidelity_forward(given)
-    assert off("bilinear", given, seen[0] * 128 + 128) < 1e-6
+    return seen[0] * 128 + 128
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_torch_fidelity_is_torch_fidelitys_to_the_bit(side):
+def torch_fidelitys(given: torch.Tensor) -> torch.Tensor:
     tool = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
-    given = pictures(side)
-    theirs = tool.interpolate_bilinear_2d_like_tensorflow1x(given.float(), size=(299, 299), align_corners=False)
-    assert off("torch-fidelity", given, theirs) == 0
+    return tool.interpolate_bilinear_2d_like_tensorflow1x(given.float(), size=(299, 299), align_corners=False)
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_clean_fid_is_clean_fids(side):
-    tool = pytest.importorskip("cleanfid.resize")
-    given, one = pictures(side), tool.build_resizer("clean")
-    theirs = [torch.from_numpy(one(picture.permute(1, 2, 0).numpy())).permute(2, 0, 1) for picture in given]
-    assert off("clean-fid", given, torch.stack(theirs)) == 0
+def clean_fids(given: torch.Tensor) -> torch.Tensor:
+    one = pytest.importorskip("cleanfid.resize").build_resizer("clean")
+    return torch.stack([torch.from_numpy(one(picture.permute(1, 2, 0).numpy())).permute(2, 0, 1) for picture in given])
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_pytorch_fid_is_pytorch_fids(side):
+def pytorch_fids(given: torch.Tensor) -> torch.Tensor:
     tool = pytest.importorskip("pytorch_fid.inception").InceptionV3
-    given = pictures(side)
     net = tool.__new__(tool)
     torch.nn.Module.__init__(net)
     net.resize_input, net.normalize_input, net.output_blocks, net.last_needed_block = True, True, [0], 0
     net.blocks = [torch.nn.Identity()]
-    theirs = net(given.float() / 255)[0]
-    assert off("pytorch-fid", given, (theirs + 1) * 127.5) < 1e-6
+    return (net(given.float() / 255)[0] + 1) * 127.5
+
+
+THEIRS = {  # tool -> the resize of its name, its own of uint8 (B, 3, H, W), and how far apart rounding takes them
+    "torchmetrics": ("bilinear", torchmetrics_, 1e-6), "torch-fidelity": ("torch-fidelity", torch_fidelitys, 0.0),
+    "clean-fid": ("clean-fid", clean_fids, 0.0), "pytorch-fid": ("pytorch-fid", pytorch_fids, 1e-6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("tool", list(THEIRS))
+def test_a_resize_is_that_of_the_tool_it_is_named_after(tool, side):
+    (how, theirs, within), given = THEIRS[tool], pictures(side)
+    assert off(how, given, theirs(given)) <= within
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -16,7 +16,16 @@ from stepdistill.methods.base import Batch, Clock
 from stepdistill.methods.consistency import LatentConsistency
 from stepdistill.training import lora
 from stepdistill.training.averages import Averages
-from stepdistill.training.roles import ADAPTER, Models, adapter_layers, full_models, lora_models
+from stepdistill.training.networks import trainable
+from stepdistill.training.roles import (
+    ADAPTER,
+    LORA_TARGETS,
+    Models,
+    adapter_layers,
+    adapter_like,
+    full_models,
+    lora_models,
+)
 
 T = torch.tensor([19.0, 999.0])
 
@@ -307,6 +316,17 @@ def test_a_student_told_its_guidance_starts_as_the_teacher_whatever_it_is_told(f
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(InputError, match=message):
         lora_models(teacher_of("sd").denoiser, **({"rank": 2} | settings))
+
+
+@pytest.mark.parametrize("family", tiny.MAKERS)
+def test_an_adapter_is_known_before_it_is_made(family):
+    teacher, state = teacher_of(family), torch.get_rng_state()
+    known = adapter_like(teacher.denoiser.backbone, 3, LORA_TARGETS)
+    assert torch.equal(torch.get_rng_state(), state) and not adapter_layers(teacher.denoiser.backbone)
+    assert all(parameter.is_meta for parameter in known.values())
+    lora_models(teacher.denoiser, rank=3, target_decay=0.0)
+    made = trainable(teacher.denoiser.backbone)
+    assert {k: v.shape for k, v in known.items()} == {k: v.shape for k, v in made.items()}
 
 
 def test_a_teacher_with_an_adapter_is_refused():

@@ -12,7 +12,12 @@ from test_resume import stop_at, trainer
 
 from stepdistill.errors import InputError
 from stepdistill.training import config, folder
+from stepdistill.training.add import ADDConfig
+from stepdistill.training.config import from_yaml
+from stepdistill.training.export import shown
+from stepdistill.training.ladd import LADDConfig
 from stepdistill.training.lcm import LCMConfig
+from stepdistill.training.progressive import ProgressiveConfig, distil_chain
 from stepdistill.training.run import distil
 
 
@@ -137,6 +142,22 @@ def test_the_launchers_precision_is_the_default_and_part_of_the_run(settings, mo
         LCMConfig().check()
 
 
+def test_only_an_embedded_teacher_has_data_of_its_own(settings, monkeypatch, tmp_path):
+    """With any other, its recipe without --data would train for days on 32-pixel avatars."""
+    monkeypatch.setattr("stepdistill.denoiser.load.load_teacher", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(InputError, match=rf"--data: got none for {settings.teacher}; allowed: .*; give --data"):
+        distil(dataclasses.replace(settings, data=None))
+    assert not settings.out.exists()
+    recipe = Path(__file__).parents[1] / "train_scripts" / "configs" / "sd15_progressive_lora.yaml"
+    chain = dataclasses.replace(from_yaml(recipe, ProgressiveConfig), out=tmp_path / "chain")
+    with pytest.raises(InputError, match="--data: got none for stable-diffusion-v1-5/stable-diffusion-v1-5"):
+        distil_chain(chain)
+    assert not chain.out.exists()
+    for teacher in ("avatars", "avatars-flow"):
+        config = LCMConfig(teacher=teacher)
+        assert (config.samples, config.record()["data"]) == ("avatars", "avatars")
+
+
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])  # FSDP of version 1, its default
 def test_ways_of_splitting_that_are_not_known_are_refused(settings, monkeypatch, kind):
     monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
@@ -151,3 +172,28 @@ def test_what_only_encodes_and_decodes_waits_on_the_cpu(settings, monkeypatch):
     monkeypatch.setattr("stepdistill.training.trainer.move_coders", lambda teacher, device: moved.append(device))
     trainer(settings)
     assert moved == ["cpu"]
+
+
+@pytest.mark.parametrize("kind", [ProgressiveConfig, ADDConfig, LADDConfig])
+def test_a_method_without_a_target_has_no_flag_for_one_nor_a_line_of_it_in_a_card(kind):
+    assert "target_ema" not in shown(kind().record(), lora=True) and kind().target_decay == 0
+    assert shown(LCMConfig(target_ema=0.5).record(), lora=True)["target_ema"] == 0.5
+    assert LCMConfig(target_ema=0.5).target_decay == 0.5
+
+
+def test_a_card_has_the_rank_and_alpha_of_a_lora_alone():
+    record = LCMConfig(rank=8, alpha=4.0).record()
+    assert [shown(record, lora=True)[name] for name in ("rank", "alpha")] == [8, 4.0]
+    assert not {"rank", "alpha"} & shown(record, lora=False).keys()
+
+
+def test_a_run_of_before_a_flag_was_dropped_is_still_its_own(tmp_path):
+    """Runs of progressive, ADD and LADD were once told a target_ema, and had no use for it."""
+    config = ProgressiveConfig(out=tmp_path)
+    folder.claim(config)
+    told = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(told | {"target_ema": 0.95}))
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    folder.claim(config, write=False)
+    with pytest.raises(InputError, match=r"holds a run with rank = 64 \(now 8\)"):
+        folder.claim(dataclasses.replace(config, rank=8), write=False)

@@ -64,7 +64,7 @@ def student(tmp_path_factory):
 
 def test_a_spec_is_read_with_all_its_options():
     found = parse("mine=some/model,lora=out/x,scheduler=lcm,guidance=1.5,variant=fp16,dtype=bf16")
-    assert found == ModelSpec("some/model", "mine", "out/x", "lcm", 1.5, "fp16", "bf16")
+    assert found == ModelSpec("some/model", "mine", "out/x", "lcm", 1.5, "fp16", dtype="bf16")
     assert str(found) == "some/model,lora=out/x,scheduler=lcm,guidance=1.5,variant=fp16,dtype=bf16"
 
 
@@ -317,6 +317,20 @@ def test_the_fingerprint_sees_alpha(base, tmp_path, student):
     assert fingerprint(load(parse(f"{base},lora={other}"))) != fingerprint(load(parse(f"{base},lora={student}")))
 
 
+def test_the_fingerprint_sees_what_each_layer_is_scaled_by():
+    from peft import LoraConfig
+
+    def scaled(weight: float = 1.0, **options) -> str:
+        pipe = tiny.sd()
+        pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "to_v"], **options))
+        tiny.stir_adapter(pipe.unet, "default")
+        pipe.unet.set_adapters("default", weight)
+        return fingerprint(pipe)
+
+    assert scaled() == scaled()
+    assert len({scaled(), scaled(alpha_pattern={"to_v": 3}), scaled(use_rslora=True), scaled(0.5)}) == 4
+
+
 def test_models_that_cannot_be_had_are_said_in_one_line(base, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
@@ -332,3 +346,18 @@ def test_models_that_cannot_be_had_are_said_in_one_line(base, tmp_path):
         with pytest.raises(InputError, match=words) as caught:
             load(parse(text))
         assert "\n" not in str(caught.value)
+
+
+def test_a_revision_is_what_is_asked_of_the_hub(monkeypatch):
+    class AskedError(Exception):
+        pass
+
+    def hub(path, **options):
+        raise AskedError(path, options["revision"])
+
+    monkeypatch.setattr("stepdistill.denoiser.load.open_pipeline", hub)
+    for spec, revision in (("some/model,revision=v2", "v2"), ("some/model", None)):
+        with pytest.raises(AskedError) as asked:
+            load(parse(spec))
+        assert asked.value.args == ("some/model", revision)
+    assert str(parse("some/model,revision=v2")) == "some/model,revision=v2"

@@ -121,7 +121,7 @@ def test_what_rounding_leaves_is_accepted(tmp_path):
 def test_a_reference_of_statistics_is_part_of_the_hash_by_its_content_and_said_to_be_foreign(tmp_path, monkeypatch):
     for name, mean in (("a", 0.0), ("b", 1.0)):
         np.savez(tmp_path / f"{name}.npz", mu=np.full(12, mean), sigma=np.eye(12))
-    keep(tmp_path / "own.safetensors", Moments.of(draws(30, 12)), Origin(POOLS.identity, "as they are"))
+    keep(tmp_path / "own.safetensors", Moments.of(draws(30, 12)), Origin(POOLS.identity, "1024"))
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
     monkeypatch.setattr(metrics, "load_extractor", lambda *_, **__: POOLS)
     asked = dataclasses.replace(load_protocol("mlperf-sdxl-5k"), n=5, scorer=None)
@@ -133,5 +133,5 @@ def test_a_reference_of_statistics_is_part_of_the_hash_by_its_content_and_said_t
         found.add(protocol.hash(dict(tools.content)))
     assert len(found) == 3
     framed_otherwise = dataclasses.replace(protocol, frame=Frame(256))
-    with pytest.raises(InputError, match="whose frame is as they are; allowed: 256 square lanczos"):
+    with pytest.raises(InputError, match="whose frame is 1024; allowed: 256 square lanczos"):
         metrics.prepare(framed_otherwise)

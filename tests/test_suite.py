@@ -18,9 +18,11 @@ from torch import nn
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.evaluation import generate, metrics, models, protocols, records, spec, suite
+from stepdistill.evaluation import settings as settings_module
 from stepdistill.evaluation.attributes import Probes
 from stepdistill.evaluation.clip import ClipModel
 from stepdistill.evaluation.features import Extractor
+from stepdistill.evaluation.frame import Frame
 from stepdistill.evaluation.frechet import Moments, frechet_distance
 from stepdistill.evaluation.metrics import Instruments, reference_statistics
 from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, load_protocol
@@ -133,6 +135,51 @@ def test_another_way_of_calling_a_pipeline_is_another_cell(base, protocol, tools
     own, later, again = (run(model + way, protocol, tools, tmp_path, (1,)).rows[-1] for way in ways)
     assert own["call"] is None and later["call"] == {"timesteps": [499]}
     assert later["fd"] != own["fd"] and again == own
+
+
+def test_a_setting_that_weights_do_not_know_is_another_models_and_rows_of_before_it_was_told_still_count(
+    protocol, tools, tmp_path, monkeypatch
+):
+    place, file = tmp_path / "base", tmp_path / "out" / "results.jsonl"
+    tiny.save(place)
+    first = run(f"t={place},scheduler=ddim", protocol, tools, tmp_path / "out", (1,)).rows[-1]
+    config = place / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.25}))
+    row = run(f"t={place},scheduler=ddim", protocol, tools, tmp_path / "out", (1,)).rows[-1]
+    assert row["weights"] == first["weights"] and row["fd"] != first["fd"]
+    assert records.grid_name(row) != records.grid_name(first)
+    file.write_text(json.dumps({k: v for k, v in row.items() if k != "setup"}) + "\n")  # as it was written before
+    monkeypatch.setattr(generate.Series, "draw", None)
+    again = run(f"t={place},scheduler=ddim", protocol, tools, tmp_path / "out", (1,)).rows[-1]
+    assert again["fd"] == row["fd"] and "setup" not in again
+
+
+def test_larger_pictures_are_drawn_fewer_at_a_time_where_nobody_says_how_many(
+    base, protocol, tools, tmp_path, monkeypatch
+):
+    assert [suite.Settings().batch_of(side) for side in (None, 32, 256, 512, 1024, 4096)] == [64, 64, 64, 16, 4, 1]
+    assert suite.Settings(batch=3).batch_of(1024) == 3
+    monkeypatch.setattr(settings_module, "SIDE", 8)  # this model's are of 32
+    own = dataclasses.replace(QUIET, batch=None)
+    results = suite.evaluate(f"t={base}", protocol, (1,), out=tmp_path, settings=own, instruments=tools)
+    assert [(row["model"], row["batch"]) for row in results.rows] == [("real", 64), ("reconstruction", 4), ("t", 4)]
+
+
+def test_a_model_of_another_size_than_the_protocol_compares_is_refused(base, tools, tmp_path):
+    frameless = dataclasses.replace(TINY, size=64)
+    (failure,) = run(f"t={base}", frameless, tools, tmp_path / "a", (1,)).failed
+    assert "--model t: got a model of 32 pixels, and tiny has 64" in failure.reason
+    assert not run(f"t={base}", dataclasses.replace(TINY, size=32), tools, tmp_path / "b", (1,)).failed
+    assert not run(f"t={base}", dataclasses.replace(frameless, frame=Frame(64)), tools, tmp_path / "c", (1,)).failed
+
+
+def test_a_lack_of_memory_is_said_with_what_to_lower(base, protocol, tools, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(generate.Series, "draw", full)
+    (failure,) = run(f"t={base},guidance=9", protocol, tools, tmp_path, (1,)).failed  # whose pictures are not kept yet
+    assert failure.reason == "memory: got no room for 3 pictures at a time; allowed: fewer; lower --batch"
 
 
 def test_what_was_measured_is_kept_where_the_timing_fails(base, protocol, tools, tmp_path, monkeypatch):

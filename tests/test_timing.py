@@ -87,6 +87,20 @@ def test_other_timing_flags_or_another_device_take_times_anew_and_draw_nothing(
     assert read_rows(tmp_path / "results.jsonl")[-2:] == [first, row] and last(tmp_path).row["timing"] == row["timing"]
 
 
+def test_calls_that_were_asked_for_are_made_and_else_as_many_as_there_is_time_for_are_recorded(
+    base, tmp_path, taken, monkeypatch
+):
+    asked, measure = [], latency.measure
+
+    def slow(*args, seconds=None, **options):
+        asked.append(seconds)
+        return measure(*args, **options | ({} if seconds is None else {"repeats": 4}))
+
+    monkeypatch.setattr(latency, "measure", slow)
+    rows = [run(base, tmp_path, latency_repeats=n).rows[-1] for n in (None, None, 100, None)]
+    assert [row["timing"]["repeats"] for row in rows] == [4, 4, 100, 100] and asked == [20.0, None]
+
+
 def test_what_was_asked_for_last_is_what_a_report_shows(base, tmp_path, taken):
     """Also where it had been measured before: it is not measured again."""
     plain, compiled = run(base, tmp_path).rows[-1], run(base, tmp_path, compiled=True).rows[-1]

@@ -108,6 +108,50 @@ def test_shipped_settings_are_read_name_their_command_and_mark_their_estimates(f
         assert f"{samples} samples an update" in text or f"updates of {samples} samples" in text
 
 
+# of each family: numbers kept of a caption, tokens times width and pooled; channels of latents, pixels to one
+KEPT = {
+    "sd15": (77 * 768 + 768, 4, 8), "sdxl": (77 * 2048 + 1280, 4, 8), "sd35": ((77 + 256) * 4096 + 2048, 16, 8),
+    "flux_dev": (512 * 4096 + 768, 16, 8), "pixart_sigma": (300 * 4096, 4, 8), "sana": (300 * 2304, 32, 32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", [f for f in CONFIGS if "avatars" not in f.stem], ids=lambda f: f.stem)
+def test_the_disk_that_samples_take_is_what_their_numbers_take(file):
+    config = from_yaml(file, kind_of(file))
+    text, channels, factor = next(sizes for family, sizes in KEPT.items() if file.stem.startswith(family))
+    taken = (2 if config.half else 4) * (text + channels * (config.resolution // factor) ** 2)
+    found = re.search(
+        r"# Disk \(estimate\): ([\d.]+) MB a sample with a caption of its own, (\d+) GB for 100,000; (.*)\.",
+        file.read_text(),
+    )
+    assert float(found[1]) == pytest.approx(taken / 1e6, rel=0.05)
+    assert int(found[2]) == pytest.approx(taken / 1e4, rel=0.05)
+    assert found[3] == ("twice that with --no-half" if config.half else "--half halves it")
+
+
+@pytest.mark.parametrize(("name", "peak"), [("sd15_ladd_lora", 312e12), ("sd35_ladd_lora", 989e12)])
+def test_the_hours_of_painting_are_what_the_forwards_take(name, peak):
+    import diffusers
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    text = next(file for file in CONFIGS if file.stem == name).read_text()
+    hours = int(re.search(r"about (\d+) hours? of one [AH]100 for 5000 prompts \(100 forwards each", text)[1])
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as count:
+        if name.startswith("sd15"):
+            network = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+            network(torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768))
+        else:
+            network = diffusers.SD3Transformer2DModel(
+                sample_size=128, num_layers=24, attention_head_dim=64, num_attention_heads=24, joint_attention_dim=4096,
+                caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=384, qk_norm="rms_norm",
+                dual_attention_layers=tuple(range(13)),
+            )  # fmt: skip
+            network(torch.empty(1, 16, 128, 128), torch.empty(1, 333, 4096), torch.empty(1, 2048), torch.empty(1))
+    taken = 5000 * 100 * count.get_total_flops() / (0.4 * peak) / 3600
+    assert hours == pytest.approx(taken, rel=0.15)
+
+
 def test_there_are_settings_of_every_method_for_every_family():
     families = ("avatars", "sd15", "sdxl", "sd35", "flux_dev", "pixart_sigma", "sana")
     named = {f"{family}_{method}_lora" for family in families for method in ("lcm", "progressive", "add", "ladd")}
@@ -201,3 +245,10 @@ def test_the_speed_benchmark_measures_both_ways_and_writes_what_it_ran_on(tmp_pa
     assert set(figures["script_over_step"]) == {"median", "quartiles"}
     assert {"device", "commit", "versions", "command", "seed", "batch", "mixed_precision"} <= record.keys()
     assert "the public scripts' way" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["LCM: ", "Progressive ", "ADD: ", "LADD: "])
+def test_the_page_of_a_method_says_what_an_update_costs_and_when_to_choose_it(page):
+    pages = (ROOT / "docs" / "methods.md").read_text().split("\n## ")
+    (text,) = (each for each in pages if each.startswith(page))
+    assert re.search(r"An update\s+(costs|decodes)", text) and re.search(r"Choose it\s+\w", text)

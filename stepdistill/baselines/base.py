@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
+from stepdistill.baselines.less_memory import halved, recompute, recomputes
 from stepdistill.baselines.results import Results
 from stepdistill.draws import Draws, mix
 from stepdistill.errors import InputError
@@ -37,19 +40,37 @@ class BaselineConfig(LoopConfig):
     """Folder for all that the run makes. Run the same command again to resume."""
     seeds: tuple[int, ...] = (0,)
     """Of the student and of its control, one pair for each; --seed is that of the teacher and of the data."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them."""
     quick: bool = False
     """Smaller numbers for all that is not given, to see it run."""
 
+    # A batch's mean is over the tokens that count in it: split otherwise, an update is another.
+    FREE: ClassVar[frozenset[str]] = LoopConfig.FREE - {"batch_size", "gradient_accumulation"}
     QUICK: ClassVar[Mapping[str, object]] = {}  # what --quick changes
     SWEEP: ClassVar[tuple[str, tuple]] = ("seed", (0, 1, 2))  # what `sweep` goes over where nothing else is asked for
+    DRAWN: ClassVar[tuple[str, ...]] = ()  # folders of what was measured, and is kept until `eval` measures anew
+    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # by the first word of a part's name: flags it does not need
 
     def run(self) -> Results:
         """Trains what is not trained yet, measures all, and writes results.json; each baseline's flags say."""
         raise NotImplementedError
 
     def part(self, name: str, **changes: object) -> BaselineConfig:
-        """The flags of one training within the run, in its own folder."""
-        return dataclasses.replace(self, out=self.out / name, **changes)
+        """The flags of one training within the run, in its own folder; those it does not need are at their defaults."""
+        untold = self.UNTOLD.get(first_word(name), ())
+        plain = {f.name: f.default for f in dataclasses.fields(self) if f.name in untold}
+        return dataclasses.replace(self, out=self.out / name, **plain | changes)
+
+    @property
+    def shared(self) -> BaselineConfig:
+        """The flags that parts of teacher and controls are made of; all, if a baseline does not say otherwise."""
+        return self
+
+
+def first_word(name: str) -> str:
+    """The kind of a part: control of control-0/text."""
+    return re.split("[-./]", name)[0]
 
 
 class Data(Protocol):
@@ -104,6 +125,12 @@ class Pupils(Networks):
         self.student = self.bare = student
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
 
+    def to(self, device: torch.device) -> None:
+        """Moves all networks, in place."""
+        for module in (self.bare, self.teacher, *self.others.values()):
+            if module is not None:
+                module.to(device)
+
 
 class Learner(Loop):
     """Trains `models.student` in place; its weights go to `<out>/weights.safetensors`.
@@ -121,16 +148,19 @@ class Learner(Loop):
             raise InputError("data: got no samples; allowed: one or more")
         super().__init__(lesson, config)
         self.models, self.data = models, data
-        for module in (models.bare, models.teacher, *models.others.values()):
-            if module is not None:
-                module.to(self.device)
+        models.to(self.device)
         models.bare.train()
+        if getattr(config, "gradient_checkpointing", False):
+            recompute(models.bare)
         self._start()
 
     @property
     def target(self) -> Path:
         """The folder of the weights."""
         return self.out / "weights"
+
+    def _could_recompute(self) -> bool:
+        return super()._could_recompute() and recomputes(self.models.bare)
 
     def _prepare(self) -> None:
         models = self.models
@@ -168,7 +198,7 @@ class Learner(Loop):
 
 def learn(lesson: Lesson, models: Pupils, data: Data | Callable[[], Data], config: LoopConfig) -> float:
     """Trains `models.student` in place, from where an earlier run of the same command left it. It ends in evaluation
-    mode, and in full precision, as it is where its weights are only loaded.
+    mode, in full precision and on the run's device, as it does where its weights are only loaded.
 
     Args:
         data: or what makes it, where that takes long: asked for only if there is something to train.
@@ -182,22 +212,30 @@ def learn(lesson: Lesson, models: Pupils, data: Data | Callable[[], Data], confi
     config.check()
     done = folder.finished(config, Path(config.out) / "weights")
     if done is None:
-        Learner(lesson, models, data() if callable(data) else data, config).fit()
+        found = data() if callable(data) else data  # the teacher may have to say it
+        with halved(models.teacher, config.mixed_precision):
+            Learner(lesson, models, found, config).fit()
     else:
-        folder.claim(config, _processes(), write=False)
+        folder.claim(config, _state().num_processes, write=False)
         load_model(models.bare, str(done / "student.safetensors"))
         for role in filter(lambda role: role in models.trained, models.others):
             load_model(models.others[role], str(done / f"{role}.safetensors"))
+        models.to(_state().device)
     models.student = models.bare.eval()
     for network in (models.student, models.teacher):
         if network is not None:
-            extract_model_from_parallel(network, keep_fp32_wrapper=False)
+            unwrap(network)
     if config.dry_run:
         return 0.0
     return json.loads((Path(config.out) / "done.json").read_text())["seconds"]
 
 
-def _processes() -> int:
-    from accelerate import PartialState
+def unwrap(network: nn.Module) -> None:
+    """Gives a network its own forward back, in full precision, as if accelerate had never prepared it: a student that
+    is a teacher next is to be prepared again."""
+    extract_model_from_parallel(network, keep_fp32_wrapper=False)
+    vars(network).pop("_is_accelerate_prepared", None)
 
-    return PartialState(cpu=on_cpu()).num_processes
+
+def _state() -> PartialState:
+    return PartialState(cpu=on_cpu())

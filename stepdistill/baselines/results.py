@@ -59,12 +59,21 @@ class Results:
         return statistics.fmean(found) if found else None
 
     def gaps(self) -> dict[str, float | None]:
-        """By student's name, see `gap_closed`."""
-        teacher, control = self.mean("teacher"), self.mean("control")
-        names = dict.fromkeys(row.name for row in self.rows if row.role == "student")
-        if teacher is None or control is None or (teacher > control) != self.higher:  # or there is no gap
-            return dict.fromkeys(names)
-        return {name: gap_closed(teacher, control, self.mean("student", name)) for name in names}
+        """By student's name, see `gap_closed`; None where it is not told."""
+        found = {row.name: self.gap(row.name) for row in self.rows if row.role == "student"}
+        return {name: None if isinstance(gap, str) else gap for name, gap in found.items()}
+
+    def gap(self, name: str) -> float | str:
+        """What a student closed of the gap to its control, the one of its name where there are others; or why that is
+        not told."""
+        teacher, control = self.mean("teacher"), self.mean("control", name)
+        control = self.mean("control") if control is None else control
+        if teacher is None or control is None:
+            return "there is no teacher, or no control"
+        closed = gap_closed(teacher, control, self.mean("student", name))
+        if closed is None:
+            return "teacher and control are too close"
+        return closed if (teacher > control) == self.higher else "the control is better than the teacher"
 
     def record(self) -> dict:
         """As JSON holds it."""
@@ -92,7 +101,7 @@ def gap_closed(teacher: float, control: float, student: float, least: float = 0.
 
     None where teacher and control are closer than `least` of the control's value: the ratio would be noise.
     """
-    if abs(teacher - control) < least * abs(control):
+    if abs(teacher - control) <= least * abs(control):
         return None
     return (student - control) / (teacher - control)
 
@@ -125,8 +134,11 @@ def show(record: Mapping) -> None:
         table.add_row(row["role"], row["name"], seed, f"{row['parameters']:,}", *values, seconds)
     console = Console()
     console.print(table)
-    for name, gap in record["gap_closed"].items():
-        value = "not told: teacher and control are too close" if gap is None else f"{gap:.1%}"
+    results = Results(record["method"], record["figure"], record["higher_is_better"], record["n"],
+                      [Row(**row) for row in rows])  # fmt: skip
+    for name in record["gap_closed"]:
+        gap = results.gap(name)
+        value = f"not told: {gap}" if isinstance(gap, str) else f"{gap:.1%}"
         console.print(f"gap closed by {name}, in {record['figure'].replace('_', ' ')}, mean over seeds: {value}")
     if record["note"]:
         console.print(record["note"])

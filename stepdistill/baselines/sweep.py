@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
+from stepdistill.baselines.base import BaselineConfig, first_word
+
 COLOURS = {"teacher": "#6b7280", "control": "#d97706", "student": "#2563eb"}
+
+
+def take_over(done: BaselineConfig, other: BaselineConfig) -> None:
+    """Links what a run has trained into the folder of another, where they are told the same of it; what is there stays.
+
+    Where there are no links to be had it is trained again.
+    """
+    for place in sorted(done.out.iterdir()) if done.out.is_dir() else ():
+        link = other.out / place.name
+        if _told(done, place.name) == _told(other, place.name) and not link.exists():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):
+                link.symlink_to(os.path.relpath(place, link.parent), target_is_directory=place.is_dir())
+
+
+def _told(config: BaselineConfig, name: str) -> dict:
+    whole = config.shared if first_word(name) in ("teacher", "control") else config
+    return whole.part(name).record() | {"out": name}
 
 
 def points(found: Mapping[object, Mapping]) -> list[dict]:

@@ -40,6 +40,7 @@ A model is a SPEC: a diffusers folder, a hub id, or avatars (the embedded teache
 training run's folder stands for the student in it:
 lora=DIR scheduler=ddim|lcm|tcd|dpmpp|euler|euler-a|heun|unipc guidance=1.5 variant=fp16 dtype=bf16 name=NAME
 sigmas=even (of a flow: no step wasted at 1/1000) unet=FILE spacing=trailing timesteps=999+499 size=512 tokens=256
+revision=NAME (of a hub repository)
 owner/name/file.safetensors is a file on the hub. @sdxl-turbo is ready: stepdistill bench --list-models lists such.
 """
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,20 +66,21 @@ def flags(name: str, argv: Sequence[str]) -> BaselineConfig:
 def finish(config: BaselineConfig) -> dict:
     """Runs a baseline, prints its table, writes results.json; returns what is in it, nothing after a dry run."""
     out, record = Path(config.out), config.record()
-    if not config.dry_run:
-        out.mkdir(parents=True, exist_ok=True)
-        files.write(out / "run.json", json.dumps(record, indent=2) + "\n")
     found = config.run()
     if config.dry_run:
         return {}
     file = found.write(out, record)
+    files.write(out / "run.json", json.dumps(record, indent=2) + "\n")  # of a run that was taken: for `eval`
     results.show(results.read(out))
     print(f"results: {file}")
     return results.read(out)
 
 
 def sweep(name: str, argv: Sequence[str]) -> None:
-    """Runs a baseline once for each value of one flag, `--over flag=a,b,c`, and puts the rows side by side."""
+    """Runs a baseline once for each value of one flag, `--over flag=a,b,c`, and puts the rows side by side. What the
+    flag does not change, say the teacher, is trained in the first run, and the others have links to it."""
+    from stepdistill.baselines.sweep import take_over, write_sweep
+
     argv = list(argv)
     kind = get(name).config
     flag, values = kind.SWEEP
@@ -90,18 +92,19 @@ def sweep(name: str, argv: Sequence[str]) -> None:
             raise InputError(f"--over: got {flag}={said}; allowed: a flag of {name} and values, as {kind.SWEEP[0]}=1,2")
         values = tuple(map(_value, said.split(",")))
     config = flags(name, argv)
-    found = {}
+    found, first = {}, None
     for value in values:
         try:
             changed = dataclasses.replace(config, **{flag: value}, out=config.out / f"{flag}-{value}")
             changed.check()
         except TypeError as error:
             raise InputError(f"--over: got {flag}={value}; allowed: values such as {kind.SWEEP[1]}") from error
+        first = first or changed
+        if not config.dry_run:
+            take_over(first, changed)
         found[value] = finish(changed)
     if config.dry_run:
         return
-    from stepdistill.baselines.sweep import write_sweep
-
     print(f"sweep: {write_sweep(Path(config.out), flag, found)}")
 
 
@@ -115,4 +118,7 @@ def _value(text: str) -> object:
 def measure(out: Path) -> None:
     """Measures a finished run anew, from its weights."""
     kind = get(results.read(out)["method"]).config
-    finish(dataclasses.replace(from_yaml(out / "run.json", kind), out=out))
+    config = dataclasses.replace(from_yaml(out / "run.json", kind), out=out)
+    for name in kind.DRAWN:
+        shutil.rmtree(out / name, ignore_errors=True)
+    finish(config)

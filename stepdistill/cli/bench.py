@@ -7,7 +7,7 @@
 
 The first is on the embedded pictures of 32 pixels, the second on your own: IMAGES is a folder with metadata.jsonl, as
 for training. The third is of published models, by a published protocol, on your copy of its data. Every model sees the
-same prompts and the same noise. Rows go to results.jsonl as they are made: the same command takes up an interrupted run
+same prompts and the same seeds. Rows go to results.jsonl as they are made: the same command takes up an interrupted run
 where it stopped, and measures only what is new. report.md and report.html come at the end. Several GPUs share the work:
 accelerate launch --multi_gpu --num_processes 8 -m stepdistill bench ...
 
@@ -59,8 +59,8 @@ class Config:
     seed: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--seeds",))] = ()
     """Seed of the pictures' noise, in place of the protocol's; of several, each model has a row for each, and tables
     show their mean."""
-    batch: int = 64
-    """Pictures drawn at a time."""
+    batch: int | None = None
+    """Pictures drawn at a time; where not given 64, of pictures above 256 pixels fewer: 16 of 512, 4 of 1024."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
@@ -71,11 +71,11 @@ class Config:
     """Time the network compiled; the first call, which compiles, is told apart. Pictures are drawn without."""
     latency_batch: int = 1
     """Pictures a call of a second timing, beside that of one; 1 leaves it out."""
-    latency_repeats: int = 10
-    """Timed calls; 0 leaves latency out."""
+    latency_repeats: int | None = None
+    """Timed calls; 0 leaves latency out. Where not given 10, or fewer, at least 3, where they take more than 20 s."""
     keep_pictures: bool = True
-    """Keep drawn pictures in the cache, of cells up to 2 GiB, so that they are not drawn again for other metrics.
-    Others are kept only until their cell is measured."""
+    """Keep drawn pictures in the cache, of cells up to 2 GiB or as STEPDISTILL_PICTURES_GIB says, so that they are not
+    drawn again for other metrics. Others are kept only until their cell is measured."""
     floor: bool = True
     """Measure real pictures that were held out, where there are some, and the autoencoder's reconstructions too."""
     card: bool = False
@@ -124,6 +124,8 @@ def main(config: Config) -> int:
         print(f"{protocol.name}: {protocol.n} pictures a cell, {cells} cells, into {config.out}")
         for name, model, counts in plan:
             print(f"  {name}: {model} at {' '.join(map(str, counts))} steps")
+        for line in spec.instead(plan, protocol, steps is not None):
+            print(f"  {line}")
         return 2 if absent else 0
     results = suite.evaluate(models, protocol, steps, out=config.out, seed=config.seed or None, settings=settings)
     if not results.main:
@@ -158,7 +160,6 @@ def protocol_of(config: Config, models: dict[str, ModelSpec]) -> Protocol:
     Raises:
         InputError: there is none, it does not go with --data, or its pictures are of another size than the models'.
     """
-    from stepdistill.data.avatars import SIZE
     from stepdistill.evaluation import features, places, protocols
 
     protocol = protocols.load_protocol(config.protocol or ("imagefolder" if config.data else "avatars-2k"))
@@ -176,14 +177,8 @@ def protocol_of(config: Config, models: dict[str, ModelSpec]) -> Protocol:
             protocol = dataclasses.replace(protocol, extractor=extractor)
     elif protocol.prompts == protocols.DATA:
         raise InputError(f"protocol {protocol.name}: got no pictures; allowed: a folder of them; give --data FOLDER")
-    elif config.protocol is None:
-        for name, model in models.items():
-            side = model.size or places.picture_size(model.path, remote=not config.dry_run)
-            if side not in (SIZE, None):
-                raise InputError(
-                    f"--model {name}: got a model of {side} pixels, and {protocol.name}, the default, has {SIZE}; "
-                    "allowed: your own pictures with --data FOLDER, or another --protocol; give one"
-                )
+    for name, model in models.items() if protocol.side else ():
+        protocol.check_side(name, model.size or places.picture_size(model.path, remote=not config.dry_run))
     return dataclasses.replace(protocol, n=config.n) if config.n is not None else protocol
 
 

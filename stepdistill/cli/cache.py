@@ -12,7 +12,9 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from stepdistill import embedded
 from stepdistill.errors import InputError
 
 
@@ -22,8 +24,9 @@ class Config:
 
     out: Path
     """Folder of the cache."""
-    data: str = "avatars"
-    """Image folder with metadata.jsonl, `datasets` name, webdataset shards, prompts (.txt), or "avatars"."""
+    data: str | None = None
+    """Image folder with metadata.jsonl, `datasets` name, webdataset shards, prompts (.txt), or "avatars"; may be left
+    out for an embedded teacher alone."""
     teacher: str = "avatars"
     """Pipeline folder, hub id, or an embedded teacher: "avatars" or "avatars-flow"."""
     variant: str | None = None
@@ -42,6 +45,8 @@ class Config:
     """For prompts: guidance scale of the teacher's paintings; 1 is none."""
     seed: int = 0
     """For prompts: seed of the noise."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """For prompts: what the teacher paints in."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     dry_run: bool = False
@@ -54,11 +59,13 @@ def main(config: Config) -> int:
         raise InputError(f"guidance: got {config.guidance:g}; allowed: 1 (none) or more; try 2")
     if config.steps < 1:
         raise InputError(f"steps: got {config.steps}; allowed: 1 or more; try 50")
+    config = dataclasses.replace(config, data=embedded.data_for(config.teacher, config.data))
     from stepdistill.cli.bench import device_of
     from stepdistill.data.build import picture_size
     from stepdistill.data.cache import make_cache
     from stepdistill.data.sources import open_source
     from stepdistill.denoiser.load import load_teacher
+    from stepdistill.training.config import HALF
 
     device = device_of(config.device)
     teacher = load_teacher(config.teacher, variant=config.variant, revision=config.revision, device=device)
@@ -73,6 +80,7 @@ def main(config: Config) -> int:
     cache = make_cache(
         config.data, teacher, config.out, resolution=config.resolution, seed=config.seed, synthetic_steps=config.steps,
         synthetic_guidance=config.guidance, limit=config.limit, half=config.half,
+        precision=HALF[config.mixed_precision],
     )  # fmt: skip
     record = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
     (config.out / "config.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepdistill.conditioning.base import expand
-from stepdistill.data.sources import Source, key_of, to_tensor
+from stepdistill.data.broken import BrokenList
+from stepdistill.data.sources import PictureError, Source, key_of, to_tensor
 from stepdistill.denoiser.load import Teacher
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
@@ -23,6 +25,7 @@ FORMAT = 4
 SHARD = 512  # samples, or distinct captions, to a file: what an interrupted build loses at most
 BATCH = 64  # pictures, captions or paintings to a forward, fewer where they are large
 PIXELS = BATCH * 256 * 256  # to a forward of the autoencoder
+GUIDANCE = 2.0  # that the teacher paints with, where nothing is said
 HALVED = ("text", "pooled")
 
 
@@ -30,7 +33,7 @@ def teacher_key(teacher: Teacher, *, painting: bool = False) -> str:
     """Changes with what the teacher makes of pictures and captions.
 
     A hash of the weights and settings of autoencoder, text encoders and tokenizers; with `painting`, of the denoiser
-    and the scheduler too. Adapters do not count.
+    and the scheduler too, its weights as bfloat16 rounds them: a run in it loads no others. Adapters do not count.
     """
     digest = hashlib.sha256(teacher.family.encode())
     for name, part in sorted(teacher.source.components.items()):
@@ -42,6 +45,8 @@ def teacher_key(teacher: Teacher, *, painting: bool = False) -> str:
         digest.update(json.dumps([name, config, vocabulary], sort_keys=True, default=str).encode())
         for key, weight in sorted(part.state_dict().items()) if isinstance(part, torch.nn.Module) else ():
             if ".lora_" not in key:
+                if name == teacher.part and weight.is_floating_point():
+                    weight = weight.to(torch.bfloat16)
                 digest.update(f"{name}.{key.replace('.base_layer', '')} {weight.dtype} {tuple(weight.shape)}".encode())
                 digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
@@ -80,7 +85,7 @@ class Plan:
 
     Args:
         size: (height, width) in pixels.
-        seed, steps, guidance: how the teacher paints, where the source has no pictures.
+        seed, steps, guidance, precision: how the teacher paints, where the source has no pictures; see `open_data`.
         limit: the first so many samples only. half: latents and text in float16.
 
     Attributes:
@@ -89,7 +94,8 @@ class Plan:
 
     def __init__(
         self, source: Source, teacher: Teacher, size: tuple[int, int], *, seed: int = 0, steps: int = 50,
-        guidance: float = 2.0, limit: int | None = None, half: bool = False,
+        guidance: float = GUIDANCE, limit: int | None = None, half: bool = False,
+        precision: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         if limit is not None and limit < 1:
             raise InputError(f"limit: got {limit}; allowed: 1 or more; leave it out for all")
@@ -99,18 +105,19 @@ class Plan:
             )
         self.source, self.teacher, self.size = source, teacher, size
         self.seed, self.steps, self.guidance, self.half = seed, steps, guidance, half
+        self.precision = precision
         self.captions = source.captions[:limit]
         self.distinct = {caption: row for row, caption in enumerate(dict.fromkeys(self.captions))}
         self.painted = source.picture is None
         self.teacher_key = teacher_key(teacher, painting=self.painted)
-        how = (seed, steps, guidance) if self.painted else ()
+        how = (seed, steps, guidance, *([precision] if precision else [])) if self.painted else ()
         self.key = key_of(FORMAT, self.teacher_key, source.key, size, limit, half, *how)
 
     def build(self, folder: Path) -> Path:
         """Writes the cache at `folder`, beside it first; nothing where it is there already.
 
         Raises:
-            InputError: the disk is full or cannot be written; or a picture is broken. What is done is kept.
+            InputError: the disk is full or cannot be written; or too many pictures are broken. What is done is kept.
         """
         from filelock import FileLock
 
@@ -139,6 +146,7 @@ class Plan:
         return folder
 
     def _write(self, folder: Path) -> None:
+        self.broken = BrokenList(folder / "broken.jsonl", len(self.captions))
         captions = list(self.distinct)
         names = {"conditions": [], "shards": []}
         verb = "painting" if self.painted else "encoding"
@@ -163,11 +171,15 @@ class Plan:
         manifest = {
             "format": FORMAT, "key": self.key, "teacher": self.teacher_key, "teacher_path": self.teacher.path,
             "source": self.source.name, "painted": self.painted, "size": list(self.size), "half": self.half,
-            "count": len(self.captions), "distinct_captions": len(captions), **names,
+            "count": len(self.captions) - len(self.broken), "broken": len(self.broken),
+            "distinct_captions": len(captions), **names,
         }  # fmt: skip
         if self.painted:
             manifest |= {"seed": self.seed, "steps": self.steps, "guidance": self.guidance}
+            manifest["precision"] = str(self.precision or torch.float32).removeprefix("torch.")
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        if len(self.broken):
+            tqdm.write(f"{self.source.name}: {self.broken.told()}", file=sys.stderr)
 
     def _conditions(self, first: int, count: int, bar: tqdm) -> dict[str, Tensor]:
         captions = list(self.distinct)[first : first + count]
@@ -182,14 +194,15 @@ class Plan:
         return {key: self._kept(value) if key in HALVED else value.contiguous() for key, value in joined.items()}
 
     def _latents(self, first: int, count: int, bar: tqdm) -> dict[str, Tensor]:
-        parts = []
+        parts, rows = [], []
         step = max(1, min(BATCH, PIXELS // (self.size[0] * self.size[1])))
         for start in range(first, first + count, step):
             indices = range(start, min(start + step, first + count))
-            parts.append(self._kept(self._paint(indices) if self.painted else self._encode(indices)))
+            whole, x0 = (indices, self._paint(indices)) if self.painted else self._encode(indices)
+            parts.append(self._kept(x0))
+            rows += [self.distinct[self.captions[i]] for i in whole]
             bar.update(len(indices))
-        rows = [self.distinct[caption] for caption in self.captions[first : first + count]]
-        return {"x0": torch.cat(parts), "caption": torch.tensor(rows)}
+        return {"x0": torch.cat(parts), "caption": torch.tensor(rows, dtype=torch.long)}
 
     def _kept(self, value: Tensor) -> Tensor:
         return value.to("cpu", torch.float16 if self.half else torch.float32).contiguous()
@@ -198,10 +211,22 @@ class Plan:
     def _device(self) -> torch.device:
         return next(self.teacher.denoiser.parameters()).device
 
-    def _encode(self, indices: range) -> Tensor:
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self.teacher.sample_shape[0], *(side // self.teacher.factor for side in self.size)
+
+    def _encode(self, indices: range) -> tuple[list[int], Tensor]:
+        """Those of some samples whose pictures are whole, and their latents."""
         channels = 3 if self.teacher.vae is not None else self.teacher.sample_shape[0]
-        pictures = [to_tensor(self.source.picture(i), self.size, channels) for i in indices]
-        return self.teacher.encode(torch.stack(pictures).to(self._device))
+        pictures = {}
+        for i in indices:
+            try:
+                pictures[i] = to_tensor(self.source.picture(i), self.size, channels)
+            except PictureError as error:
+                self.broken.add(i, error)
+        if not pictures:
+            return [], torch.empty(0, *self._shape)
+        return list(pictures), self.teacher.encode(torch.stack(list(pictures.values())).to(self._device))
 
     def _paint(self, indices: range) -> Tensor:
         """The teacher's own guided samples for some captions, each from noise of its own."""
@@ -209,12 +234,13 @@ class Plan:
 
         captions = [self.captions[i] for i in indices]
         draws = Draws.at(self.seed, indices[0], len(captions), self._device)
-        x_T = draws.normal(self.teacher.sample_shape[0], *(side // self.teacher.factor for side in self.size))
+        x_T = draws.normal(*self._shape)
         cond = self.teacher.conditioner.encode(captions, size=self.size)
         uncond = None
         if self.guidance != 1:
             uncond = expand(self.teacher.conditioner.unconditional(1, size=self.size), len(captions))
-        return sample(self.teacher.denoiser, x_T, cond, uncond, steps=self.steps, guidance=self.guidance)
+        with torch.autocast(self._device.type, self.precision, enabled=self.precision is not None):
+            return sample(self.teacher.denoiser, x_T, cond, uncond, steps=self.steps, guidance=self.guidance)
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:

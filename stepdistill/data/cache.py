@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stepdistill.conditioning.base import Cond
-from stepdistill.data.build import FORMAT, SHARD, Plan, picture_size, teacher_key
+from stepdistill.data.build import FORMAT, GUIDANCE, SHARD, Plan, picture_size, teacher_key
 from stepdistill.data.sources import open_source
 from stepdistill.denoiser.load import Teacher
 from stepdistill.errors import InputError
@@ -101,9 +101,10 @@ def open_data(
     cache_dir: Path | str | None = None,
     seed: int = 0,
     synthetic_steps: int = 50,
-    synthetic_guidance: float = 2.0,
+    synthetic_guidance: float | None = None,
     limit: int | None = None,
     half: bool = False,
+    precision: torch.dtype | None = None,
 ) -> LatentCache:
     """The cache of a `--data` value, built if it is not there yet.
 
@@ -111,19 +112,23 @@ def open_data(
         spec: see `sources`; or a cache folder, which is opened as it is.
         resolution: side of the pictures; the teacher's own where not given.
         cache_dir: where caches are kept; $STEPDISTILL_CACHE or ~/.cache/stepdistill where not given.
-        seed, synthetic_steps, synthetic_guidance: how the teacher paints for a source of prompts.
+        seed, synthetic_steps, synthetic_guidance: how the teacher paints for a source of prompts; guidance 2 where it
+            is not given. One that is given must be that of a painted cache.
         limit: the first so many samples only.
-        half: keep latents and text in float16, half the disk.
+        half: keep latents and text in float16, half the disk; a cache is taken as it is.
+        precision: that the teacher paints in, by autocast; None is float32.
 
     Raises:
-        InputError: bad data (see `sources`), a resolution the autoencoder cannot take, or a cache of another teacher.
+        InputError: bad data (see `sources`), a resolution the autoencoder cannot take, or a cache of another teacher or
+            painted at another guidance.
     """
     size = picture_size(teacher, resolution)
     if (Path(spec) / "manifest.json").is_file():
-        return _made_for(teacher, LatentCache(Path(spec)), spec, size)
+        return _made_for(teacher, LatentCache(Path(spec)), spec, size, synthetic_guidance)
     plan = Plan(
-        open_source(spec), teacher, size, seed=seed, steps=synthetic_steps, guidance=synthetic_guidance, limit=limit,
-        half=half,
+        open_source(spec), teacher, size, seed=seed, steps=synthetic_steps,
+        guidance=GUIDANCE if synthetic_guidance is None else synthetic_guidance, limit=limit, half=half,
+        precision=precision,
     )  # fmt: skip
     root = Path(cache_dir or os.environ.get("STEPDISTILL_CACHE") or Path.home() / ".cache" / "stepdistill")
     return LatentCache(plan.build(root / f"data-{plan.key}"))
@@ -137,9 +142,10 @@ def make_cache(
     resolution: int | None = None,
     seed: int = 0,
     synthetic_steps: int = 50,
-    synthetic_guidance: float = 2.0,
+    synthetic_guidance: float = GUIDANCE,
     limit: int | None = None,
     half: bool = False,
+    precision: torch.dtype | None = None,
 ) -> LatentCache:
     """Builds a cache at `out`, or opens the one that is there. Arguments as of `open_data`.
 
@@ -149,7 +155,7 @@ def make_cache(
     size = picture_size(teacher, resolution)
     plan = Plan(
         open_source(spec), teacher, size, seed=seed, steps=synthetic_steps, guidance=synthetic_guidance, limit=limit,
-        half=half,
+        half=half, precision=precision,
     )  # fmt: skip
     out = Path(out)
     there = out / "manifest.json"
@@ -160,7 +166,9 @@ def make_cache(
     return LatentCache(plan.build(out))
 
 
-def _made_for(teacher: Teacher, cache: LatentCache, spec: str, size: tuple[int, int]) -> LatentCache:
+def _made_for(
+    teacher: Teacher, cache: LatentCache, spec: str, size: tuple[int, int], guidance: float | None
+) -> LatentCache:
     made = cache.manifest
     if made["teacher"] != teacher_key(teacher, painting=made["painted"]):
         raise InputError(
@@ -171,5 +179,10 @@ def _made_for(teacher: Teacher, cache: LatentCache, spec: str, size: tuple[int, 
         raise InputError(
             f"resolution: got {size[0]} with the cache {spec} of {made['size'][0]}; allowed: the cache's own; leave it "
             "out"
+        )
+    if made["painted"] and guidance not in (None, made["guidance"]):
+        raise InputError(
+            f"guidance: got {guidance:g} with the cache {spec}, painted at {made['guidance']:g}; allowed: the same; "
+            f"run `stepdistill cache --guidance {guidance:g}`, or train with the cache's"
         )
     return cache

@@ -13,6 +13,7 @@ import glob
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,21 @@ KINDS = "an image folder, prompts.txt, webdataset shards (.tar), a datasets name
 Picture = Image.Image | np.ndarray
 
 
+class PictureError(InputError):
+    """One picture of many that cannot be decoded; a file that cannot be read at all is no such one.
+
+    Attributes:
+        name: of the picture. reason: in a few words.
+    """
+
+    def __init__(self, name: str, error: Exception) -> None:
+        self.name = name
+        self.reason = str(error).partition(" '")[0].partition("\n")[0][:60] or type(error).__name__
+        super().__init__(
+            f"picture: got {name}, which is broken ({self.reason}); allowed: a whole one; replace or remove it"
+        )
+
+
 @dataclass(frozen=True)
 class Source:
     """Samples in a fixed order.
@@ -40,7 +56,7 @@ class Source:
         name: for messages.
         key: changes when the content does.
         captions: one for each sample.
-        picture: picture(i) is the one of captions[i]; None where there are captions only.
+        picture: picture(i) is the one of captions[i], or raises PictureError; None where there are captions only.
     """
 
     name: str
@@ -144,7 +160,7 @@ def beside_pictures(folder: Path) -> list[tuple[Path, str]]:
 def _text(file: Path) -> str:
     """What a text file says."""
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # a mark of byte order is no word
     except UnicodeDecodeError as error:
         byte = f"byte {error.start} is {error.object[error.start]:#04x}"
         raise InputError(f"text: got {file}, whose {byte}; allowed: UTF-8; save it as such") from error
@@ -241,7 +257,7 @@ def _bytes(file: Path, start: int, size: int) -> bytes:
 
 def _caption(file: Path, members: dict[str, tuple[int, int]]) -> str | None:
     if ".txt" in members:
-        return _bytes(file, *members[".txt"]).decode("utf-8", "replace").strip()
+        return _bytes(file, *members[".txt"]).decode("utf-8-sig", "replace").strip()
     if ".json" not in members:
         return None
     try:
@@ -278,12 +294,7 @@ def _table(name: str) -> Source:
         raise InputError(f"--data: got {got} in {name}; allowed: a string in {column} of each row; filter it first")
 
     def picture(i: int) -> Image.Image:
-        try:
-            return upright(table[i]["image"])
-        except Exception as error:
-            raise InputError(
-                f"picture: got row {i} of {name}, which is broken ({str(error)[:60]}); remove it"
-            ) from error
+        return _whole(lambda: table[i]["image"], f"row {i} of {name}")
 
     return Source(name, key_of("datasets", name, table._fingerprint), captions, picture)
 
@@ -312,17 +323,24 @@ def open_picture(file: Path | io.BytesIO, name: str) -> Image.Image:
     """A picture from a file, upright and RGB.
 
     Raises:
-        InputError: it cannot be decoded.
+        PictureError: it cannot be decoded.
+        InputError: its file cannot be read.
     """
+    return _whole(lambda: Image.open(file), name)
+
+
+def _whole(opened: Callable[[], Image.Image], name: str) -> Image.Image:
     try:
-        return upright(Image.open(file))
+        return upright(opened())
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds (struct.error, EOFError, ...); all mean the same
-        reason = str(error).partition(" '")[0][:60] or type(error).__name__
-        raise InputError(
-            f"picture: got {name}, which is broken ({reason}); allowed: a whole one; replace or remove it"
-        ) from error
+        if getattr(error, "errno", None):  # the system's own: what holds the file is at fault, and may be well later
+            reason = os.strerror(error.errno)
+            raise InputError(
+                f"picture: got {name}, which cannot be read ({reason}); allowed: a file of yours; mend it"
+            ) from error
+        raise PictureError(name, error) from error
 
 
 def to_tensor(picture: Picture, size: tuple[int, int], channels: int = 3) -> Tensor:

@@ -37,6 +37,7 @@ class Denoiser(nn.Module):
         needs: the names of the conditions it must be given.
         takes_guidance: it is told the guidance weight as the condition `guidance` (B,), scale - 1, and so is guided in
             one call.
+        classes: how many labels it is told one of, as the condition `labels` (B,); 0 where it is told none.
         patch: sides of a sample are multiples of it.
         grid: the times its pipeline visits.
     """
@@ -44,6 +45,7 @@ class Denoiser(nn.Module):
     sample_shape: tuple[int, ...]
     needs: frozenset[str] = frozenset()
     takes_guidance: bool = False
+    classes: int = 0
     patch: int = 1
     grid: Grid = Grid()
 

@@ -92,10 +92,15 @@ def process_of(scheduler, path: str) -> tuple[Schedule, Kind]:
     """The process a network was trained on, and what it predicts, from its scheduler.
 
     Raises:
-        InputError: a prediction_type without a kind.
+        InputError: a prediction_type without a kind, or EDM's process, which no student of a pipeline is exported for.
     """
     if is_flow(scheduler):
         return RectifiedFlow(), "flow"
+    if (name := type(scheduler).__name__).startswith("EDM"):
+        raise InputError(
+            f"scheduler: got {name} in {path}, whose network was trained on EDM's process; allowed: teachers on "
+            "discrete betas (DDIM, DDPM, Euler, ...) or of flow matching; take another teacher"
+        )
     predicted = scheduler.config.get("prediction_type", "epsilon")
     if predicted not in KINDS:
         raise InputError(

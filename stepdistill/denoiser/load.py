@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from stepdistill.conditioning.base import Conditioner
 from stepdistill.denoiser.autoencoder import whole
 from stepdistill.denoiser.base import Denoiser
 from stepdistill.denoiser.families import FAMILIES, family_of, grid_of, process_of
+from stepdistill.denoiser.parts import check_folder, check_words
+from stepdistill.denoiser.quiet import made_up, quiet
 from stepdistill.errors import InputError
 
 
@@ -146,27 +147,6 @@ def move_coders(teacher: Teacher, device: torch.device | str) -> None:
         part.to(device)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Within, diffusers neither logs, warns nor draws bars: what goes wrong is raised, and said once."""
-    from diffusers.utils import logging
-    from transformers.utils import logging as of_transformers
-
-    level = logging.get_verbosity()
-    bars = [module for module in (logging, of_transformers) if module.is_progress_bar_enabled()]
-    logging.set_verbosity(logging.CRITICAL)
-    for module in bars:
-        module.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        for module in bars:
-            module.enable_progress_bar()
-
-
 def find(path: str | Path) -> str:
     """A pipeline folder or hub id as diffusers takes it; "avatars" and "avatars-flow" are the embedded teachers.
 
@@ -228,7 +208,7 @@ def class_of(path: str | Path, revision: str | None = None) -> str:
         if Path(path).exists():
             index = json.loads((Path(path) / "model_index.json").read_text())
         else:
-            with _quiet():
+            with quiet():
                 reachable = _reachable(path, revision)  # asked once: `load_config` would try for half a minute
                 index = DiffusionPipeline.load_config(path, revision=revision, local_files_only=not reachable)
         return str(index["_class_name"])
@@ -242,17 +222,18 @@ def open_pipeline(
     *,
     variant: str | None = None,
     revision: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | dict[str, torch.dtype] | None = None,
     text: bool = True,
 ):
     """The diffusers pipeline in a folder or on the hub, from safetensors alone; "avatars" is an embedded teacher.
 
     Args:
+        dtype: of the weights, or of each part's by its name and of the "default"; float32 where it is not given.
         text: False leaves the text encoders out, where conditions come from a cache.
 
     Raises:
-        InputError: a folder that is no pipeline, one that is broken, or a hub id that cannot be reached or does not
-            exist.
+        InputError: a folder that is no pipeline, one that is broken or lacks a part, or a hub id that cannot be reached
+            or does not exist.
     """
     from diffusers import DiffusionPipeline
 
@@ -260,16 +241,24 @@ def open_pipeline(
     options: dict[str, Any] = {"torch_dtype": dtype or torch.float32, "variant": variant, "use_safetensors": True}
     if not Path(path).exists():
         options["revision"] = revision
-    if not text:
-        family = FAMILIES.get(class_of(path, revision))
-        options |= dict.fromkeys(family.text if family else ())
+    family = None if text else FAMILIES.get(class_of(path, revision))
+    without = family.text if family else ()
     try:
-        with _quiet():
-            return DiffusionPipeline.from_pretrained(path, **options)
-    except MemoryError:
+        if Path(path).exists():
+            check_folder(Path(path), without)
+        with quiet() as said:
+            pipeline = DiffusionPipeline.from_pretrained(path, **options, **dict.fromkeys(without))
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # a dozen kinds from diffusers, transformers, safetensors and the hub; all mean the same
         raise _cannot_load(path, error) from error
+    if random := made_up(said):
+        raise InputError(
+            f"pipeline: got {path}, whose files lack weights of {', '.join(random)}; allowed: all of them; copy or "
+            "fetch it again"
+        )
+    check_words(pipeline, path)
+    return pipeline
 
 
 def as_teacher(pipeline, path: str) -> Teacher:
@@ -296,6 +285,7 @@ def load_teacher(
     variant: str | None = None,
     revision: str | None = None,
     dtype: torch.dtype | None = None,
+    backbone_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     text: bool = True,
 ) -> Teacher:
@@ -304,7 +294,7 @@ def load_teacher(
     Args:
         path: a pipeline folder, a hub id, or "avatars" or "avatars-flow", the embedded ones.
         variant: of the weight files, as "fp16". revision: of the hub repository.
-        dtype: of the weights; float32 where it is not given.
+        dtype: of the weights; float32 where it is not given. backbone_dtype: of the denoiser's, if another.
         text: False leaves the text encoders out; the conditioner then cannot encode.
 
     Returns:
@@ -313,7 +303,9 @@ def load_teacher(
     Raises:
         InputError: what is there is no pipeline, cannot be reached, or is of a class not supported.
     """
-    family_of(class_of(path, revision))
-    pipeline = open_pipeline(path, variant=variant, revision=revision, dtype=dtype, text=text)
+    family, types = family_of(class_of(path, revision)), dtype
+    if backbone_dtype is not None:
+        types = {family.backbone: backbone_dtype, "default": dtype or torch.float32}
+    pipeline = open_pipeline(path, variant=variant, revision=revision, dtype=types, text=text)
     pipeline.set_progress_bar_config(disable=True)
     return as_teacher(pipeline, str(path)).to(device)

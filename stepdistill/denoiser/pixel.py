@@ -18,12 +18,12 @@ class PixelDenoiser(Denoiser):
         size = backbone.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         self.sample_shape = (backbone.config.in_channels, height, width)
-        self.labelled = bool(backbone.config.num_class_embeds)  # the backbone may be wrapped later
+        self.classes = backbone.config.num_class_embeds or 0  # the backbone may be wrapped later
 
     def evaluate(self, x_t: Tensor, clock: Tensor, cond: Cond | None) -> Tensor:
         """The UNet's output, first half where it also predicts variances; x_t (B, C, H, W), clock (B,)."""
         labels = cond.get("labels") if cond else None
-        if (labels is None) == self.labelled:
+        if (labels is None) == bool(self.classes):
             got, allowed = ("no labels", "labels (B,)") if labels is None else ("labels", "no condition")
             raise InputError(f"condition: got {got}; allowed: {allowed} for this network; encode with its conditioner")
         return self.backbone(x_t, clock, labels, return_dict=False)[0][:, : x_t.shape[1]]

@@ -27,7 +27,7 @@ from stepdistill.evaluation.models import call_of, even_of, fingerprint, guidanc
 from stepdistill.evaluation.pictures import LIBRARIES, Cell, Store, setup_of
 from stepdistill.evaluation.processes import Processes, reason
 from stepdistill.evaluation.protocols import Protocol
-from stepdistill.evaluation.settings import Settings
+from stepdistill.evaluation.settings import Settings, room
 from stepdistill.evaluation.spec import ModelSpec
 from stepdistill.files import unwritable
 
@@ -46,12 +46,14 @@ class Look:
     """Pictures to be looked at.
 
     Attributes:
-        measured: what looks. draw: (first, count) to a batch. n: how many there are. cell: where they are kept, if so.
+        measured: what looks. draw: (first, count) to a batch. n, batch: how many there are, and at a time.
+        cell: where they are kept, if so.
     """
 
     measured: Pass
     draw: Callable[[int, int], Drawn]
     n: int
+    batch: int
     cell: Cell | None = None
 
 
@@ -73,7 +75,7 @@ class Bench:
         self.facts = {
             "protocol": protocol.name, "protocol_hash": protocol.hash(dict(tools.content)),
             "n": protocol.n, "settings": protocol.settings() | {"content": dict(tools.content)},
-            "batch": settings.batch, "channels_last": settings.channels_last,
+            "batch": settings.batch_of(), "channels_last": settings.channels_last,
             "device": records.device_name(settings.device), "versions": records.versions(),
             "commit": records.commit(), "command": command,
         }  # fmt: skip
@@ -85,17 +87,17 @@ class Bench:
         content = dict(self.tools.content)
         held_out = "reference" not in content or content["reference"] != content.get("prompts")
         if self.settings.floor and self.tools.prompts.pictures is not None and held_out:
-            self._floor("real", self.tools.prompts.key[:16], lambda pictures: pictures)
+            self._floor("real", self.tools.prompts.key[:16], lambda pictures: pictures, self.settings.batch_of())
 
-    def _floor(self, name: str, weights: str, change: Callable[[Tensor], Tensor]) -> None:
-        row = {"model": name, "method": "floor", "weights": weights, "steps": 0, "nfe": 0, "seed": None}
+    def _floor(self, name: str, weights: str, change: Callable[[Tensor], Tensor], batch: int) -> None:
+        row = {"model": name, "method": "floor", "weights": weights, "steps": 0, "nfe": 0, "seed": None, "batch": batch}
         prompts = self.tools.prompts
         prompts.check(self.protocol.n)
 
         def draw(first: int, count: int) -> Drawn:
             return Drawn(change(prompts.pictures(first, first + count)))
 
-        self._cell(row, [Look(Pass(self.tools), draw, self.protocol.n)])
+        self._cell(row, [Look(Pass(self.tools), draw, self.protocol.n, batch)])
 
     def model(self, name: str, model: Any, steps: Sequence[int], weight: int) -> None:
         """All cells of one model. Whatever goes wrong with it, the others are still measured."""
@@ -109,14 +111,16 @@ class Bench:
             self.bar.update(self.protocol.n * len(self.seeds) * sum(2 * count + weight for count in steps))
             return
         pipeline = sampler.pipeline
+        batch = self.settings.batch_of(sampler.side)
         if (
             self.settings.floor
             and self.tools.prompts.pictures is not None
             and getattr(pipeline, "vae", None) is not None
         ):
-            self._reconstruction(name, pipeline)
-        facts = {"model": name, "weights": weights} | told(spec, sampler)
-        own = generate.Series(sampler, self.tools.prompts.prompts, self.protocol.n, self.settings.batch)
+            self._reconstruction(name, pipeline, batch)
+        facts = {"model": name, "weights": weights, "setup": setup_of(pipeline, order=False), "batch": batch}
+        facts |= told(spec, sampler)
+        own = generate.Series(sampler, self.tools.prompts.prompts, self.protocol.n, batch)
         kinds = sorted({(metric.each, metric.prompts) for metric in self._several()})
         series = {1: own} | {each: own.several(each, prompts) for each, prompts in kinds}
         kept = setup_of(pipeline) if model is spec else None
@@ -138,7 +142,8 @@ class Bench:
             pipeline: one that was handed over; None for that of the SPEC.
 
         Raises:
-            InputError: it is not there, does not load, or needs prompts where there are none.
+            InputError: it is not there, does not load, draws pictures of another size than the protocol compares, or
+                needs prompts where there are none.
         """
         if pipeline is None:
             pipeline = load(spec, device=self.settings.device, sampler=self.protocol.sampler)
@@ -147,6 +152,7 @@ class Bench:
         guidance, even = guidance_of(spec, pipeline, self.protocol.guidance), even_of(spec, pipeline)
         call = call_of(spec, pipeline)
         sampler = generate.Sampler(pipeline, guidance, self.protocol.seed, even, call, self.protocol.negative_prompt)
+        self.protocol.check_side(spec.name, sampler.side)
         if sampler.takes_prompts and self.tools.prompts.prompts is None:
             raise InputError(f"model {spec.name}: got a set without prompts; allowed: a protocol with prompts")
         return sampler, fingerprint(pipeline)
@@ -169,7 +175,7 @@ class Bench:
                     cell = stack.enter_context(self.store.cell(self._key(row, own, setup), own.n))
                     cells[name if each == 1 else f"{name}-{each}"] = cell
                 draw = self._drawer(own, row["steps"], cell, unit if each == 1 else 0)
-                looks.append(Look(Pass(self.tools, each), draw, own.n, cell))
+                looks.append(Look(Pass(self.tools, each), draw, own.n, own.batch, cell))
             sampler = series[1].sampler
             self._cell(row, looks, sampler if sampler.seed == self.seeds[0] else None)
         self.team.gather(None)  # none of the processes holds its cells any more
@@ -201,19 +207,20 @@ class Bench:
         sampler = series.sampler
         told = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler) if f.name != "pipeline"}
         libraries = {name: self.facts["versions"].get(name) for name in LIBRARIES}
-        named = {k: row[k] for k in ("weights", "steps", "dtype")} | {k: self.facts[k] for k in ("batch", "device")}
+        named = {k: row[k] for k in ("weights", "steps", "dtype")}
+        named |= {"batch": series.batch, "device": self.facts["device"]}
         each = {"each": series.each, "offset": series.offset} if series.each > 1 else {}
         prompts = self.tools.prompts.key
         return {"setup": setup, "prompts": prompts, "sampler": told, "libraries": libraries} | named | each
 
-    def _reconstruction(self, name: str, pipeline) -> None:
+    def _reconstruction(self, name: str, pipeline, batch: int) -> None:
         key = hashes.of_module(pipeline.vae)[:16]
         if any(row["weights"] == key for row in self.rows):
             return
         done = {row["weights"]: row["model"] for row in self.book.rows if row["model"].startswith("reconstruction")}
         title = done.get(key) or (f"reconstruction ({name})" if done else "reconstruction")
         try:
-            self._floor(title, key, lambda pictures: generate.reconstruct(pipeline, pictures))
+            self._floor(title, key, lambda pictures: generate.reconstruct(pipeline, pictures), batch)
         except Exception as error:
             self._fail(title, 0, error)
 
@@ -245,9 +252,9 @@ class Bench:
         Returns:
             Pictures for the grid, and the network's evaluations, of all processes.
         """
-        batch, evaluations = self.settings.batch, 0
+        batch, evaluations = look.batch, 0
         shown: dict[int, Tensor] = {}
-        with self.team.alike():
+        with self.team.alike(), room(batch):
             for first in self.team.share(range(0, look.n, batch)):
                 drawn = look.draw(first, min(batch, look.n - first))
                 look.measured.add(first, drawn.pictures)

@@ -16,7 +16,7 @@ from typing import Any
 from stepdistill.errors import InputError
 from stepdistill.evaluation.figures import Figure, Z
 from stepdistill.evaluation.measures import METRICS
-from stepdistill.evaluation.records import TIMES, cell_of, check_same_protocol, key_of, read_rows
+from stepdistill.evaluation.records import TIMES, cell_of, check_same_protocol, read_rows, same_figures
 from stepdistill.evaluation.seeds import alike, between, figures_of, pooled
 from stepdistill.evaluation.sound import sound
 
@@ -147,7 +147,7 @@ def cells(rows: Sequence[Row], folder: Path | None = None) -> list[Cell]:
         groups.setdefault((row["model"], row["steps"]), []).append(row)
     found = []
     for (model, steps), same in sorted(groups.items(), key=lambda item: (models.index(item[0][0]), item[0][1])):
-        same = [r for r in same if key_of(r | {"seed": None}) == key_of(same[-1] | {"seed": None})]
+        same = [r for r in same if same_figures(r | {"seed": None}, same[-1] | {"seed": None})]
         timed = next((r for r in reversed(same) if r.get("latency_ms")), {})
         same.sort(key=lambda r: (r.get("seed") is not None, r.get("seed") or 0))
         row = same[0] | {name: timed.get(name) for name in TIMES}

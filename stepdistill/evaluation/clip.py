@@ -10,7 +10,9 @@ clamps the mean instead; the two differ where single pictures fall below zero.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import json
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +42,7 @@ class ClipModel:
         frame: pictures are brought to before the tower's own transform, in place of the protocol's; None for those
             that come so.
         folder: where probes may lie; None for a hub model.
+        setup: hash of how pictures are brought to the tower, and of a local model's configuration.
     """
 
     title: str
@@ -53,6 +56,7 @@ class ClipModel:
     folder: Path | None = None
     scale: float = 100.0
     frame: Frame | None = None
+    setup: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -163,7 +167,13 @@ def load_clip(
         tuple(visual.image_std),
         prefix,
         folder,
+        setup=_setup(visual, folder),
     )
+
+
+def _setup(visual: nn.Module, folder: Path | None) -> str:
+    told = [getattr(visual, "preprocess_cfg", None), folder and (folder / "open_clip_config.json").read_text()]
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @contextlib.contextmanager

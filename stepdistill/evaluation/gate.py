@@ -16,11 +16,11 @@ from typing import Any
 from stepdistill.errors import InputError
 from stepdistill.evaluation import shipped
 from stepdistill.evaluation.cells import Cell, Measured
-from stepdistill.evaluation.summary import digits, percent
+from stepdistill.evaluation.summary import calls, digits, percent
 from stepdistill.typed import read_yaml
 
 SHORT = {"clip": "clip_score", "attributes": "attribute_accuracy"}
-LATENCY = "ms"  # median of a whole picture, which is bounded like a figure but has no interval
+LATENCY = "ms"  # median of a whole picture, which is bounded like a figure; it has calls and a quantile for an interval
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ class Judgement:
         name, found = self.bound.figure, self.figure
         places = digits(name, [self.cell]) + 2 * percent(name)  # shares are not shown in percent here
         ends = ""
-        if found.half is not None:
+        if name == LATENCY:
+            ends = calls(self.cell)
+        elif found.half is not None:
             ends = f" (95 %: {found.low:.{places}f} to {found.high:.{places}f}, n = {found.n:,})"
         at = f"{self.cell.steps} step{'s' * (self.cell.steps > 1)}"
         word = "met   " if self.met else "missed"
@@ -126,12 +128,6 @@ def judge(found: Sequence[Cell], gate: Gate, model: str | None = None) -> list[J
     if model is not None and model not in names:
         raise InputError(f"--model: got {model}; allowed: {', '.join(names)}")
     own = [cell for cell in drawn if model in (None, cell.model)]
-    counts = sorted({cell.steps for cell in own})
-    if missing := [count for count in gate.steps if count not in counts]:
-        raise InputError(f"--steps: got {missing[0]}; allowed: {', '.join(map(str, counts))}, which were measured")
-    own = [cell for cell in own if not gate.steps or cell.steps in gate.steps]
-    if not own:
-        raise InputError("gate: got a run without models; allowed: one that measured some; run stepdistill bench first")
     for cell in own:
         for name, value in gate.rows.items():
             if cell.row.get(name) != value:
@@ -139,6 +135,15 @@ def judge(found: Sequence[Cell], gate: Gate, model: str | None = None) -> list[J
                     f"gate: got {cell.model} with {name} {cell.row.get(name)}; allowed: {name} {value}, which the "
                     "bounds are of; measure by that"
                 )
+    counts = sorted({cell.steps for cell in own})
+    if missing := [count for count in gate.steps if count not in counts]:
+        raise InputError(
+            f"steps: got bounds of {missing[0]}, and a run of {', '.join(map(str, counts)) or 'none'}; allowed: what "
+            f"was measured; name that with --steps, or measure at {missing[0]}"
+        )
+    own = [cell for cell in own if not gate.steps or cell.steps in gate.steps]
+    if not own:
+        raise InputError("gate: got a run without models; allowed: one that measured some; run stepdistill bench first")
     return [Judgement(cell, bound, _figure(cell, bound.figure)) for cell in own for bound in gate.bounds]
 
 

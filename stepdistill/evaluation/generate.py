@@ -19,6 +19,7 @@ from stepdistill.denoiser.autoencoder import whole
 from stepdistill.denoiser.families import even_sigmas
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
+from stepdistill.evaluation.places import drawn_size
 
 # What encode_prompt returns, for the pipelines whose text is encoded once for all step counts.
 ENCODED = {
@@ -82,6 +83,11 @@ class Sampler:
     def guided(self) -> bool:
         """Whether every step evaluates a second prompt."""
         return self.guidance > 1 and not told_guidance(self.pipeline)
+
+    @property
+    def side(self) -> int | None:
+        """Of its pictures, in pixels; None where the pipeline does not say."""
+        return self.call.get("height") or drawn_size(self.pipeline)
 
     @property
     def takes_prompts(self) -> bool:

@@ -9,6 +9,7 @@ Wall clock on a CPU; on a GPU the stages by CUDA events and the whole by the wal
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,6 +20,8 @@ import torch
 
 from stepdistill.errors import InputError
 from stepdistill.evaluation.generate import Sampler, backbone, evaluated
+
+REPEATS, SECONDS = 10, 20.0  # timed calls where nobody says how many, and the time they may take altogether
 
 
 class Stages:
@@ -136,15 +139,15 @@ def measure(
     steps: int,
     batch: int = 1,
     warmup: int = 1,
-    repeats: int = 10,
-    seconds: float = 20.0,
+    repeats: int = REPEATS,
+    seconds: float = math.inf,
     compiled: bool = False,
 ) -> Timing:
     """Times whole calls of the pipeline, text encoding included.
 
     Args:
-        prompts: taken in turn. warmup: calls before the first timed one. repeats: timed calls at most; fewer, but at
-            least three, when they take longer than `seconds` altogether. compiled: compile the network for the while.
+        prompts: taken in turn. warmup: calls before the first timed one. repeats: timed calls; fewer, but at least
+            three, where they take longer than `seconds` altogether. compiled: compile the network for the while.
     """
     if batch < 1 or repeats < 1:
         raise InputError(f"latency: got batch={batch}, repeats={repeats}; allowed: 1 or more")

@@ -141,10 +141,12 @@ def prepare(
         clip = load_clip(scorer.model, pretrained=scorer.pretrained, prefix=scorer.prefix, device=device)
         clip = dataclasses.replace(clip, scale=scorer.scale, frame=scorer.frame)
         content["scorer"] = hashes.of_module(clip.model)
+        if scorer.model != "avatars":  # which ships
+            content["scorer setup"] = clip.setup
         if prompts.attributes is not None and clip.folder and (clip.folder / "probes.json").is_file():
             probes = load_probes(clip.folder)
             content["probes"] = sha256(clip.folder / "probes.safetensors")
-    listed = []
+    listed, count = [], protocol.reference_n or reference.count
     for name in protocol.metrics:
         metric = METRICS[name]
         if protocol.n < math.ceil(metric.per_feature * extractor.dim):
@@ -156,6 +158,11 @@ def prepare(
         if protocol.n < (least := metric.least):
             got = f"n={protocol.n} with the metric {name}"
             raise InputError(f"protocol {protocol.name}: got {got}; allowed: {least} or more; raise n")
+        if metric.needs and not given and count < least:
+            raise InputError(
+                f"protocol {protocol.name}: got a reference of {count} pictures with the metric {name}; allowed: "
+                f"{least} or more; add pictures"
+            )
         content |= metric.prepare(device) | ({f"{name} revision": str(metric.revision)} if metric.revision > 1 else {})
         listed.append(name)
     real = None
@@ -166,7 +173,6 @@ def prepare(
         if not own:
             content["statistics"] = FOREIGN
     else:
-        count = protocol.reference_n or reference.count
         few, key = min(protocol.n, count), content.get("scorer", "")
         needs = {need for name in listed for need in METRICS[name].needs}
         apart = clip is not None and clip.frame is not None and "embeddings" in needs

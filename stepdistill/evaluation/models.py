@@ -17,7 +17,7 @@ from typing import Any
 from stepdistill.errors import InputError
 from stepdistill.evaluation import hashes
 from stepdistill.evaluation.catalogue import ready
-from stepdistill.evaluation.generate import Sampler, backbone, takes_guidance, told_guidance
+from stepdistill.evaluation.generate import Sampler, accepted, backbone, takes_guidance, told_guidance
 from stepdistill.evaluation.places import beside, check_lora, fetched
 from stepdistill.evaluation.protocols import SamplerSpec
 from stepdistill.evaluation.schedulers import UNGUIDED, scheduler_of
@@ -38,10 +38,15 @@ def load(spec: ModelSpec, *, device: str = "cpu", sampler: SamplerSpec | None = 
     from stepdistill.denoiser.load import open_pipeline
 
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}[spec.dtype]
-    pipeline = open_pipeline(spec.path, variant=spec.variant, dtype=dtype)
+    pipeline = open_pipeline(spec.path, variant=spec.variant, revision=spec.revision, dtype=dtype)
     for name in ("safety_checker", "watermark"):  # what is measured is what the model draws
         if getattr(pipeline, name, None) is not None:
             setattr(pipeline, name, None)
+    if "prompt" not in accepted(type(pipeline)) and backbone(pipeline).config.get("num_class_embeds"):
+        raise InputError(
+            f"model: got {spec.path}, whose network is told a class, which a {type(pipeline).__name__} cannot be; "
+            "allowed: one of text or of no condition; draw with it as its card shows"
+        )
     if spec.unet:
         _load_unet(pipeline, spec.unet)
     if spec.lora:
@@ -161,10 +166,19 @@ def fingerprint(pipeline) -> str:
             continue
         for adapter, config in sorted((getattr(module, "peft_config", None) or {}).items()):
             digest.update(f"{name}.{adapter} r={config.r} alpha={config.lora_alpha}".encode())
+            if others := _scalings(module, adapter, config.lora_alpha / config.r):
+                digest.update(json.dumps(others, sort_keys=True).encode())
         digest.update(f"{name} {hashes.of_module(module)}".encode())
     scheduler = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     digest.update(json.dumps([type(pipeline.scheduler).__name__, scheduler], sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
+
+
+def _scalings(module, adapter: str, usual: float) -> dict[str, float]:
+    """By layer, what a LoRA is scaled by where it is not alpha / r: alphas of single layers, rsLoRA, a weight."""
+    held = {name: getattr(layer, "scaling", None) for name, layer in module.named_modules()}
+    own = {name: scaling[adapter] for name, scaling in held.items() if isinstance(scaling, dict) and adapter in scaling}
+    return {name: value for name, value in own.items() if value != usual}
 
 
 def told(spec: ModelSpec, sampler: Sampler) -> dict[str, Any]:

@@ -26,22 +26,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill.errors import InputError
 from stepdistill.evaluation import holds
 from stepdistill.evaluation.generate import Drawn
 from stepdistill.evaluation.metrics import cache_folder
 
 FORMAT = "pictures-1"  # to be raised when pictures are drawn from other noise, numbered or kept in another way
-LIMIT = 2 << 30  # bytes; a cell that has more is kept only until it is measured
+LIMIT, LIMIT_PLACE = 2.0, "STEPDISTILL_PICTURES_GIB"  # GiB; a cell that has more is kept only until it is measured
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "stepdistill")
 OWNER = ".owner"  # in an unfinished cell: the folder of the benchmark that drew in it last
 COMPRESSION = 1  # of PNG: the fastest, some 5 % larger than the usual
 
 
-def setup_of(pipeline) -> str:
-    """16 hex digits of what a pipeline draws by beside its weights.
+def setup_of(pipeline, *, order: bool = True) -> str:
+    """16 hex digits of what a pipeline draws by beside its weights: every part's configuration.
 
-    That is every part's configuration, which says the size, and whether its weights lie in memory in another order, as
-    channels_last, which rounds otherwise.
+    Args:
+        order: whether its weights lie in memory in another order, as channels_last, which rounds otherwise, counts too.
     """
     told: dict[str, Any] = {}
     for name, part in {"": pipeline, **pipeline.components}.items():
@@ -51,9 +52,24 @@ def setup_of(pipeline) -> str:
             continue
         settings = config if isinstance(config, Mapping) else config.to_dict()
         told[name] = {k: v for k, v in settings.items() if not k.startswith("_") and k != "transformers_version"}
-        if isinstance(part, torch.nn.Module):
+        if order and isinstance(part, torch.nn.Module):
             told[f"{name} in order"] = all(weight.is_contiguous() for weight in part.parameters())
     return _hash(told)[:16]
+
+
+def limit() -> float:
+    """Bytes of a cell that is kept: as many GiB as STEPDISTILL_PICTURES_GIB says, else 2.
+
+    Raises:
+        InputError: it says no number, or one below 0.
+    """
+    told = os.environ.get(LIMIT_PLACE) or LIMIT
+    try:
+        if not (size := float(told)) >= 0:
+            raise ValueError
+    except ValueError as error:
+        raise InputError(f"{LIMIT_PLACE}: got {told!r}; allowed: GiB, 0 or more; 2 where it is not set") from error
+    return size * 2**30
 
 
 def _hash(content: Any) -> str:
@@ -64,13 +80,14 @@ class Store:
     """The kept pictures of a benchmark's cells, and the threads that write them.
 
     Attributes:
-        keep: keep what is measured. owner: the benchmark's folder, which unfinished cells are marked with.
+        keep: keep what is measured. limit: bytes of a cell that is kept at most.
+        owner: the benchmark's folder, which unfinished cells are marked with.
         cells: the folders of the cells that stay, by the names of their grids.
         broken: batches whose hashes did not fit. why_not: why some were not kept, where they should have been.
     """
 
     def __init__(self, keep: bool = True, out: str | Path | None = None) -> None:
-        self.keep = keep
+        self.keep, self.limit = keep, limit()
         self.owner = str(Path(out).resolve()) if out is not None else None
         self.asked: set[str] = set()
         self.cells: dict[str, Path] = {}
@@ -98,7 +115,7 @@ class Store:
         if cell.folder != place and cell.folder.is_dir():
             try:
                 sizes = _sizes(cell.folder)
-                if not self.keep or len(sizes) < cell.n or sum(sizes) > LIMIT:
+                if not self.keep or len(sizes) < cell.n or sum(sizes) > self.limit:
                     raise OSError("not to be kept")
                 place.parent.mkdir(parents=True, exist_ok=True)
                 cell.folder.rename(place)

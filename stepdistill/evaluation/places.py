@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -144,9 +144,18 @@ def picture_size(path: str, *, remote: bool = True) -> int | None:
     from stepdistill.denoiser.load import find
 
     path = find(path)
-    sides = [_config(path, part, remote).get("sample_size") for part in ("unet", "transformer")]
+    return side_of(*(_config(path, part, remote) for part in ("unet", "transformer", "vae")))
+
+
+def drawn_size(pipeline) -> int | None:
+    """The same of a pipeline that is loaded."""
+    return side_of(*(getattr(getattr(pipeline, part, None), "config", {}) for part in ("unet", "transformer", "vae")))
+
+
+def side_of(unet: Mapping, transformer: Mapping, vae: Mapping) -> int | None:
+    """Side in pixels of what networks of these configurations draw; None where they do not say."""
+    sides = [network.get("sample_size") for network in (unet, transformer)]
     side = next((side for side in sides if isinstance(side, int)), None)
-    vae = _config(path, "vae", remote)
     blocks = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")  # the latter Sana's
     return side and side * 2 ** (len(blocks) - 1 if blocks else 0)
 

@@ -19,11 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stepdistill.data.avatars import SIZE as AVATARS
 from stepdistill.errors import InputError
 from stepdistill.evaluation import shipped
+from stepdistill.evaluation.clip import LOCAL
 from stepdistill.evaluation.frame import Frame
 from stepdistill.evaluation.measures import METRICS
 from stepdistill.evaluation.schedulers import SCHEDULERS, SPACINGS
+from stepdistill.evaluation.statistics import are_statistics
 from stepdistill.typed import built, read_yaml
 
 DATA = "--data"  # in a protocol's file, as its prompts and reference: the folder is the user's to name
@@ -64,6 +67,12 @@ class ScorerSpec:
                 f"scorer scale: got {self.scale}; allowed: above 0; take 100, or 1 where a paper has the plain cosine"
             )
 
+    def placeless(self) -> dict[str, str | None]:
+        """Model and weights without the places where they lie."""
+        own = self.pretrained is not None and Path(self.pretrained).is_file()
+        return {"model": self.model.partition(":")[0] if self.model.startswith(LOCAL) else self.model,
+                "pretrained": "a file" if own else self.pretrained}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class SamplerSpec:
@@ -85,8 +94,10 @@ class Protocol:
     Attributes:
         name, version: of the protocol. description, where: for people, what it is and where its data are; not hashed.
         n: pictures in a cell. prompts: the set they are drawn for (see `sets.open_set`).
-        reference: the set they are compared with, or its statistics. reference_n: how many of it; all where None.
-        size: side in pixels that a folder's pictures are brought to; as they are where None.
+        reference: the set they are compared with, or its statistics. reference_n: how many of it; all where None. A
+            folder that the user names has to hold as many.
+        size: side in pixels that a folder's pictures are brought to; as they are where None. Those of a reference that
+            the user names by itself have to have it.
         frame: how every picture, real or drawn, is brought before all that looks at it.
         extractor: of the Frechet distance. scorer: of the CLIP score; None for a set without prompts.
         metrics: names of `measures.METRICS`; those that need what a set lacks (captions, probes) are left out.
@@ -135,6 +146,24 @@ class Protocol:
         if not self.metrics:
             raise InputError(f"protocol {self.name}: got no metrics; allowed: {', '.join(METRICS)}; list some")
 
+    @property
+    def side(self) -> int | None:
+        """Of pictures in pixels, which those of models must have; None where a frame brings all to one, or any will
+        do."""
+        return None if self.frame else AVATARS if self.reference.split(":")[0] == "avatars" else self.size
+
+    def check_side(self, model: str, side: int | None) -> None:
+        """Looks whether a model's pictures are as large as those they are to be compared with.
+
+        Raises:
+            InputError: they are not.
+        """
+        if None not in (side, self.side) and side != self.side:
+            raise InputError(
+                f"--model {model}: got a model of {side} pixels, and {self.name} has {self.side}; allowed: as many; "
+                "give your own pictures with --data FOLDER, or another --protocol"
+            )
+
     def hash(self, content: Mapping[str, str]) -> str:
         """16 hex digits of the settings and of what they name, wherever it lies.
 
@@ -145,10 +174,13 @@ class Protocol:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def settings(self) -> dict[str, Any]:
-        """The fields that the hash covers, as JSON has them. What prompts and reference hold is hashed as content."""
+        """The fields that the hash covers, as JSON has them. What prompts, reference and a user's own scorer hold is
+        hashed as content, wherever they lie."""
         settings = dataclasses.asdict(self) | {"metrics": list(self.metrics), "steps": list(self.steps)}
         for name in ("description", "where", "seed", "prompts", "reference"):
             del settings[name]
+        if self.scorer is not None:
+            settings["scorer"] |= self.scorer.placeless()
         return settings
 
 
@@ -221,8 +253,11 @@ def with_data(protocol: Protocol, prompts: str | Path | None, reference: str | P
             .safetensors).
 
     Raises:
-        InputError: one is missing, with where it can be had, or is not the user's to name.
+        InputError: one is missing, with where it can be had, or is not the user's to name; or the folder holds another
+            number of pictures than the protocol compares with, or of another size.
     """
+    from stepdistill.evaluation.sets import check_copy
+
     places = {}
     for flag, name, given in ((PROMPTS, "prompts", prompts), (REFERENCE, "reference", reference)):
         asked = getattr(protocol, name) == flag
@@ -235,4 +270,6 @@ def with_data(protocol: Protocol, prompts: str | Path | None, reference: str | P
             raise InputError(f"protocol {protocol.name}: got no {flag}; give the path of yours; {where}")
         if asked:
             places[name] = str(Path(given).expanduser())
+    if "reference" in places and not are_statistics(places["reference"]):
+        check_copy(places["reference"], protocol.reference_n, protocol.size)
     return dataclasses.replace(protocol, **places)

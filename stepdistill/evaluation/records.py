@@ -28,7 +28,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "ti
 KEY = ("protocol_hash", "model", "weights", "steps", "guidance", "seed")
 TIMES = ("timing", "latency_ms", "latency_ms_batch", "pipeline_memory_mb")  # of a row, with a key of their own
 FIELDS = (
-    "protocol", "protocol_hash", "settings", "model", "method", "teacher", "spec", "weights",
+    "protocol", "protocol_hash", "settings", "model", "method", "teacher", "spec", "weights", "setup",
     "steps", "nfe", "guidance", "scheduler", "sigmas", "call", "n", "seed",
     "fd", "fd_low", "fd_high", "fd_extractor", "clip_score", "clip_model", "attribute_accuracy", "metrics",
     *TIMES, "batch", "channels_last", "dtype", "device", "versions", "commit", "command", "train_seconds",
@@ -39,7 +39,14 @@ TILE, LARGE = 96, 384  # pixels a picture in a grid has at least, and at most
 
 def key_of(row: dict[str, Any]) -> list[Any]:
     """What a row's figures depend on, its times apart."""
-    return [row.get(name) for name in KEY] + [row[name] for name in ("sigmas", "call") if row.get(name)]
+    return [row.get(name) for name in KEY] + [row[name] for name in ("sigmas", "call", "setup") if row.get(name)]
+
+
+def same_figures(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two rows' figures depend on the same; of a row of before there was a `setup`, that is left open."""
+    known = a.get("setup") and b.get("setup")
+    one, other = (dict(row) if known else dict(row) | {"setup": None} for row in (a, b))
+    return key_of(one) == key_of(other)
 
 
 def cell_of(row: Mapping[str, Any]) -> tuple[str, int, int | None]:
@@ -126,7 +133,7 @@ class Book:
 
     def find(self, row: dict[str, Any], how: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
         """The newest row with these figures; one with times that were taken as `how` says goes first."""
-        same = [old for old in reversed(self.rows) if key_of(old) == key_of(row)]
+        same = [old for old in reversed(self.rows) if same_figures(old, row)]
         return next((old for old in same if timed(old, how)), same[0] if same else None)
 
     def again(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def open_set(name: str, size: int | Frame | None = None) -> EvalSet:
     path = Path(name)
     if path.is_file() and path.suffix == ".txt":
         try:
-            prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"set: got {name}, which cannot be read; allowed: a text file in UTF-8; save it so"
@@ -151,6 +151,29 @@ def listing(folder: str | Path) -> tuple[list[Path], list[str] | None]:
     if not files:
         raise InputError(f"set {folder}: got no pictures; allowed: {', '.join(sources.PICTURES)} files")
     return files, captions
+
+
+def check_copy(folder: str | Path, count: int | None, size: int | None) -> None:
+    """Looks whether a folder is the one that a published protocol compares with, as far as can be seen.
+
+    Args:
+        count, size: of its pictures, and a side of them in pixels; not looked at where None.
+
+    Raises:
+        InputError: it holds more or fewer pictures, or one of another size.
+    """
+    files, _ = listing(folder)
+    if count is not None and len(files) != count:
+        raise InputError(
+            f"reference: got {folder} of {len(files)} pictures; allowed: {count}, which the protocol compares with; "
+            "unpack all of it, and nothing else"
+        )
+    for file in files if size is not None else ():
+        if (found := sources.open_picture(file, str(file)).size) != (size, size):
+            raise InputError(
+                f"reference: got {file} of {found[0]} x {found[1]}; allowed: {size} x {size}, which the protocol "
+                "compares; give its own pictures or statistics"
+            )
 
 
 def _folder(folder: Path, size: int | Frame | None) -> EvalSet:

@@ -14,13 +14,16 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stepdistill import embedded
 from stepdistill.errors import InputError
 from stepdistill.evaluation.catalogue import ready
 from stepdistill.evaluation.places import export_in
 from stepdistill.evaluation.schedulers import SCHEDULERS, SPACINGS
+
+if TYPE_CHECKING:
+    from stepdistill.evaluation.protocols import Protocol
 
 DTYPES = ("fp32", "fp16", "bf16")
 SIGMAS = ("even", "own")
@@ -33,7 +36,8 @@ class ModelSpec:
     Attributes:
         path: a pipeline folder, a hub id, or avatars. name: of its rows and curves.
         lora: a folder or hub id of LoRA weights. scheduler: a key of SCHEDULERS; None keeps the LoRA export's or the
-            pipeline's own. guidance: 1.0 is none. variant: of the weight files. dtype: fp32, fp16 or bf16.
+            pipeline's own. guidance: 1.0 is none. variant: of the weight files. revision: of a hub repository.
+            dtype: fp32, fp16 or bf16.
         sigmas: even asks a flow's scheduler for even ones, own leaves them to the pipeline; None is as the export's
             record says.
         unet: a file of weights for the pipeline's UNet. spacing: of the scheduler's times, as model cards set it.
@@ -47,6 +51,7 @@ class ModelSpec:
     scheduler: str | None = None
     guidance: float | None = None
     variant: str | None = None
+    revision: str | None = None
     dtype: str | None = None
     sigmas: str | None = None
     unet: str | None = None
@@ -205,6 +210,26 @@ def plan_of(
             parts.setdefault(model.at(count), []).append(count)
         plan += [(name, part, tuple(counts)) for part, counts in parts.items()]
     return plan
+
+
+def instead(plan: Sequence[tuple[str, Any, tuple[int, ...]]], protocol: Protocol, asked: bool) -> list[str]:
+    """What models say of their own that a protocol says otherwise, a line each: it counts, and should not surprise.
+
+    Args:
+        plan: see `plan_of`. asked: whether the user named the step counts.
+    """
+    lines: dict[str, None] = {}
+    for name, model, counts in plan:
+        if not isinstance(model, ModelSpec):
+            continue
+        if None not in (model.guidance, protocol.guidance) and model.guidance != protocol.guidance:
+            told = f"guidance {model.guidance:g} of its SPEC, in place of {protocol.name}'s {protocol.guidance:g}"
+            lines[f"{name}: {told}"] = None
+        if not asked and protocol.steps and not set(counts) & set(protocol.steps):
+            own, theirs = (" ".join(map(str, each)) for each in (counts, protocol.steps))
+            told = f"steps {own} of its own, in place of {protocol.name}'s {theirs}"
+            lines[f"{name}: {told}, which --steps {theirs} asks for"] = None
+    return list(lines)
 
 
 def _guidance(value: str) -> float:

@@ -23,10 +23,10 @@ from stepdistill.evaluation.bench import Bench, Failure
 from stepdistill.evaluation.metrics import Instruments, prepare
 from stepdistill.evaluation.pictures import Store
 from stepdistill.evaluation.processes import Processes
-from stepdistill.evaluation.progress import ReferenceBar, progress_bar, quiet
+from stepdistill.evaluation.progress import ReferenceBar, progress_bar, quiet, say
 from stepdistill.evaluation.protocols import Protocol, load_protocol
 from stepdistill.evaluation.settings import Settings
-from stepdistill.evaluation.spec import as_models, plan_of
+from stepdistill.evaluation.spec import as_models, instead, plan_of
 
 STEPS = (1, 2, 4, 8, 50)
 
@@ -87,13 +87,15 @@ def evaluate(
     plan = plan_of(as_models(pipeline), None if steps is None else check_steps(steps), protocol.steps or STEPS)
     if out is not None:
         records.check_folder(out)
+    for line in instead(plan, protocol, steps is not None) if settings.progress else ():
+        say(line)
     # The bar counts network evaluations, guidance's included, and a few for the metrics: pictures cost unlike much.
     weight = 4
     total = protocol.n * len(seeds) * sum(2 * s + weight for _, _, counts in plan for s in counts)
     for turn in (True, False) if instruments is None else ():  # statistics are made once, and then read
         with team.alike(), closing(ReferenceBar(settings.progress)) as told:
             if team.main is turn:
-                instruments = prepare(protocol, device=settings.device, batch=settings.batch, progress=told)
+                instruments = prepare(protocol, device=settings.device, batch=settings.batch_of(), progress=told)
     with progress_bar(total, settings.progress) as bar, quiet(), Store(settings.keep, out) as store:
         with team.alike():
             command = command or " ".join(map(shlex.quote, sys.argv))

@@ -92,6 +92,15 @@ def _columns(cell: Cell, places: Mapping[str, int], several: bool) -> dict[str, 
     }
 
 
+def calls(cell: Cell) -> str:
+    """What stands in brackets behind a median time: its 90 % quantile and the number of calls, where they are known."""
+    times = cell.latency_ms or {}
+    slow, count = times.get("total_p90"), times.get("repeats")
+    said = [] if slow is None else [f"p90 {figure(slow / times.get('batch', 1), 1)}"]
+    said += [f"{count} calls"] if count else []
+    return f" ({', '.join(said)})" if said else ""
+
+
 def markdown_table(found: Sequence[Cell], shown: Sequence[str]) -> str:
     """The named columns as a Markdown table, a line a cell."""
     lines = ["| model | " + " | ".join(shown) + " |", "|---|" + "---:|" * len(shown)]

@@ -16,22 +16,24 @@ from stepdistill.evaluation.settings import Settings
 
 
 def asked(settings: Settings, dtype: str) -> dict[str, Any] | None:
-    """How times are to be taken; None where they are left out."""
-    if not settings.latency_repeats:
+    """How times are to be taken; None where they are left out. Where nobody says how often, any number will do."""
+    if settings.latency_repeats == 0:
         return None
+    often = {} if settings.latency_repeats is None else {"repeats": settings.latency_repeats}
     return {
         "device": records.device_name(settings.device), "dtype": dtype, "compiled": settings.compiled,
-        "channels_last": settings.channels_last, "batch": settings.latency_batch, "repeats": settings.latency_repeats,
+        "channels_last": settings.channels_last, "batch": settings.latency_batch, **often,
     }  # fmt: skip
 
 
 def take(sampler: Sampler, prompts: Sequence[str], steps: int, how: Mapping[str, Any], command: str) -> dict[str, Any]:
     """The parts of a row that say how long a picture takes: of one alone, and of `how["batch"]` at a time."""
-    options = {"steps": steps, "repeats": how["repeats"], "compiled": how["compiled"]}
+    often = {"repeats": how["repeats"]} if "repeats" in how else {"seconds": latency.SECONDS}
+    options = {"steps": steps, "compiled": how["compiled"]} | often
     one = latency.measure(sampler, prompts, batch=1, **options)
     many = latency.measure(sampler, prompts, batch=how["batch"], **options) if how["batch"] > 1 else None
     made = {"torch": records.versions().get("torch"), "commit": records.commit(), "command": command}
     return {
-        "timing": {**how, **made}, "latency_ms": one.row(), "latency_ms_batch": many and many.row(),
-        "pipeline_memory_mb": one.pipeline_memory_mb,
+        "timing": {**how, "repeats": one.repeats, **made}, "latency_ms": one.row(),
+        "latency_ms_batch": many and many.row(), "pipeline_memory_mb": one.pipeline_memory_mb,
     }  # fmt: skip

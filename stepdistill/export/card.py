@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline, {scheduler}
 pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32)
 pipe.load_lora_weights("{out}")
 pipe.scheduler = {scheduler}.from_pretrained("{out}", subfolder="scheduler")
-image = pipe({call}).images[0]
+{draw}
 ```"""
 
 USE_PEFT = """```python
@@ -28,7 +28,7 @@ from peft import PeftModel
 pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32)
 pipe.{part} = PeftModel.from_pretrained(pipe.{part}, "{out}")
 pipe.scheduler = {scheduler}.from_pretrained("{out}", subfolder="scheduler")
-image = pipe({call}).images[0]
+{draw}
 ```"""
 
 USE_PIPELINE = """```python
@@ -36,8 +36,17 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{out}", torch_dtype=torch.float32)
-image = pipe({call}).images[0]
+{draw}
 ```"""
+
+# DDPMPipeline has no argument for a class, and refuses a network that needs one
+DRAW_CLASS = """labels = torch.tensor([0])  # the class, 0 to {last}; the pipeline takes none: its steps, one by one
+x = torch.randn(1, {channels}, {height}, {width})
+pipe.scheduler.set_timesteps({steps})
+with torch.no_grad():
+    for t in pipe.scheduler.timesteps:
+        x = pipe.scheduler.step(pipe.unet(x, t, labels).sample[:, :{channels}], t, x).prev_sample
+image = pipe.numpy_to_pil((x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())[0]"""
 
 
 def hub_id(teacher: str) -> bool:
@@ -61,6 +70,8 @@ def model_card(
     even: bool = False,
     base: str | None = None,
     peft_part: str | None = None,
+    classes: int = 0,
+    shape: tuple[int, ...] = (),
 ) -> str:
     """Markdown with the hub's front matter: what it is, how to load it, how it was trained.
 
@@ -70,6 +81,7 @@ def model_card(
         steps: of the example. even: whether the pipeline has to be told even sigmas.
         base: where diffusers loads the teacher from; `teacher` where not given.
         peft_part: the network that peft puts a LoRA on, where the pipeline loads none.
+        classes: that the network is told one of. shape: (C, H, W) of a sample, then.
     """
     tags = ["diffusers", "step-distillation", method, *(["lora"] if lora else [])]
     head = ["---", *([f"base_model: {teacher}"] if hub_id(teacher) else []), "library_name: diffusers", "tags:"]
@@ -77,8 +89,12 @@ def model_card(
     call = f"num_inference_steps={steps}" + (f", sigmas={even_sigmas(steps)}" if even else "")
     if prompt is not None:
         call = f"{json.dumps(prompt, ensure_ascii=False)}, {call}, guidance_scale={float(guidance)}"
+    draw = f"image = pipe({call}).images[0]"
+    if classes:
+        channels, height, width = shape
+        draw = DRAW_CLASS.format(last=classes - 1, channels=channels, height=height, width=width, steps=steps)
     template = USE_PIPELINE if not lora else USE_PEFT if peft_part else USE_LORA
-    use = template.format(scheduler=scheduler, base=base or teacher, out=out, call=call, part=peft_part)
+    use = template.format(scheduler=scheduler, base=base or teacher, out=out, draw=draw, part=peft_part)
     kind = "LoRA" if lora else "pipeline"
     rows = "\n".join(f"| {key} | {str(value).replace('|', '/')} |" for key, value in settings.items())
     picture = f"\n![samples of the student, four steps]({grid})\n" if grid else ""

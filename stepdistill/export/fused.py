@@ -14,11 +14,14 @@ from stepdistill.export.kohya import read_lora
 from stepdistill.files import replacing
 
 
-def save_fused(folder: Path, out: Path, *, teacher: str) -> Path:
+def save_fused(
+    folder: Path, out: Path, *, teacher: str, variant: str | None = None, revision: str | None = None
+) -> Path:
     """Writes the pipeline W + (alpha / rank) B A for every adapted W, with the student's scheduler, record and card.
 
     Args:
-        folder: the export folder of a LoRA student. teacher: the pipeline it was trained from.
+        folder: the export folder of a LoRA student. teacher: the pipeline it was trained from. variant,
+            revision: of it, see open_pipeline.
 
     Raises:
         InputError: no LoRA there, one that is not of this teacher, or the disk is full.
@@ -27,7 +30,7 @@ def save_fused(folder: Path, out: Path, *, teacher: str) -> Path:
 
     folder = Path(folder)
     read_lora(folder)  # it is whole, with rank and alpha
-    pipeline = open_pipeline(teacher)
+    pipeline = open_pipeline(teacher, variant=variant, revision=revision)
     try:
         load_whole(pipeline, folder, fuse=True)
     except InputError as error:

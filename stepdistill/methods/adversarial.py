@@ -130,7 +130,7 @@ class Adversarial(Jumper):
     Args:
         feature_network: what the discriminator looks through, see `feature_networks`.
         picture_size: pixels it works at; 0 is its own.
-        adversarial_loss: "hinge" or "softplus".
+        adversarial_loss: "hinge" or "softplus", which is binary cross-entropy.
         r1_weight: gamma, of R1 on the heads' input; 0 is none.
         condition_on_image: tell the discriminator of the real picture that x_t was made from, but for pure noise.
         distillation_weight: lambda; 0 leaves the teacher out.
@@ -180,7 +180,8 @@ class Adversarial(Jumper):
             InputError: see `load_feature_network`.
         """
         trunk = load_feature_network(self.feature_network, self.picture_size)
-        text = pooled_text(teacher.conditioner.encode(["0"]), 1).shape[1]  # "0" is a prompt, and a class
+        one = teacher.conditioner.encode(["0"])  # a prompt, or a class
+        text = pooled_text(one, 1, teacher.denoiser.classes).shape[1]
         told = text + (trunk.width if self.condition_on_image else 0)
         return {
             "discriminator": Discriminator(trunk.channels, told),
@@ -234,9 +235,9 @@ class Adversarial(Jumper):
         return Loss(adversarial + self.distillation_weight * distillation, terms)
 
     def _told(self, batch: Batch, known: Tensor, models: Models, real: Tensor | None) -> Tensor:
-        """What the discriminator is told, (B, D): the pooled text and, normalised, the real picture's embedding, which
-        is 0 where the student has seen nothing of that picture."""
-        text = pooled_text(batch.cond, len(known)).to(known.device)
+        """What the discriminator is told, (B, D): the pooled text or the class and, normalised, the real picture's
+        embedding, which is 0 where the student has seen nothing of that picture."""
+        text = pooled_text(batch.cond, len(known), models.student.classes).to(known.device)
         if real is None or not self.condition_on_image:
             return text
         _, embedding = models.trunk(real)

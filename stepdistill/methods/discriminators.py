@@ -116,11 +116,13 @@ def laid_out(tokens: Tensor, size: Sequence[int]) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, (height, count // height))
 
 
-def pooled_text(cond: Cond, batch: int) -> Tensor:
+def pooled_text(cond: Cond, batch: int, classes: int = 0) -> Tensor:
     """One vector (B, P) for a condition: the pipeline's pooled text, else the mean of its text's tokens (of those that
-    count, where a mask says), else nothing (B, 0)."""
+    count, where a mask says), else 1 at its label's place among `classes`, else nothing (B, 0)."""
     if "pooled" in cond:
         return cond["pooled"].float()
+    if classes:
+        return F.one_hot(cond["labels"], classes).float()
     if "text" not in cond:
         device = next((value.device for value in cond.values()), None)
         return torch.zeros(batch, 0, device=device)
@@ -157,14 +159,15 @@ LOSSES: dict[str, tuple[Callable[[Logits, Logits], Tensor], Callable[[Logits], T
     "softplus": (
         _softplus,
         lambda fake: _mean([F.softplus(-f.float()) for f in fake]),
-    ),  # Goodfellow et al. 2014, on logits
+    ),  # Goodfellow et al. 2014: binary cross-entropy on logits
 }
 
 
 def check_loss(name: str) -> None:
     """Raises InputError where there is no adversarial loss of this name."""
     if name not in LOSSES:
-        raise InputError(f"adversarial_loss: got {name!r}; allowed: {', '.join(LOSSES)}")
+        got = f"{name!r}; allowed: {', '.join(LOSSES)} (binary cross-entropy on logits)"
+        raise InputError(f"adversarial_loss: got {got}; try hinge")
 
 
 def r1(judge: Callable[[Sequence[Tensor]], Logits], maps: Sequence[Tensor]) -> Tensor:

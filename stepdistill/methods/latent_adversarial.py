@@ -69,7 +69,7 @@ class LatentAdversarial(Jumper):
     Args:
         blocks: names of the teacher's submodules that are judged; none is four spread over its depth.
         logit_mean, logit_std: m and s. The resolution shift of the teacher's grid is added to m as log(shift).
-        adversarial_loss: "hinge" or "softplus".
+        adversarial_loss: "hinge" or "softplus", which is binary cross-entropy.
         r1_weight: gamma, of the approximate R1 on the noised input; 0 is none.
         r1_size: standard deviation of the noise it is measured with.
         reconstruction_weight: rho; 0 is none.
@@ -119,7 +119,8 @@ class LatentAdversarial(Jumper):
             maps = features.read(denoiser, x, half, self.told(denoiser, cond, 1, device), blocks)
         for tokens in maps:
             laid_out(tokens, x.shape[2:])
-        return {"discriminator": Discriminator([m.shape[2] for m in maps], pooled_text(cond, 1).shape[1])}
+        text = pooled_text(cond, 1, denoiser.classes).shape[1]
+        return {"discriminator": Discriminator([m.shape[2] for m in maps], text)}
 
     def stamp(self, models: Models) -> dict[str, str]:
         """The blocks that were judged."""
@@ -182,4 +183,5 @@ class LatentAdversarial(Jumper):
         u = torch.cat([u] * times)
         maps = models.teacher.features(x_u, u, cond, self.blocks)
         level = noise_features(*models.teacher.schedule.coeffs(u))
-        return maps, level.to(x_u.device), pooled_text(cond, len(u)).to(x_u.device), x_u.shape[2:]
+        text = pooled_text(cond, len(u), models.student.classes).to(x_u.device)
+        return maps, level.to(x_u.device), text, x_u.shape[2:]

@@ -11,6 +11,10 @@ teacher's grid of 2N steps, t and s neighbours of the student's:
 Then the student is the next teacher and N is halved. Before the first halving a guided teacher's guidance, and the
 prediction of eps, are distilled away at the times of the grid (x0~ is then the guided teacher's own x0): a network that
 predicts eps has no say in x0 where there is nothing but noise.
+
+The paper noises pictures to have x_t. A student's later steps begin where its own earlier ones ended, which is
+elsewhere: a share of the samples can begin there, with what one step of the student makes of the time before (as in
+backward simulation, Yin et al. 2024, and in imitation learning, Ross et al. 2011).
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from stepdistill.methods.base import Batch, Clock, FrozenDenoiser, Loss, Method,
 from stepdistill.methods.schedulers import ddim_scheduler
 from stepdistill.prediction import Kind, convert
 from stepdistill.schedules import EDM, RectifiedFlow, Schedule, Time, from_noise, match
-from stepdistill.solvers import Denoise
+from stepdistill.solvers import Denoise, ddim_step
 from stepdistill.timegrid import Grid, inference_times, shifted
 
 if TYPE_CHECKING:
@@ -154,6 +158,7 @@ class Progressive(Method):
         weighting: w(t). "truncated_snr": max(SNR, 1), the larger of the errors of x0 and eps. "snr+1": the error of v.
         solver: of the teacher's two steps: "ddim" or "heun".
         eps_student: what the student of an eps teacher predicts: "v", "x0" or "eps"; those of others are as they are.
+        own_share: of the samples behind the first step, the share that begin where a step of the student's own ended.
         embed_guidance: tell the student its scale through `time_cond_proj_dim` (a full student).
 
     Raises:
@@ -167,6 +172,7 @@ class Progressive(Method):
     weighting: str = "truncated_snr"
     solver: str = "ddim"
     eps_student: Kind = "v"
+    own_share: float = 0.0
     embed_guidance: bool = False
 
     name: ClassVar[str] = "progressive"
@@ -178,6 +184,8 @@ class Progressive(Method):
         if not 1 <= self.guidance_min <= self.guidance_max < math.inf:
             got = f"{self.guidance_min:g} to {self.guidance_max:g}"
             raise InputError(f"guidance: got {got}; allowed: 1 or more, rising; 1 means no guidance, try 2")
+        if not 0 <= self.own_share <= 1:
+            raise InputError(f"own_share: got {self.own_share:g}; allowed: 0 to 1; 0 is none, as the paper, try 0.5")
         named = {"stage": ("guide", "halve"), "weighting": WEIGHTINGS, "solver": ("ddim", "heun"),
                  "eps_student": ("v", "x0", "eps")}  # fmt: skip
         for setting, allowed in named.items():
@@ -210,6 +218,12 @@ class Progressive(Method):
         x_t = on_grid(schedule, batch.x0, eps, points, index)
 
         with torch.no_grad():
+            if self.own_share and self.steps > 1:
+                before = (index - stride).clamp(min=0)
+                x_b, b = on_grid(schedule, batch.x0, eps, points, before), points[before]
+                x0 = x0_of(models.student, x_b, b, batch.cond, scale=told(models.student, scale))
+                own = (draws.uniform() < self.own_share) & (index > 0)
+                x_t = torch.where(match(own, x_t) > 0, ddim_step(schedule, x_b, x0, b, t).to(x_t.dtype), x_t)
             if self.stage == "guide":
                 fixed = self.guidance_min == self.guidance_max == 1
                 target_x0 = x0_of(models.teacher, x_t, t, batch.cond, batch.uncond, 1.0 if fixed else scale)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from stepdistill.errors import InputError
 from stepdistill.training.config import TrainConfig
+from stepdistill.training.roles import adapter_like, check_fits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +37,7 @@ class AdversarialConfig(TrainConfig):
     head_start: int = 0
     """Updates at first in which the discriminator alone learns: what knows nothing yet leads a good student astray."""
     adversarial_loss: Literal["hinge", "softplus"] = "hinge"
-    """Of the discriminator and the student."""
+    """Of the discriminator and the student. softplus is binary cross-entropy (BCE) on logits, non-saturating."""
     discriminator_learning_rate: float = 1e-4
     """The heads', at the plateau."""
     discriminator_betas: tuple[float, float] = (0.0, 0.99)
@@ -110,8 +111,10 @@ class AdversarialConfig(TrainConfig):
     def check_teacher(self, teacher: Teacher) -> None:
         """Raises InputError where a teacher cannot be distilled as the flags say."""
         super().check_teacher(teacher)
-        denoiser = teacher.denoiser
-        if self.begin_with() is not None and (kind := self._start_kind) not in (None, denoiser.kind):
+        denoiser, start = teacher.denoiser, self.begin_with()
+        if start is not None:
+            check_fits(adapter_like(denoiser.backbone, self.rank, self.target_modules), start)
+        if start is not None and (kind := self._start_kind) not in (None, denoiser.kind):
             raise InputError(
                 f"start: got {self.start}, whose student predicts {kind}, for a teacher that predicts {denoiser.kind}; "
                 "allowed: one that predicts as the teacher does; leave it out"

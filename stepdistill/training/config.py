@@ -9,9 +9,13 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, get_origin, get_type_hints
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, get_origin, get_type_hints
 
+import torch
+
+from stepdistill import embedded
 from stepdistill.errors import InputError
+from stepdistill.training.processes import HALF
 from stepdistill.training.roles import LORA_TARGETS, adaptable
 from stepdistill.typed import built, read_yaml
 
@@ -21,11 +25,6 @@ if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
     from stepdistill.methods.base import Method
 
-# What may change when a run is taken up again; batch size and accumulation as long as samples_per_update stays.
-FREE = {"config", "out", "checkpoint_every", "validate_every", "validation_prompts", "log_every", "trackers",
-        "push_to_hub", "dry_run", "batch_size", "gradient_accumulation", "gradient_checkpointing",
-        "compile"}  # fmt: skip
-
 
 def launcher_precision() -> str:
     """What `accelerate launch --mixed_precision` was told; "no" without it."""
@@ -34,7 +33,17 @@ def launcher_precision() -> str:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """Flags of everything that trains."""
+    """Flags of everything that trains.
+
+    Attributes:
+        FREE: what may change when a run is taken up again; batch size and accumulation as long as samples_per_update
+            stays.
+    """
+
+    FREE: ClassVar[frozenset[str]] = frozenset({
+        "config", "out", "checkpoint_every", "validate_every", "validation_prompts", "log_every", "trackers",
+        "push_to_hub", "dry_run", "batch_size", "gradient_accumulation", "gradient_checkpointing", "compile",
+    })  # fmt: skip
 
     out: Path = Path("out/student")
     """Folder for checkpoints, logs and what is made. Run the same command again to resume."""
@@ -67,8 +76,8 @@ class LoopConfig:
     """Longer gradients are scaled down to this norm."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = field(default_factory=launcher_precision)
-    """Of the networks; frozen weights are kept in it. Losses, adapters and optimizer stay float32. That of `accelerate
-    launch` where not given."""
+    """Of the networks; frozen weights are kept in it. Losses, trained weights and optimizer stay float32. That of
+    `accelerate launch` where not given."""
     checkpoint_every: int = 500
     """Updates between checkpoints."""
     validate_every: int = 0
@@ -117,6 +126,11 @@ class LoopConfig:
             if value is not None and not (low <= value <= most and value < below and value != above):
                 raise InputError(f"{name}: got {value:g}; allowed: {begin}{end}" + f"; {fix}" * bool(fix))
 
+    @property
+    def half_type(self) -> torch.dtype | None:
+        """What networks compute in; None for float32."""
+        return HALF[self.mixed_precision]
+
     def of(self, role: str) -> LoopConfig:
         """The settings of a role's optimizer; methods with several may give each its own."""
         return self
@@ -136,10 +150,32 @@ class PipelineConfig(LoopConfig):
     """Of the teacher's weight files, as "fp16"."""
     revision: str | None = None
     """Of the teacher's hub repository."""
-    data: str = "avatars"
-    """Image folder with metadata.jsonl, `datasets` name, webdataset shards, cache folder, prompts (.txt), "avatars"."""
+    data: str | None = None
+    """Image folder with metadata.jsonl, `datasets` name, webdataset shards, cache folder, prompts (.txt), "avatars";
+    may be left out for an embedded teacher alone."""
     resolution: int | None = None
     """Side of the pictures in pixels; the teacher's own where not given."""
+    half: bool = False
+    """Keep the encoded latents and text in float16: half the disk."""
+
+    @property
+    def samples(self) -> str:
+        """What --data names.
+
+        Raises:
+            InputError: nothing, for a teacher that is not embedded.
+        """
+        return embedded.data_for(self.teacher, self.data)
+
+    @property
+    def frozen_type(self) -> torch.dtype | None:
+        """What the weights of the teacher's network are loaded in; None for float32."""
+        return None
+
+    def record(self) -> dict:
+        """See LoopConfig.record; the embedded set by its name."""
+        known = self.data is not None or self.teacher in embedded.TEACHERS
+        return super().record() | ({"data": self.samples} if known else {})
 
     def check_teacher(self, teacher: Teacher) -> None:
         """Raises InputError where a teacher cannot be used as the flags say, before its data are encoded."""
@@ -159,8 +195,6 @@ class TrainConfig(PipelineConfig):
     """Endings of the names of adapted layers."""
     lora_dropout: float = 0.0
     """Share of the adapter's inputs dropped in training."""
-    target_ema: float = 0.95
-    """Decay of the target's moving average; 0 makes the student its own target."""
     export_ema: float = 0.0
     """Decay of the average that is shown and exported; 0 for the trained weights themselves."""
 
@@ -177,7 +211,7 @@ class TrainConfig(PipelineConfig):
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()
-        for name in ("target_ema", "export_ema", "lora_dropout"):
+        for name in ("export_ema", "lora_dropout"):
             self.require(name, least=0, below=1, fix=f"try {getattr(type(self), name)}")
         if self.lora:
             self.require("rank", least=1, fix="the papers use 64")
@@ -186,6 +220,19 @@ class TrainConfig(PipelineConfig):
     def method(self) -> Method:
         """The method these flags describe; each method's flags say."""
         raise NotImplementedError
+
+    @property
+    def target_decay(self) -> float:
+        """Of the target's moving average; 0 where the student is its own target, or the method has none."""
+        return 0.0
+
+    @property
+    def frozen_type(self) -> torch.dtype | None:
+        """bfloat16 under an adapter of a run in it, which keeps them so; a full student begins with float32 ones.
+
+        Those of a run in float16 are cast later: what is painted goes by the weights as bfloat16 rounds them.
+        """
+        return torch.bfloat16 if self.lora and self.mixed_precision == "bf16" else None
 
     @property
     def data_guidance(self) -> float:

@@ -19,17 +19,8 @@ from stepdistill.training.config import TrainConfig
 from stepdistill.training.roles import Models
 from stepdistill.training.validation import prompts_for
 
-SHOWN = (
-    "max_train_steps",
-    "batch_size",
-    "gradient_accumulation",
-    "learning_rate",
-    "rank",
-    "alpha",
-    "target_ema",
-    "seed",
-    "data",
-)
+SHOWN = ("max_train_steps", "batch_size", "gradient_accumulation", "learning_rate", "target_ema", "seed", "data")
+OF_A_LORA = ("rank", "alpha")
 
 
 def export(
@@ -52,14 +43,20 @@ def export(
         method=name, teacher=config.teacher, out=str(out), scheduler=type(scheduler).__name__, lora=config.lora,
         prompt=None if teacher.vae is None else prompts_for(config, captions)[0],
         guidance=method.guidance_scale(models.student), steps=method.steps, even=even,
-        settings={k: record[k] for k in (*SHOWN, *stamp)}, grid="grid.png",
+        settings=shown(record, config.lora) | stamp, grid="grid.png",
         base=find(config.teacher) if config.teacher in embedded.TEACHERS else config.teacher,
         peft_part=None if hasattr(teacher.source, "load_lora_weights") else teacher.part,
+        classes=teacher.denoiser.classes, shape=teacher.sample_shape,
     )  # fmt: skip
     common = {"scheduler": scheduler, "config": record, "card": card, "extra": {"grid.png": png.getvalue()}}
     if config.lora:
         return save_lora(teacher, out, **common)
     return save_pipeline(teacher, models.student.backbone, out, **common)
+
+
+def shown(record: dict, lora: bool) -> dict:
+    """What a card says of how its student was trained: of a run's record, what the run had a use for."""
+    return {name: record[name] for name in (*SHOWN, *(OF_A_LORA if lora else ())) if name in record}
 
 
 def push_rest(config: TrainConfig, export: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stepdistill import files
 from stepdistill.errors import InputError
-from stepdistill.training.config import FREE, LoopConfig
+from stepdistill.training.config import LoopConfig
 
 MARK = "samples_per_update"  # in every run's config.json, and in no other
 
@@ -22,7 +22,8 @@ def claim(config: LoopConfig, processes: int = 1, write: bool = True) -> None:
 
     A folder whose run never logged anything, say for a flag that was refused, is free to take.
 
-    What only says how the work is split (batch, accumulation, processes) may change as long as their product does not.
+    What only says how the work is split (batch, accumulation, processes) may change as long as their product does not,
+    where the configuration has it among what is FREE.
 
     Raises:
         InputError: the folder holds another run, or a config.json of something else, or cannot be written.
@@ -36,7 +37,7 @@ def claim(config: LoopConfig, processes: int = 1, write: bool = True) -> None:
             "another --out"
         )
     if path.exists() and any((path.parent / name).exists() for name in ("metrics.jsonl", "checkpoints")):
-        free = FREE | ({"max_train_steps"} if config.lr_scheduler == "constant" else set())
+        free = config.FREE | ({"max_train_steps"} if config.lr_scheduler == "constant" else set())
         for key in record:
             if key not in free and there.get(key, record[key]) != record[key]:
                 got = f"{config.out}, which holds a run with {key} = {there[key]} (now {record[key]})"

@@ -6,10 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stepdistill.conditioning.base import to
 from stepdistill.methods.latent_adversarial import LatentAdversarial
 from stepdistill.training.adversarial import AdversarialConfig
 
 if TYPE_CHECKING:
+    from stepdistill.conditioning.base import Cond
     from stepdistill.denoiser.load import Teacher
 
 
@@ -36,7 +38,18 @@ class LADDConfig(AdversarialConfig):
 
     def check_teacher(self, teacher: Teacher) -> None:
         """Raises InputError where a teacher cannot be distilled as the flags say."""
-        from stepdistill.features import check_blocks
+        from stepdistill.features import check_blocks, check_pictures
 
         super().check_teacher(teacher)
         check_blocks(teacher.denoiser.backbone, self.blocks)
+        if self.blocks:
+            check_pictures(teacher.denoiser, self._some_condition(teacher), self.blocks)
+
+    def _some_condition(self, teacher: Teacher) -> Cond:
+        """A condition of batch 1 as training gives it, of any prompt or class."""
+        import torch
+
+        cond = teacher.conditioner.encode([""] if teacher.vae is not None else ["0"])
+        if teacher.denoiser.takes_guidance:
+            cond["guidance"] = torch.tensor([self.guidance - 1])
+        return to(cond, next(teacher.denoiser.parameters()).device)

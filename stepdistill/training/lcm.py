@@ -28,8 +28,20 @@ class LCMConfig(GuidedConfig):
     """Compare ends as they are, or over the share that the network's output has in them: steadier at low noise."""
     own_share: float = 0.0
     """Share of samples noised from the student's own one-step answer, as in multistep sampling, not a picture."""
+    target_ema: float = 0.95
+    """Decay of the target's moving average; 0 makes the student its own target."""
     timestep_scaling: float = 10.0
     """How steeply the boundary condition is left; LCMScheduler's 10."""
+
+    def check(self) -> None:
+        """Raises InputError where a setting is out of range, or needs a package that is not installed."""
+        super().check()
+        self.require("target_ema", least=0, below=1, fix=f"try {type(self).target_ema}")
+
+    @property
+    def target_decay(self) -> float:
+        """The flag's."""
+        return self.target_ema
 
     def method(self) -> LatentConsistency:
         """The method these flags describe."""

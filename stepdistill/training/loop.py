@@ -133,6 +133,10 @@ class Loop:
     def _validate(self, metrics: trackers.Metrics) -> None:
         """What is looked at every `validate_every` updates."""
 
+    def _could_recompute(self) -> bool:
+        """Whether --gradient-checkpointing would save memory."""
+        return getattr(self.config, "gradient_checkpointing", None) is False
+
     def _before_step(self, role: str) -> None:
         """What is done to the gradients of a role before they are clipped."""
 
@@ -160,7 +164,7 @@ class Loop:
             self.accelerator.print(f"done already: {done}")
             self._done_before(done)
             return done
-        with room(self.out, self.device, self.config.batch_size):
+        with room(self.out, self.device, self.config.batch_size, self._could_recompute()):
             return self._fit()
 
     def _fit(self) -> Path:

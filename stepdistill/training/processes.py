@@ -17,6 +17,8 @@ from stepdistill.errors import InputError
 from stepdistill.files import disk_full
 from stepdistill.training.sharding import YES
 
+HALF = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed-precision
+
 
 def on_cpu() -> bool:
     """Whether to compute on the CPU. accelerate must be told, or several processes on it do not find each other."""
@@ -25,15 +27,19 @@ def on_cpu() -> bool:
 
 
 @contextmanager
-def room(out: Path, device: torch.device, batch_size: int) -> Iterator[None]:
-    """Within, a full disk or a full device is an InputError that says what to do; the last checkpoint is kept."""
+def room(out: Path, device: torch.device, batch_size: int, recomputes: bool) -> Iterator[None]:
+    """Within, a full disk or a full device is an InputError that says what to do; the last checkpoint is kept.
+
+    Args:
+        recomputes: whether --gradient-checkpointing can still be added.
+    """
     kept = "the last checkpoint is kept"
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise InputError(
             f"memory of {device}: got no room for batch_size = {batch_size}; {kept}; lower --batch-size and raise "
-            "--gradient-accumulation, or add --gradient-checkpointing"
+            "--gradient-accumulation" + ", or add --gradient-checkpointing" * recomputes
         ) from error
     except OSError as error:
         if not disk_full(error):

@@ -54,6 +54,8 @@ class ProgressiveConfig(GuidedConfig):
     """Of the error of x0: max(SNR, 1), or the error of v."""
     teacher_solver: Literal["ddim", "heun"] = "ddim"
     """What takes the teacher's two steps."""
+    own_share: float = 0.0
+    """Share of samples that begin where a step of the student's own ended, as its later steps do, not at a picture."""
 
     def check(self) -> None:
         """Raises InputError where a setting is out of range, or needs a package that is not installed."""
@@ -90,7 +92,8 @@ class ProgressiveConfig(GuidedConfig):
         low, high = self.guidance_range
         return Progressive(
             steps=steps, stage=stage, guidance_min=low, guidance_max=high, weighting=self.weighting,
-            solver=self.teacher_solver, eps_student=self.student_prediction, embed_guidance=self.embed_guidance,
+            solver=self.teacher_solver, eps_student=self.student_prediction, own_share=self.own_share,
+            embed_guidance=self.embed_guidance,
         )  # fmt: skip
 
     @property
@@ -129,6 +132,11 @@ class ProgressiveConfig(GuidedConfig):
                 f"teacher: got {teacher.path}, which predicts eps on a schedule that ends in pure noise, where that "
                 "says nothing of x0; allowed: v, x0 or flow there; take a teacher of another prediction_type"
             )
+        if denoiser.kind == self.student_prediction == "eps" and self.end_steps == 1:
+            raise InputError(
+                f"student_prediction: got eps for one step with {teacher.path}, which predicts eps: where all is noise "
+                "that says next to nothing of x0; allowed: v or x0, or --end-steps 2; leave it out for v"
+            )
         if pure_noise and self.teacher_solver == "heun" and denoiser.schedule.straight == (0.0, 1.0):
             raise InputError(
                 f"teacher_solver: got heun with {teacher.path}, whose schedule ends in pure noise; allowed: ddim there"
@@ -157,6 +165,8 @@ def distil_chain(config: ProgressiveConfig) -> Path:
     with tempfile.TemporaryDirectory() as beside:
         teacher = open_teacher(config, state.device)
         kind, methods = teacher.denoiser.kind, config.methods(teacher.denoiser)
+        if config.guide_updates and methods[0].stage != "guide":
+            state.print(f"guide_updates: {config.guide_updates} are not used; this chain begins with its first halving")
         data = open_samples(config, teacher, Path(beside))
         del teacher  # each stage loads its own
         previous = None

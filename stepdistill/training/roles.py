@@ -239,7 +239,7 @@ def lora_models(
     Raises:
         InputError: rank below 1, alpha or dropout out of range; or see `adaptable`.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
     if rank < 1:
         raise InputError(f"rank: got {rank}; allowed: 1 or more; the papers use 64")
@@ -250,9 +250,7 @@ def lora_models(
     backbone = teacher.backbone
     known = adaptable(backbone, target_modules)
     keep_in(dtype, backbone.requires_grad_(False))
-    settings = LoraConfig(
-        r=rank, lora_alpha=alpha or rank, target_modules=known, lora_dropout=dropout, init_lora_weights="gaussian"
-    )
+    settings = _adapter(rank, known, alpha, dropout)
     if hasattr(backbone, "add_adapter"):
         backbone.add_adapter(settings, adapter_name=ADAPTER)
     else:  # PixArt and pixel UNets, whose pipelines load no LoRA: peft does
@@ -270,8 +268,44 @@ def lora_models(
     )  # fmt: skip
 
 
+def _adapter(rank: int, known: list[str], alpha: float | None = None, dropout: float = 0.0):
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank, lora_alpha=alpha or rank, target_modules=known, lora_dropout=dropout, init_lora_weights="gaussian"
+    )
+
+
+def adapter_like(backbone: nn.Module, rank: int, endings: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    """The parameters of a new adapter on a network, without memory behind them; the network stays as it is.
+
+    Raises:
+        InputError: see `adaptable`.
+    """
+    from accelerate import init_empty_weights
+    from peft import inject_adapter_in_model
+
+    settings = _adapter(rank, adaptable(backbone, endings))
+    with init_empty_weights(), torch.random.fork_rng(devices=()):
+        config = {name: value for name, value in backbone.config.items() if not name.startswith("_")}
+        empty = type(backbone).from_config(config).requires_grad_(False)
+        inject_adapter_in_model(settings, empty, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    return trainable(empty)
+
+
 def restore(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> None:
     """Copies weights into the parameters of their names.
+
+    Raises:
+        InputError: see `check_fits`.
+    """
+    check_fits(parameters, weights)
+    for name, parameter in parameters.items():
+        parameter.data.copy_(weights[name])
+
+
+def check_fits(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> None:
+    """Checks that weights are those of an adapter with these parameters.
 
     Raises:
         InputError: the names or the shapes differ.
@@ -283,8 +317,6 @@ def restore(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> 
             f"adapter: got {odd} of shape {others.get(odd)}, wanted {shapes.get(odd)}; allowed: one made with the same "
             "--rank and --target-modules"
         )
-    for name, parameter in parameters.items():
-        parameter.data.copy_(weights[name])
 
 
 def full_models(

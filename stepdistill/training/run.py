@@ -47,6 +47,7 @@ def begin(config: TrainConfig):
     from stepdistill.training.processes import on_cpu
 
     config.check()
+    _ = config.samples  # that there are any
     sharding.check(config.lora)
     with sharding.kept_from_accelerate():
         state = PartialState(cpu=on_cpu())
@@ -55,11 +56,16 @@ def begin(config: TrainConfig):
 
 
 def open_teacher(config: PipelineConfig, device) -> Teacher:
-    """The teacher, found fit for the run, at the run's picture size."""
+    """The teacher, found fit for the run, at the run's picture size.
+
+    Its network is loaded in what it is kept in. Text encoders and autoencoder are float32: what they say is cached for
+    runs of any precision, under a key of their weights.
+    """
     from stepdistill.data.build import picture_size
     from stepdistill.denoiser.load import load_teacher
 
-    teacher = load_teacher(config.teacher, variant=config.variant, revision=config.revision, device=device)
+    files = {"variant": config.variant, "revision": config.revision}
+    teacher = load_teacher(config.teacher, **files, backbone_dtype=config.frozen_type, device=device)
     config.check_teacher(teacher)
     return teacher.resize(picture_size(teacher, config.resolution))
 
@@ -72,6 +78,9 @@ def open_samples(config: TrainConfig, teacher: Teacher, beside: Path):
     """
     from stepdistill.data.cache import open_data
 
-    settings = {"resolution": config.resolution, "seed": config.seed, "synthetic_guidance": config.data_guidance}
+    settings = {
+        "resolution": config.resolution, "seed": config.seed, "synthetic_guidance": config.data_guidance,
+        "half": config.half, "precision": config.half_type,
+    }  # fmt: skip
     dry = {"limit": DRY, "cache_dir": beside} if config.dry_run else {}
-    return open_data(config.data, teacher, **settings, **dry)
+    return open_data(config.samples, teacher, **settings, **dry)

@@ -27,8 +27,6 @@ from stepdistill.training.order import sample_indices
 from stepdistill.training.roles import Models, full_models, lora_models
 from stepdistill.training.validation import grid
 
-HALF = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 class Trainer(Loop):
     """Trains a student.
@@ -165,8 +163,7 @@ def build_models(
     """
     common = {
         "student_kind": method.student_kind(teacher.denoiser.kind), "others": method.networks(teacher),
-        "target_decay": config.target_ema if "target" in method.roles else 0.0, "export_decay": config.export_ema,
-        "dtype": HALF[config.mixed_precision],
+        "target_decay": config.target_decay, "export_decay": config.export_ema, "dtype": config.half_type,
     }  # fmt: skip
     if config.lora:
         return lora_models(

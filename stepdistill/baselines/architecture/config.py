@@ -6,7 +6,7 @@ import dataclasses
 import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from stepdistill.baselines.architecture.prune import Shape
 from stepdistill.baselines.architecture.unets import Samples
@@ -52,6 +52,8 @@ class ArchitectureConfig(BaselineConfig, PipelineConfig):
     lr_warmup: int = 50
     """Updates over which the learning rate rises."""
 
+    DRAWN: ClassVar[tuple[str, ...]] = ("bench",)
+
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()
@@ -92,7 +94,12 @@ class ArchitectureConfig(BaselineConfig, PipelineConfig):
         from stepdistill.training.processes import on_cpu
         from stepdistill.training.run import open_teacher
 
+        _ = self.samples  # that there are any
         return open_teacher(self, PartialState(cpu=on_cpu()).device)
+
+    def files(self, path: str) -> dict[str, str | None]:
+        """Which of a pipeline's files are meant: --variant and --revision are of the teacher's, and of no other."""
+        return {"variant": self.variant, "revision": self.revision} if path == self.teacher else {}
 
     def open_samples(self, teacher: Teacher) -> tuple[Samples, Samples]:
         """The training samples, and those held out.
@@ -106,8 +113,9 @@ class ArchitectureConfig(BaselineConfig, PipelineConfig):
         count = DRY if self.dry_run else self.limit
         with tempfile.TemporaryDirectory() if self.dry_run else nullcontext() as beside:
             cache = open_data(
-                self.data, teacher, resolution=self.resolution, cache_dir=beside, seed=self.seed,
+                self.samples, teacher, resolution=self.resolution, cache_dir=beside, seed=self.seed,
                 synthetic_guidance=self.guidance, limit=None if count is None else count + held,
+                half=self.half, precision=self.half_type,
             )  # fmt: skip
         rest = len(cache) - held
         if rest < 1:

@@ -75,7 +75,7 @@ class Contest:
             config.measured_over(),
             note=f"{BEGINS[config.control_init]} {self.note}".strip(),
         )
-        source = self._spec(config.teacher, "teacher", variant=config.variant, scheduler=self.teacher_scheduler)
+        source = self._spec(config.teacher, "teacher", scheduler=self.teacher_scheduler, **config.files(config.teacher))
         whole = teacher.denoiser.backbone
         results.rows.append(self._row("teacher", config.teacher, whole, source, self.teacher_steps or self.steps))
         results.rows.append(self._row("before", self.name, pruned(whole, self.shape, config.seeds[0])))

@@ -1,7 +1,7 @@
 """Fewer blocks, then fewer steps: BK-SDM (Kim et al. 2023), and the smaller pipeline distilled by LCM or LADD.
 
 stepdistill baselines run prune_then_steps --quick
-stepdistill baselines run prune_then_steps --size tiny --distiller lcm --steps 1 2 4 8
+stepdistill baselines run prune_then_steps --size small tiny --distiller lcm --steps 1 2 4 8
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from accelerate import PartialState
 
-from stepdistill.baselines.architecture.bk_sdm import BKSDMConfig
+from stepdistill.baselines.architecture.bk_sdm import BKSDMConfig, Size
 from stepdistill.baselines.architecture.contest import exported
 from stepdistill.baselines.architecture.measure import pictures
-from stepdistill.baselines.results import Results
+from stepdistill.baselines.results import Results, Row
 from stepdistill.data.cache import make_cache
 from stepdistill.errors import InputError
 from stepdistill.evaluation.spec import ModelSpec
@@ -29,6 +29,10 @@ from stepdistill.training.config import TrainConfig, from_yaml
 from stepdistill.training.plans import FLAGS, shipped
 from stepdistill.training.run import distil
 
+if TYPE_CHECKING:
+    from stepdistill.denoiser.load import Teacher
+
+AFTER = ("size", "distiller", "lcm", "ladd", "step_updates", "steps", "plain_steps")  # flags of what follows a pruning
 CHAIN = {"lcm": ("lcm",), "ladd": ("lcm", "ladd")}  # so short an adversarial run has to begin with something
 
 
@@ -41,6 +45,8 @@ class PruneThenStepsConfig(BKSDMConfig):
 
     out: Path = Path("out/prune-then-steps")
     """Folder for all that the run makes. Run the same command again to resume."""
+    size: tuple[Size, ...] = ("small", "tiny")
+    """See bk_sdm; all are on one plot."""
     distiller: Literal["lcm", "ladd"] = "lcm"
     """What takes the steps out; ladd begins with the student of lcm."""
     lcm: Path | None = None
@@ -55,23 +61,41 @@ class PruneThenStepsConfig(BKSDMConfig):
     """Step counts that the undistilled are measured at."""
 
     QUICK: ClassVar[Mapping[str, object]] = {
-        **BKSDMConfig.QUICK, "max_train_steps": 4, "step_updates": 2, "pictures": 8, "steps": (1, 4),
+        **BKSDMConfig.QUICK, "size": ("tiny",), "max_train_steps": 4, "step_updates": 2, "pictures": 8, "steps": (1, 4),
         "plain_steps": (4,),
     }  # fmt: skip
-    SWEEP: ClassVar[tuple[str, tuple]] = ("size", ("small", "tiny"))
+    SWEEP: ClassVar[tuple[str, tuple]] = ("distiller", ("lcm", "ladd"))
+    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {"prune": AFTER, "data": AFTER}
 
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()
         if not self.pictures:
             raise InputError("pictures: got 0; allowed: 2 or more: quality by latency is what this run is for")
+        if not self.size or len(set(self.size)) < len(self.size):
+            got = ", ".join(self.size) or "none"
+            raise InputError(f"size: got {got}; allowed: one or more of base, small, tiny, each once")
         if self.step_updates < 1 or min((*self.steps, *self.plain_steps), default=0) < 1 or not self.steps:
             got = f"{self.step_updates}, {self.steps}, {self.plain_steps}"
             raise InputError(f"step_updates, steps, plain_steps: got {got}; allowed: 1 or more each")
         for name in CHAIN[self.distiller]:
             self.settings(name, self.teacher, self.data, self.out, None).check()
 
-    def settings(self, name: str, teacher: str, data: str, out: Path, start: Path | None, seed: int = 0) -> TrainConfig:
+    def check_teacher(self, teacher: Teacher) -> None:
+        """See BKSDMConfig.check_teacher, for each size."""
+        for size in self.size:
+            self.pruning(size, self.data).check_teacher(teacher)
+
+    def pruning(self, size: Size, data: str) -> BKSDMConfig:
+        """The flags by which one size is made."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(BKSDMConfig)}
+        return BKSDMConfig(
+            **own | {"out": self.out / f"prune-{size}", "size": size, "data": data, "limit": None, "pictures": 0}
+        )
+
+    def settings(
+        self, name: str, teacher: str, data: str | None, out: Path, start: Path | None, seed: int = 0
+    ) -> TrainConfig:
         """The flags of a step distillation.
 
         Args:
@@ -82,7 +106,10 @@ class PruneThenStepsConfig(BKSDMConfig):
         """
         flags = importlib.import_module(FLAGS[name][0])
         file, script = getattr(self, name), {"lcm": "train_lcm_lora.py", "ladd": "train_ladd.py"}[name]
-        changes = {"teacher": teacher, "data": data, "out": out, "seed": seed, "max_train_steps": self.step_updates}
+        changes = {
+            "teacher": teacher, "data": data, "out": out, "seed": seed, "max_train_steps": self.step_updates,
+            "half": self.half,
+        }  # fmt: skip
         if name == "ladd":  # the blocks it names may be gone: four of those that are left
             changes |= {"start": start, "blocks": ()}
         if file is None and self.teacher != "avatars":
@@ -91,37 +118,43 @@ class PruneThenStepsConfig(BKSDMConfig):
                 f"train_scripts/configs/sd15_{name}_lora.yaml"
             )
         known = shipped(name) if file is None else from_yaml(file, getattr(flags, FLAGS[name][1]))
-        return dataclasses.replace(known, **changes)
+        return dataclasses.replace(known, **changes | {"variant": None, "revision": None} | self.files(teacher))
 
     def run(self) -> Results:
         """Prunes, distils the steps of teacher, control and student, and measures all: <out>/pareto.png shows quality
         by latency, <out>/bench/report.html everything."""
         self.check()
         data = self._data()
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(BKSDMConfig)}
-        pruned = BKSDMConfig(**own | {"out": self.out / "prune", "data": data, "limit": None, "pictures": 0}).run()
-        results = Results(
-            "prune_then_steps", f"fd_{self._decides}", False, f"{self.pictures:,} pictures",
-            note=f"fd_N is at N steps, the others at {self._decides}. {pruned.note}",
-        )  # fmt: skip
-        for row in pruned.rows if not self.dry_run else ():
-            if row.role == "before":
-                continue
-            path = self.teacher if row.seed is None else str(exported(self.out / "prune", row.role, row.seed))
-            name = {"teacher": "teacher", "control": f"{row.name}, untaught", "student": row.name}[row.role]
-            name += "" if row.seed is None else f", seed {row.seed}" * (len(self.seeds) > 1)
-            few, seconds = self.fewer_steps(path, data, self.out / f"steps-{row.role}-{row.seed or 0}", row.seed or 0)
-            self._drawn(ModelSpec(path, name, guidance=self.guidance, scheduler="ddim"), self.plain_steps)
-            found = self._drawn(ModelSpec(str(few), f"{name} + {self.distiller}"), self.steps)
-            figures = {f"fd_{n}": found[n]["fd"] for n in self.steps}
-            figures |= {key: value for key, value in found[self._decides].items() if key != "fd"}
-            seconds += row.seconds or 0
-            results.rows.append(
-                dataclasses.replace(row, name=f"{name} + {self.distiller}", figures=figures, seconds=seconds)
-            )
+        results = Results("prune_then_steps", f"fd_{self._decides}", False, f"{self.pictures:,} pictures")
+        for size in self.size:
+            config = self.pruning(size, data)
+            pruned = config.run()
+            results.note = f"fd_N is at N steps, the others at {self._decides}. {pruned.note}"
+            for row in pruned.rows if not self.dry_run else ():
+                if row.role in ("control", "student") or (row.role == "teacher" and size == self.size[0]):
+                    results.rows.append(self._few(row, config))
         if results.rows:
             self._plot()
         return results
+
+    def _few(self, row: Row, pruning: BKSDMConfig) -> Row:
+        """What becomes of a network in fewer steps; all steps of both are on the plot."""
+        if row.role == "teacher":
+            name, path, out = "teacher", self.teacher, "steps-teacher-0"
+        else:
+            name = row.name + ", untaught" * (row.role == "control") + f", seed {row.seed}" * (len(self.seeds) > 1)
+            path = str(exported(pruning.out, row.role, row.seed))
+            out = f"steps-{row.name}-{row.role}-{row.seed}"
+        few, seconds = self.fewer_steps(path, pruning.data, self.out / out, row.seed or 0)
+        whole = ModelSpec(path, name, guidance=self.guidance, scheduler="ddim", **self.files(path))
+        self._drawn(whole, self.plain_steps)
+        found = self._drawn(ModelSpec(str(few), f"{name} + {self.distiller}"), self.steps)
+        figures = {f"fd_{n}": found[n]["fd"] for n in self.steps}
+        figures |= {key: value for key, value in found[self._decides].items() if key != "fd"}
+        kind = "teacher" if row.role == "teacher" else row.name
+        return dataclasses.replace(
+            row, name=f"{kind} + {self.distiller}", figures=figures, seconds=seconds + (row.seconds or 0)
+        )
 
     def fewer_steps(self, path: str, data: str, out: Path, seed: int) -> tuple[Path, float]:
         """Distils the steps of a pipeline; the student, a pipeline without an adapter to slow it, and the seconds."""
@@ -130,7 +163,7 @@ class PruneThenStepsConfig(BKSDMConfig):
             lora = distil(self.settings(name, path, data, out / name, lora, seed))
         state = PartialState()
         if state.is_main_process and not fused.exists():
-            save_fused(lora, fused, teacher=path)
+            save_fused(lora, fused, teacher=path, **self.files(path))
         state.wait_for_everyone()
         return fused, json.loads((lora.parent / "done.json").read_text())["seconds"]
 
@@ -140,11 +173,12 @@ class PruneThenStepsConfig(BKSDMConfig):
 
     def _data(self) -> str:
         """The data, encoded once for all trainings where there is a limit to them."""
-        if self.limit is None or self.dry_run or (Path(self.data) / "manifest.json").is_file():
-            return self.data
+        if self.limit is None or self.dry_run or (Path(self.samples) / "manifest.json").is_file():
+            return self.samples
         make_cache(
-            self.data, self.open_teacher(), self.out / "data", resolution=self.resolution, seed=self.seed,
-            synthetic_guidance=self.guidance, limit=self.limit + self.held_out,
+            self.samples, self.open_teacher(), self.out / "data", resolution=self.resolution, seed=self.seed,
+            synthetic_guidance=self.guidance, limit=self.limit + self.held_out, half=self.half,
+            precision=self.half_type,
         )  # fmt: skip
         return str(self.out / "data")
 

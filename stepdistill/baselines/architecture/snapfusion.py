@@ -118,6 +118,10 @@ class SnapFusionConfig(ArchitectureConfig):
         "lr_warmup": 2, "steps": 4,
     }  # fmt: skip
     SWEEP: ClassVar[tuple[str, tuple]] = ("cfg_probability", (0.0, 0.1, 0.5, 1.0))
+    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "control": ("cfg_range", "cfg_probability", "original_weight", "balanced"),
+        "blocks": ("cfg_range", "cfg_probability", "original_weight", "balanced", "steps"),
+    }  # fmt: skip
 
     def check(self) -> None:
         """See LoopConfig.check."""
@@ -172,7 +176,7 @@ class SnapFusionConfig(ArchitectureConfig):
             fastest = call_times(like, unet, judged, repeats=40)[0]  # what else goes on can only add to it
             return blocks.Cost(fastest, held_out(like, unet, judged)["distance_to_teacher"])
 
-        settings = {"teacher": self.teacher, "data": self.data, "saving": self.saving, "judged": judged.count}
+        settings = {"teacher": self.teacher, "data": self.samples, "saving": self.saving, "judged": judged.count}
         choose = partial(blocks.evolve, whole, measure, self.saving)
         state = PartialState()
         bar = tqdm(desc="judging blocks", unit=" UNets", dynamic_ncols=True, disable=not state.is_local_main_process)

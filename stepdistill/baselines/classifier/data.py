@@ -23,14 +23,12 @@ class Labelled:
     Attributes:
         pixels: (N, 3, S, S) uint8. labels: (N,) int64. classes: their names.
         flip: whether a picture's mirror image is of the same class.
-        seed: of the training views.
     """
 
     pixels: Tensor
     labels: Tensor
     classes: Sequence[str]
     flip: bool
-    seed: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,13 +61,14 @@ def view(pixels: Tensor, draws: Draws, flip: bool) -> Tensor:
 
 
 def open_labelled(
-    spec: str, split: str, *, label: Sequence[str], limit: int | None, test: Path | None = None
+    spec: str, split: str, *, label: Sequence[str], limit: int | None, test: Path | None = None, seed: int = 0
 ) -> Labelled:
     """The pictures of a split.
 
     Args:
         spec: "avatars"; "cifar10" (through torchvision, downloaded to data/); or a folder whose folders are classes.
-        split: train or test. label: attributes of the embedded set that make up a class. limit: pictures at most.
+        split: train or test. label: attributes of the embedded set that make up a class. limit: pictures at most,
+            drawn by `seed`: a folder's are in order of class.
         test: of a folder, where its test pictures are; `<folder>/test` beside `<folder>/train` where not given.
 
     Raises:
@@ -82,7 +81,8 @@ def open_labelled(
     else:
         found = _folder(_split_of(Path(spec), split, test))
     if limit is not None and limit < len(found):
-        found = Labelled(found.pixels[:limit], found.labels[:limit], found.classes, found.flip)
+        drawn = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:limit]
+        found = Labelled(found.pixels[drawn], found.labels[drawn], found.classes, found.flip)
     if (kinds := len(found.labels.unique())) < 2:
         raise InputError(f"--data: got {len(found)} pictures of {kinds} class in {spec}; allowed: two classes or more")
     return found

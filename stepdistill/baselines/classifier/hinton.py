@@ -48,7 +48,7 @@ class Hinton(Lesson):
         """The loss of the student. Teacher and student see the same view."""
         pixels = view(batch["pixels"], batch.draws, self.flip)
         logits = models.student(pixels)
-        hard = nn.functional.cross_entropy(logits.float(), batch["labels"])
+        hard = nn.functional.cross_entropy(wide(logits), batch["labels"])
         if not self.soft_weight:
             return Loss(self.hard_weight * hard, {"hard": hard})
         with torch.no_grad():
@@ -103,6 +103,10 @@ class HintonConfig(BaselineConfig):
         "teacher": "resnet20", "limit": 1000, "teacher_steps": 120, "max_train_steps": 60, "seeds": (0,)
     }  # fmt: skip
     SWEEP: ClassVar[tuple[str, tuple]] = ("temperature", (1.0, 2.0, 4.0, 8.0, 16.0))
+    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "teacher": ("student", "max_train_steps", "temperature", "soft_weight", "hard_weight"),
+        "control": ("teacher", "teacher_steps", "temperature", "soft_weight", "hard_weight"),
+    }  # fmt: skip
 
     def check(self) -> None:
         """See LoopConfig.check."""
@@ -116,7 +120,7 @@ class HintonConfig(BaselineConfig):
     def run(self) -> Results:
         """Teacher once; a control and a student for each seed; accuracy on the test split."""
         self.check()
-        data = partial(open_labelled, self.data, label=self.label, test=self.test)
+        data = partial(open_labelled, self.data, label=self.label, test=self.test, seed=self.seed)
         train, held = data("train", limit=self.limit), data("test", limit=None)
         if list(train.classes) != list(held.classes):
             raise InputError(f"--test: got classes other than the training pictures'; allowed: {len(train.classes)}")

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils, learn
 from stepdistill.baselines.language import encoders, masked
-from stepdistill.baselines.language.data import open_texts
+from stepdistill.baselines.language.data import joined, open_texts
 from stepdistill.baselines.language.losses import kl
 from stepdistill.baselines.language.masked import MaskedModelling, Masking
-from stepdistill.baselines.language.models import copy_layers, evenly
+from stepdistill.baselines.language.models import check_length, copy_layers, evenly
 from stepdistill.baselines.language.run import save
 from stepdistill.baselines.reduce import masked_mean, wide
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
@@ -127,6 +127,11 @@ class DistilBertConfig(BaselineConfig):
         "teacher": "tiny", "limit": 1000, "held_out": 200, "teacher_steps": 300, "max_train_steps": 60, "lr_warmup": 10,
     }  # fmt: skip
     SWEEP: ClassVar[tuple[str, tuple]] = ("init", ("layers", "random"))
+    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "teacher": ("layers", "init", "temperature", "kl_weight", "mlm_weight", "cosine_weight", "kl_on",
+                    "max_train_steps", "learning_rate"),
+        "control": ("temperature", "kl_weight", "mlm_weight", "cosine_weight", "kl_on"),
+    }  # fmt: skip
 
     def check(self) -> None:
         """See LoopConfig.check."""
@@ -146,16 +151,17 @@ class DistilBertConfig(BaselineConfig):
         from stepdistill.training.processes import on_cpu
 
         self.check()
-        texts = open_texts(self.data, "train")
+        texts = joined(open_texts(self.data, "train"))
         encoder = encoders.open_encoder(self.teacher, texts, seed=self.seed)
         if encoder.untrained and not self.teacher_steps:
             raise InputError(
                 f"teacher: got {self.teacher}, which has never told masked tokens; give --teacher-steps, 1000 say"
             )
+        check_length(encoder.network, self.length, "length")
         kept = self._kept(encoder.network.config.num_hidden_layers)
         train = masked.cut_lines(texts, encoder.tokenizer, self.length, self.limit)
-        held = masked.cut_lines(open_texts(self.data, "test", test=self.test), encoder.tokenizer, self.length,
-                                self.held_out)  # fmt: skip
+        test = joined(open_texts(self.data, "test", test=self.test))
+        held = masked.cut_lines(test, encoder.tokenizer, self.length, self.held_out)
         masking = Masking.of(encoder.tokenizer, encoder.network.config.vocab_size, self.length, self.mask_rate)
         plain = MaskedModelling(masking)
         state = PartialState(cpu=on_cpu())

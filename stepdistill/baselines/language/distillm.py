@@ -86,8 +86,9 @@ class DistiLLM(Lesson):
 class DistiLLMConfig(DecoderConfig):
     """Flags of `distillm`.
 
-    The paper's, of a student that was fine-tuned on the text first: --teacher openai-community/gpt2-xl --student DIR
-    --data dolly.jsonl --block 512 --prompt 256 --learning-rate 5e-4; Qwen2.5 and Llama 3 likewise.
+    The paper's, of a student that was fine-tuned on the text first, as the control of a run of forward_kl is: --teacher
+    openai-community/gpt2-xl --student out/forward_kl/control-0/model --data dolly.jsonl --block 512 --prompt 256
+    --learning-rate 5e-4; Qwen2.5 and Llama 3 likewise.
     """
 
     out: Path = Path("out/distillm")

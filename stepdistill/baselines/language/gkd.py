@@ -68,8 +68,9 @@ class GKDConfig(DecoderConfig):
     """Flags of `gkd`.
 
     Full recipes: --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-0.5B-Instruct --data prompts.jsonl --block
-    768 --prompt 256 --mixed-precision bf16; or --teacher openai-community/gpt2-medium --student openai-community/gpt2
-    --data wikitext.
+    768 --prompt 256 --learning-rate 1e-5 --mixed-precision bf16, where prompts without completions are answered by the
+    teacher first, for the control; or --teacher openai-community/gpt2-medium --student openai-community/gpt2 --data
+    wikitext.
     """
 
     out: Path = Path("out/gkd")
@@ -81,7 +82,7 @@ class GKDConfig(DecoderConfig):
     temperature: float = 1.0
     """Of what the student says."""
     trainer: Literal["own", "trl"] = "own"
-    """trl's GKDTrainer instead of the loop here, from the extra `lm`; it resumes from its last checkpoint."""
+    """trl's GKDTrainer instead of the loop here, from the extra `trl`; it resumes from its last checkpoint."""
 
     NAME: ClassVar[str] = "gkd"
     QUICK: ClassVar[Mapping[str, object]] = QUICK

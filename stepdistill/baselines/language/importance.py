@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.baselines.language.families import family, head_size, shares_keys
+from stepdistill.baselines.language.models import logits
 from stepdistill.baselines.reduce import wide
 from stepdistill.errors import InputError
 from stepdistill.hooks import first_input, listening, output
@@ -92,7 +93,7 @@ def importance(network: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]
             listening(network, heads, partial(_by_head, size, weights)) as attended,
             listening(network, mlps, partial(_size, first_input, weights)) as fired,
         ):
-            network(input_ids=ids, attention_mask=mask.long())
+            logits(network, ids, mask)
         found = {
             "layers": torch.stack(list(changed.values())).double().sum(1),
             "heads": torch.stack(list(attended.values())).double().square().sum(1),

@@ -1,12 +1,13 @@
 """Texts with a class, and an encoder that tells it.
 
 avatars              captions of the embedded set; the class is what --label says of the picture, or that it is unsaid
-FILE.tsv             a class, a tab and a text a line; its last tenth is held out where --task-test names none
+FILE.tsv             a class, a tab and a text a line; a tenth is held out where --task-test names none
 owner/name:config    a `datasets` name, with columns "label" and "text" or "sentence", splits train and validation
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,30 +97,36 @@ class Classify(Lesson):
 
 def open_task(
     spec: str, tokenizer: PreTrainedTokenizerBase, length: int, *, label: str, limit: int | None, held_out: int,
-    test: str | None = None,
+    test: str | None = None, seed: int = 0,
 ) -> tuple[Labelled, Labelled]:  # fmt: skip
     """Training and held-out texts.
 
     Args:
         spec: see above. length: tokens of a text; longer ones are cut. label: an attribute of the embedded set.
         limit, held_out: texts of either at most. test: of a file, the one that is held out.
+        seed: of what is drawn where not all are taken: a file's lines may be in order of class.
 
     Raises:
-        InputError: there is no such task, or it has one class.
+        InputError: there is no such task, or what is trained on has one class.
     """
     if spec == "avatars":
         train, held = (_captions(split, label) for split in ("train", "test"))
     elif Path(spec).suffix == ".tsv":
         train = _file(Path(spec).expanduser())
-        train, held = (train, _file(Path(test).expanduser())) if test else held_apart(train)
+        train, held = (train, _file(Path(test).expanduser())) if test else held_apart(_shuffled(train, seed))
     else:
         train, held = (_dataset(spec, split) for split in ("train", "validation"))
     classes = sorted({name for name, _ in train})
-    if len(classes) < 2:
-        raise InputError(f"--task: got {len(train)} texts of {len(classes)} class in {spec}; allowed: two or more")
     if strange := sorted({name for name, _ in held} - set(classes)):
         raise InputError(f"--task: got {strange[0]!r} in held-out texts of {spec}; allowed: classes of training texts")
-    return tuple(_tokens(rows, classes, tokenizer, length) for rows in (train[:limit], held[:held_out]))
+    train, held = _shuffled(train, seed)[:limit], _shuffled(held, seed)[:held_out]
+    if (kinds := len({name for name, _ in train})) < 2:
+        raise InputError(f"--task: got {len(train)} texts of {kinds} class in {spec}; allowed: two or more")
+    return tuple(_tokens(rows, classes, tokenizer, length) for rows in (train, held))
+
+
+def _shuffled(rows: Sequence[tuple[str, str]], seed: int) -> list[tuple[str, str]]:
+    return random.Random(seed).sample(rows, len(rows))
 
 
 def _tokens(

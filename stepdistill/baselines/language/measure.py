@@ -30,7 +30,7 @@ SPEAK = 0x5A17  # the stream of random numbers that held-out prompts are continu
 
 @torch.no_grad()
 def perplexity(
-    network: nn.Module, ids: Tensor, *, window: int = 1024, stride: int = 512, batch: int = 4
+    network: nn.Module, ids: Tensor, *, window: int = 1024, stride: int = 512, batch: int = 4, first: Sequence[int] = ()
 ) -> dict[str, float]:
     """`nll`, nats a token, and `perplexity`, its exponential, of one text at a fixed stride.
 
@@ -39,18 +39,22 @@ def perplexity(
 
     Args:
         ids: (N,), N > 1. window: tokens seen at once. stride: 1 to window - 1: a window's first token is never scored.
+        first: tokens before each window, that are seen besides; see data.begin.
     """
     if not 1 <= stride < window:
         raise ValueError(f"stride: got {stride}; allowed: 1 to {window - 1}, below the window")
     device = next(network.parameters()).device
     starts = [0, *range(stride, max(len(ids) - window + stride, 0), stride)]
-    rows = torch.full((len(starts), window), int(ids[0]))
+    before = len(first)
+    rows = torch.full((len(starts), before + window), int(ids[0]))
+    rows[:, :before] = torch.tensor(first, dtype=torch.int64)
     attention, counts = (torch.zeros_like(rows, dtype=torch.bool) for _ in range(2))
     for row, start in enumerate(starts):
         part = ids[start : start + window]
-        rows[row, : len(part)] = part
-        attention[row, : len(part)] = True
-        counts[row, 1 if row == 0 else window - stride : len(part)] = True
+        end = before + len(part)
+        rows[row, before:end] = part
+        attention[row, :end] = True
+        counts[row, before + (1 if row == 0 else window - stride) : end] = True
     total, n = 0.0, 0
     for at in tqdm(range(0, len(starts), batch), "measuring", leave=False, dynamic_ncols=True):
         one = slice(at, at + batch)

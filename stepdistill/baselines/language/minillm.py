@@ -20,7 +20,7 @@ from stepdistill.baselines.language.generate import Spoken, evaluating, sample
 from stepdistill.baselines.language.memory import Rollouts
 from stepdistill.baselines.language.models import Decoder, logits
 from stepdistill.baselines.language.run import QUICK, Corpus, DecoderConfig
-from stepdistill.baselines.reduce import masked_mean
+from stepdistill.baselines.reduce import masked_mean, wide
 from stepdistill.methods.base import Clock, Loss
 
 
@@ -48,8 +48,8 @@ def clipped(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
 
 
 def log_likelihood(said: Tensor, labels: Tensor) -> Tensor:
-    """log p(label): (B, S, V) logits to (B, S), float32."""
-    return said.float().log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
+    """log p(label): (B, S, V) logits to (B, S), float32, or float64 where it is given."""
+    return wide(said).log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class MiniLLM(Lesson):
             log_p, log_q: of the labels, by the teacher and by the student that said them.
         """
         log_mix = losses.log_mixture(log_p, log_q, self.mix)
-        exact = losses.kl(says.float().log_softmax(-1), answers.float().log_softmax(-1))
+        exact = losses.kl(wide(says).log_softmax(-1), wide(answers).log_softmax(-1))
         single = masked_mean((log_q - log_mix).exp() * exact, mask)
         advantage = whiten(rewards_after(log_p - log_q, mask), mask)
         ratio = (log_likelihood(says, labels) - log_mix).exp()
@@ -120,8 +120,9 @@ class MiniLLM(Lesson):
 class MiniLLMConfig(DecoderConfig):
     """Flags of `minillm`.
 
-    The paper's, of a student that was fine-tuned on the text first: --teacher openai-community/gpt2-xl --student DIR
-    --data dolly.jsonl --block 512 --prompt 256 --learning-rate 5e-6; Qwen2.5 and Llama 3 likewise.
+    The paper's, of a student that was fine-tuned on the text first, as the control of a run of forward_kl is: --teacher
+    openai-community/gpt2-xl --student out/forward_kl/control-0/model --data dolly.jsonl --block 512 --prompt 256
+    --learning-rate 5e-6; Qwen2.5 and Llama 3 likewise.
     """
 
     out: Path = Path("out/minillm")

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from stepdistill.baselines.language.vocabulary import match_vocabulary
 from stepdistill.errors import InputError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def open_decoder(spec: str, texts: Sequence[str] = (), *, seed: int = 0) -> Deco
 
 
 def make_student(spec: str, teacher: Decoder, *, seed: int = 0) -> PreTrainedModel:
-    """The student that `spec` names, with the teacher's vocabulary.
+    """The student that `spec` names, with the teacher's vocabulary; see match_vocabulary for when that is cut.
 
     Raises:
         InputError: no such layers or settings, or another vocabulary or tokenizer than the teacher's.
@@ -89,23 +90,8 @@ def make_student(spec: str, teacher: Decoder, *, seed: int = 0) -> PreTrainedMod
     if kind == "config":
         return _changed(teacher.network.config, said, seed)
     student = open_decoder(spec, seed=seed)
-    check_vocabulary(teacher, student)
+    match_vocabulary(teacher, student)
     return student.network
-
-
-def check_vocabulary(teacher: Decoder, student: Decoder) -> None:
-    """Raises InputError where two models do not speak of the same tokens: divergences would compare unlike things."""
-    one, other = teacher.network.config.vocab_size, student.network.config.vocab_size
-    if one != other:
-        raise InputError(
-            f"student: got {student.name} with a vocabulary of {other}; allowed: {one}, that of {teacher.name}; take "
-            "a student of the teacher's family, or layers:N"
-        )
-    if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
-        raise InputError(
-            f"student: got {student.name}, whose tokenizer is not that of {teacher.name}; allowed: the same tokens in "
-            "the same places; take a student of the teacher's family, or layers:N"
-        )
 
 
 def logits(network: nn.Module, ids: Tensor, attention: Tensor) -> Tensor:
@@ -121,6 +107,16 @@ def logits(network: nn.Module, ids: Tensor, attention: Tensor) -> Tensor:
 def positions(attention: Tensor) -> Tensor:
     """The place of each token among those attended to: (B, S) int64, 0 for padding on the left."""
     return (attention.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def without_dropout(network: nn.Module) -> nn.Module:
+    """The same network, that answers in training as it does in evaluation."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # a Llama's, which is no module
+            module.attention_dropout = 0.0
+    return network
 
 
 def count_layers(network: PreTrainedModel) -> int:
@@ -155,6 +151,16 @@ def layers_name(network: PreTrainedModel) -> str:
         if isinstance(module, nn.ModuleList) and len(module) == count_layers(network):
             return name
     raise InputError(f"model: got {type(network).__name__}, whose layers are not found; allowed: Llama, Qwen2, GPT-2")
+
+
+def check_length(network: PreTrainedModel, needed: int, flags: str) -> None:
+    """Raises InputError where a network has fewer positions than it would be asked for by these flags."""
+    config = network.config
+    most = getattr(config, "max_position_embeddings", needed)
+    if "roberta" in config.model_type or config.model_type == "camembert":  # they count from behind their padding's
+        most -= config.pad_token_id + 1
+    if needed > most:
+        raise InputError(f"{flags}: got {needed} tokens; allowed: {most}, the model's positions; take fewer")
 
 
 def _layers(said: str, count: int) -> list[int]:

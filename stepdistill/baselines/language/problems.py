@@ -91,10 +91,15 @@ def final_answer(text: str) -> str | None:
     return told.splitlines()[-1].strip() if told else None
 
 
+def bare_answer(answer: str) -> str:
+    """What a right answer comes to, without what may lead there; itself where it comes to nothing."""
+    return final_answer(answer) or answer
+
+
 def right(text: str, answer: str) -> bool:
     """Whether a text comes to an answer: as numbers where both are, else as words, whatever their case."""
     found = final_answer(text)
-    return found is not None and _plain(found) == _plain(final_answer(answer) or answer)
+    return found is not None and _plain(found) == _plain(bare_answer(answer))
 
 
 def _plain(answer: str) -> Decimal | str:

@@ -13,15 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
+
 from stepdistill.baselines.base import BaselineConfig, Pupils, learn
 from stepdistill.baselines.language import arithmetic
-from stepdistill.baselines.language.data import Pair, Tokens, pair_up
-from stepdistill.baselines.language.models import Decoder, make_student, open_decoder
-from stepdistill.baselines.language.problems import Problem, open_problems
+from stepdistill.baselines.language.data import Pair, Tokens, ask, pair_up, prompt_ids
+from stepdistill.baselines.language.models import Decoder, check_length, make_student, open_decoder
+from stepdistill.baselines.language.problems import Problem, bare_answer, open_problems
 from stepdistill.baselines.language.run import CrossEntropy, save
-from stepdistill.baselines.language.traces import answer, ask, keep, sample_all, solved, unopened
+from stepdistill.baselines.language.traces import answer, keep, sample_all, solved, unopened
+from stepdistill.baselines.less_memory import halved
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.errors import InputError
+from stepdistill.training.processes import HALF
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +83,11 @@ class R1TracesConfig(BaselineConfig):
         "digits": 2, "problems": 600, "held_out": 100, "samples": 2, "teacher_steps": 260, "max_train_steps": 250,
     }  # fmt: skip
     SWEEP: ClassVar[tuple[str, tuple]] = ("keep", (1, 2, 4))
+    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "teacher": ("student", "samples", "temperature", "keep", "together", "max_train_steps"),
+        "traces": ("student", "keep", "max_train_steps"),
+        "control": ("samples", "temperature", "keep", "together"),
+    }  # fmt: skip
 
     def check(self) -> None:
         """See LoopConfig.check."""
@@ -104,7 +113,7 @@ class R1TracesConfig(BaselineConfig):
             teacher = Decoder(*arithmetic.build(self.seed), "tiny")
         else:
             teacher = open_decoder(self.teacher, seed=self.seed)
-        self._student(teacher, self.seeds[0])
+        tokenizer = self._fitting(teacher, [*train, *held])
         teacher.network.to(state.device)
         if self.teacher == "tiny":
             lessons = self._rows(teacher.tokenizer, [(p, [arithmetic.worked(p).completion]) for p in train])
@@ -122,14 +131,17 @@ class R1TracesConfig(BaselineConfig):
                 results.rows.append(Row(role, name, figures, count_parameters(one.network), seconds, seed))
 
         add("teacher", self.teacher, teacher, spent)
-        answers = [(problem, [problem.answer]) for problem in train]
+        answers = [(problem, [bare_answer(problem.answer)]) for problem in train]
+        rows = {"answers": self._rows(tokenizer, answers), "traces": self._rows(tokenizer, traces)}
+        for name, texts in (("answers", answers), ("traces", traces)):
+            if lost := sum(len(said) for _, said in texts) - len(rows[name]):
+                results.note += f"; of the {name}, {lost:,} are too long in the student's tokens, and not learnt"
         for seed in self.seeds:
             add("before", self.student, self._student(teacher, seed), seed=seed)
-            for role, name, texts in (("control", "answers", answers), ("student", "traces", traces)):
+            for role, name in (("control", "answers"), ("student", "traces")):
                 one, part = self._student(teacher, seed), self.part(f"{role}-{seed}", seed=seed)
                 one.network.to(state.device)
-                rows = self._rows(one.tokenizer, texts)
-                add(role, name, one, learn(CrossEntropy(), Pupils(one.network), rows, part), seed)
+                add(role, name, one, learn(CrossEntropy(), Pupils(one.network), rows[name], part), seed)
                 if role == "student" and not self.dry_run and state.is_main_process:
                     save(one.network, one.tokenizer, part.out / "model")
         return results
@@ -140,15 +152,27 @@ class R1TracesConfig(BaselineConfig):
             return Decoder(make_student(self.student, teacher, seed=seed), teacher.tokenizer, self.student)
         return open_decoder(self.student, seed=seed)
 
+    def _fitting(self, teacher: Decoder, problems: list[Problem]) -> PreTrainedTokenizerBase:
+        """The student's tokenizer.
+
+        Raises:
+            InputError: there is no such student; or teacher or student has too few positions for a problem's answer.
+        """
+        student = self._student(teacher, self.seeds[0])
+        for one in (teacher, student):
+            asked = [ask(one.tokenizer, problem.prompt) for problem in problems]
+            longest = max(len(prompt_ids(one.tokenizer, text)) for text in asked)
+            check_length(one.network, longest + self.completion, "the longest prompt and completion")
+        return student.tokenizer
+
     def _rows(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[Problem, list[str]]]) -> Tokens:
         """Prompts, each with what is to be said to it and its end of text; what is longer than the limit is dropped."""
         pairs, sizes = [], []
         for problem, said in texts:
             asked = ask(tokenizer, problem.prompt)
             for pair in (Pair(asked, unopened(asked, text)) for text in said):
-                before, after = (
-                    len(tokenizer(t, add_special_tokens=False).input_ids) for t in (asked, pair.completion)
-                )
+                before = len(prompt_ids(tokenizer, asked))
+                after = len(tokenizer(pair.completion, add_special_tokens=False).input_ids)
                 if after < self.completion:  # and its end
                     pairs.append(pair)
                     sizes.append((before, after + 1))
@@ -164,16 +188,18 @@ class R1TracesConfig(BaselineConfig):
             InputError: the verifier accepts none.
         """
         if self.dry_run:  # nothing is sampled
-            return [(problem, [problem.answer]) for problem in train], ""
+            return [(problem, [bare_answer(problem.answer)]) for problem in train], ""
         names = ("task", "digits", "problems", "teacher", "teacher_steps", "samples", "temperature", "completion",
-                 "together", "seed")  # fmt: skip
+                 "together", "seed", "mixed_precision")  # fmt: skip
         settings = {name: getattr(self, name) for name in names}
         say = partial(answer, teacher, samples=self.samples, new=self.completion, temperature=self.temperature,
                       seed=self.seed)  # fmt: skip
         fell: Counter[str] = Counter()
         kept = []
-        for problem, said in zip(train, sample_all(self.out / "traces.jsonl", train, say, self.together, settings),
-                                 strict=True):  # fmt: skip
+        device, half = teacher.network.device, HALF[self.mixed_precision]
+        with halved(teacher.network, self.mixed_precision), torch.autocast(device.type, half, half is not None):
+            answers = sample_all(self.out / "traces.jsonl", train, say, self.together, settings)
+        for problem, said in zip(train, answers, strict=True):
             texts, lost = keep(problem, said, self.keep)
             fell += lost
             kept += [(problem, texts)] if texts else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -13,8 +13,17 @@ from torch import Tensor, nn
 
 from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils, learn
 from stepdistill.baselines.language import losses, measure
-from stepdistill.baselines.language.data import Pair, Tokens, open_texts, pack, pair_up, stream
-from stepdistill.baselines.language.models import TINY, Decoder, logits, make_student, open_decoder
+from stepdistill.baselines.language.answers import answered
+from stepdistill.baselines.language.data import Pair, Tokens, ask, begin, joined, open_texts, pack, pair_up, stream
+from stepdistill.baselines.language.models import (
+    TINY,
+    Decoder,
+    check_length,
+    logits,
+    make_student,
+    open_decoder,
+    without_dropout,
+)
 from stepdistill.baselines.language.prune import pruned
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.errors import InputError
@@ -49,12 +58,14 @@ class Corpus:
     Attributes:
         train, validation: the latter is looked at during training. test: its prompts are continued.
         text: the held-out text; None where there are prompts with completions, the latter of which are measured.
+        first: tokens that the teacher's tokenizer puts before each text.
     """
 
     train: Tokens
     validation: Tokens
     test: Tokens
     text: Tensor | None
+    first: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,8 @@ class DecoderConfig(BaselineConfig):
     see minitron), config:KEY=VALUE,... (as the teacher's but for these; random weights), or a model with the teacher's
     tokenizer."""
     data: str = "avatars"
-    """avatars (captions), a .txt, a .jsonl (text, or prompt and completion), wikitext, or a datasets name:config."""
+    """avatars (captions), a .txt, a .jsonl (text; prompt and completion; or prompt alone, to which the teacher says the
+    completion), wikitext, or a datasets name:config."""
     test: str | None = None
     """Of a file: its held-out text. Its own last tenth where not given."""
     block: int = 64
@@ -109,6 +121,7 @@ class DecoderConfig(BaselineConfig):
     """Updates over which the learning rate rises."""
 
     NAME: ClassVar[str] = ""  # in BASELINES
+    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {"teacher": ("student",)}
 
     def lesson(self, teacher: Decoder, corpus: Corpus) -> Lesson:
         """The loss of the student."""
@@ -119,10 +132,14 @@ class DecoderConfig(BaselineConfig):
         return {}
 
     def make_student(self, teacher: Decoder, corpus: Corpus, seed: int) -> PreTrainedModel:
-        """The student, and the control, before it is trained."""
+        """The student, and the control, before it is trained.
+
+        Neither has dropout, for any method, so that controls can be shared: on-policy losses compare what a student
+        says while it is trained with what it said in evaluation, and would act on dropout's noise.
+        """
         if self.student.startswith("prune:"):
-            return pruned(self.student, teacher.network, corpus.train[:CALIBRATION])
-        return make_student(self.student, teacher, seed=seed)
+            return without_dropout(pruned(self.student, teacher.network, corpus.train[:CALIBRATION]))
+        return without_dropout(make_student(self.student, teacher, seed=seed))
 
     def teach(self, teacher: Decoder, student: PreTrainedModel, corpus: Corpus) -> float:
         """Trains the student in place, in this configuration's folder; returns the seconds that it took."""
@@ -164,12 +181,16 @@ class DecoderConfig(BaselineConfig):
         self.check()
         texts = [open_texts(self.data, split, test=self.test) for split in ("train", "test")]
         state = PartialState(cpu=on_cpu())
-        teacher = open_decoder(self.teacher, _plain(texts[0]), seed=self.seed)
+        teacher = open_decoder(self.teacher, joined(texts[0]), seed=self.seed)
         teacher.network.to(state.device)
         corpus = self.open_corpus(*texts, teacher)
         first = self.make_student(teacher, corpus, self.seeds[0]).to(state.device)
         for network in (teacher.network, first):
-            _check_length(network, max(self.block, 0 if corpus.text is None else self.windows["window"]))
+            needed = max(self.block, 0 if corpus.text is None else self.windows["window"] + len(corpus.first))
+            check_length(network, needed, "block, window")
+        if not self.dry_run and any(isinstance(t, Pair) and t.completion is None for part in texts for t in part):
+            corpus = self.open_corpus(*self._answered(texts, teacher), teacher)
+            first = self.make_student(teacher, corpus, self.seeds[0]).to(state.device)
 
         shared, spent = self.shared, None
         if steps := self.teacher_steps if self.teacher in TINY else self.correction_steps:
@@ -192,17 +213,20 @@ class DecoderConfig(BaselineConfig):
         judged = first.cpu() if self.student.startswith("prune:") else None
         del first
 
-        def begin(seed: int) -> PreTrainedModel:
+        def new(seed: int) -> PreTrainedModel:
             """As student and control begin; what is pruned is the same for every seed, and takes long to be judged."""
             made = self.make_student(teacher, corpus, seed) if judged is None else copy.deepcopy(judged)
             return made.to(state.device)
 
         for seed in self.seeds:
-            control = begin(seed)
-            seconds = learn(CrossEntropy(), Pupils(control), corpus.train, shared.part(f"control-{seed}", seed=seed))
+            control = new(seed)
+            part = shared.part(f"control-{seed}", seed=seed)
+            seconds = learn(CrossEntropy(), Pupils(control), corpus.train, part)
             row("control", "cross-entropy", control, seconds, seed)
+            if not self.dry_run and state.is_main_process:
+                save(control, teacher.tokenizer, part.out / "model")
             del control
-            student = begin(seed)
+            student = new(seed)
             part = self.part(f"student-{seed}", seed=seed)
             row("student", self.NAME, student, part.teach(teacher, student, corpus), seed)
             if not self.dry_run and state.is_main_process:
@@ -221,9 +245,11 @@ class DecoderConfig(BaselineConfig):
         tokenizer = teacher.tokenizer
         if isinstance(train[0], Pair):
             sizes = {"prompt": self.prompt, "completion": self.block - self.prompt}
-            most = None if self.test_tokens is None else max(self.test_tokens // 100, 1)
-            rows, held, text = pair_up(train[: self.limit], tokenizer, **sizes), test[:most], None
-            held = pair_up(held, tokenizer, **sizes)
+            rows, held = (
+                pair_up([Pair(ask(tokenizer, p.prompt), p.completion or "") for p in pairs], tokenizer, **sizes)
+                for pairs in (train[: self.limit], test[: self._most])
+            )
+            text = None
         else:
             rows = pack(train, tokenizer, self.block, prompt=self.prompt, limit=self.limit)
             text = stream(test, tokenizer, self.test_tokens)
@@ -233,7 +259,22 @@ class DecoderConfig(BaselineConfig):
                 f"corpus: got {len(rows)} training samples of {self.block} tokens in {self.data}; allowed: more than "
                 f"{self.validation}, the held-out ones; give more text, or lower --block or --validation"
             )
-        return Corpus(rows[: -self.validation], rows[-self.validation :], held, text)
+        first = tuple(begin(tokenizer))
+        return Corpus(rows[: -self.validation], rows[-self.validation :], held, text, first)
+
+    @property
+    def _most(self) -> int | None:
+        """Held-out prompts, at most."""
+        return None if self.test_tokens is None else max(self.test_tokens // 100, 1)
+
+    def _answered(self, texts: list[list[Pair]], teacher: Decoder) -> list[list[Pair]]:
+        """Both splits; to prompts alone the teacher says the completions, once, and before anything is trained."""
+        given = zip(("train", "test"), texts, (self.limit, self._most), strict=True)
+        return [
+            answered(pairs[:most], teacher, self.shared.out / f"answers-{name}.jsonl", new=self.block - self.prompt,
+                     seed=self.seed)
+            for name, pairs, most in given
+        ]  # fmt: skip
 
     def _over(self, corpus: Corpus) -> str:
         if corpus.text is None:
@@ -246,7 +287,7 @@ class DecoderConfig(BaselineConfig):
         if corpus.text is None:
             figures = measure.with_perplexity(measure.mean_nll(network, corpus.test))
         else:
-            figures = measure.perplexity(network, corpus.text, **self.windows)
+            figures = measure.perplexity(network, corpus.text, first=corpus.first, **self.windows)
         spoken = measure.go_on(network, teacher, corpus.test[: self.shown], self.seed)
         if network is not teacher.network:
             figures["own_kl"] = measure.own_kl(network, teacher.network, spoken)
@@ -259,13 +300,3 @@ def save(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: P
         with replacing(target) as folder:
             student.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-
-
-def _plain(texts: Sequence[str | Pair]) -> list[str]:
-    return [f"{text.prompt}{text.completion}" if isinstance(text, Pair) else text for text in texts]
-
-
-def _check_length(network: PreTrainedModel, needed: int) -> None:
-    """Raises InputError where a network has fewer positions than it would be asked for."""
-    if needed > (most := getattr(network.config, "max_position_embeddings", needed)):
-        raise InputError(f"block, window: got {needed} tokens; allowed: {most}, the model's positions; lower them")

@@ -16,11 +16,11 @@ import torch
 
 from stepdistill.baselines.base import BaselineConfig, Pupils, learn
 from stepdistill.baselines.language import encoders, masked
-from stepdistill.baselines.language.data import open_texts
+from stepdistill.baselines.language.data import joined, open_texts
 from stepdistill.baselines.language.labelled import Classifier, Classify, Labelled, open_task, told_class
 from stepdistill.baselines.language.layers import Answers, Layers, Projections
 from stepdistill.baselines.language.masked import Lines, MaskedLM, MaskedModelling, Masking
-from stepdistill.baselines.language.models import plain
+from stepdistill.baselines.language.models import check_length, plain
 from stepdistill.baselines.language.run import save
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.errors import InputError
@@ -52,7 +52,7 @@ class TinyBertConfig(BaselineConfig):
     task: str = "avatars"
     """Of the second stage: avatars, a .tsv file of class and text, or a `datasets` name with label and text."""
     task_test: str | None = None
-    """Of a file: the one that is held out, where it is not the last tenth."""
+    """Of a file: the one that is held out, where it is not a tenth of it."""
     task_limit: int | None = 1000
     """Training texts of the task at most; None for all."""
     labelled: int | None = None
@@ -99,6 +99,14 @@ class TinyBertConfig(BaselineConfig):
         "intermediate_steps": 60, "max_train_steps": 60, "held_out": 300, "lr_warmup": 10,
     }  # fmt: skip
     SWEEP: ClassVar[tuple[str, tuple]] = ("layers", (1, 2, 4))
+    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "teacher": ("layers", "width", "intermediate", "general_steps", "intermediate_steps", "temperature", "task",
+                    "task_test", "task_limit", "label", "task_steps", "task_learning_rate", "max_train_steps",
+                    "learning_rate"),
+        "task": ("layers", "width", "intermediate", "general_steps", "intermediate_steps", "temperature",
+                 "max_train_steps", "learning_rate"),
+        "control": ("temperature",),
+    }  # fmt: skip
 
     def check(self) -> None:
         """See LoopConfig.check."""
@@ -115,13 +123,15 @@ class TinyBertConfig(BaselineConfig):
         from stepdistill.training.processes import on_cpu
 
         self.check()
-        texts = open_texts(self.data, "train")
+        texts = joined(open_texts(self.data, "train"))
         encoder = encoders.open_encoder(self.teacher, texts, seed=self.seed)
+        check_length(encoder.network, self.length, "length")
         self._small(encoder.network, self.seed)
         tokenizer, teacher = encoder.tokenizer, encoder.network
         text = masked.cut_lines(texts, tokenizer, self.length, self.limit)
         sizes = {"limit": self.task_limit, "held_out": self.held_out}
-        task, held = open_task(self.task, tokenizer, self.length, label=self.label, test=self.task_test, **sizes)
+        task, held = open_task(self.task, tokenizer, self.length, label=self.label, test=self.task_test,
+                               seed=self.seed, **sizes)  # fmt: skip
         known = task.spread(self.labelled)
         masking = Masking.of(tokenizer, teacher.config.vocab_size, self.length, 0.15)
         spent = 0.0

@@ -9,20 +9,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 from stepdistill import files
+from stepdistill.baselines.language.data import ask, prompt_ids
 from stepdistill.baselines.language.generate import sample
 from stepdistill.baselines.language.models import Decoder
 from stepdistill.baselines.language.problems import CLOSE, OPEN, Problem, right
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 GREEDY = 1e-3  # the temperature at which held-out problems are answered: the likeliest token, as good as always
 
@@ -33,17 +30,6 @@ class Said:
 
     text: str
     ended: bool
-
-
-def ask(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """A prompt as a model is given it: in its chat template where it has one.
-
-    Only prompts go through templates: several strip the reasoning from what an assistant says.
-    """
-    if getattr(tokenizer, "chat_template", None) is None:
-        return prompt
-    message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
 
 
 def opened(asked: str, text: str) -> str:
@@ -121,7 +107,7 @@ def answer(
     """`samples` texts to each problem, of `new` tokens at most; `first` is the place of the first in the run."""
     device = next(one.network.parameters()).device
     asked = [ask(one.tokenizer, problem.prompt) for problem in problems]
-    rows = [one.tokenizer(text, add_special_tokens=False).input_ids for text in asked for _ in range(samples)]
+    rows = [ids for text in asked for ids in [prompt_ids(one.tokenizer, text)] * samples]
     ids = torch.full((len(rows), max(map(len, rows))), one.pad)
     attention = torch.zeros_like(ids, dtype=torch.bool)
     for i, row in enumerate(rows):

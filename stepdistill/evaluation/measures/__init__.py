@@ -1,25 +1,21 @@
-"""The metrics, by the names that protocols list them by: one file each, all fed by one pass over the pictures."""
+"""The metrics of every file here, by the names that protocols list them by, all fed by one pass over the pictures."""
 
 from __future__ import annotations
 
-from stepdistill.evaluation.measures.attributes import Attributes
-from stepdistill.evaluation.measures.base import Metric, View
-from stepdistill.evaluation.measures.clip import ClipScore
-from stepdistill.evaluation.measures.cmmd import Cmmd
-from stepdistill.evaluation.measures.copies import Copies
-from stepdistill.evaluation.measures.diversity import Diversity
-from stepdistill.evaluation.measures.fd_inf import FrechetLimit
-from stepdistill.evaluation.measures.frechet import FrechetDistance
-from stepdistill.evaluation.measures.kid import KernelDistance
-from stepdistill.evaluation.measures.prdc import Prdc
-from stepdistill.evaluation.measures.preference import Hpsv2, ImageReward, PickScore
+import importlib
+import pkgutil
 
-METRICS: dict[str, type[Metric]] = {
-    metric.name: metric
-    for metric in (
-        FrechetDistance, FrechetLimit, KernelDistance, Prdc, Cmmd, ClipScore, Attributes, Diversity, Copies,
-        PickScore, Hpsv2, ImageReward,
-    )
-}  # fmt: skip
+from stepdistill.evaluation.measures.base import Metric, View
+
+
+def _listed() -> dict[str, type[Metric]]:
+    """Every Metric with a name of its own, by it."""
+    files = sorted(file.name for file in pkgutil.iter_modules(__path__))
+    held = [vars(importlib.import_module(f"{__name__}.{file}")) for file in files]
+    kinds = [kind for module in held for kind in module.values() if isinstance(kind, type) and issubclass(kind, Metric)]
+    return {kind.name: kind for kind in kinds if "name" in vars(kind)}
+
+
+METRICS: dict[str, type[Metric]] = _listed()
 
 __all__ = ["METRICS", "Metric", "View"]

@@ -63,7 +63,7 @@ class View:
 
 
 class Metric(ABC):
-    """One metric of one cell. A metric more is a file here, a line in `measures.METRICS`, and a test.
+    """One metric of one cell. A metric more is a file here, and a test.
 
     Attributes:
         name: as protocols list it. keeps: the name of what it keeps of each picture; metrics of the same share it.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.errors import InputError
+from stepdistill.evaluation import hashes
 from stepdistill.evaluation.figures import Figure
 from stepdistill.evaluation.measures.base import Metric, View
 
@@ -24,6 +25,10 @@ class Diversity(Metric):
 
     name, keeps, each, prompts = "diversity", "groups", 4, 64
     better = dict.fromkeys(("diversity_lpips", "diversity_features"), "higher")
+
+    @classmethod
+    def prepare(cls, device: torch.device | str) -> dict[str, str]:
+        return {"lpips": hashes.of_module(_lpips(str(device)))} if trunk() else {}
 
     @staticmethod
     def see(view: View) -> Tensor:

@@ -20,8 +20,10 @@ from stepdistill.errors import InputError
 from stepdistill.evaluation import hashes
 from stepdistill.evaluation.figures import Figure
 from stepdistill.evaluation.measures.base import Metric, View
+from stepdistill.files import sha256
 
 Score = Callable[[Sequence[Image.Image], Sequence[str]], Tensor]  # pictures, their prompts -> (B,)
+HPSV2, HPSV2_VERSION = "xswu/HPSv2", "v2.1"
 PICKSCORE, PICKSCORE_PLACE = "yuvalkirstain/PickScore_v1", "STEPDISTILL_PICKSCORE"
 
 
@@ -94,12 +96,22 @@ class Hpsv2(Preference):
     def load(device: str) -> tuple[Score, str]:
         _installed("hpsv2", "hpsv2", "hpsv2")
         import hpsv2
+        from hpsv2.utils import hps_version_map
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = hf_hub_download(HPSV2, hps_version_map[HPSV2_VERSION])  # where the package has them from
+        except Exception as error:  # offline, gated, no such file
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(
+                f"hpsv2: got no weights of {HPSV2} {HPSV2_VERSION} ({reason}); check the network"
+            ) from error
 
         def score(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
             pairs = zip(pictures, prompts, strict=True)
-            return torch.tensor([float(hpsv2.score(p, text, hps_version="v2.1")[0]) for p, text in pairs])
+            return torch.tensor([float(hpsv2.score(p, text, hps_version=HPSV2_VERSION)[0]) for p, text in pairs])
 
-        return score, "v2.1"
+        return score, sha256(file)
 
 
 class ImageReward(Preference):

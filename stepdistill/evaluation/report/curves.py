@@ -9,10 +9,11 @@ from typing import Any
 from stepdistill.evaluation.cells import BETTER, MAIN, Cell, floors, names
 from stepdistill.evaluation.report import plots
 from stepdistill.evaluation.report.plots import Axis, Curve, Level, Point
-from stepdistill.evaluation.report.verdicts import Gain
+from stepdistill.evaluation.report.verdicts import Gain, beside
 from stepdistill.evaluation.summary import label, percent
 
 Make = Callable[[], Any]  # draws a matplotlib figure
+APART = 1.5  # times a student trained as long as another at least, where their times are an axis
 LOGARITHMIC = ("fd", "fd_inf")
 TITLES = {"clip_score": "CLIP score", "attribute_accuracy": "Attribute accuracy"}
 BY_LATENCY = "FD by latency"
@@ -73,8 +74,9 @@ def cost_curves(found: Sequence[Cell], gained: Sequence[Gain]) -> dict[str, Make
     """The distance by time of training, where students took unlike times, and the gaps that are left to the teacher."""
     made: dict[str, Make] = {}
     students = [cell for cell in found if cell.train_seconds and cell.method != "teacher"]
-    if len({cell.train_seconds for cell in students}) > 1 and _lines(students, "fd", "minutes", found):
-        unit = "hours" if max(cell.train_seconds for cell in students) > 7200 else "minutes"
+    seconds = [cell.train_seconds for cell in students]
+    if seconds and max(seconds) >= APART * min(seconds) and _lines(students, "fd", "minutes", found):
+        unit = "hours" if max(seconds) > 7200 else "minutes"
         longest = {(gain.last.model, gain.last.steps): gain.last.fd for gain in gained}
         made["FD by training time"] = lambda: plots.quality_by_cost(
             _lines(students, "fd", unit, found),
@@ -83,8 +85,9 @@ def cost_curves(found: Sequence[Cell], gained: Sequence[Gain]) -> dict[str, Make
             f"{unit} of training", front=False,
         )  # fmt: skip
     if gaps := _gaps(found, gained):
-        axis = Axis("Gap to the teacher by steps", f"FD above that of the teacher’s longest, {_n(found)}")
-        made[axis.title] = lambda: plots.quality_by_steps(gaps, axis, [("the teacher’s longest", 0)])
+        other = f"the {beside(gained)}"
+        axis = Axis(f"Gap to {other} by steps", f"FD above that of {other}’s longest, {_n(found, 'fd')}")
+        made[axis.title] = lambda: plots.quality_by_steps(gaps, axis, [(f"{other}’s longest", 0)])
     return made
 
 
@@ -125,10 +128,13 @@ def _axis(found: Sequence[Cell], name: str, by: str, better: str | None = None) 
     own = f"FD-{found[0].fd_extractor}" if name == "fd" and found[0].fd_extractor else None
     title = own or TITLES.get(name) or label(name)
     way = better or (f"{BETTER[name]} is better" if name in BETTER else "")
-    note = ", ".join(filter(None, (way, _n(found))))
+    note = ", ".join(filter(None, (way, _n(found, name))))
     return Axis(f"{title[:1].upper()}{title[1:]} {by}", note, name in LOGARITHMIC, percent(name))
 
 
-def _n(found: Sequence[Cell]) -> str:
-    """How many pictures the figures are of, in words."""
-    return f"n = {found[0].n:,}" if found[0].n else ""
+def _n(found: Sequence[Cell], name: str) -> str:
+    """How many units a figure is of, in words."""
+    own = next((cell.figures[name] for cell in found if name in cell.figures), None)
+    if own is None or own.n is None:
+        return ""
+    return f"n = {own.n:,}" + f" {own.of}" * (own.of != "pictures")

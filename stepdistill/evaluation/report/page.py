@@ -17,7 +17,7 @@ from stepdistill.evaluation.report.curves import BY_LATENCY, Make, cost_curves, 
 from stepdistill.evaluation.report.markdown import markdown
 from stepdistill.evaluation.report.strips import chosen, prompts_of, strips_of
 from stepdistill.evaluation.report.tables import as_csv, cost_table, tables
-from stepdistill.evaluation.report.verdicts import gains, verdicts
+from stepdistill.evaluation.report.verdicts import beside, gains, verdicts
 
 HERE = Path(__file__).parent
 IMAGES = {"quality.png": "FD by steps", "latency.png": BY_LATENCY}  # for report.md, and for a README
@@ -57,7 +57,8 @@ def write_report(folder: str | Path, *, title: str | None = None) -> Path:
         "title": title, "first": dict.fromkeys(FIELDS) | rows[0], "facts": _facts(rows), "told": _told(rows),
         "verdicts": said, "models": models, "marks": marks, "tables": shown,
         "students": [m for m in models if m.name in {gain.cell.model for gain in gained}],
-        "costs": costs if costs.lines else None, "strips": strips, "chosen": chosen(strips, said, list(marks)),
+        "costs": costs if costs.lines else None, "other": beside(gained), "strips": strips,
+        "chosen": chosen(strips, said, list(marks)),
         "prompts": prompts[: max((len(strip.uris) for strip in strips), default=0)],
         "by_steps": [(n, [s for s in strips if s.steps == n]) for n in sorted({s.steps for s in strips})],
         "svgs": _svgs(main), "more_svgs": _svgs(others), "cost_svgs": _svgs(cost),

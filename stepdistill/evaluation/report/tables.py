@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepdistill.evaluation.cells import ATTRIBUTE, BETTER, MAIN, Cell, Row, measured, names
-from stepdistill.evaluation.report.verdicts import SAID, Gain, duration, ends_of
+from stepdistill.evaluation.report.verdicts import SAID, Gain, beside, duration, ends_of
 from stepdistill.evaluation.summary import digits, figure, label, number, percent, spread
 
 FACTS = (
@@ -131,8 +131,9 @@ def _device(cell: Cell) -> str:
 
 def cost_table(gained: Sequence[Gain]) -> Table:
     """What training cost, what it gained at as many steps, and the gap that is left to the teacher's longest."""
-    heads = [Head("trained"), Head("steps"), Head("FD"), Head("teacher", "same steps"), Head("nearer", high=True),
-             Head("teacher", "its longest"), Head("gap", "95 % interval"), Head("student is", text=True)]  # fmt: skip
+    other = beside(gained)
+    heads = [Head("trained"), Head("steps"), Head("FD"), Head(other, "same steps"), Head("nearer", high=True),
+             Head(other, "its longest"), Head("gap", "95 % interval"), Head("student is", text=True)]  # fmt: skip
     lines = []
     found = [cell for gain in gained for cell in (gain.cell, gain.last)]
     for gain in gained:

@@ -9,7 +9,7 @@ from typing import Any
 from stepdistill.evaluation.cells import Cell
 from stepdistill.evaluation.compare import Comparison, compare, ratio
 from stepdistill.evaluation.figures import Ratio
-from stepdistill.evaluation.summary import figure, spread
+from stepdistill.evaluation.summary import calls, figure, spread
 
 FEW = 8  # steps at most, of the cell that a student is known by
 SAID = {"equal": "equal within the interval", "better": "better", "worse": "worse"}
@@ -22,6 +22,7 @@ class Gain:
     Attributes:
         same: the teacher's at as many steps; None where it was not measured. last: the teacher's longest.
         gap: of the distances, student - last; None where one has no interval. of_last, of_same: student / last or same.
+        own: whether it is known to be the student's teacher; else it is a baseline, the first teacher measured.
     """
 
     cell: Cell
@@ -30,12 +31,14 @@ class Gain:
     gap: Comparison | None
     of_last: Ratio | None
     of_same: Ratio | None
+    own: bool = True
 
 
 def gains(found: Sequence[Cell]) -> list[Gain]:
-    """Each cell of each student beside its teacher's: of what it was made from, or else of the first measured.
+    """Each cell of each student beside its teacher's: of what it was made from.
 
-    Without a teacher there is nothing to say.
+    Where that is not known, the first teacher measured is its baseline; where it is known and was not measured, there
+    is nothing to say.
     """
     measured = [cell for cell in found if cell.steps > 0 and cell.fd is not None]
     teachers = [cell for cell in measured if cell.method == "teacher"]
@@ -43,14 +46,27 @@ def gains(found: Sequence[Cell]) -> list[Gain]:
     for cell in measured:
         if not teachers or cell.method == "teacher":
             continue
-        own = next((c for c in teachers if str(c.spec).split(",")[0] == cell.teacher), teachers[0])
-        baseline = [c for c in teachers if c.model == own.model]
+        own = next((c for c in teachers if cell.teacher and _place(c.spec) == _place(cell.teacher)), None)
+        if own is None and cell.teacher:
+            continue
+        name = (own or teachers[0]).model
+        baseline = [c for c in teachers if c.model == name]
         same = next((c for c in baseline if c.steps == cell.steps), None)
         last = baseline[-1]
         gap = next(iter(compare(cell, last, ("fd",))), None)
         of_same = ratio(cell, same, "fd") if same is not None else None
-        said.append(Gain(cell, same, last, gap, ratio(cell, last, "fd"), of_same))
+        said.append(Gain(cell, same, last, gap, ratio(cell, last, "fd"), of_same, own is not None))
     return said
+
+
+def _place(spec: str | None) -> str:
+    """The path of a SPEC; a training run's folder stands for the export in it."""
+    return str(spec).split(",")[0].rstrip("/").removesuffix("/export")
+
+
+def beside(gained: Sequence[Gain]) -> str:
+    """What the students of some gains are held against: teacher, or baseline where one's teacher is not known."""
+    return "teacher" if all(gain.own for gain in gained) else "baseline"
 
 
 def verdicts(gained: Sequence[Gain]) -> list[dict[str, Any]]:
@@ -68,6 +84,7 @@ def verdicts(gained: Sequence[Gain]) -> list[dict[str, Any]]:
         best = min(few, key=lambda gain: gain.cell.fd)
         cell, last = best.cell, best.last
         who = last.model if several else "the teacher"
+        who = who if best.own else f"the baseline {last.model}"
         at = f"{cell.steps} step{'s' * (cell.steps > 1)}"
         own, theirs = (spread("fd", c.figures["fd"], 1) for c in (cell, last))
         has = f"{figure(last.fd, 1)} {theirs}".rstrip()
@@ -79,7 +96,8 @@ def verdicts(gained: Sequence[Gain]) -> list[dict[str, Any]]:
             stats.append(_times(best.of_same, f"{who}’s distance at the same {at}"))
         if cell.latency and last.latency:
             faster = figure(last.latency / cell.latency, 1)
-            stats.append((f"{faster}×", f"faster than {who} at {last.steps} steps"))
+            told = " against ".join(f"{figure(c.latency, 1)} ms{calls(c)}" for c in (cell, last))
+            stats.append((f"{faster}×", f"faster than {who} at {last.steps} steps: {told}"))
         said.append({"cell": cell, "model": model, "steps": at, "stats": stats})
     return said
 

@@ -1,0 +1,57 @@
+"""Silence while a pipeline is loaded, and what would have been logged in it."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+NEW = re.compile(r"(\w+) (?:LOAD REPORT|were not initialized).*newly initialized", re.DOTALL)
+COLOUR = re.compile(r"\x1b\[\d*m")
+
+
+class _Listener(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(COLOUR.sub("", record.getMessage()))
+
+
+@contextmanager
+def quiet() -> Iterator[list[str]]:
+    """Within, diffusers and transformers neither log, warn nor draw bars: what goes wrong is raised, and said once.
+
+    Yields:
+        What they would have logged, a text a warning.
+    """
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    libraries, listener = (of_diffusers, of_transformers), _Listener()
+    levels = [library.get_verbosity() for library in libraries]
+    bars = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in libraries:
+        library.set_verbosity_warning()
+        library.disable_default_handler()
+        library.add_handler(listener)
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield listener.said
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+            library.remove_handler(listener)
+            library.enable_default_handler()
+        for library in bars:
+            library.enable_progress_bar()
+
+
+def made_up(said: list[str]) -> list[str]:
+    """The classes of networks that were given random values where their files hold none, by what was logged."""
+    return [found[1] for text in said if (found := NEW.search(text))]

@@ -1,0 +1,146 @@
+"""GKD by trl's trainer: the same loss of the same samples, λ in the same sense, and runs that log and resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from speakers import sentences, speaker, tokenizer
+
+from stepdistill.baselines.base import Batch, Pupils
+from stepdistill.baselines.language.data import Pair, Tokens, pack, pair_up
+from stepdistill.baselines.language.gkd import GKD, GKDConfig
+from stepdistill.baselines.language.models import logits
+from stepdistill.draws import Draws
+from stepdistill.errors import InputError
+from stepdistill.methods.base import Clock
+
+pytest.importorskip("trl")
+
+from stepdistill.baselines.language.gkd_trl import Trainer, as_trl, make_trainer, teach
+
+PROMPT, BLOCK = 4, 12
+EVERY = torch.ones(1, 8, dtype=torch.bool)
+
+
+def packed() -> Tokens:
+    return pack(sentences(30), tokenizer(), BLOCK, prompt=PROMPT)
+
+
+def padded() -> Tokens:
+    pairs = [Pair("the cat", " sees red hats."), Pair("a dog likes the old", " owl."), Pair("the", " cat.")]
+    return pair_up(pairs, tokenizer(), prompt=PROMPT, completion=BLOCK - PROMPT)
+
+
+def config(out: Path, **changes) -> GKDConfig:
+    settings = {"trainer": "trl", "lmbda": 0.4, "beta": 0.3, "temperature": 0.8, "block": BLOCK, "prompt": PROMPT,
+                "batch_size": 2, "max_train_steps": 5, "checkpoint_every": 2, "log_every": 2,
+                "lr_warmup": 0}  # fmt: skip
+    return GKDConfig(out=out, **settings | changes)
+
+
+@pytest.mark.parametrize(("data", "kind"), [(packed, "llama"), (padded, "llama"), (padded, "gpt2")])
+def test_trls_trainer_takes_the_same_samples_to_the_same_loss(data, kind, tmp_path):
+    """Of padded prompts, too: GPT-2's places are learnt."""
+    student, teacher, rows = speaker(kind, seed=1), speaker(kind, seed=2), data()
+    trainer = make_trainer(config(tmp_path), teacher, student.network, rows)
+    assert (trainer.lmbda, trainer.beta, trainer.temperature) == (0.4, 0.3, 0.8)
+    assert trainer.generation_config.max_new_tokens == BLOCK - PROMPT
+    theirs = trainer.compute_loss(student.network, as_trl(rows, [0, 1, 2])).item()
+    lesson = GKD(lmbda=0.0, beta=0.3, temperature=0.8, prompt=PROMPT, eos=2, pad=0, seed=0)
+    given = Batch(rows.batch([0, 1, 2]), Draws.at(7, 0, 3))
+    ours = lesson.loss("student", given, Pupils(student.network, teacher.network), Clock(3, 10)).total.item()
+    assert math.isclose(theirs, ours, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize(("lmbda", "name"), [(0.0, "jsd_text"), (1.0, "jsd_own")])
+def test_lambda_is_the_share_of_steps_in_which_the_student_speaks(lmbda, name, tmp_path, monkeypatch):
+    spoken = []
+    generate = Trainer.generate_on_policy_outputs
+
+    def spy(*args):
+        spoken.append(generate(*args))
+        return spoken[-1]
+
+    monkeypatch.setattr(Trainer, "generate_on_policy_outputs", staticmethod(spy))
+    student = speaker(seed=1).network
+    trainer = make_trainer(config(tmp_path, lmbda=lmbda), speaker(seed=2), student, packed())
+    trainer.current_gradient_accumulation_steps = 1  # as its own loop has it
+    for _ in range(3):
+        trainer.training_step(student, as_trl(packed(), [0, 1]))
+    assert len(spoken) == 3 * lmbda and list(trainer.losses) == [name] and len(trainer.losses[name]) == 3
+
+
+def run(given: GKDConfig) -> tuple[torch.nn.Module, float]:
+    student = speaker(seed=1).network
+    return student, teach(given, speaker(seed=2), student, packed())
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_was_cut_goes_on_to_the_same_bits_and_counts_its_first_leg(tmp_path, monkeypatch):
+    whole, _ = run(config(tmp_path / "whole"))
+    step, calls = Trainer.training_step, []
+
+    def cut(self, *args):
+        calls.append(self)
+        if len(calls) == 4:
+            raise ConnectionAbortedError
+        return step(self, *args)
+
+    monkeypatch.setattr(Trainer, "training_step", cut)
+    with pytest.raises(ConnectionAbortedError):
+        run(config(tmp_path / "cut"))
+    (tmp_path / "cut" / "checkpoints" / "checkpoint-2" / "seconds.json").write_text("1000.0")
+    student, seconds = run(config(tmp_path / "cut"))
+    assert len(calls) == 4 + 3 and 1000 < seconds < 2000  # the third again, and the last two
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), whole.parameters(), strict=True))
+    for found in (lines(tmp_path / name) for name in ("whole", "cut")):
+        assert [line["update"] for line in found] == [2, 4, 5]
+        assert all({"jsd_own", "jsd_text"} & line.keys() and "learning_rate" in line for line in found)
+
+
+def test_a_logged_loss_is_that_of_the_batches(tmp_path, monkeypatch):
+    """Two of two samples an update, without on-policy text, at a learning rate of next to nothing."""
+    seen = []
+    compute = Trainer.compute_loss
+
+    def spy(self, model, inputs, *args, **settings):
+        seen.append(compute(self, model, inputs).item())  # without the other batch's tokens
+        return compute(self, model, inputs, *args, **settings)
+
+    monkeypatch.setattr(Trainer, "compute_loss", spy)
+    run(config(tmp_path, lmbda=0.0, max_train_steps=2, gradient_accumulation=2, learning_rate=1e-12))
+    (line,) = lines(tmp_path)
+    assert len(seen) == 4 and line["jsd_text"] == pytest.approx(sum(seen) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"beta": 0.9}, {"learning_rate": 1e-5}, {"seed": 3}])
+def test_a_finished_folder_is_kept_and_refused_to_other_settings(changes, tmp_path):
+    student, seconds = run(config(tmp_path, max_train_steps=1))
+    again, same = run(config(tmp_path, max_train_steps=1))
+    assert same == seconds
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
+    before = (tmp_path / "config.json").read_text()
+    with pytest.raises(InputError, match=f"which holds a run with {next(iter(changes))} = "):
+        run(dataclasses.replace(config(tmp_path, max_train_steps=1), **changes))
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_trained_in_half_precision_a_student_is_measured_in_full(tmp_path):
+    student, _ = run(config(tmp_path, max_train_steps=1, mixed_precision="bf16"))
+    plain = speaker(seed=3).network
+    plain.load_state_dict(student.state_dict())
+    ids = torch.arange(8)[None]
+    assert torch.equal(logits(student, ids, EVERY), logits(plain, ids, EVERY))
+
+
+def test_a_dry_run_leaves_nothing(tmp_path):
+    assert run(config(tmp_path / "run", dry_run=True))[1] == 0.0
+    assert not (tmp_path / "run").exists()

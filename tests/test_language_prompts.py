@@ -1,0 +1,194 @@
+"""What a tokenizer puts before a text, chat templates, long texts in pieces, and prompts that come alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from speakers import sentences, speaker, tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from stepdistill.baselines.language import answers, data
+from stepdistill.baselines.language.data import Pair, begin, open_texts, pack, pair_up, prompt_ids, stream
+from stepdistill.baselines.language.forward_kl import ForwardKLConfig
+from stepdistill.baselines.language.measure import perplexity
+from stepdistill.baselines.language.models import Decoder, logits, open_decoder
+from stepdistill.baselines.language.problems import Problem
+from stepdistill.baselines.language.traces import answer
+from stepdistill.cli.baselines import main
+from stepdistill.errors import InputError
+
+LLAMA3 = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+", r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
+    )
+)  # fmt: skip
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}<assistant>"
+
+
+def llama3(template: str | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer that begins every text with its bos token, and cuts words as Llama 3's and Qwen2's do."""
+    made = Tokenizer(models.BPE())
+    cut = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    made.decoder = decoders.ByteLevel()
+    special = ["<bos>", "<eos>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made.train_from_iterator(
+        [ODD, *sentences(50)],
+        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    made.add_special_tokens([AddedToken(word, special=True) for word in special])
+    made.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<bos>", eos_token="<eos>", chat_template=template
+    )  # fmt: skip
+
+
+ODD = " \n = The  cat = \n \n\n\tIt's 12345 red\u00a0hats ,\r\n  don't!?\n\n  x \n\n\n y..\n\nz   \n" * 3
+
+
+@pytest.mark.parametrize("make", [tokenizer, llama3])
+@pytest.mark.parametrize("size", [1, 3, 7, 20])
+def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(make, size, monkeypatch):
+    texts = [ODD, "", "  ", ODD + " ".join(sentences(9)), "nospace" * 9]
+    whole = [i for t in texts for i in [*make()(t, add_special_tokens=False).input_ids, make().eos_token_id]]
+    monkeypatch.setattr(data, "PIECE", size)
+    assert len(list(data._pieces(ODD))) > 1 and "".join(data._pieces(ODD)) == ODD
+    assert stream(texts, make()).tolist() == whole
+    assert stream(texts, make(), 50).tolist() == whole[:50]
+
+
+def test_of_a_long_text_no_more_is_tokenised_than_the_limit_asks_for(monkeypatch):
+    """WikiText-103 is one text of 540 million characters, and a tokenizer keeps 200 bytes of each."""
+    monkeypatch.setattr(data, "PIECE", 100)
+    seen = []
+
+    class Counting:
+        eos_token_id, bos_token_id = tokenizer().eos_token_id, None
+
+        def __call__(self, text: str, **settings):
+            seen.append(len(text))
+            return tokenizer()(text, **settings)
+
+    rows = pack([" ".join(sentences(1000))], Counting(), 8, prompt=3, limit=10)
+    assert len(rows) == 10 and max(seen) < 120 and sum(seen) < 1000
+
+
+def test_a_text_begins_as_its_tokenizer_begins_it():
+    assert begin(llama3()) == [0] and begin(tokenizer()) == []
+    assert prompt_ids(llama3(), "the cat") == llama3()("the cat").input_ids
+    assert prompt_ids(llama3(), "<bos>the cat") == llama3()("the cat").input_ids  # a template has written it
+    assert prompt_ids(tokenizer(), "the cat") == tokenizer()("the cat").input_ids
+
+
+def test_each_packed_row_and_each_prompt_begins_with_it():
+    made, texts = llama3(), sentences(9)
+    rows = pack(texts, made, 8, prompt=3)
+    said = stream(texts, made)
+    assert rows.ids[:, 0].tolist() == [0] * len(rows)
+    assert rows.ids[:, 1:].flatten().tolist() == said[: len(said) // 7 * 7].tolist()
+    assert rows.counts[:, 1:].all() and not rows.counts[:, 0].any()
+    pairs = [Pair("the cat", " sees"), Pair("a dog likes the old owl", " sees")]
+    for prompt in (1, 4, 40):
+        paired = pair_up(pairs, made, prompt=prompt, completion=3)
+        for pair, ids, attention in zip(pairs, paired.ids, paired.attention, strict=True):
+            words = made(pair.prompt, add_special_tokens=False).input_ids
+            kept = words[max(len(words) - prompt + 1, 0) :]
+            assert ids[:prompt][attention[:prompt]].tolist() == [0, *kept]
+
+
+@torch.no_grad()
+def test_each_measured_window_begins_with_it():
+    network = speaker(vocab_size=len(llama3())).network
+    ids = stream(sentences(20), llama3(), 40)
+    found = perplexity(network, ids, window=16, stride=8, first=begin(llama3()))["nll"]
+    values = []
+    for place in range(1, 40):
+        start = max(place - 16, 0) // 8 * 8 + (8 if place >= 16 else 0)
+        row = torch.cat([torch.tensor([0]), ids[start : place + 1]])[None]
+        values.append(-logits(network, row, torch.ones_like(row))[0, -2].log_softmax(-1)[ids[place]].item())
+    assert found == pytest.approx(sum(values) / 39, abs=1e-5)
+    assert abs(perplexity(network, ids, window=16, stride=8)["nll"] - found) > 1e-3
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_a_problem_is_asked_with_it_once(template, monkeypatch):
+    from stepdistill.baselines.language import traces
+
+    heard = []
+
+    def sample(voices, ids, attention, draws, **settings):
+        heard.append(ids[attention].tolist())
+        return real(voices, ids, attention, draws, **settings)
+
+    real = traces.sample
+    monkeypatch.setattr(traces, "sample", sample)
+    made = llama3(template)
+    one = Decoder(speaker(vocab_size=len(made)).network, made, "one")
+    answer(one, 0, [Problem("the cat", "")], samples=1, new=2, temperature=1.0, seed=0)
+    asked = "the cat" if template is None else "<user>the cat</><assistant>"
+    assert heard == [made(asked).input_ids]
+
+
+def folder(place: Path, template: str | None) -> str:
+    """A saved speaker whose tokenizer has a chat template."""
+    made = copy.deepcopy(tokenizer())
+    made.chat_template = template
+    speaker(seed=5, max_position_embeddings=128).network.save_pretrained(place)
+    made.save_pretrained(place)
+    return str(place)
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE.replace("{{ bos_token }}", "")])
+def test_prompts_go_through_the_chat_template_and_completions_do_not(template, tmp_path):
+    teacher = open_decoder(folder(tmp_path, template))
+    config = ForwardKLConfig(block=40, prompt=30, validation=1)
+    corpus = config.open_corpus([Pair("the cat", " sees")] * 2, [Pair("the cat", " sees")], teacher)
+    asked = "the cat" if template is None else "<user>the cat</><assistant>"
+    text = teacher.tokenizer.decode(corpus.train.ids[0][corpus.train.attention[0]])
+    assert text == f"{asked} sees<|endoftext|>"
+    assert teacher.tokenizer.decode(corpus.test.ids[0][corpus.test.counts[0]]) == " sees<|endoftext|>"
+
+
+def prompts(place: Path, *more: dict) -> str:
+    file = place / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in [*({"prompt": text} for text in sentences(40)), *more]))
+    return str(file)
+
+
+def test_to_prompts_alone_the_teacher_says_the_completions_and_says_them_once(tmp_path, monkeypatch):
+    given, out = prompts(tmp_path), tmp_path / "run"
+    command = ["run", "gkd", "--lmbda", "1", "--teacher", folder(tmp_path / "teacher", None), "--student", "layers:1",
+               "--data", given, "--block", "24", "--prompt", "16", "--validation", "4", "--shown", "2",
+               "--batch-size", "4", "--max-train-steps", "2", "--out", str(out)]  # fmt: skip
+    main(command)
+    said = [json.loads(line)[0]["text"] for line in (out / "answers-train.jsonl").read_text().splitlines()[1:]]
+    assert len(said) == 36 and len(set(said)) > 20
+    asked = [Problem(pair.prompt, "") for pair in open_texts(given, "train")[:16]]
+    own = answer(open_decoder(str(tmp_path / "teacher")), 0, asked, samples=1, new=8, temperature=1.0, seed=0)
+    assert said[:16] == [texts[0].text for texts in own]
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["role"] for row in rows] == ["teacher", "before", "control", "student"]
+    again = []
+    monkeypatch.setattr(answers, "answer", lambda *asked, **_: again.append(asked))
+    main(command)
+    assert not again
+    assert json.loads((out / "results.json").read_text())["rows"] == rows
+
+
+def test_prompts_that_nobody_can_answer_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"got prompts without completions for tiny, which learns from these"):
+        answers.answered([Pair("a", None)], Decoder(None, None, "tiny"), tmp_path / "a.jsonl", new=4, seed=0)
+    mixed = open_texts(prompts(tmp_path, *[{"prompt": "a", "completion": "b"}] * 10), "train")
+    with pytest.raises(InputError, match=r"data: got 40 prompts without a completion, of 45; allowed: none, or all"):
+        answers.answered(mixed, speaker(), tmp_path / "a.jsonl", new=4, seed=0)
+    assert answers.answered(mixed[-2:], speaker(), tmp_path / "a.jsonl", new=4, seed=0) == mixed[-2:]
+    assert not (tmp_path / "a.jsonl").exists()
