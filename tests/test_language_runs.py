@@ -125,6 +125,27 @@ def test_measured_anew_a_run_has_the_same_figures(first):
     assert figures(first) == before
 
 
+def test_a_teacher_that_comes_trained_is_fitted_to_the_text_before_it_teaches(text, first, tmp_path):
+    trained = ["--teacher", str(first / "student-0" / "model"), "--student", "layers:1"]
+    found, corrected = [], ["--correction-steps", "20", "--teacher-learning-rate", "3e-3"]
+    for name, more in (("as-it-is", []), ("corrected", corrected)):
+        main(words("forward_kl", text, tmp_path / name, *trained, *more))
+        assert (tmp_path / name / "teacher").exists() == bool(more)
+        found.append(figures(tmp_path / name))
+    plain, corrected = found
+    assert corrected["teacher"]["nll"] < plain["teacher"]["nll"]
+    assert corrected["before"] != plain["before"]  # the student begins as what the teacher is by then
+    record = json.loads((tmp_path / "corrected" / "results.json").read_text())
+    assert record["rows"][0]["seconds"] > 0
+
+
+def test_as_many_tokens_are_seen_in_measuring_as_in_training_where_nothing_else_is_said():
+    kind = get("forward_kl").config
+    assert kind(block=24).windows == {"window": 24, "stride": 12}
+    assert kind(block=24, window=40).windows == {"window": 40, "stride": 20}
+    assert kind(block=24, stride=3).windows == {"window": 24, "stride": 3}
+
+
 def test_prompts_with_completions_are_measured_on_the_completions(tmp_path):
     rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10) for b in range(10)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from stepdistill.baselines.language import run
 from stepdistill.baselines.language.data import Tokens
 from stepdistill.baselines.language.importance import Importance, Kept, Shares, choose, importance
 from stepdistill.baselines.language.minitron import MinitronConfig
@@ -247,10 +248,21 @@ def test_what_minitron_cannot_prune_is_refused_before_anything_is_trained(tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_minitron_trains_from_what_is_left_and_says_where_too_much_went(tmp_path):
+def test_minitron_trains_from_what_is_left_and_says_where_too_much_went(tmp_path, monkeypatch):
     few = {"limit": 80, "teacher_steps": 2, "max_train_steps": 2, "batch_size": 4, "test_tokens": 600, "shown": 2}
-    results = MinitronConfig(out=tmp_path, student="prune:layers=0.75,channels=0.5", **few).run()
+    asked, judged = [], []
+
+    def kept(*given):
+        asked.append(given)
+        judged.append(pruned(*given))
+        return judged[-1]
+
+    monkeypatch.setattr(run, "pruned", kept)
+    results = MinitronConfig(out=tmp_path, student="prune:layers=0.75,channels=0.5", seeds=(0, 1), **few).run()
+    assert len(judged) == 2  # before the teacher is trained, to be refused, and after; not for each seed and role
     roles = {row.role: row for row in results.rows}
     assert list(roles) == ["teacher", "before", "control", "student"]
+    anew = pruned(*asked[-1]).state_dict()  # neither was what all begin with trained
+    assert all(torch.equal(value, anew[name]) for name, value in judged[-1].state_dict().items())
     assert roles["student"].parameters == roles["before"].parameters < roles["teacher"].parameters / 2
     assert "of the parameters went in one round" in results.note

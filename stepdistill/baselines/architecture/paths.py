@@ -39,8 +39,8 @@ class Paths:
         """Mean square errors in latents, guided as the teacher is.
 
         `path_error`: of where the UNet's `steps` steps end, from the noise that the teacher's path begins with. One
-        sample that went another way (green hair for red, where the caption says neither) counts as much as hundreds
-        that are a little off. `step_error`: what a step is distilled by, max(SNR, 1) |x0 - x0~|², with x_t on the
+        sample that went another way (green hair for red, where the caption says neither) counts as much as many that
+        are a little off. `step_error`: what a step is distilled by, max(SNR, 1) |x0 - x0~|², with x_t on the
         teacher's path and x0~ where its two steps from there lead; the mean over the steps.
         """
         network, times, count = around(self.teacher, unet), self._times(self.steps), 0

@@ -1,7 +1,7 @@
 """Li et al. (2023), *SnapFusion*: a UNet without the blocks it can spare, taught to take one step for two.
 
 stepdistill baselines run snapfusion --quick
-stepdistill baselines run snapfusion --saving 0.3 --steps 8
+stepdistill baselines run snapfusion --saving 0.2 --steps 8
 stepdistill baselines run snapfusion --config train_scripts/configs/baselines/sd15_snapfusion.yaml --data my/images
 """
 

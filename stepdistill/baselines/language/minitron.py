@@ -26,7 +26,8 @@ class MinitronConfig(ForwardKLConfig):
     """Flags of `minitron`: those of `forward_kl`, from a pruned teacher, without cross-entropy.
 
     Llamas, Qwen2 and GPT-2 can be pruned. For Llama 3 and Qwen2.5: train_scripts/configs/baselines/minitron_llama.yaml
-    and minitron_qwen.yaml. To take more than half, prune a run's <out>/student-0/model again.
+    and minitron_qwen.yaml. A teacher that learnt from other text is trained on this one first, by --correction-steps.
+    To take more than half, prune a run's <out>/student-0/model again.
     """
 
     out: Path = Path("out/minitron")
@@ -37,6 +38,8 @@ class MinitronConfig(ForwardKLConfig):
     """Of T² times the divergence from the teacher; the paper needs no more."""
     hard_weight: float = 0.0
     """Of the cross-entropy with the text. The control has it alone, with weight 1."""
+    max_train_steps: int = 150
+    """Updates of student and control: what is left of a tiny teacher is soon as good as it was."""
 
     NAME: ClassVar[str] = "minitron"
     QUICK: ClassVar[Mapping[str, object]] = QUICK

@@ -91,18 +91,23 @@ class DecoderConfig(BaselineConfig):
     """Training samples at most; None for all."""
     validation: int = 32
     """The last training samples, that are held out."""
-    teacher_steps: int = 600
-    """Updates of a tiny teacher."""
-    window: int = 256
-    """Tokens of the held-out text that are seen at once."""
-    stride: int = 128
-    """Tokens by which that window moves."""
+    teacher_steps: int = 2000
+    """Updates of a tiny teacher. Few, and a control that goes on where it ended is soon ahead of it."""
+    correction_steps: int = 0
+    """Updates on the text of a teacher that comes trained, before it is pruned or teaches (Sreenivas et al. 2024). A
+    control gets used to a text unlike those that the teacher knows; a student only as far as its teacher has."""
+    teacher_learning_rate: float | None = None
+    """Of either, at the plateau; the student's where not given."""
+    window: int | None = None
+    """Tokens of the held-out text that are seen at once; a block where not given, as no more were seen in training."""
+    stride: int | None = None
+    """Tokens by which that window moves; half of it where not given."""
     test_tokens: int | None = 20_000
     """Tokens of the held-out text, or a hundredth as many held-out prompts, at most; None for all."""
     shown: int = 16
     """Held-out prompts that all continue: for generations.md, and for the divergence on the student's own text."""
     beside: Path | None = None
-    """Another method's run of the same settings: its tiny teacher and its controls are taken, not trained again."""
+    """Another method's run of the same settings: its trained teacher and its controls are taken, not trained again."""
 
     max_train_steps: int = 600
     """Updates of student and control."""
@@ -145,11 +150,20 @@ class DecoderConfig(BaselineConfig):
         """See LoopConfig.check."""
         super().check()
         self.require("block", "prompt", "validation", "teacher_steps", "window", "stride", "shown", least=1)
+        self.require("correction_steps", least=0)
+        self.require("teacher_learning_rate", above=0, fix="leave it out for the student's")
+        sizes = {"block": self.block, "prompt": self.prompt} | self.windows
         for name, most in (("prompt", "block"), ("stride", "window")):
-            if not getattr(self, name) < getattr(self, most):
-                got, top = getattr(self, name), getattr(self, most)
+            if not sizes[name] < sizes[most]:
+                got, top = sizes[name], sizes[most]
                 raise InputError(f"{name}: got {got}; allowed: below {top}, the {most}; lower it, or raise --{most}")
         self.require("limit", "test_tokens", least=2, fix="leave it out for all")
+
+    @property
+    def windows(self) -> dict[str, int]:
+        """`window` and `stride` as they are where not given."""
+        window = self.block if self.window is None else self.window
+        return {"window": window, "stride": window // 2 if self.stride is None else self.stride}
 
     @property
     def shared(self) -> DecoderConfig:
@@ -172,15 +186,16 @@ class DecoderConfig(BaselineConfig):
         corpus = self.open_corpus(*texts, teacher)
         first = self.make_student(teacher, corpus, self.seeds[0]).to(state.device)
         for network in (teacher.network, first):
-            needed = max(self.block, 0 if corpus.text is None else self.window + len(corpus.first))
+            needed = max(self.block, 0 if corpus.text is None else self.windows["window"] + len(corpus.first))
             check_length(network, needed, "block, window")
         if not self.dry_run and any(isinstance(t, Pair) and t.completion is None for part in texts for t in part):
             corpus = self.open_corpus(*self._answered(texts, teacher), teacher)
             first = self.make_student(teacher, corpus, self.seeds[0]).to(state.device)
 
         shared, spent = self.shared, None
-        if self.teacher in TINY:
-            config = shared.part("teacher", max_train_steps=self.teacher_steps)
+        if steps := self.teacher_steps if self.teacher in TINY else self.correction_steps:
+            rate = self.teacher_learning_rate or self.learning_rate
+            config = shared.part("teacher", max_train_steps=steps, learning_rate=rate)
             spent = learn(CrossEntropy(), Pupils(teacher.network), corpus.train, config)
             first = self.make_student(teacher, corpus, self.seeds[0]).to(state.device)  # of the trained one
         results = Results(self.NAME, "nll", False, self._over(corpus), note=measure.NOTE)
@@ -264,15 +279,15 @@ class DecoderConfig(BaselineConfig):
     def _over(self, corpus: Corpus) -> str:
         if corpus.text is None:
             return f"{len(corpus.test):,} held-out completions of {self.data}"
-        return f"{len(corpus.text):,} held-out tokens of {self.data}, windows of {self.window} at stride {self.stride}"
+        over = "windows of {window} at stride {stride}".format(**self.windows)
+        return f"{len(corpus.text):,} held-out tokens of {self.data}, {over}"
 
     def _measure(self, network: nn.Module, teacher: Decoder, corpus: Corpus) -> tuple[dict[str, float], list[str]]:
         """The figures of a network, and how it goes on from the held-out prompts."""
         if corpus.text is None:
             figures = measure.with_perplexity(measure.mean_nll(network, corpus.test))
         else:
-            figures = measure.perplexity(network, corpus.text, window=self.window, stride=self.stride,
-                                         first=corpus.first)  # fmt: skip
+            figures = measure.perplexity(network, corpus.text, first=corpus.first, **self.windows)
         spoken = measure.go_on(network, teacher, corpus.test[: self.shown], self.seed)
         if network is not teacher.network:
             figures["own_kl"] = measure.own_kl(network, teacher.network, spoken)
