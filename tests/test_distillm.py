@@ -12,12 +12,12 @@ from test_resume import stop_at
 
 from stepdistill.baselines.base import Batch, Learner, Pupils, learn
 from stepdistill.baselines.language import losses
-from stepdistill.baselines.language.data import Tokens, pack
 from stepdistill.baselines.language.distillm import DistiLLM, DistiLLMConfig, turn
 from stepdistill.baselines.language.generate import Spoken
 from stepdistill.baselines.language.measure import mean_nll
 from stepdistill.baselines.language.memory import Replay
 from stepdistill.baselines.language.models import logits
+from stepdistill.baselines.language.tokens import Tokens, pack
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock

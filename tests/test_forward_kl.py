@@ -7,10 +7,11 @@ import torch
 from speakers import speaker, tokenizer
 
 from stepdistill.baselines.base import Batch, Pupils
-from stepdistill.baselines.language.data import Pair, pair_up
 from stepdistill.baselines.language.forward_kl import ForwardKL
 from stepdistill.baselines.language.models import logits
 from stepdistill.baselines.language.run import CrossEntropy
+from stepdistill.baselines.language.texts import Pair
+from stepdistill.baselines.language.tokens import pair_up
 from stepdistill.draws import Draws
 from stepdistill.methods.base import Clock
 

@@ -9,10 +9,10 @@ import torch
 from speakers import sentences, speaker, tokenizer
 
 from stepdistill.baselines.base import Batch, Pupils
-from stepdistill.baselines.language.data import Tokens, pack
 from stepdistill.baselines.language.generate import coin, sample
 from stepdistill.baselines.language.gkd import GKD, GKDConfig
 from stepdistill.baselines.language.models import logits
+from stepdistill.baselines.language.tokens import Tokens, pack
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock

@@ -12,9 +12,10 @@ import torch
 from speakers import sentences, speaker, tokenizer
 
 from stepdistill.baselines.base import Batch, Pupils
-from stepdistill.baselines.language.data import Pair, Tokens, pack, pair_up
 from stepdistill.baselines.language.gkd import GKD, GKDConfig
 from stepdistill.baselines.language.models import logits
+from stepdistill.baselines.language.texts import Pair
+from stepdistill.baselines.language.tokens import Tokens, pack, pair_up
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock
@@ -139,6 +140,18 @@ def test_trained_in_half_precision_a_student_is_measured_in_full(tmp_path):
     plain.load_state_dict(student.state_dict())
     ids = torch.arange(8)[None]
     assert torch.equal(logits(student, ids, EVERY), logits(plain, ids, EVERY))
+
+
+def test_the_trackers_that_were_asked_for_hold_the_figures(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard, of the extra `trackers`, is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(config(tmp_path, lmbda=0.0, trackers=("tensorboard",)))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(tmp_path / "stepdistill"))
+    events.Reload()
+    seen = {event.step: event.value for event in events.Scalars("jsd_text")}
+    assert seen == pytest.approx({line["update"]: line["jsd_text"] for line in lines})
 
 
 def test_a_dry_run_leaves_nothing(tmp_path):

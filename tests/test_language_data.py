@@ -9,8 +9,9 @@ import torch
 from speakers import sentences, speaker, tokenizer, write_text
 
 from stepdistill.baselines.language import losses
-from stepdistill.baselines.language.data import Pair, open_texts, pack, pair_up, stream
 from stepdistill.baselines.language.models import logits, positions
+from stepdistill.baselines.language.texts import Pair, open_texts
+from stepdistill.baselines.language.tokens import pack, pair_up, stream
 from stepdistill.errors import InputError
 
 PAIRS = [Pair("the cat", " sees red hats."), Pair("a dog likes the old", " owl.")]

@@ -6,9 +6,10 @@ import pytest
 import torch
 from speakers import Constant, speaker, tokenizer
 
-from stepdistill.baselines.language.data import Pair, pair_up
 from stepdistill.baselines.language.generate import coin, draw, sample
 from stepdistill.baselines.language.models import logits
+from stepdistill.baselines.language.texts import Pair
+from stepdistill.baselines.language.tokens import pair_up
 from stepdistill.draws import Draws
 
 NEW = 10

@@ -8,9 +8,10 @@ import pytest
 import torch
 from speakers import Constant, sentences, speaker, tokenizer
 
-from stepdistill.baselines.language.data import Pair, pack, pair_up, stream
 from stepdistill.baselines.language.measure import go_on, mean_nll, own_kl, perplexity, write_generations
 from stepdistill.baselines.language.models import logits
+from stepdistill.baselines.language.texts import Pair
+from stepdistill.baselines.language.tokens import pack, pair_up, stream
 
 
 @pytest.mark.parametrize(

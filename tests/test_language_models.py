@@ -11,7 +11,7 @@ import torch
 from speakers import sentences, speaker, tokenizer
 
 from stepdistill.baselines.language import losses
-from stepdistill.baselines.language.data import Tokens, stream
+from stepdistill.baselines.language.corpus import Corpus
 from stepdistill.baselines.language.distillm import DistiLLMConfig
 from stepdistill.baselines.language.gkd import GKDConfig
 from stepdistill.baselines.language.measure import perplexity
@@ -24,8 +24,8 @@ from stepdistill.baselines.language.models import (
     make_student,
     open_decoder,
 )
-from stepdistill.baselines.language.run import Corpus
 from stepdistill.baselines.language.tiny import train_tokenizer
+from stepdistill.baselines.language.tokens import Tokens, stream
 from stepdistill.baselines.language.vocabulary import match_vocabulary
 from stepdistill.baselines.results import count_parameters
 from stepdistill.errors import InputError

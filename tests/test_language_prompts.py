@@ -12,12 +12,13 @@ from speakers import sentences, speaker, tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from stepdistill.baselines.language import answers, data
-from stepdistill.baselines.language.data import Pair, begin, open_texts, pack, pair_up, prompt_ids, stream
+from stepdistill.baselines.language import answers, tokens
 from stepdistill.baselines.language.forward_kl import ForwardKLConfig
 from stepdistill.baselines.language.measure import perplexity
 from stepdistill.baselines.language.models import Decoder, logits, open_decoder
 from stepdistill.baselines.language.problems import Problem
+from stepdistill.baselines.language.texts import Pair, open_texts
+from stepdistill.baselines.language.tokens import begin, pack, pair_up, prompt_ids, stream
 from stepdistill.baselines.language.traces import answer
 from stepdistill.cli.baselines import main
 from stepdistill.errors import InputError
@@ -60,15 +61,15 @@ ODD = " \n = The  cat = \n \n\n\tIt's 12345 red\u00a0hats ,\r\n  don't!?\n\n  x 
 def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(make, size, monkeypatch):
     texts = [ODD, "", "  ", ODD + " ".join(sentences(9)), "nospace" * 9]
     whole = [i for t in texts for i in [*make()(t, add_special_tokens=False).input_ids, make().eos_token_id]]
-    monkeypatch.setattr(data, "PIECE", size)
-    assert len(list(data._pieces(ODD))) > 1 and "".join(data._pieces(ODD)) == ODD
+    monkeypatch.setattr(tokens, "PIECE", size)
+    assert len(list(tokens._pieces(ODD))) > 1 and "".join(tokens._pieces(ODD)) == ODD
     assert stream(texts, make()).tolist() == whole
     assert stream(texts, make(), 50).tolist() == whole[:50]
 
 
 def test_of_a_long_text_no_more_is_tokenised_than_the_limit_asks_for(monkeypatch):
     """WikiText-103 is one text of 540 million characters, and a tokenizer keeps 200 bytes of each."""
-    monkeypatch.setattr(data, "PIECE", 100)
+    monkeypatch.setattr(tokens, "PIECE", 100)
     seen = []
 
     class Counting:

@@ -13,7 +13,6 @@ from test_resume import stop_at
 
 from stepdistill.baselines.base import Batch, Learner, Pupils
 from stepdistill.baselines.language import losses
-from stepdistill.baselines.language.data import Tokens, pack
 from stepdistill.baselines.language.memory import Rollouts
 from stepdistill.baselines.language.minillm import (
     MiniLLM,
@@ -24,6 +23,7 @@ from stepdistill.baselines.language.minillm import (
     whiten,
 )
 from stepdistill.baselines.language.models import logits
+from stepdistill.baselines.language.tokens import Tokens, pack
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock

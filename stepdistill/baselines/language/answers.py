@@ -8,9 +8,10 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from stepdistill.baselines.language.data import Pair, ask
 from stepdistill.baselines.language.models import TINY, Decoder
 from stepdistill.baselines.language.problems import Problem
+from stepdistill.baselines.language.texts import Pair
+from stepdistill.baselines.language.tokens import ask
 from stepdistill.baselines.language.traces import answer, sample_all, unopened
 from stepdistill.errors import InputError
 from stepdistill.training.processes import on_cpu

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from stepdistill.baselines.language.data import Pair
 from stepdistill.baselines.language.problems import CLOSE, OPEN, Problem
+from stepdistill.baselines.language.texts import Pair
 from stepdistill.draws import mix
 from stepdistill.errors import InputError
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils, learn
 from stepdistill.baselines.language import encoders, masked
-from stepdistill.baselines.language.data import joined, open_texts
 from stepdistill.baselines.language.losses import kl
 from stepdistill.baselines.language.masked import MaskedModelling, Masking
 from stepdistill.baselines.language.models import check_length, copy_layers, evenly
 from stepdistill.baselines.language.run import save
+from stepdistill.baselines.language.texts import joined, open_texts
 from stepdistill.baselines.reduce import masked_mean, wide
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.errors import InputError

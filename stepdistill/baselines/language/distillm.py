@@ -17,12 +17,13 @@ from torch import nn
 
 from stepdistill.baselines.base import Batch, Lesson, Pupils
 from stepdistill.baselines.language import losses
-from stepdistill.baselines.language.data import Tokens
+from stepdistill.baselines.language.corpus import Corpus
 from stepdistill.baselines.language.generate import coin, evaluating, sample
 from stepdistill.baselines.language.measure import mean_nll
 from stepdistill.baselines.language.memory import Replay
 from stepdistill.baselines.language.models import Decoder, logits
-from stepdistill.baselines.language.run import QUICK, Corpus, DecoderConfig
+from stepdistill.baselines.language.run import QUICK, DecoderConfig
+from stepdistill.baselines.language.tokens import Tokens
 from stepdistill.methods.base import Clock, Loss
 
 

@@ -16,8 +16,9 @@ import torch
 
 from stepdistill.baselines.base import Batch, Lesson, Pupils
 from stepdistill.baselines.language import losses
+from stepdistill.baselines.language.corpus import Corpus
 from stepdistill.baselines.language.models import Decoder, logits
-from stepdistill.baselines.language.run import QUICK, Corpus, DecoderConfig
+from stepdistill.baselines.language.run import QUICK, DecoderConfig
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock, Loss
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
+from accelerate.tracking import filter_trackers
 from datasets import Dataset
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
@@ -31,8 +32,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from stepdistill import files
 from stepdistill.baselines.base import unwrap
-from stepdistill.baselines.language.data import Tokens
 from stepdistill.baselines.language.models import Decoder, positions
+from stepdistill.baselines.language.tokens import Tokens
 from stepdistill.files import replacing
 from stepdistill.training import folder
 from stepdistill.training.processes import on_cpu
@@ -71,6 +72,7 @@ def teach(config: GKDConfig, teacher: Decoder, student: PreTrainedModel, data: T
         record = Record(trainer, config, last)
         trainer.add_callback(record)
         trainer.train(resume_from_checkpoint=last)
+        record.metrics.close()
         for network in (student, teacher.network):  # measured in full precision, as where weights are only loaded
             unwrap(network)
         if state.is_main_process:
@@ -184,8 +186,11 @@ def make_trainer(config: GKDConfig, teacher: Decoder, student: PreTrainedModel, 
         return as_trl(data, [row["place"] for row in rows])
 
     places = Dataset.from_dict({"place": range(len(data))})
-    return Trainer(student, teacher.network, settings, data_collator=collate, train_dataset=places,
-                   processing_class=tokenizer)  # fmt: skip
+    trainer = Trainer(student, teacher.network, settings, data_collator=collate, train_dataset=places,
+                      processing_class=tokenizer)  # fmt: skip
+    trainer.accelerator.project_configuration.set_directories(str(config.out))
+    trainer.accelerator.log_with = filter_trackers(list(config.trackers), config.out)
+    return trainer
 
 
 def as_trl(data: Tokens, indices: list[int]) -> dict[str, Tensor]:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.baselines.base import Batch, Lesson, Pupils
-from stepdistill.baselines.language.data import held_apart, read_file, read_table
 from stepdistill.baselines.language.masked import Lines, surround
+from stepdistill.baselines.language.texts import held_apart, read_file, read_table
 from stepdistill.baselines.reduce import masked_mean, wide
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock, Loss

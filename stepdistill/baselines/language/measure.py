@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from stepdistill import files
 from stepdistill.baselines.language import losses
-from stepdistill.baselines.language.data import Tokens
 from stepdistill.baselines.language.generate import Spoken, sample
 from stepdistill.baselines.language.models import Decoder, logits
+from stepdistill.baselines.language.tokens import Tokens
 from stepdistill.draws import Draws
 
 if TYPE_CHECKING:

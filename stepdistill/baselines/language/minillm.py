@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from stepdistill.baselines.base import Batch, Lesson, Pupils
 from stepdistill.baselines.language import losses
+from stepdistill.baselines.language.corpus import Corpus
 from stepdistill.baselines.language.generate import Spoken, evaluating, sample
 from stepdistill.baselines.language.memory import Rollouts
 from stepdistill.baselines.language.models import Decoder, logits
-from stepdistill.baselines.language.run import QUICK, Corpus, DecoderConfig
+from stepdistill.baselines.language.run import QUICK, DecoderConfig
 from stepdistill.baselines.reduce import masked_mean, wide
 from stepdistill.methods.base import Clock, Loss
 

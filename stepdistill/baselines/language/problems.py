@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from stepdistill.baselines.language.data import held_apart, read_file, read_table
+from stepdistill.baselines.language.texts import held_apart, read_file, read_table
 from stepdistill.errors import InputError
 
 KINDS = "addition, a .jsonl file, or a datasets name (owner/name:config)"

@@ -17,10 +17,11 @@ import torch
 
 from stepdistill.baselines.base import BaselineConfig, Pupils, learn
 from stepdistill.baselines.language import arithmetic
-from stepdistill.baselines.language.data import Pair, Tokens, ask, pair_up, prompt_ids
 from stepdistill.baselines.language.models import Decoder, check_length, make_student, open_decoder
 from stepdistill.baselines.language.problems import Problem, bare_answer, open_problems
 from stepdistill.baselines.language.run import CrossEntropy, save
+from stepdistill.baselines.language.texts import Pair
+from stepdistill.baselines.language.tokens import Tokens, ask, pair_up, prompt_ids
 from stepdistill.baselines.language.traces import answer, keep, sample_all, solved, unopened
 from stepdistill.baselines.less_memory import halved
 from stepdistill.baselines.results import Results, Role, Row, count_parameters

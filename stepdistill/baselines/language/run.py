@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils, learn
+from stepdistill.baselines.base import Batch, Lesson, Pupils, learn
 from stepdistill.baselines.language import losses, measure
-from stepdistill.baselines.language.answers import answered
-from stepdistill.baselines.language.data import Pair, Tokens, ask, begin, joined, open_texts, pack, pair_up, stream
+from stepdistill.baselines.language.corpus import Corpus, CorpusConfig
 from stepdistill.baselines.language.models import (
     TINY,
     Decoder,
@@ -25,8 +24,8 @@ from stepdistill.baselines.language.models import (
     without_dropout,
 )
 from stepdistill.baselines.language.prune import pruned
+from stepdistill.baselines.language.texts import Pair, joined, open_texts
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
-from stepdistill.errors import InputError
 from stepdistill.files import replacing
 from stepdistill.methods.base import Clock, Loss
 
@@ -52,24 +51,7 @@ class CrossEntropy(Lesson):
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """What a run is trained on and measured by.
-
-    Attributes:
-        train, validation: the latter is looked at during training. test: its prompts are continued.
-        text: the held-out text; None where there are prompts with completions, the latter of which are measured.
-        first: tokens that the teacher's tokenizer puts before each text.
-    """
-
-    train: Tokens
-    validation: Tokens
-    test: Tokens
-    text: Tensor | None
-    first: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class DecoderConfig(BaselineConfig):
+class DecoderConfig(CorpusConfig):
     """Flags that the baselines for decoder language models share."""
 
     teacher: str = "tiny"
@@ -78,19 +60,6 @@ class DecoderConfig(BaselineConfig):
     """layers:N or layers:0,2,5 (copied from the teacher), prune:layers=0.2,neurons=0.25 (shares of the teacher that go,
     see minitron), config:KEY=VALUE,... (as the teacher's but for these; random weights), or a model with the teacher's
     tokenizer."""
-    data: str = "avatars"
-    """avatars (captions), a .txt, a .jsonl (text; prompt and completion; or prompt alone, to which the teacher says the
-    completion), wikitext, or a datasets name:config."""
-    test: str | None = None
-    """Of a file: its held-out text. Its own last tenth where not given."""
-    block: int = 64
-    """Tokens of a training sample."""
-    prompt: int = 16
-    """Of these, tokens that generation begins with."""
-    limit: int | None = None
-    """Training samples at most; None for all."""
-    validation: int = 32
-    """The last training samples, that are held out."""
     teacher_steps: int = 2000
     """Updates of a tiny teacher. Few, and a control that goes on where it ended is soon ahead of it."""
     correction_steps: int = 0
@@ -98,14 +67,6 @@ class DecoderConfig(BaselineConfig):
     control gets used to a text unlike those that the teacher knows; a student only as far as its teacher has."""
     teacher_learning_rate: float | None = None
     """Of either, at the plateau; the student's where not given."""
-    window: int | None = None
-    """Tokens of the held-out text that are seen at once; a block where not given, as no more were seen in training."""
-    stride: int | None = None
-    """Tokens by which that window moves; half of it where not given."""
-    test_tokens: int | None = 20_000
-    """Tokens of the held-out text, or a hundredth as many held-out prompts, at most; None for all."""
-    shown: int = 16
-    """Held-out prompts that all continue: for generations.md, and for the divergence on the student's own text."""
     beside: Path | None = None
     """Another method's run of the same settings: its trained teacher and its controls are taken, not trained again."""
 
@@ -149,21 +110,9 @@ class DecoderConfig(BaselineConfig):
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()
-        self.require("block", "prompt", "validation", "teacher_steps", "window", "stride", "shown", least=1)
+        self.require("teacher_steps", least=1)
         self.require("correction_steps", least=0)
         self.require("teacher_learning_rate", above=0, fix="leave it out for the student's")
-        sizes = {"block": self.block, "prompt": self.prompt} | self.windows
-        for name, most in (("prompt", "block"), ("stride", "window")):
-            if not sizes[name] < sizes[most]:
-                got, top = sizes[name], sizes[most]
-                raise InputError(f"{name}: got {got}; allowed: below {top}, the {most}; lower it, or raise --{most}")
-        self.require("limit", "test_tokens", least=2, fix="leave it out for all")
-
-    @property
-    def windows(self) -> dict[str, int]:
-        """`window` and `stride` as they are where not given."""
-        window = self.block if self.window is None else self.window
-        return {"window": window, "stride": window // 2 if self.stride is None else self.stride}
 
     @property
     def shared(self) -> DecoderConfig:
@@ -180,7 +129,7 @@ class DecoderConfig(BaselineConfig):
 
         self.check()
         texts = [open_texts(self.data, split, test=self.test) for split in ("train", "test")]
-        state = PartialState(cpu=on_cpu())
+        state, shared = PartialState(cpu=on_cpu()), self.shared
         teacher = open_decoder(self.teacher, joined(texts[0]), seed=self.seed)
         teacher.network.to(state.device)
         corpus = self.open_corpus(*texts, teacher)
@@ -189,16 +138,16 @@ class DecoderConfig(BaselineConfig):
             needed = max(self.block, 0 if corpus.text is None else self.windows["window"] + len(corpus.first))
             check_length(network, needed, "block, window")
         if not self.dry_run and any(isinstance(t, Pair) and t.completion is None for part in texts for t in part):
-            corpus = self.open_corpus(*self._answered(texts, teacher), teacher)
+            corpus = self.open_corpus(*self.answered(texts, teacher, shared.out), teacher)
             first = self.make_student(teacher, corpus, self.seeds[0]).to(state.device)
 
-        shared, spent = self.shared, None
+        spent = None
         if steps := self.teacher_steps if self.teacher in TINY else self.correction_steps:
             rate = self.teacher_learning_rate or self.learning_rate
             config = shared.part("teacher", max_train_steps=steps, learning_rate=rate)
             spent = learn(CrossEntropy(), Pupils(teacher.network), corpus.train, config)
             first = self.make_student(teacher, corpus, self.seeds[0]).to(state.device)  # of the trained one
-        results = Results(self.NAME, "nll", False, self._over(corpus), note=measure.NOTE)
+        results = Results(self.NAME, "nll", False, self.held_out(corpus), note=measure.NOTE)
         said: dict[str, list[str]] = {}
 
         def row(role: Role, name: str, network: nn.Module, seconds: float | None, seed: int | None = None) -> None:
@@ -235,52 +184,6 @@ class DecoderConfig(BaselineConfig):
             prompts = corpus.test.ids[: self.shown, : self.prompt], corpus.test.attention[: self.shown, : self.prompt]
             measure.write_generations(self.out / "generations.md", measure.decode(teacher.tokenizer, *prompts), said)
         return results
-
-    def open_corpus(self, train: list[str] | list[Pair], test: list[str] | list[Pair], teacher: Decoder) -> Corpus:
-        """Texts as tokens, packed, or prompts with their completions.
-
-        Raises:
-            InputError: there is less than one block of them, or nothing is left to train on.
-        """
-        tokenizer = teacher.tokenizer
-        if isinstance(train[0], Pair):
-            sizes = {"prompt": self.prompt, "completion": self.block - self.prompt}
-            rows, held = (
-                pair_up([Pair(ask(tokenizer, p.prompt), p.completion or "") for p in pairs], tokenizer, **sizes)
-                for pairs in (train[: self.limit], test[: self._most])
-            )
-            text = None
-        else:
-            rows = pack(train, tokenizer, self.block, prompt=self.prompt, limit=self.limit)
-            text = stream(test, tokenizer, self.test_tokens)
-            held = pack(test, tokenizer, self.block, prompt=self.prompt, limit=self.shown)
-        if len(rows) <= self.validation:
-            raise InputError(
-                f"corpus: got {len(rows)} training samples of {self.block} tokens in {self.data}; allowed: more than "
-                f"{self.validation}, the held-out ones; give more text, or lower --block or --validation"
-            )
-        first = tuple(begin(tokenizer))
-        return Corpus(rows[: -self.validation], rows[-self.validation :], held, text, first)
-
-    @property
-    def _most(self) -> int | None:
-        """Held-out prompts, at most."""
-        return None if self.test_tokens is None else max(self.test_tokens // 100, 1)
-
-    def _answered(self, texts: list[list[Pair]], teacher: Decoder) -> list[list[Pair]]:
-        """Both splits; to prompts alone the teacher says the completions, once, and before anything is trained."""
-        given = zip(("train", "test"), texts, (self.limit, self._most), strict=True)
-        return [
-            answered(pairs[:most], teacher, self.shared.out / f"answers-{name}.jsonl", new=self.block - self.prompt,
-                     seed=self.seed)
-            for name, pairs, most in given
-        ]  # fmt: skip
-
-    def _over(self, corpus: Corpus) -> str:
-        if corpus.text is None:
-            return f"{len(corpus.test):,} held-out completions of {self.data}"
-        over = "windows of {window} at stride {stride}".format(**self.windows)
-        return f"{len(corpus.text):,} held-out tokens of {self.data}, {over}"
 
     def _measure(self, network: nn.Module, teacher: Decoder, corpus: Corpus) -> tuple[dict[str, float], list[str]]:
         """The figures of a network, and how it goes on from the held-out prompts."""

@@ -16,12 +16,12 @@ import torch
 
 from stepdistill.baselines.base import BaselineConfig, Pupils, learn
 from stepdistill.baselines.language import encoders, masked
-from stepdistill.baselines.language.data import joined, open_texts
 from stepdistill.baselines.language.labelled import Classifier, Classify, Labelled, open_task, told_class
 from stepdistill.baselines.language.layers import Answers, Layers, Projections
 from stepdistill.baselines.language.masked import Lines, MaskedLM, MaskedModelling, Masking
 from stepdistill.baselines.language.models import check_length, plain
 from stepdistill.baselines.language.run import save
+from stepdistill.baselines.language.texts import joined, open_texts
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.errors import InputError
 

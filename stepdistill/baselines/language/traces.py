@@ -14,10 +14,10 @@ import torch
 from tqdm import tqdm
 
 from stepdistill import files
-from stepdistill.baselines.language.data import ask, prompt_ids
 from stepdistill.baselines.language.generate import sample
 from stepdistill.baselines.language.models import Decoder
 from stepdistill.baselines.language.problems import CLOSE, OPEN, Problem, right
+from stepdistill.baselines.language.tokens import ask, prompt_ids
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 

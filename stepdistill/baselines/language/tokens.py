@@ -1,46 +1,25 @@
-"""Texts as tokens: packed to blocks, or prompts with completions; what counts is said by a mask, never by a token.
-
-avatars              the captions of the embedded set, a text each
-FILE.txt             one text; its last tenth is held out where --test names none
-FILE.jsonl           a text a line ("text"), or a prompt and its completion ("prompt", "completion"), or prompts alone
-wikitext             WikiText-2, through `datasets`
-owner/name:config    any other `datasets` name, with a column "text"
-"""
+"""Texts as tokens: packed to blocks, or prompts with completions; what counts is said by a mask, never by a token."""
 
 from __future__ import annotations
 
-import json
 import re
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stepdistill.baselines.language.texts import Pair
 from stepdistill.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-KINDS = "avatars, a .txt or .jsonl file, wikitext, or a datasets name (owner/name:config)"
-WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
-T = TypeVar("T")
 PIECE = 1 << 18  # characters that are tokenised at once: what the tokenizer remembers of each is 200 times as large
 _CUT = re.compile(r"(?<=\S)(?= )")
-HELD_OUT = 0.1  # of a file that has no test file beside it
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A prompt and what comes after it; None where a teacher is yet to say that."""
-
-    prompt: str
-    completion: str | None
 
 
 @dataclass(frozen=True)
@@ -67,40 +46,6 @@ class Tokens:
     def batch(self, indices: list[int]) -> dict[str, Tensor]:
         """`ids`, `attention` and `counts` of these rows, (B, S) each."""
         return {"ids": self.ids[indices], "attention": self.attention[indices], "counts": self.counts[indices]}
-
-
-def open_texts(spec: str, split: str, *, test: str | None = None) -> list[str] | list[Pair]:
-    """The texts, or pairs, of a split.
-
-    Args:
-        spec: see above. split: train or test. test: of a file, the one that is held out.
-
-    Raises:
-        InputError: there is no such text, or it is empty.
-    """
-    if spec == "avatars":
-        from stepdistill.data import avatars
-
-        return avatars.load(split).captions
-    path = Path(spec).expanduser()
-    if path.suffix in (".txt", ".jsonl"):
-        other = test is not None and split == "test"
-        path, flag = (Path(test).expanduser(), "--test") if other else (path, "--data")
-        found = read_file(path, partial(_parse, path), flag, KINDS)
-        if test is None:
-            found = _cut(found, split)
-    elif path.exists() or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
-        raise InputError(f"--data: got {spec}, which is no text; allowed: {KINDS}")
-    else:
-        found = _dataset(WIKITEXT if spec == "wikitext" else spec, split)
-    if not any(_said(text).strip() for text in found):
-        raise InputError(f"--data: got {spec}, whose {split} text is empty; allowed: {KINDS}")
-    return found
-
-
-def joined(texts: Sequence[str | Pair]) -> list[str]:
-    """Texts, of pairs the prompt and its completion, if it has one, in one."""
-    return [f"{text.prompt}{text.completion or ''}" if isinstance(text, Pair) else text for text in texts]
 
 
 def begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -195,44 +140,6 @@ def pair_up(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, *, prompt
     return Tokens(ids, attention, counts, prompt)
 
 
-def read_file(path: Path, parse: Callable[[str], T], flag: str, allowed: str) -> T:
-    """What `parse` makes of a text file.
-
-    Args:
-        flag, allowed: for the message.
-
-    Raises:
-        InputError: it cannot be read, or `parse` does not take what is in it.
-    """
-    try:
-        return parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:80]
-        raise InputError(f"{flag}: got {path}, which cannot be read ({reason}); allowed: {allowed}") from error
-
-
-def read_table(spec: str, split: str, flag: str, allowed: str):
-    """A split of a `datasets` name, or name:configuration.
-
-    Raises:
-        InputError: it could not be loaded.
-    """
-    from datasets import load_dataset
-
-    name, _, config = spec.partition(":")
-    try:
-        return load_dataset(name, config or None, split=split)
-    except Exception as error:  # what it raises differs by what is missing
-        reason = " ".join(str(error).split())[:80]
-        raise InputError(f"{flag}: got {spec}, which could not be loaded ({reason}); allowed: {allowed}") from error
-
-
-def held_apart(rows: list[T]) -> tuple[list[T], list[T]]:
-    """All but the last tenth, and that."""
-    place = round(len(rows) * (1 - HELD_OUT))
-    return rows[:place], rows[place:]
-
-
 def _tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     for text in texts:
         for piece in _pieces(text):
@@ -250,38 +157,3 @@ def _pieces(text: str) -> Iterator[str]:
         end = cut.start() if cut else len(text)
         yield text[first:end]
         first = end
-
-
-def _parse(path: Path, text: str) -> list[str] | list[Pair]:
-    return [text] if path.suffix == ".txt" else [_row(json.loads(line)) for line in text.splitlines() if line]
-
-
-def _cut(texts: list[str] | list[Pair], split: str) -> list[str] | list[Pair]:
-    """The part of one file's texts that is this split's; one text alone is cut at the end of a line."""
-    if len(texts) == 1 and isinstance(texts[0], str):
-        text = texts[0]
-        place = text.find("\n", round(len(text) * (1 - HELD_OUT))) + 1 or len(text)
-        return [text[:place] if split == "train" else text[place:]]
-    return held_apart(texts)[split != "train"]
-
-
-def _row(row: dict) -> str | Pair:
-    asked = "prompt" in row
-    said = [row["prompt"], row.get("completion")] if asked else [row["text"]]
-    if strange := [value for value in said if not isinstance(value, str) and (value is not None or not asked)]:
-        raise TypeError(f"{json.dumps(strange[0])} is no text")
-    return Pair(*said) if asked else said[0]
-
-
-def _said(text: str | Pair) -> str:
-    """What is learnt of a text, or of a pair: of a prompt alone, what is said to it."""
-    if isinstance(text, str):
-        return text
-    return text.prompt if text.completion is None else text.completion
-
-
-def _dataset(spec: str, split: str) -> list[str]:
-    rows = read_table(spec, split, "--data", KINDS)
-    if "text" not in rows.column_names:
-        raise InputError(f"--data: got {spec} with columns {', '.join(rows.column_names)}; allowed: one named text")
-    return ["".join(rows["text"])] if "wikitext" in spec.partition(":")[0] else list(rows["text"])

@@ -1,0 +1,123 @@
+"""What a decoder is trained on and measured by: texts of wherever, as the tokens of its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from stepdistill.baselines.base import BaselineConfig
+from stepdistill.baselines.language.answers import answered
+from stepdistill.baselines.language.models import Decoder
+from stepdistill.baselines.language.texts import Pair
+from stepdistill.baselines.language.tokens import Tokens, ask, begin, pack, pair_up, stream
+from stepdistill.errors import InputError
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a run is trained on and measured by.
+
+    Attributes:
+        train, validation: the latter is looked at during training. test: its prompts are continued.
+        text: the held-out text; None where there are prompts with completions, the latter of which are measured.
+        first: tokens that the teacher's tokenizer puts before each text.
+    """
+
+    train: Tokens
+    validation: Tokens
+    test: Tokens
+    text: Tensor | None
+    first: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class CorpusConfig(BaselineConfig):
+    """Flags that say what that is."""
+
+    data: str = "avatars"
+    """avatars (captions), a .txt, a .jsonl (text; prompt and completion; or prompt alone, to which the teacher says the
+    completion), wikitext, or a datasets name:config."""
+    test: str | None = None
+    """Of a file: its held-out text. Its own last tenth where not given."""
+    block: int = 64
+    """Tokens of a training sample."""
+    prompt: int = 16
+    """Of these, tokens that generation begins with."""
+    limit: int | None = None
+    """Training samples at most; None for all."""
+    validation: int = 32
+    """The last training samples, that are held out."""
+    window: int | None = None
+    """Tokens of the held-out text that are seen at once; a block where not given, as no more were seen in training."""
+    stride: int | None = None
+    """Tokens by which that window moves; half of it where not given."""
+    test_tokens: int | None = 20_000
+    """Tokens of the held-out text, or a hundredth as many held-out prompts, at most; None for all."""
+    shown: int = 16
+    """Held-out prompts that all continue: for generations.md, and for the divergence on the student's own text."""
+
+    def check(self) -> None:
+        """See LoopConfig.check."""
+        super().check()
+        self.require("block", "prompt", "validation", "window", "stride", "shown", least=1)
+        sizes = {"block": self.block, "prompt": self.prompt} | self.windows
+        for name, most in (("prompt", "block"), ("stride", "window")):
+            if not sizes[name] < sizes[most]:
+                got, top = sizes[name], sizes[most]
+                raise InputError(f"{name}: got {got}; allowed: below {top}, the {most}; lower it, or raise --{most}")
+        self.require("limit", "test_tokens", least=2, fix="leave it out for all")
+
+    @property
+    def windows(self) -> dict[str, int]:
+        """`window` and `stride` as they are where not given."""
+        window = self.block if self.window is None else self.window
+        return {"window": window, "stride": window // 2 if self.stride is None else self.stride}
+
+    def open_corpus(self, train: list[str] | list[Pair], test: list[str] | list[Pair], teacher: Decoder) -> Corpus:
+        """Texts as tokens, packed, or prompts with their completions.
+
+        Raises:
+            InputError: there is less than one block of them, or nothing is left to train on.
+        """
+        tokenizer = teacher.tokenizer
+        if isinstance(train[0], Pair):
+            sizes = {"prompt": self.prompt, "completion": self.block - self.prompt}
+            rows, held = (
+                pair_up([Pair(ask(tokenizer, p.prompt), p.completion or "") for p in pairs], tokenizer, **sizes)
+                for pairs in (train[: self.limit], test[: self._most])
+            )
+            text = None
+        else:
+            rows = pack(train, tokenizer, self.block, prompt=self.prompt, limit=self.limit)
+            text = stream(test, tokenizer, self.test_tokens)
+            held = pack(test, tokenizer, self.block, prompt=self.prompt, limit=self.shown)
+        if len(rows) <= self.validation:
+            raise InputError(
+                f"corpus: got {len(rows)} training samples of {self.block} tokens in {self.data}; allowed: more than "
+                f"{self.validation}, the held-out ones; give more text, or lower --block or --validation"
+            )
+        first = tuple(begin(tokenizer))
+        return Corpus(rows[: -self.validation], rows[-self.validation :], held, text, first)
+
+    @property
+    def _most(self) -> int | None:
+        """Held-out prompts, at most."""
+        return None if self.test_tokens is None else max(self.test_tokens // 100, 1)
+
+    def answered(self, texts: list[list[Pair]], teacher: Decoder, folder: Path) -> list[list[Pair]]:
+        """Both splits; to prompts alone the teacher says the completions, once, which a folder keeps."""
+        given = zip(("train", "test"), texts, (self.limit, self._most), strict=True)
+        return [
+            answered(pairs[:most], teacher, folder / f"answers-{name}.jsonl", new=self.block - self.prompt,
+                     seed=self.seed)
+            for name, pairs, most in given
+        ]  # fmt: skip
+
+    def held_out(self, corpus: Corpus) -> str:
+        """What is measured, in words."""
+        if corpus.text is None:
+            return f"{len(corpus.test):,} held-out completions of {self.data}"
+        over = "windows of {window} at stride {stride}".format(**self.windows)
+        return f"{len(corpus.text):,} held-out tokens of {self.data}, {over}"
