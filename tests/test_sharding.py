@@ -1,19 +1,22 @@
-"""FSDP2: two processes with the frozen weights divided learn what one process learns, and export the same."""
+"""FSDP2: two processes with their weights divided learn what one process learns, and export the same."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from safetensors.torch import load_file
 from test_trainer import environment, in_two_processes
 
 from stepdistill.errors import InputError
 from stepdistill.training import sharding
+from stepdistill.training.lcm import LCMConfig
 
 SCRIPTS = Path(__file__).parent.parent / "train_scripts"
 RUNS = {
@@ -21,6 +24,7 @@ RUNS = {
     "lcm of flux": ("train_lcm_lora", "flux", ("--own-share", "0.5", "--gradient-accumulation", "2")),
     "ladd of sd3": ("train_ladd", "sd3", ("--gradient-checkpointing",)),
     "ladd of pixart": ("train_ladd", "pixart", ()),
+    "full ladd of sd3": ("train_ladd", "sd3", ("--no-lora", "--gradient-checkpointing", "--export-ema", "0.5")),
 }
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 DIVIDED = """
@@ -30,12 +34,12 @@ from stepdistill.training import trainer
 
 own = trainer.Trainer._fit
 def fit(self):
-    frozen = [p for p in self.backbone.parameters() if not p.requires_grad]
+    frozen = [p for p in self.models.teacher.backbone.parameters() if not p.requires_grad]
     trained = list(self.models.trained["student"].values())
     assert frozen and all(isinstance(p, DTensor) for p in frozen)
-    held = sum(p.to_local().numel() for p in frozen)
-    assert held <= 0.6 * sum(p.numel() for p in frozen)
-    assert trained and not any(isinstance(p, DTensor) for p in trained)
+    divided = frozen if self.config.lora else [*frozen, *trained]
+    assert sum(p.to_local().numel() for p in divided) <= 0.6 * sum(p.numel() for p in divided)
+    assert trained and {isinstance(p, DTensor) for p in trained} == {not self.config.lora}
     return own(self)
 trainer.Trainer._fit = fit
 """
@@ -44,6 +48,12 @@ trainer.Trainer._fit = fit
 def losses(out: Path) -> list[dict]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in ("update", "seconds_per_update")} for row in rows]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of an adapter's folder, or of a pipeline's network."""
+    files = [folder / "pytorch_lora_weights.safetensors", *folder.glob("*/diffusion_pytorch_model.safetensors")]
+    return load_file(next(file for file in files if file.exists() and file.parent.name != "vae"))
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -68,11 +78,33 @@ def test_divided_weights_give_the_losses_and_the_export_of_whole_ones(tmp_path, 
     assert len(mine) == len(theirs) == 4
     for ours, others in zip(mine, theirs, strict=True):
         assert others == pytest.approx(ours, rel=1e-5, abs=1e-6)
-    a, b = (load_file(next((tmp_path / n / "export").glob("*.safetensors"))) for n in ("one", "two"))
+    a, b, before = weights(tmp_path / "one" / "export"), weights(tmp_path / "two" / "export"), weights(Path(folder))
     assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
-    assert any(value.abs().max() > 1e-4 for key, value in b.items() if "lora_B" in key)
+    assert any((value - before.get(key, 0)).abs().max() > 1e-4 for key, value in b.items() if "lora_A" not in key)
     grids = [sorted(f.name for f in (tmp_path / n).glob("validation/*")) for n in ("one", "two")]
     assert grids[0] == grids[1] and len(grids[0]) == 2 * ("--validate-every" in flags)
+
+
+def test_a_full_run_goes_on_divided_from_where_it_was_whole(tmp_path, pictures, monkeypatch):
+    """Checkpoints hold whole tensors, of weights, averages and optimizer, whoever wrote them."""
+    folder = str(tiny.save(tmp_path / "teacher", "sd"))
+    words = [
+        "--teacher", folder, "--data", pictures, "--no-lora", "--max-train-steps", "4", "--adam-epsilon", "1e-3",
+        "--learning-rate", "1e-3", "--checkpoint-every", "2", "--validate-every", "2", "--export-ema", "0.5",
+        "--gradient-accumulation", "2", "--log-every", "1",
+    ]  # fmt: skip
+    script = str(SCRIPTS / "train_lcm.py")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    one = [sys.executable, script, *words, "--out", str(whole), "--batch-size", "4"]
+    subprocess.run(one, env=environment(), check=True, capture_output=True)
+    shutil.copytree(whole, cut, ignore=shutil.ignore_patterns("export", "done.json", "step-00000004"))
+    for key, value in FSDP.items():
+        monkeypatch.setenv(key, value)
+    in_two_processes([sys.executable, script, *words, "--out", str(cut), "--batch-size", "2"])
+    assert losses(cut)[2:] == [pytest.approx(row, rel=1e-5, abs=1e-6) for row in losses(whole)[2:]]
+    for place in ("export/unet/diffusion_pytorch_model", "checkpoints/step-00000004/state"):
+        a, b = (load_file(out / f"{place}.safetensors") for out in (whole, cut))
+        assert a.keys() == b.keys() and max((a[k].float() - b[k].float()).abs().max().item() for k in a) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -80,20 +112,20 @@ def test_divided_weights_give_the_losses_and_the_export_of_whole_ones(tmp_path, 
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, True, "accelerate: got DEEPSPEED, whose engine holds one network"),
         ({"ACCELERATE_USE_FSDP": "true"}, True, "accelerate: got FSDP of version 1; allowed: 2; set fsdp_version: 2"),
-        (FSDP, False, "accelerate: got FSDP2 with --no-lora; allowed: a LoRA"),
+        (FSDP, False, "mixed_precision: got fp16 for a full student under FSDP2; allowed there: bf16 or no; or a LoRA"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(monkeypatch, told, lora, message):
     for key, value in told.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(InputError, match=message):
-        sharding.check(lora)
+        sharding.check(LCMConfig(teacher="", out=Path(), lora=lora, mixed_precision="fp16"))
 
 
 def test_nothing_is_divided_unasked(monkeypatch):
     for key in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         monkeypatch.delenv(key, raising=False)
-    assert not sharding.check(True) and not sharding.check(False)
+    assert not any(sharding.check(LCMConfig(teacher="", out=Path(), lora=lora)) for lora in (True, False))
 
 
 def test_the_shipped_launcher_settings_are_accelerates_own_and_ask_for_what_they_say():

@@ -1,7 +1,7 @@
 """Exponential moving averages of trained parameters, which can stand in for them.
 
 One mechanism serves a consistency target and averaged weights for export: the network is called with the averages in
-place of its parameters, so no second network is kept.
+place of its parameters, so no second network is kept. Divided parameters (sharding.py) have divided averages.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from stepdistill.training.sharding import own
 
 
 class Averages:
@@ -25,20 +28,35 @@ class Averages:
         self.parameters = parameters
         self.decay = decay
         self.values: dict[str, Tensor] = {name: p.detach().clone() for name, p in parameters.items()}
+        self._placed = False
 
     @torch.no_grad()
     def update(self) -> None:
         """One step towards the parameters."""
-        torch._foreach_lerp_(list(self.values.values()), [p.detach() for p in self.parameters.values()], 1 - self.decay)
+        pairs = [(own(self.values[name]), own(p.detach())) for name, p in self.parameters.items()]
+        torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - self.decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within, the network has the averages for weights. Only for calls without gradients."""
-        own = {name: p.data for name, p in self.parameters.items()}
+        if self._placed:
+            yield
+            return
+        self._exchange()
         try:
-            for name, p in self.parameters.items():
-                p.data = self.values[name]
             yield
         finally:
-            for name, p in self.parameters.items():
-                p.data = own[name]
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Parameters and averages change places. Of divided ones the values do: what is gathered is kept elsewhere."""
+        self._placed = not self._placed
+        for name, p in self.parameters.items():
+            if isinstance(p, DTensor):
+                mine, average = own(p), own(self.values[name])
+                before = mine.clone()
+                mine.copy_(average)
+                average.copy_(before)
+            else:
+                p.data, self.values[name] = self.values[name], p.data

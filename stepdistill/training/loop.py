@@ -238,9 +238,10 @@ class Loop:
         return {role: dict(module.named_buffers()) for role, module in self.models.others.items()}
 
     def _state(self) -> dict:
+        """All that a run goes on from, on the main process; divided tensors are gathered there."""
         averages = {"averages": self.models.averages, "exported": self.models.exported}
         scaler = getattr(self.accelerator, "scaler", None)
-        return {
+        state = {
             "trained": {role: {k: p.detach() for k, p in group.items()} for role, group in self.models.trained.items()},
             "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
             "buffers": self._buffers(),
@@ -248,16 +249,19 @@ class Loop:
             "seconds": self.seconds,
             "scaler": scaler.state_dict() if scaler is not None else {},
         }
+        return sharding.gather(state, self.accelerator.is_main_process)
 
     def _save(self) -> None:
-        weights = [p.detach().float().sum() for group in self.models.trained.values() for p in group.values()]
-        if not math.isfinite(torch.stack(weights).sum().item()):
+        weights = [sharding.own(p.detach()) for group in self.models.trained.values() for p in group.values()]
+        total = torch.stack([w.float().sum() for w in weights]).sum()
+        if not math.isfinite(self.accelerator.reduce(total, "sum").item()):
             raise InputError(
                 f"weights: got a value that is not finite at update {self.update}; the last checkpoint is kept; lower "
                 "--learning-rate, or use --mixed-precision bf16 or no"
             )
+        state = self._state()
         if self.accelerator.is_main_process:
-            checkpoint.save(self.out / "checkpoints", self.update, self._state())
+            checkpoint.save(self.out / "checkpoints", self.update, state)
         self.accelerator.wait_for_everyone()
 
     @torch.no_grad()
@@ -276,9 +280,14 @@ class Loop:
         ]
         for tensors, saved in places:
             for name, tensor in tensors.items():
-                tensor.copy_(saved[name])
+                tensor.copy_(sharding.like(saved[name], tensor))
         for role, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][role])
+            saved, group = state["optimizers"][role], list(self.models.trained[role].values())
+            for place, of in saved["state"].items():
+                of.update(
+                    {k: sharding.like(v, group[place]) for k, v in of.items() if isinstance(v, Tensor) and v.ndim}
+                )
+            optimizer.load_state_dict(saved)
         if state["scaler"] and getattr(self.accelerator, "scaler", None) is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.accelerator.print(f"resuming at update {self.update}")

@@ -328,12 +328,14 @@ def full_models(
     export_decay: float = 0.0,
     others: dict[str, nn.Module] | None = None,
     dtype: torch.dtype | None = None,
+    divide: Callable[[nn.Module], None] | None = None,
 ) -> Models:
     """A student that is a copy of the teacher, all its weights trained in float32; with `embed_guidance`, told its w.
 
     Args:
         student_kind: what the student predicts; None is what the teacher does.
         dtype: that the teacher's weights are kept in from now on; None leaves them.
+        divide: done to both networks before their parameters are taken note of.
     """
     backbone = copy.deepcopy(teacher.backbone)
     if embed_guidance and not teacher.takes_guidance:
@@ -355,4 +357,7 @@ def full_models(
     student = type(teacher)(backbone, teacher.schedule, student_kind or teacher.kind)
     student.sample_shape, student.grid = teacher.sample_shape, teacher.grid
     keep_in(dtype, teacher.backbone.requires_grad_(False))
+    if divide is not None:
+        divide(teacher.backbone)
+        divide(backbone)
     return Models(teacher, student, others=others, target_decay=target_decay, export_decay=export_decay)

@@ -48,7 +48,7 @@ def begin(config: TrainConfig):
 
     config.check()
     _ = config.samples  # that there are any
-    sharding.check(config.lora)
+    sharding.check(config)
     with sharding.kept_from_accelerate():
         state = PartialState(cpu=on_cpu())
     folder.claim(config, state.num_processes, write=False)

@@ -1,10 +1,12 @@
-"""Frozen weights divided among the processes: FSDP2 for students that are adapters.
+"""Weights divided among the processes: FSDP2.
 
     accelerate launch --config_file train_scripts/configs/accelerate/fsdp2.yaml train_scripts/train_ladd.py ...
 
-What is large in a LoRA's training is the network under it. Its weights are divided by torch's `fully_shard` (Zhao et
-al. 2023), block by block, gathered when a block is called and dropped after it. The adapter, its averages and its
-optimizer are whole in every process and its gradients averaged: checkpoints, targets and exports stay what they are.
+Weights are divided by torch's `fully_shard` (Zhao et al. 2023), block by block, gathered when a block is called and
+dropped after it. Of a LoRA, what is large is the frozen network under it: that is divided, while the adapter, its
+averages and its optimizer are whole in every process and its gradients averaged. Of a full student everything is
+divided: its weights, gradients, averages and optimizer, and the teacher. Checkpoints and exports hold whole tensors
+either way, so that a run may go on over more processes or fewer, divided or not.
 """
 
 from __future__ import annotations
@@ -12,12 +14,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stepdistill.errors import InputError
+
+if TYPE_CHECKING:
+    from stepdistill.training.config import TrainConfig
 
 YES = ("1", "true", "yes", "on")
 
@@ -44,17 +51,16 @@ def asked_for() -> bool:
     return True
 
 
-def check(lora: bool) -> bool:
-    """`asked_for`, for a student of this kind.
+def check(config: TrainConfig) -> bool:
+    """`asked_for`, for such a run.
 
     Raises:
-        InputError: see there; or the student is no adapter.
+        InputError: see there; or a full student is to have an optimizer, or a precision, for whole weights alone.
     """
-    if asked_for() and not lora:
-        raise InputError(
-            "accelerate: got FSDP2 with --no-lora; allowed: a LoRA, whose frozen weights are divided; leave --no-lora "
-            "out, or launch with train_scripts/configs/accelerate/eight_gpus.yaml"
-        )
+    if asked_for() and not config.lora:
+        for name, bad, fix in (("optimizer", "adamw8bit", "adamw"), ("mixed_precision", "fp16", "bf16 or no")):
+            if getattr(config, name) == bad:
+                raise InputError(f"{name}: got {bad} for a full student under FSDP2; allowed there: {fix}; or a LoRA")
     return asked_for()
 
 
@@ -69,11 +75,14 @@ def kept_from_accelerate() -> Iterator[None]:
             os.environ["ACCELERATE_USE_FSDP"] = told
 
 
-def divide(backbone: nn.Module, device: torch.device) -> None:
-    """Divides the frozen weights of a network among all processes, in place: its blocks each, then what is left.
+def divide(backbone: nn.Module, device: torch.device, *, adapted: bool) -> None:
+    """Divides the weights of a network among all processes, in place: its blocks each, then what is left.
 
-    A block is what its class calls one (diffusers' `_no_split_modules`). Weights that are trained are left whole. Until
-    it is divided the network is whole in every process, so one device must hold it.
+    A block is what its class calls one (diffusers' `_no_split_modules`). A network that is on the CPU until then goes
+    to the device block by block, and need never be there whole.
+
+    Args:
+        adapted: weights that are trained are an adapter's, and left whole.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -82,10 +91,14 @@ def divide(backbone: nn.Module, device: torch.device) -> None:
     blocks = [m for m in backbone.modules() if type(m).__name__ in kinds]
     settings = {
         "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
-        "ignored_params": {p for p in backbone.parameters() if p.requires_grad},
+        "ignored_params": {p for p in backbone.parameters() if adapted and p.requires_grad},
     }
-    for module in (*reversed(blocks), backbone):  # the innermost first
+    for module in reversed(blocks):  # the innermost first
         fully_shard(module, **settings)
+    # What is left of a trained network is dropped after a call, too: the next may have averages in place. That of a
+    # frozen one stays, since gradients may come to it from blocks alone, which nothing in its output announces.
+    trained = not adapted and any(p.requires_grad for p in backbone.parameters())
+    fully_shard(backbone, reshard_after_forward=True if trained else None, **settings)
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
@@ -99,3 +112,49 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
         dist.all_reduce(flat)
         parts = flat.split([gradient.numel() for gradient in gradients])
         torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+
+def own(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be divided, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gather(tree: object, keep: bool) -> object:
+    """Nested dictionaries and lists with every divided tensor whole and on the CPU. All processes must call it.
+
+    Args:
+        keep: whether this one gets them; the others have None in their places.
+    """
+    if isinstance(tree, DTensor):
+        whole = tree.full_tensor()
+        return whole.detach().cpu() if keep else None
+    if isinstance(tree, dict):
+        return {key: gather(value, keep) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [gather(value, keep) for value in tree]
+    return tree
+
+
+def like(whole: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor, which every process has, divided as another one is."""
+    if not isinstance(tensor, DTensor):
+        return whole
+    on_device = whole.to(tensor.device)
+    return distribute_tensor(on_device, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def gathered(backbone: nn.Module, keep: bool) -> nn.Module | None:
+    """A copy of a divided network with all its weights, on the CPU. All processes must call it.
+
+    Args:
+        keep: whether this one gets it; the others get None.
+    """
+    from accelerate import init_empty_weights
+
+    weights = gather(backbone.state_dict(), keep)
+    if not keep:
+        return None
+    with init_empty_weights(include_buffers=False):
+        copied = type(backbone).from_config(backbone.config)
+    copied.load_state_dict(weights, assign=True)
+    return copied

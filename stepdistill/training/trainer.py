@@ -7,7 +7,7 @@ The updates, checkpoints and logs are loop.py's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -51,7 +51,7 @@ class Trainer(Loop):
         self, method: Method, teacher: Teacher, data, config: TrainConfig, models: Models | None = None,
         target: Path | None = None,
     ) -> None:  # fmt: skip
-        sharded = sharding.check(config.lora)
+        sharded = sharding.check(config)
         if len(data) < 1:
             raise InputError("data: got no samples; allowed: one or more")
         super().__init__(method, config)
@@ -59,9 +59,9 @@ class Trainer(Loop):
         self._target = target or self.out / "export"
         self.sharded = sharded and self.accelerator.num_processes > 1
         if teacher is not None:
-            teacher.denoiser.to(self.device)
+            teacher.denoiser.to("cpu" if self.divided else self.device)
             move_coders(teacher, "cpu")
-        self.models = models or build_models(method, teacher, config)
+        self.models = models or build_models(method, teacher, config, divide=self._divide if self.divided else None)
         for module in self.models.others.values():
             module.to(self.device)
         self.backbone = self.models.student.backbone  # as it is, before it is wrapped
@@ -79,6 +79,14 @@ class Trainer(Loop):
         """The export folder; `<out>/export` where no other was given."""
         return self._target
 
+    @property
+    def divided(self) -> bool:
+        """Whether what is trained is divided among the processes, and not only what is frozen."""
+        return self.sharded and not self.config.lora
+
+    def _divide(self, network: nn.Module) -> None:
+        sharding.divide(network, self.device, adapted=self.config.lora)
+
     def _prepare(self) -> None:
         """Wraps networks and optimizers for the device, the processes and the precision.
 
@@ -87,8 +95,8 @@ class Trainer(Loop):
         """
         models = self.models
         models.student.backbone = self.accelerator.prepare_model(self.backbone, evaluation_mode=self.sharded)
-        if self.sharded:
-            sharding.divide(self.backbone, self.device)
+        if self.sharded and not self.divided:
+            self._divide(self.backbone)
         models.wrapped = {
             role: self.accelerator.prepare(module) for role, module in models.others.items() if role in models.trained
         }
@@ -97,7 +105,7 @@ class Trainer(Loop):
         return self.models.student.backbone, *self.models.wrapped.values()
 
     def _before_step(self, role: str) -> None:
-        if self.sharded and role == "student":
+        if self.sharded and not self.divided and role == "student":  # what is divided is averaged as it is
             sharding.average_gradients(self.models.trained[role].values())
 
     def _done_before(self, done: Path) -> None:
@@ -139,27 +147,33 @@ class Trainer(Loop):
     def _finish(self) -> Path:
         self.models.student.backbone = self.backbone
         target, picture = self.target, self._painted()
-        if self.accelerator.is_main_process and self.teacher is not None:
-            with self.models.shown():
+        main = self.accelerator.is_main_process
+        with self.models.shown():
+            if self.divided:
+                self.models.student.backbone = sharding.gathered(self.backbone, main)
+            if main and self.teacher is not None:
                 export(
                     self.method, self.teacher, self.models, self.config, target, self.data.captions, self.seconds,
                     picture,
                 )  # fmt: skip
-            self._done()
+                self._done()
+        self.models.student.backbone = self.backbone
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"done: {target}")
-        if self.accelerator.is_main_process and self.teacher is not None:
+        if main and self.teacher is not None:
             push_rest(self.config, target)
         return target
 
 
 def build_models(
-    method: Method, teacher: Teacher, config: TrainConfig, start: dict[str, Tensor] | None = None
-) -> Models:
+    method: Method, teacher: Teacher, config: TrainConfig, start: dict[str, Tensor] | None = None,
+    divide: Callable[[nn.Module], None] | None = None,
+) -> Models:  # fmt: skip
     """The networks of a method as LoRA or full, from its teacher.
 
     Args:
         start: of a LoRA, that the teacher begins with too; the student alone begins with `config.begin_with()`.
+        divide: see full_models.
     """
     common = {
         "student_kind": method.student_kind(teacher.denoiser.kind), "others": method.networks(teacher),
@@ -170,4 +184,4 @@ def build_models(
             teacher.denoiser, rank=config.rank, alpha=config.alpha, target_modules=config.target_modules,
             dropout=config.lora_dropout, start=start or config.begin_with(), teacher_starts=start is not None, **common,
         )  # fmt: skip
-    return full_models(teacher.denoiser, embed_guidance=method.embed_guidance, **common)
+    return full_models(teacher.denoiser, embed_guidance=method.embed_guidance, divide=divide, **common)
