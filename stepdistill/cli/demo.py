@@ -46,7 +46,7 @@ FULL = Size(
     pictures=6000,
     changes={
         "lcm": {"max_train_steps": 500, "rank": 32},
-        "progressive": {"max_train_steps": 60, "guide_updates": 60, "start_steps": 8},
+        "progressive": {"max_train_steps": 60, "guide_updates": 60, "start_steps": 8, "final_factor": 2.0},
         "add": {"max_train_steps": 50, "rank": 32},
         "ladd": {
             "max_train_steps": 80,
@@ -62,7 +62,7 @@ QUICK = Size(
     pictures=1000,
     changes={
         "lcm": {"max_train_steps": 60, "rank": 32},
-        "progressive": {"max_train_steps": 8, "guide_updates": 8, "start_steps": 8},
+        "progressive": {"max_train_steps": 8, "guide_updates": 8, "start_steps": 8, "final_factor": 2.0},
         "add": {"max_train_steps": 6, "rank": 32},
         "ladd": {"max_train_steps": 12, "rank": 32},
     },
