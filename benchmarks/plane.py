@@ -163,7 +163,7 @@ def add(watch: Watch = _quietly) -> Callable[[Tensor], Tensor]:
     return learn(method, models, updates=1500, size=256, rates=rates, betas=(0.0, 0.99), watch=watch)
 
 
-def ladd(watch: Watch = _quietly) -> Callable[[Tensor], Tensor]:
+def ladd(watch: Watch = _quietly, updates: int = 4000) -> Callable[[Tensor], Tensor]:
     """Adversarial distillation through a network that has learnt the exact teacher's velocities, and so has layers to
     look through. Modes are 0.15 wide, so they are told apart where there is little noise.
 
@@ -174,9 +174,9 @@ def ladd(watch: Watch = _quietly) -> Callable[[Tensor], Tensor]:
     exact = ring(schedule)
     torch.manual_seed(0)
     network = Plane(schedule)
-    optimizer, updates, size = torch.optim.Adam(network.parameters(), lr=2e-3), 2000, 512
-    for update in range(updates):
-        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - update / updates)
+    optimizer, looks, size = torch.optim.Adam(network.parameters(), lr=2e-3), 2000, 512
+    for update in range(looks):
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - update / looks)
         generator = torch.Generator().manual_seed(update)
         x0, t = exact.sample(size, generator), torch.rand(size, generator=generator).double()
         x_t = schedule.add_noise(x0, torch.randn(size, 2, generator=generator), t)
@@ -190,7 +190,7 @@ def ladd(watch: Watch = _quietly) -> Callable[[Tensor], Tensor]:
         student_steps=1, blocks=("3", "7"), logit_mean=-2.0, adversarial_loss="softplus", r1_weight=0.005
     )
     rates = {"student": 5e-4, "discriminator": 1e-3}
-    return learn(method, models, updates=4000, size=256, rates=rates, betas=(0.0, 0.99), watch=watch)
+    return learn(method, models, updates=updates, size=256, rates=rates, betas=(0.0, 0.99), watch=watch)
 
 
 @lru_cache
