@@ -51,8 +51,8 @@ def losses(out: Path) -> list[dict]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Of an adapter's folder, or of a pipeline's network."""
-    files = [folder / "pytorch_lora_weights.safetensors", *folder.glob("*/diffusion_pytorch_model.safetensors")]
-    return load_file(next(file for file in files if file.exists() and file.parent.name != "vae"))
+    files = [*folder.glob("*.safetensors"), *folder.glob("*/diffusion_pytorch_model.safetensors")]
+    return load_file(next(file for file in files if file.parent.name != "vae"))
 
 
 @pytest.mark.parametrize("name", RUNS)
