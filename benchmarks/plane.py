@@ -167,8 +167,8 @@ def ladd(watch: Watch = _quietly, updates: int = 4000) -> Callable[[Tensor], Ten
     """Adversarial distillation through a network that has learnt the exact teacher's velocities, and so has layers to
     look through. Modes are 0.15 wide, so they are told apart where there is little noise.
 
-    Answers are a broad ring where the network is half as wide, or has had 600 updates and R1 weighs 0.02; half of the
-    student's updates leave some modes half as wide again as they should be.
+    Of networks half as wide, or with few updates of the first and a larger R1, the answers are a broad ring; half of
+    the student's updates leave some modes too wide.
     """
     schedule = Cosine()
     exact = ring(schedule)

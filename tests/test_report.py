@@ -20,7 +20,7 @@ from stepdistill.errors import InputError
 from stepdistill.evaluation.cells import Measured, cells, measured, read_folder
 from stepdistill.evaluation.records import Book
 from stepdistill.evaluation.report import curves, inline, plots, write_report
-from stepdistill.evaluation.report.tables import cost_table, tables
+from stepdistill.evaluation.report.tables import cost_table, machines, tables
 from stepdistill.evaluation.report.verdicts import duration, gains
 from stepdistill.evaluation.report.verdicts import verdicts as verdicts_of
 from stepdistill.evaluation.summary import columns, digits, spread
@@ -344,3 +344,17 @@ def test_an_interval_that_is_not_around_its_figure_is_shown_by_its_ends():
     found = Measured(1.0, 0.9923, 1.0, 500)
     assert spread("attribute_accuracy", found, 1) == "(99.2–100.0)"
     assert spread("attribute_accuracy", Measured(0.9, 0.872, 0.926, 500), 1) == "± 2.7"
+
+
+@pytest.mark.parametrize(
+    ("drawn", "timed", "said"),
+    [
+        (("a", "a"), (None, None), [("on", "a")]),
+        (("a", "a"), ("a", "a"), [("on", "a")]),
+        (("a", "a"), ("b", "b"), [("on", "a"), ("timed on", "b")]),
+        (("a", "b"), ("b", "b"), [("on", "a"), ("on", "b"), ("timed on", "b")]),
+    ],
+)
+def test_the_head_says_where_times_were_taken_if_it_was_elsewhere(drawn, timed, said):
+    rows = [{"device": d, "timing": t and {"device": t}} for d, t in zip(drawn, timed, strict=True)]
+    assert machines(rows) == said

@@ -33,8 +33,8 @@ class Averages:
     @torch.no_grad()
     def update(self) -> None:
         """One step towards the parameters."""
-        pairs = [(own(self.values[name]), own(p.detach())) for name, p in self.parameters.items()]
-        torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - self.decay)
+        averages = [own(value) for value in self.values.values()]
+        torch._foreach_lerp_(averages, [own(p.detach()) for p in self.parameters.values()], 1 - self.decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -282,11 +282,8 @@ class Loop:
             for name, tensor in tensors.items():
                 tensor.copy_(sharding.like(saved[name], tensor))
         for role, optimizer in self.optimizers.items():
-            saved, group = state["optimizers"][role], list(self.models.trained[role].values())
-            for place, of in saved["state"].items():
-                of.update(
-                    {k: sharding.like(v, group[place]) for k, v in of.items() if isinstance(v, Tensor) and v.ndim}
-                )
+            saved = state["optimizers"][role]
+            sharding.spread(saved["state"], list(self.models.trained[role].values()))
             optimizer.load_state_dict(saved)
         if state["scaler"] and getattr(self.accelerator, "scaler", None) is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])

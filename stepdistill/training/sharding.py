@@ -143,6 +143,14 @@ def like(whole: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(on_device, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
+def spread(state: dict[int, dict], parameters: list[nn.Parameter]) -> None:
+    """Puts in the place of an optimizer's whole moments, by the number of their parameter, those divided as it is."""
+    for number, moments in state.items():
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.ndim:  # not the count of steps
+                moments[name] = like(value, parameters[number])
+
+
 def gathered(backbone: nn.Module, keep: bool) -> nn.Module | None:
     """A copy of a divided network with all its weights, on the CPU. All processes must call it.
 

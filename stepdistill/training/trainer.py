@@ -157,7 +157,7 @@ class Trainer(Loop):
                     picture,
                 )  # fmt: skip
                 self._done()
-        self.models.student.backbone = self.backbone
+        self.models.student.backbone = self.backbone  # where it was gathered for the export
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"done: {target}")
         if main and self.teacher is not None:

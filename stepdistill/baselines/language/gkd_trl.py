@@ -17,7 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,8 +71,8 @@ def teach(config: GKDConfig, teacher: Decoder, student: PreTrainedModel, data: T
         last = get_last_checkpoint(str(out / "checkpoints")) if (out / "checkpoints").is_dir() else None
         record = Record(trainer, config, last)
         trainer.add_callback(record)
-        trainer.train(resume_from_checkpoint=last)
-        record.metrics.close()
+        with closing(record.metrics):
+            trainer.train(resume_from_checkpoint=last)
         for network in (student, teacher.network):  # measured in full precision, as where weights are only loaded
             unwrap(network)
         if state.is_main_process:
@@ -188,6 +188,7 @@ def make_trainer(config: GKDConfig, teacher: Decoder, student: PreTrainedModel, 
     places = Dataset.from_dict({"place": range(len(data))})
     trainer = Trainer(student, teacher.network, settings, data_collator=collate, train_dataset=places,
                       processing_class=tokenizer)  # fmt: skip
+    # its accelerator is told of no trackers, as transformers has its own; Metrics has ours
     trainer.accelerator.project_configuration.set_directories(str(config.out))
     trainer.accelerator.log_with = filter_trackers(list(config.trackers), config.out)
     return trainer

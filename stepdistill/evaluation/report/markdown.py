@@ -8,7 +8,7 @@ from typing import Any
 
 from stepdistill.evaluation.cells import Cell, Row
 from stepdistill.evaluation.records import grid_name
-from stepdistill.evaluation.report.tables import Table
+from stepdistill.evaluation.report.tables import Table, machines
 from stepdistill.evaluation.summary import columns, escaped, markdown_table
 
 IMAGES = {"quality.png": "quality by steps", "latency.png": "quality by latency"}
@@ -27,8 +27,7 @@ def markdown(
     first = rows[0]
     facts = [f"Protocol {escaped(told)}, hash `{escaped(first['protocol_hash'])}`"]
     facts += [f"FD-{escaped(first['fd_extractor'])}"] if first.get("fd_extractor") else []
-    if devices := dict.fromkeys(escaped(row["device"]) for row in rows if row.get("device")):
-        facts.append(f"on {'; '.join(devices)}")
+    facts += [f"{name} {escaped(device)}" for name, device in machines(rows)]
     lines = [f"# {escaped(title)}", "", f"{'; '.join(facts)}.", ""]
     for verdict in said:
         stats = "; ".join(f"{big} {what}" for big, what in verdict["stats"])

@@ -16,7 +16,7 @@ from stepdistill.evaluation.report import inline
 from stepdistill.evaluation.report.curves import BY_LATENCY, Make, cost_curves, curves, main_curves, models_of
 from stepdistill.evaluation.report.markdown import markdown
 from stepdistill.evaluation.report.strips import chosen, prompts_of, strips_of
-from stepdistill.evaluation.report.tables import as_csv, cost_table, tables
+from stepdistill.evaluation.report.tables import as_csv, cost_table, machines, tables
 from stepdistill.evaluation.report.verdicts import beside, gains, verdicts
 
 HERE = Path(__file__).parent
@@ -116,6 +116,6 @@ def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
         ("n", f"{first['n']:,}" if first.get("n") else None), (name, seeds),
         ("distance", first.get("fd_extractor") and f"FD-{first['fd_extractor']}"), ("CLIP", first.get("clip_model")),
         ("reference", content.get("statistics") and "foreign statistics"),
-        *(("on", device) for device in _all(rows, "device")),
+        *machines(rows),
     ]  # fmt: skip
     return [(name, value) for name, value in told if value]

@@ -125,6 +125,14 @@ def _how(cell: Cell, *, device: bool) -> str:
     return ", ".join(filter(None, [*said, _device(cell) if device else ""]))
 
 
+def machines(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """("on", device) of all that pictures were drawn on, and ("timed on", device) where they were timed elsewhere."""
+    drawn = dict.fromkeys(row["device"] for row in rows if row.get("device"))
+    timed = dict.fromkeys(how["device"] for row in rows if (how := row.get("timing")))
+    elsewhere = timed if set(timed) != set(drawn) else {}
+    return [*(("on", device) for device in drawn), *(("timed on", device) for device in elsewhere)]
+
+
 def _device(cell: Cell) -> str:
     return (cell.timing or cell.row).get("device") or ""
 
