@@ -16,7 +16,8 @@ from stepdistill.baselines.language.distilbert import DistilBert, DistilBertConf
 from stepdistill.baselines.language.labelled import Classifier, Labelled, open_task
 from stepdistill.baselines.language.layers import Answers, Layers, Projections
 from stepdistill.baselines.language.masked import Lines, MaskedLM, Masking
-from stepdistill.baselines.language.models import check_length, copy_layers, evenly
+from stepdistill.baselines.language.models import check_length
+from stepdistill.baselines.language.students import copy_layers, evenly
 from stepdistill.baselines.language.tinybert import TinyBertConfig
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError

@@ -16,14 +16,8 @@ from stepdistill.baselines.language.distillm import DistiLLMConfig
 from stepdistill.baselines.language.gkd import GKDConfig
 from stepdistill.baselines.language.measure import perplexity
 from stepdistill.baselines.language.minillm import MiniLLMConfig
-from stepdistill.baselines.language.models import (
-    copy_layers,
-    evenly,
-    layers_name,
-    logits,
-    make_student,
-    open_decoder,
-)
+from stepdistill.baselines.language.models import logits, open_decoder
+from stepdistill.baselines.language.students import copy_layers, evenly, layers_name, make_student
 from stepdistill.baselines.language.tiny import train_tokenizer
 from stepdistill.baselines.language.tokens import Tokens, stream
 from stepdistill.baselines.language.vocabulary import match_vocabulary

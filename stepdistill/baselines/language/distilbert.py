@@ -18,8 +18,9 @@ from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils, le
 from stepdistill.baselines.language import encoders, masked
 from stepdistill.baselines.language.losses import kl
 from stepdistill.baselines.language.masked import MaskedModelling, Masking
-from stepdistill.baselines.language.models import check_length, copy_layers, evenly
+from stepdistill.baselines.language.models import check_length
 from stepdistill.baselines.language.run import save
+from stepdistill.baselines.language.students import copy_layers, evenly
 from stepdistill.baselines.language.texts import joined, open_texts
 from stepdistill.baselines.reduce import masked_mean, wide
 from stepdistill.baselines.results import Results, Role, Row, count_parameters

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stepdistill.baselines.language.families import family, head_size, shares_keys
 from stepdistill.baselines.language.importance import Kept, Shares, choose, importance
-from stepdistill.baselines.language.models import plain
+from stepdistill.baselines.language.students import plain
 from stepdistill.baselines.language.tokens import Tokens
 
 if TYPE_CHECKING:

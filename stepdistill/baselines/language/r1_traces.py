@@ -17,9 +17,10 @@ import torch
 
 from stepdistill.baselines.base import BaselineConfig, Pupils, learn
 from stepdistill.baselines.language import arithmetic
-from stepdistill.baselines.language.models import Decoder, check_length, make_student, open_decoder
+from stepdistill.baselines.language.models import Decoder, check_length, open_decoder
 from stepdistill.baselines.language.problems import Problem, bare_answer, open_problems
 from stepdistill.baselines.language.run import CrossEntropy, save
+from stepdistill.baselines.language.students import make_student
 from stepdistill.baselines.language.texts import Pair
 from stepdistill.baselines.language.tokens import Tokens, ask, pair_up, prompt_ids
 from stepdistill.baselines.language.traces import answer, keep, sample_all, solved, unopened

@@ -14,16 +14,9 @@ from torch import nn
 from stepdistill.baselines.base import Batch, Lesson, Pupils, learn
 from stepdistill.baselines.language import losses, measure
 from stepdistill.baselines.language.corpus import Corpus, CorpusConfig
-from stepdistill.baselines.language.models import (
-    TINY,
-    Decoder,
-    check_length,
-    logits,
-    make_student,
-    open_decoder,
-    without_dropout,
-)
+from stepdistill.baselines.language.models import TINY, Decoder, check_length, logits, open_decoder
 from stepdistill.baselines.language.prune import pruned
+from stepdistill.baselines.language.students import make_student, without_dropout
 from stepdistill.baselines.language.texts import Pair, joined, open_texts
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.files import replacing

@@ -19,8 +19,9 @@ from stepdistill.baselines.language import encoders, masked
 from stepdistill.baselines.language.labelled import Classifier, Classify, Labelled, open_task, told_class
 from stepdistill.baselines.language.layers import Answers, Layers, Projections
 from stepdistill.baselines.language.masked import Lines, MaskedLM, MaskedModelling, Masking
-from stepdistill.baselines.language.models import check_length, plain
+from stepdistill.baselines.language.models import check_length
 from stepdistill.baselines.language.run import save
+from stepdistill.baselines.language.students import plain
 from stepdistill.baselines.language.texts import joined, open_texts
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.errors import InputError

@@ -1,0 +1,142 @@
+"""Students made from a teacher that is a causal language model.
+
+layers:6           six of the teacher's layers, evenly from its first to its last, and all around them
+layers:0,2,5       these
+config:num_hidden_layers=2,hidden_size=64,...    the teacher's configuration with changes, random weights
+and all that a teacher may be
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from stepdistill.baselines.language.models import Decoder, open_decoder
+from stepdistill.baselines.language.vocabulary import match_vocabulary
+from stepdistill.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def make_student(spec: str, teacher: Decoder, *, seed: int = 0) -> PreTrainedModel:
+    """The student that `spec` names, with the teacher's vocabulary; see match_vocabulary for when that is cut.
+
+    Raises:
+        InputError: no such layers or settings, or another vocabulary or tokenizer than the teacher's.
+    """
+    kind, _, said = spec.partition(":")
+    if kind == "layers":
+        return copy_layers(teacher.network, _layers(said, count_layers(teacher.network)))
+    if kind == "config":
+        return _changed(teacher.network.config, said, seed)
+    student = open_decoder(spec, seed=seed)
+    match_vocabulary(teacher, student)
+    return student.network
+
+
+def without_dropout(network: nn.Module) -> nn.Module:
+    """The same network, that answers in training as it does in evaluation."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # a Llama's, which is no module
+            module.attention_dropout = 0.0
+    return network
+
+
+def count_layers(network: PreTrainedModel) -> int:
+    """How many decoder layers there are."""
+    return network.config.num_hidden_layers
+
+
+def copy_layers(network: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """A model of these layers alone, in this order, and of all that is around them; its weights are its own copies."""
+    config = plain(network.config)
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept]
+    student = type(network)(config).to(next(network.parameters()).dtype)
+    prefix = layers_name(network) + "."
+    places = {old: new for new, old in enumerate(kept)}
+    state = {}
+    for name, value in network.state_dict().items():
+        if name.startswith(prefix):
+            number, rest = name.removeprefix(prefix).split(".", 1)
+            if int(number) not in places:
+                continue
+            name = f"{prefix}{places[int(number)]}.{rest}"
+        state[name] = value
+    student.load_state_dict(state)
+    return student.eval()
+
+
+def layers_name(network: PreTrainedModel) -> str:
+    """The name of the list of decoder layers: `model.layers` of a Llama, `transformer.h` of a GPT-2."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count_layers(network):
+            return name
+    raise InputError(f"model: got {type(network).__name__}, whose layers are not found; allowed: Llama, Qwen2, GPT-2")
+
+
+def evenly(n: int, count: int) -> list[int]:
+    """n of `count` places, evenly from the first to the last; the first alone where n is 1."""
+    return [round(i * (count - 1) / max(n - 1, 1)) for i in range(n)]
+
+
+def plain(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy without what only says how the teacher's file was packed."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _layers(said: str, count: int) -> list[int]:
+    if not re.fullmatch(r"\d+(,\d+)*", said):
+        raise InputError(f"student: got layers:{said}; allowed: layers:N, or layers:0,2,5")
+    numbers = [int(n) for n in said.split(",")]
+    if len(numbers) == 1 and 1 <= numbers[0] <= count:
+        return evenly(numbers[0], count)
+    if len(numbers) > 1 and max(numbers) < count and sorted(set(numbers)) == numbers:
+        return numbers
+    raise InputError(f"student: got layers:{said}; allowed: 1 to {count}, or rising numbers below {count}")
+
+
+def _changed(config: PretrainedConfig, said: str, seed: int) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    config = plain(config)
+    for pair in said.split(","):
+        key, _, value = pair.partition("=")
+        if not value or not hasattr(config, key):
+            near = "num_hidden_layers=2,hidden_size=64"
+            raise InputError(f"student: got config:{pair}; allowed: settings of {type(config).__name__}, as {near}")
+        if key == "vocab_size":
+            raise InputError(f"student: got {pair}; allowed: the teacher's {config.vocab_size}; leave it out")
+        try:
+            setattr(config, key, ast.literal_eval(value))
+        except (ValueError, SyntaxError):
+            setattr(config, key, value)
+    width, heads = config.hidden_size, config.num_attention_heads
+    if isinstance(width, int) and isinstance(heads, int) and width % heads:
+        raise InputError(f"student: got config:{said}; allowed: a hidden_size that is a multiple of its {heads} heads")
+    if "head_dim" in config.to_dict() and "head_dim" not in said:
+        config.head_dim = config.hidden_size // config.num_attention_heads
+    if getattr(config, "layer_types", None):
+        config.layer_types = (config.layer_types * config.num_hidden_layers)[: config.num_hidden_layers]
+    torch.manual_seed(seed)
+    try:
+        student = AutoModelForCausalLM.from_config(config).float().eval()
+        with torch.no_grad():
+            student(torch.zeros(1, 2, dtype=torch.int64))  # some settings only then do not fit
+        return student
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise InputError(f"student: got config:{said} ({reason}); allowed: settings that fit each other") from error
