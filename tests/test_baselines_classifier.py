@@ -16,8 +16,9 @@ from torch import nn
 from stepdistill.baselines import get
 from stepdistill.baselines.base import Batch, Learner, Pupils, learn
 from stepdistill.baselines.classifier.data import Labelled, normalise, open_labelled, view
-from stepdistill.baselines.classifier.hinton import Hinton, HintonConfig, softened_kl
+from stepdistill.baselines.classifier.hinton import Hinton, HintonConfig
 from stepdistill.baselines.classifier.networks import build
+from stepdistill.baselines.divergence import softened_kl
 from stepdistill.baselines.reduce import masked_mean
 from stepdistill.baselines.results import Results, Row, gap_closed, show
 from stepdistill.baselines.sweep import points, take_over

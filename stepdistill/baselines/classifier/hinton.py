@@ -15,24 +15,16 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils, learn
 from stepdistill.baselines.classifier.data import Labelled, normalise, open_labelled, view
 from stepdistill.baselines.classifier.networks import build
+from stepdistill.baselines.divergence import softened_kl
 from stepdistill.baselines.reduce import masked_mean, wide
 from stepdistill.baselines.results import Results, Row, count_parameters
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock, Loss
-
-
-def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² KL(teacher at T ‖ student at T): (B, classes) logits to (B,), at least float32.
-
-    T² keeps the gradient's size as T grows (section 2.1): that of the soft term alone goes as 1/T².
-    """
-    p, q = ((wide(x) / temperature).log_softmax(-1) for x in (teacher, student))
-    return temperature**2 * (p.exp() * (p - q)).sum(-1)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils, learn
+from stepdistill.baselines.divergence import softened_kl
 from stepdistill.baselines.language import encoders, masked
-from stepdistill.baselines.language.losses import kl
 from stepdistill.baselines.language.masked import MaskedModelling, Masking
 from stepdistill.baselines.language.models import check_length
 from stepdistill.baselines.language.run import save
@@ -26,12 +26,6 @@ from stepdistill.baselines.reduce import masked_mean, wide
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock, Loss
-
-
-def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² KL(teacher at T ‖ student at T): logits (N, V) to (N,), at least float32."""
-    student, teacher = wide(student), wide(teacher)
-    return temperature**2 * kl((teacher / temperature).log_softmax(-1), (student / temperature).log_softmax(-1))
 
 
 def cosine_distance(student: Tensor, teacher: Tensor, attention: Tensor) -> Tensor:

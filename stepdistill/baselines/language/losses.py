@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from stepdistill.baselines.divergence import kl
 from stepdistill.baselines.reduce import masked_mean, wide
 
 
@@ -97,11 +98,6 @@ def contrastive_pair(
         on_teachers, on_students: student's logits, teacher's logits and mask on either's answers.
     """
     return skew_kl(*on_teachers, alpha=alpha) + skew_reverse_kl(*on_students, alpha=alpha)
-
-
-def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Σ p (log p - log q) over the vocabulary: (..., V) to (...)."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.baselines.base import Batch, Lesson, Pupils
+from stepdistill.baselines.divergence import kl
 from stepdistill.baselines.language import losses
 from stepdistill.baselines.language.corpus import Corpus
 from stepdistill.baselines.language.generate import Spoken, evaluating, sample
@@ -98,7 +99,7 @@ class MiniLLM(Lesson):
             log_p, log_q: of the labels, by the teacher and by the student that said them.
         """
         log_mix = losses.log_mixture(log_p, log_q, self.mix)
-        exact = losses.kl(wide(says).log_softmax(-1), wide(answers).log_softmax(-1))
+        exact = kl(wide(says).log_softmax(-1), wide(answers).log_softmax(-1))
         single = masked_mean((log_q - log_mix).exp() * exact, mask)
         advantage = whiten(rewards_after(log_p - log_q, mask), mask)
         ratio = (log_likelihood(says, labels) - log_mix).exp()
