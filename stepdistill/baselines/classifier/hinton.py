@@ -61,9 +61,10 @@ class HintonConfig(BaselineConfig):
     """Of a folder: where its test pictures are, if not in its folder test/."""
     label: tuple[str, ...] = ("left hair color", "right hair color")
     """Of the embedded set: the attributes that make up a class."""
-    limit: int | None = 2000
-    """Training pictures of the embedded set, or of others, at most; None for all."""
-    teacher: str = "resnet56"
+    limit: int | None = None
+    """Training pictures, at most; None for all. A teacher that has few learns them by heart, and then has little to
+    tell."""
+    teacher: str = "resnet20"
     """A network: resnet8, resnet20, ... as for CIFAR, torchvision's names, timm:NAME."""
     student: str = "resnet8"
     """The same."""
@@ -73,10 +74,10 @@ class HintonConfig(BaselineConfig):
     """Of T² times the divergence from the teacher's softened answers."""
     hard_weight: float = 0.1
     """Of the cross-entropy with the labels. The control has it alone, with weight 1."""
-    teacher_steps: int = 1500
+    teacher_steps: int = 2000
     """Updates of the teacher."""
 
-    max_train_steps: int = 1500
+    max_train_steps: int = 800
     """Updates of student and control."""
     batch_size: int = 64
     """Pictures an update."""
@@ -92,7 +93,7 @@ class HintonConfig(BaselineConfig):
     """Of student and control."""
 
     QUICK: ClassVar[Mapping[str, object]] = {
-        "teacher": "resnet20", "limit": 1000, "teacher_steps": 120, "max_train_steps": 60, "seeds": (0,)
+        "limit": 1000, "teacher_steps": 120, "max_train_steps": 60, "seeds": (0,)
     }  # fmt: skip
     SWEEP: ClassVar[tuple[str, tuple]] = ("temperature", (1.0, 2.0, 4.0, 8.0, 16.0))
     UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {
