@@ -1,4 +1,4 @@
-"""Tests use no network, one thread, and caches of their own."""
+"""The tests use no network, a single thread and their own caches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPTS = ("a red cat with a blue hat", "the green dog")
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Caches of data and statistics go to a folder of this session."""
+    """Puts the caches of data and statistics into a folder of this session."""
     os.environ["STEPDISTILL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
@@ -43,7 +43,7 @@ def pipelines(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> str:
-    """Six random pictures, 32 x 32, with metadata.jsonl."""
+    """Six random images, 32 x 32, with metadata.jsonl."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     lines = []

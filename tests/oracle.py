@@ -1,4 +1,4 @@
-"""Exact answers that tests are held against, each from a source other than the code under test.
+"""Exact answers to check against, each from a source other than the code under test.
 
 Gaussian data have a closed-form probability-flow ODE; in one dimension that of any mixture follows from conservation of
 probability; diffusers' schedulers are the reference for steps and grids.
@@ -32,7 +32,7 @@ def schedules() -> dict[str, Schedule]:
 
 
 def inner_times(schedule: Schedule, n: int = 9) -> Tensor:
-    """n times spread over a schedule, its singular ends left out."""
+    """n times spread over a schedule, without its singular ends."""
     return schedule.t_min + (schedule.t_max - schedule.t_min) * torch.linspace(0.01, 0.99, n, dtype=torch.float64)
 
 
@@ -54,7 +54,7 @@ def gaussian_flow(schedule: Schedule, mean: float, std: float, x_t: Tensor, t: f
 
 
 def measured_order(step, schedule: Schedule, t: float, s: float, counts: Sequence[int] = (128, 256)) -> float:
-    """The order of accuracy seen as steps, even in t, are halved on the Gaussian flow: log2 of the error's fall."""
+    """Measured order of accuracy on the Gaussian flow: log2 of the error's ratio as steps uniform in t are halved."""
     mean, std = 0.7, 0.5
     x = torch.linspace(-2, 2, 7, dtype=torch.float64) * math.hypot(*(c.item() for c in schedule.coeffs(t)))
     exact = gaussian_flow(schedule, mean, std, x, t, s)
@@ -95,7 +95,7 @@ def mixture_x0_1d(x_t: float, alpha: float, sigma: float, means: Tensor, stds: T
 
 
 def diffusers_sample(scheduler, model: Callable[[Tensor, float], Tensor], x: Tensor) -> Tensor:
-    """A diffusers scheduler's own loop, after set_timesteps. model(x, timestep) -> output of its prediction type."""
+    """Runs a diffusers scheduler's loop, after set_timesteps. model(x, timestep) -> output of its prediction type."""
     for timestep in scheduler.timesteps:
         x = scheduler.step(model(x, timestep), timestep, x).prev_sample
     return x

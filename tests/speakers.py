@@ -1,4 +1,4 @@
-"""Language models so small that a test can train them, and a text for them."""
+"""Language models small enough to train in a test, and a text for them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def write_text(file: Path, count: int = 400) -> str:
 
 @lru_cache
 def tokenizer():
-    """Of these sentences: pad is eos, as GPT-2's is."""
+    """A tokenizer trained on these sentences; pad is eos, as for GPT-2."""
     return train_tokenizer(sentences(50), 300)
 
 
 def speaker(kind: str = "llama", *, seed: int = 0, layers: int = 2, **changes) -> Decoder:
-    """A random model, 16 wide, with weights large enough that it says something."""
+    """A random model, 16 wide, with weights large enough for outputs that are not uniform."""
     torch.manual_seed(seed)
     end = tokenizer().eos_token_id
     common = {"vocab_size": len(tokenizer()), "bos_token_id": end, "eos_token_id": end, "initializer_range": 0.3}
@@ -50,7 +50,7 @@ def speaker(kind: str = "llama", *, seed: int = 0, layers: int = 2, **changes) -
 
 
 class Constant(nn.Module):
-    """Says the same probabilities whatever came before. Counts its calls."""
+    """Returns the same probabilities for any input, and counts its calls."""
 
     def __init__(self, probs: list[float]) -> None:
         super().__init__()

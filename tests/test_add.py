@@ -1,4 +1,4 @@
-"""ADD's losses against hand computations, who is trained by what, and whole runs held against the truth."""
+"""ADD: losses against hand computations, which loss trains which role, and whole runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Affine(Denoiser):
 
 
 class Gain(nn.Module):
-    """Pictures are twice the latents."""
+    """A decoder whose images are twice the latents."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Judge(Discriminator):
 
 
 class Cast:
-    """All roles, each of whose parameters asks for gradients."""
+    """All roles, with requires_grad set on every parameter."""
 
     def __init__(self, schedule) -> None:
         self.teacher, self.student = Affine(schedule, 0.8), Affine(schedule, 0.5)
@@ -115,7 +115,7 @@ def batch(n: int = 6, dim: int = 2, seed: int = 0) -> Batch:
 
 
 def student_input(method: Adversarial, schedule, sample: Batch) -> tuple[torch.Tensor, list[float]]:
-    """x_t by hand, and its times."""
+    """x_t computed by hand, and its times."""
     times = method.times(schedule, Grid()).tolist()
     index = [min(len(times) - 1, int(float(u) * len(times))) for u in sample.draws.uniform()]
     eps, rows = sample.draws.normal(2).double(), []
@@ -126,7 +126,7 @@ def student_input(method: Adversarial, schedule, sample: Batch) -> tuple[torch.T
 
 
 def logits(x: torch.Tensor, about: torch.Tensor) -> list[torch.Tensor]:
-    """Of pictures x (B, D), by hand."""
+    """The discriminator's logits of images x (B, D), computed by hand."""
     return [0.7 * x - 0.4 * (x + 1) + 0.1 * about, 0.5 * 3 * x + 0.1 * about]
 
 
@@ -354,7 +354,7 @@ def config(settings, **more) -> ADDConfig:
 
 @pytest.fixture
 def small_trunk(monkeypatch):
-    """Every feature network is a tiny one of random weights."""
+    """Replaces every feature network by a tiny one with random weights."""
     monkeypatch.setattr(adversarial, "load_feature_network", lambda *_: tiny_trunk())
 
 
@@ -407,8 +407,8 @@ main()
 
 
 def test_two_processes_log_the_losses_of_one_at_the_same_global_batch(tmp_path, pipelines, pictures):
-    """Through a feature network without kinks: in EfficientNet-Lite2 the last bit of a picture can turn a ReLU6 on or
-    off, and with it a hundredth of the gradient. Adam's epsilon is raised: see test_trainer."""
+    """Uses a feature network without kinks: in EfficientNet-Lite2 the last bit of an image can switch a ReLU6, which
+    changes the gradient by a hundredth. Adam's epsilon is raised: see test_trainer."""
     script = tmp_path / "smooth.py"
     script.write_text(SMOOTH.format(tests=str(Path(__file__).parent), scripts=str(SCRIPT.parent)))
     words = [sys.executable, str(script), "--teacher", pipelines["sd"], "--data", pictures, "--guidance", "2"]

@@ -1,4 +1,4 @@
-"""The embedded teacher, data and scorer are whole, load in plain libraries, and are what their cards say."""
+"""The embedded teacher, data and scorer are complete, load in plain libraries, and match their cards."""
 
 from __future__ import annotations
 
@@ -96,4 +96,4 @@ def test_reference_statistics_of_the_default_protocol_ship_and_are_those_of_the_
     sample = Moments.of(torch.cat([extractor(pictures) for _, pictures in reference.batches(64, 256)]))
     assert shipped.count == 20_000
     deviation = (sample.mean - shipped.mean) / (shipped.covariance.diagonal() / 256).sqrt().clamp_min(1e-9)
-    assert deviation.square().mean().sqrt() < 1.5  # one, were features independent of each other
+    assert deviation.square().mean().sqrt() < 1.5  # 1 if features were independent of each other

@@ -53,7 +53,7 @@ def test_at_a_high_temperature_the_gradient_is_the_difference_of_logits():
 
 
 class Fixed(nn.Module):
-    """Answers with its logits whatever it sees."""
+    """Returns the same logits for any input."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def test_the_one_mean_counts_what_the_mask_says_and_nothing_else():
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("resnet20", 269_722), ("resnet56", 853_018), ("resnet18", 11_173_962)],  # of ten classes, as published
+    [("resnet20", 269_722), ("resnet56", 853_018), ("resnet18", 11_173_962)],  # with ten classes, as published
 )
 def test_networks_have_the_published_number_of_parameters(name, parameters):
     network = build(name, 10, 32, seed=0)
@@ -123,7 +123,7 @@ def test_views_are_moved_and_mirrored_pictures():
 
 def test_a_gap_is_closed_by_a_share_or_not_told():
     assert gap_closed(0.9, 0.7, 0.8) == pytest.approx(0.5)
-    assert gap_closed(1.0, 3.0, 2.5) == pytest.approx(0.25)  # of a loss, less is better
+    assert gap_closed(1.0, 3.0, 2.5) == pytest.approx(0.25)  # for a loss, lower is better
     assert gap_closed(0.701, 0.70, 0.8) is None
     rows = [Row("teacher", "t", {"accuracy": 0.9}, 10), Row("control", "s", {"accuracy": 0.6}, 5, 1.0, 0)]
     rows += [Row("student", "s", {"accuracy": a}, 5, 1.0, seed) for seed, a in enumerate((0.7, 0.8))]
@@ -164,7 +164,7 @@ def shapes() -> Labelled:
 
 
 def test_a_run_that_was_cut_ends_with_the_same_bits(tmp_path):
-    """Batch normalisation's running statistics are part of it."""
+    """Includes batch normalisation's running statistics."""
 
     def pupils() -> Pupils:
         return Pupils(build("resnet8", 2, 8, seed=1), build("resnet8", 2, 8, seed=2))
@@ -226,7 +226,7 @@ def test_from_the_command_line_to_the_table_and_again(tmp_path, capsys):
     assert (out / "student-0/weights/student.safetensors").stat().st_mtime_ns == weights
     assert main([*argv, "--temperature", "3"]) == 2
     assert "temperature = 4.0 (now 3.0)" in capsys.readouterr().err
-    assert json.loads((out / "run.json").read_text())["temperature"] == 4.0  # of the run that is there, for `eval`
+    assert json.loads((out / "run.json").read_text())["temperature"] == 4.0  # that of the existing run, for `eval`
 
 
 def test_a_sweep_puts_runs_side_by_side_and_trains_once_what_they_share(tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Less memory: half weights that are given back whole, activations that are computed twice, and who is told of it."""
+"""Less memory: half-precision weights that are restored exactly, recomputed activations, and advice if it runs out."""
 
 from __future__ import annotations
 

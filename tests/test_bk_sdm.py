@@ -1,4 +1,4 @@
-"""BK-SDM's losses against hand computations, its runs against themselves, its exports in plain diffusers."""
+"""BK-SDM: losses against hand computations, resumed against uninterrupted runs, exports in plain diffusers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def sample(n: int = 3, dtype: torch.dtype = torch.float32) -> Batch:
 
 
 def networks(deep: str, size: str = "tiny", seed: int = 9) -> tuple[UNets, Shape, Shape]:
-    """Teacher and a student that has moved away from it."""
+    """A teacher and a pruned student with random weights, and the shapes of both."""
     teacher = load_teacher(deep).denoiser
     whole = Shape.of(teacher.backbone)
     shape = cut_to(whole, size)
@@ -227,7 +227,7 @@ def test_a_cut_run_goes_on_to_the_same_bits_and_a_finished_one_is_measured_anew(
     for role in ("control", "student"):
         a, b = (load_file(c.out / f"{role}-0" / "weights" / "student.safetensors") for c in (config, whole))
         assert all(torch.equal(a[k], b[k]) for k in b), role
-    more = dataclasses.replace(config, guidance=2.0, sample_steps=4)  # of the measuring, not of the training
+    more = dataclasses.replace(config, guidance=2.0, sample_steps=4)  # these affect measurement, not training
     again = cli.finish(more)
     assert len(calls) == 9
     assert [r["figures"]["denoising_loss"] for r in again["rows"]] == [
@@ -241,7 +241,7 @@ def test_pictures_are_of_the_teachers_revision_and_drawn_anew_where_a_run_is_mea
     def noted(models, out, *, steps, **_):
         drawn.update(models)
         out.mkdir(parents=True, exist_ok=True)
-        [(name, kept)] = [(name, out / name) for name in models]  # as the harness keeps its rows
+        [(name, kept)] = [(name, out / name) for name in models]  # as the harness does with its rows
         if not kept.exists():
             kept.write_text("1.0")
         return {(name, count): {"fd": float(kept.read_text())} for count in steps}

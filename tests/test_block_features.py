@@ -1,4 +1,4 @@
-"""What features.read hears of each backbone, against hooks on a plain network, and how gradients pass through it."""
+"""What features.read captures of each backbone, against hooks on a plain network, and how gradients pass through it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BLOCKS = {
     "pixart": ["transformer_blocks.0", "transformer_blocks.1"],
     "sana": ["transformer_blocks.0", "transformer_blocks.1"],
 }  # fmt: skip
-PICTURE = {"sd3": 1, "flux": 1}  # where an MMDiT block keeps the picture in its pair; else it comes first
+PICTURE = {"sd3": 1, "flux": 1}  # index of the image in the pair that an MMDiT block returns; elsewhere it comes first
 
 
 def teacher_of(family: str) -> Teacher:
@@ -47,7 +47,7 @@ def given(teacher: Teacher) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 
 def by_plain_hooks(teacher: Teacher, names: list[str], family: str) -> list[Tensor]:
-    """What forward hooks on a copy of the network hear, written without `features`."""
+    """What forward hooks on a copy of the network capture, written without `features`."""
     twin = copy.deepcopy(teacher.denoiser)
     heard = {}
     for name in names:
@@ -164,7 +164,7 @@ def slope(maps: list[Tensor], x_t: Tensor) -> Tensor:
 @pytest.mark.parametrize("family", ["sd", "sd3", "sana"])
 @pytest.mark.parametrize("make", [lora_models, full_models])
 def test_gradients_pass_through_the_teacher_as_through_a_separate_network(make, family, checkpointing):
-    """The student's adapter is on again, and its own pass done, by the time of the backward."""
+    """By the time of the backward, the student's adapter is on again and its own forward done."""
     teacher = teacher_of(family)
     x_t, t, cond = given(teacher)
     x_t.requires_grad_(True)
@@ -186,7 +186,7 @@ def test_gradients_pass_through_the_teacher_as_through_a_separate_network(make, 
 
 
 def kept(checkpointing: bool) -> int:
-    """How many numbers a forward of a full student's teacher keeps for the backward."""
+    """Number of values that a forward of a full student's teacher saves for the backward."""
     teacher = teacher_of("sd3")
     x_t, t, cond = given(teacher)
     models = full_models(teacher.denoiser, target_decay=0.0)

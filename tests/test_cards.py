@@ -1,4 +1,4 @@
-"""A student's card says what was measured, in its place, and nothing before it was."""
+"""A student's card shows measured figures in their place, and none before they were measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Students of a class-conditional pixel model: every method, and the code of the card draws what the trainer draws."""
+"""Students of a class-conditional pixel model, for every method: the card's code generates what the trainer does."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def name_of(method: str, lora: bool) -> str:
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory) -> str:
-    """Six random pictures, 8 x 8, whose captions are their classes."""
+    """Six random images, 8 x 8, whose captions are their classes."""
     folder = tmp_path_factory.mktemp("labelled")
     rng = np.random.default_rng(0)
     for i in range(6):
@@ -57,7 +57,7 @@ def labelled(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def students(tmp_path_factory, labelled):
-    """By case: what our sampler draws of class 0 and of class 1, the export, and what the card's code draws."""
+    """By case: the trainer's samples of classes 0 and 1, and the export; and the samples by the card's code."""
     root = tmp_path_factory.mktemp("classes")
     teacher = str(tiny.save(root / "teacher", "pixel", "sample", classes=CLASSES))
     ours, cards = {}, {}
@@ -92,7 +92,7 @@ def test_the_code_of_the_card_draws_in_plain_diffusers_what_the_trainer_draws(st
     assert (mine - theirs[name_of(method, lora)]).abs().max() < 1e-4 * mine.abs().max().clamp(min=1)
     pixels = 255 * (mine[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
     assert (pixels - theirs[f"{name_of(method, lora)}-image"]).abs().max() < 0.51
-    assert (mine - other).abs().max() > 1e-3  # the class has a say
+    assert (mine - other).abs().max() > 1e-3  # the class has an effect
 
 
 @pytest.mark.parametrize("method", ["add", "ladd"])

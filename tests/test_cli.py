@@ -1,4 +1,4 @@
-"""The command teaches, takes hyphens and underscores, and answers mistakes with one line and exit code 2."""
+"""The command explains itself, takes hyphens and underscores, and reports errors in one line with exit code 2."""
 
 from __future__ import annotations
 

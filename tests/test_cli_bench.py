@@ -1,4 +1,4 @@
-"""bench, report and export say what is wrong before they work, in one line and with exit code 2, and spoil nothing."""
+"""bench, report and export reject bad input before doing any work, in one line with exit code 2, and damage nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stepdistill.export.lora import LORA_FILE
 
 
 def run(capsys, *argv: object) -> tuple[int, str, list[str]]:
-    """The exit code, what was printed, and the lines on stderr without the bars."""
+    """Returns the exit code, stdout, and the lines of stderr without progress bars."""
     code = main([str(word) for word in argv])
     said = capsys.readouterr()
     assert "Traceback" not in said.err
@@ -31,7 +31,7 @@ def run(capsys, *argv: object) -> tuple[int, str, list[str]]:
 
 
 def refused(capsys, *argv: object) -> str:
-    """The one line of a command that must exit with 2."""
+    """Returns the one error line of a command that must exit with 2."""
     code, _, lines = run(capsys, *argv)
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
@@ -39,7 +39,7 @@ def refused(capsys, *argv: object) -> str:
 
 @pytest.fixture
 def pools(monkeypatch):
-    """Twelve features in the place of EfficientNet's, and no Inception."""
+    """Replaces EfficientNet's features by twelve others, and makes Inception unavailable."""
     pools = features.Extractor("efficientnet_lite2", "Pools", Pools(), 12, 32, "bilinear", "w")
     monkeypatch.setitem(features.EXTRACTORS, "efficientnet_lite2", lambda size, resize: pools)
     monkeypatch.setattr(features, "best_to_be_had", lambda: "efficientnet_lite2")
@@ -47,7 +47,7 @@ def pools(monkeypatch):
 
 @pytest.fixture
 def nothing_is_measured(monkeypatch):
-    """What follows the checks must not be reached."""
+    """Fails if anything after the checks is reached."""
 
     def never(*_, **__):
         raise AssertionError("measured before it was checked")
@@ -68,7 +68,7 @@ def full(tmp_path):
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
-    """Seven captioned pictures of several sizes; one stands on its side and says so in its EXIF."""
+    """Seven captioned images of several sizes; one is rotated, according to its EXIF."""
     folder = tmp_path_factory.mktemp("mixed")
     rng = np.random.default_rng(1)
     lines = []
@@ -104,7 +104,7 @@ def test_bench_refuses_what_cannot_be_measured_before_it_measures(tmp_path, pipe
 
 @pytest.fixture
 def missing(tmp_path, pipelines, monkeypatch) -> dict[str, tuple[str, str]]:
-    """name -> SPEC and what is said of it, of models that are not there or cannot be read."""
+    """name -> (SPEC, expected message) of models that do not exist or cannot be read."""
     for folder in ("cut/checkpoints", "empty", "closed"):
         (tmp_path / folder).mkdir(parents=True)
     look, sd = os.stat, pipelines["sd"]
@@ -114,7 +114,7 @@ def missing(tmp_path, pipelines, monkeypatch) -> dict[str, tuple[str, str]]:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return look(path, *args, **kwargs)
 
-    monkeypatch.setattr(os, "stat", closed)  # root may look into every folder
+    monkeypatch.setattr(os, "stat", closed)  # root may read every folder
     return {
         "nothing": (f"{tmp_path / 'empty'}", "no model_index.json"),
         "nowhere": (f"{tmp_path / 'nowhere'}", "does not exist"),
@@ -137,7 +137,7 @@ def test_models_that_are_missing_are_told_in_a_line_each_and_the_others_measured
     command = ["bench", "--data", mixed, "--steps", 1, "--latency-repeats", 0, "--no-floor", "--out", tmp_path / "out"]
     command += [word for model in models for word in ("--model", model)]
     code, _, lines = run(capsys, *command, *["--dry-run"] * dry)
-    told = {name: words for name, (_, words) in missing.items() if not (dry and name == "hub")}  # which is not asked
+    told = {name: words for name, (_, words) in missing.items() if not (dry and name == "hub")}  # not queried
     assert code == 2 and len(lines) == len(told)
     for line, (name, words) in zip(lines, told.items(), strict=True):
         assert line.startswith(f"failed: {name}: ") and words in line
@@ -240,7 +240,7 @@ def test_models_of_another_size_are_not_measured_against_the_embedded_pictures(t
     large.unet.register_to_config(sample_size=16)
     large.save_pretrained(tmp_path / "large")
     small = tiny.save(tmp_path / "small")
-    capsys.readouterr()  # diffusers' bars of saving
+    capsys.readouterr()  # diffusers' progress bars of saving
     line = refused(capsys, "bench", "--model", tmp_path / "large", "--out", tmp_path / "out")
     assert "got a model of 64 pixels, and avatars-2k has 32" in line and "--data FOLDER" in line
     asked = refused(
@@ -260,14 +260,14 @@ def test_bench_on_ones_own_pictures(tmp_path, pipelines, mixed, capsys):
     code, said, lines = run(capsys, *command, "--data", mixed)
     assert (code, lines) == (0, []) and "FD-Pools" in said
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    # the pictures that are drawn for are those that are compared with, so they are no held-out floor
+    # prompts and reference are of the same images, so there is no held-out floor
     assert [row["model"] for row in rows] == ["reconstruction", "t"]
     assert {(row["protocol"], row["n"], row["clip_score"]) for row in rows} == {("imagefolder", 7, None)}
     assert rows[1]["guidance"] == 7.5  # the pipeline's own
     assert json.loads((out / "bench.json").read_text())["data"] == str(mixed) and not (out / "config.json").exists()
     before = (out / "results.jsonl").read_text()
     shutil.copytree(mixed, tmp_path / "moved")
-    assert run(capsys, *command, "--data", tmp_path / "moved")[0] == 0  # the same pictures elsewhere: nothing is new
+    assert run(capsys, *command, "--data", tmp_path / "moved")[0] == 0  # the same images elsewhere: nothing to measure
     assert (out / "results.jsonl").read_text() == before
     assert "n=5" in refused(capsys, *command, "--data", mixed, "--n", "5").replace("n=7", "n=5")
 
@@ -287,7 +287,7 @@ def test_a_folders_pictures_are_brought_to_a_size_as_training_brings_them(mixed,
     pictures = found.pictures(0, 7)
     assert pictures.shape == (7, 3, 24, 24) and pictures.dtype == torch.uint8 and found.prompts[1] == tiny.PROMPTS[1]
     upright = np.asarray(Image.open(mixed / "6.png").transpose(Image.Transpose.ROTATE_270))
-    crop = upright[:, 8:40]  # 48 x 32 pixels that stand on their side, cut in the centre
+    crop = upright[:, 8:40]  # 48 x 32 pixels, rotated, cropped at the centre
     assert np.array_equal(sets.open_set(str(mixed), 32).pictures(6, 7)[0].permute(1, 2, 0).numpy(), crop)
     assert sets.open_set(str(mixed), 32).key != found.key
     with pytest.raises(InputError, match=r"several sizes.*give the protocol a size"):
@@ -387,7 +387,7 @@ def test_a_place_closed_to_the_user_is_told_in_one_line_and_other_faults_are_not
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pixart", "sana"])
 def test_a_models_picture_size_is_that_which_its_pipeline_draws_untold(family, tmp_path):
-    """Sana's autoencoder names its blocks otherwise."""
+    """Sana's autoencoder names its blocks differently."""
     pipe = tiny.make(family)
     network = pipe.components.get("transformer") or pipe.unet
     tiny.save(tmp_path, family)

@@ -1,4 +1,4 @@
-"""The commands cache, sample and export do what they say, and say in one line what is wrong."""
+"""The commands cache, sample and export do what their help says, and report errors in one line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(pipelines, tmp_path_factory) -> str:
 
 
 def refused(capsys, *argv: object) -> str:
-    """The one line on stderr, but for progress bars, of a command that must exit with 2."""
+    """Returns the one line on stderr, apart from progress bars, of a command that must exit with 2."""
     assert main([str(word) for word in argv]) == 2
     *bars, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -56,7 +56,7 @@ def test_cache_makes_a_folder_that_training_takes_as_data(tmp_path, pipelines, p
     assert main([*command, "--dry-run"]) == 0
     assert "would encode 6 pictures of 16x16 and 2 distinct captions" in capsys.readouterr().out
     assert not out.exists()
-    for _ in range(2):  # the second time it is there
+    for _ in range(2):  # the second time it exists already
         assert main(command) == 0
         assert "6 samples, 2 distinct captions" in capsys.readouterr().out
     cache = open_data(str(out), load_teacher(teacher))

@@ -1,4 +1,4 @@
-"""CLIP scores equal open_clip's own, are clamped picture by picture, and probes count what prompts name."""
+"""CLIP scores equal open_clip's own and are clamped image by image; probes count what prompts name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stepdistill.evaluation.measures.attributes import Attributes
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny random open_clip model with a tokenizer of its own, as the scorer is kept."""
+    """A tiny random open_clip model with its own tokenizer, stored like the scorer."""
     from open_clip.model import CLIP
 
     path = tmp_path_factory.mktemp("scorer")
@@ -93,7 +93,7 @@ def test_the_prefix_goes_before_each_prompt(folder, clip):
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_weights_of_a_tag_are_used_with_the_activation_they_were_trained_with(folder, tmp_path, monkeypatch, quick):
-    """open_clip only warns of OpenAI's, which it had as QuickGELU before its third version; the two score otherwise."""
+    """open_clip only warns of OpenAI's weights, which it built with QuickGELU before version 3; the scores differ."""
     from open_clip import factory, pretrained
     from open_clip.model import CLIP
 
@@ -140,10 +140,10 @@ def test_probes_count_only_what_prompts_name(tmp_path):
     found = Attributes.figures(judged, SimpleNamespace(probes=probes))
     values = {name: figure.value for name, figure in found.items()}
     assert values == {"attribute_accuracy": 3 / 4, "attribute:hat": 1 / 2, "attribute:hair": 1.0}
-    # a ratio of sums: 1/1, 1/2, 1/1 answers, so (1 - 3/4, 1 - 3/2, 1 - 3/4) over 4/3 questions a picture
+    # a ratio of sums: 1/1, 1/2, 1/1 answers, so (1 - 3/4, 1 - 3/2, 1 - 3/4) over 4/3 questions per image
     assert found["attribute_accuracy"].influence.tolist() == pytest.approx([3 / 16, -3 / 8, 3 / 16])
     assert {name: (len(figure.influence), figure.trials) for name, figure in found.items()} == {
-        "attribute_accuracy": (3, 3), "attribute:hat": (2, 2), "attribute:hair": (2, 2),  # of those that are asked
+        "attribute_accuracy": (3, 3), "attribute:hat": (2, 2), "attribute:hair": (2, 2),  # of the images it applies to
     }  # fmt: skip
     assert "attribute:hat" not in Attributes.figures(torch.tensor([[-1, 1]]), SimpleNamespace(probes=probes))
 

@@ -1,4 +1,4 @@
-"""The verdict on two runs: equal where they are, better or worse where they are not, refused where it means nothing."""
+"""The verdict on two runs: equal if they are, better or worse if they are not, rejected if it would be meaningless."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def run(folder, *measured: tuple[str, int, int | None, dict[str, Figure]]):
 
 
 def loose(found: dict[str, Figure], seed: int = 0) -> Cell:
-    """A cell whose influences were not kept."""
+    """A cell whose influences were not stored."""
     return cells([row("m", 4, seed, found)])[0]
 
 
 def test_two_runs_of_one_model_with_different_seeds_are_called_equal():
-    """Of 300 pairs of 95 %, fewer than 4 or more than 27 would be told apart once in 500 times."""
+    """Of 300 pairs at 95 %, fewer than 4 or more than 27 are judged different once in 500 trials."""
     reference = Moments.of(draws(10_000, 20_000, 4))
     runs = [
         loose({"fd": frechet_figure(0.5 + 1.2 * draws(seed, 400, 4), reference),
@@ -102,7 +102,7 @@ def test_pictures_of_the_same_noise_are_compared_one_by_one_and_the_interval_is_
     (paired,) = compare(*pairs(read_run(a), read_run(b))[0])
     exact = difference(ours, theirs, paired=True)
     assert paired.gap.paired and paired.word == "better"
-    # influences are kept in single precision
+    # influences are stored in single precision
     assert (paired.gap.value, paired.gap.low, paired.gap.high) == pytest.approx(
         (exact.value, exact.low, exact.high), abs=1e-6
     )

@@ -1,4 +1,4 @@
-"""Conditions are those the pipelines themselves would make."""
+"""Conditions equal those that the pipelines make."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stepdistill.errors import InputError
 
 
 def encoded_by(pipe, negative: str | None, size: int = 32) -> dict[str, torch.Tensor]:
-    """What the pipeline's own call hands its UNet for a prompt: unconditional rows, then conditional ones."""
+    """What the pipeline's own call passes to its UNet for a prompt: unconditional rows, then conditional ones."""
     seen: dict[str, torch.Tensor] = {}
     own = pipe.unet.forward
 

@@ -24,7 +24,7 @@ CLOCK = Clock(0, 1)
 
 
 class Affine(Denoiser):
-    """eps = weight x_t + label, so that every number of a loss can be worked out by hand."""
+    """eps = weight x_t + label, so that a loss can be computed by hand."""
 
     def __init__(self, schedule, weight: float) -> None:
         super().__init__(None, schedule, "eps")
@@ -75,7 +75,7 @@ def test_the_loss_equals_a_hand_computation(loss_type, weighting, own_share):
         s = max(t - 20, 0)
         a_t, s_t, a_s, s_s = (math.sqrt(v) for v in (table[t], 1 - table[t], table[s], 1 - table[s]))
         x0 = sample.x0[i]
-        if own[i]:  # what the target answers to noise alone
+        if own[i]:  # the target's output for pure noise
             x0 = f(0.6, first[i], 999, math.sqrt(table[999]), math.sqrt(1 - table[999]))
         x_t = a_t * x0 + s_t * noise[i]
         g = 2.0 + 4.0 * float(u[i])
@@ -89,7 +89,7 @@ def test_the_loss_equals_a_hand_computation(loss_type, weighting, own_share):
 
 @pytest.mark.parametrize("schedule", [ALPHA_BAR, Cosine(), RectifiedFlow(), EDM()], ids=str)
 def test_the_loss_is_zero_at_the_exact_consistency_function(schedule):
-    """A student that knows the ODE's end, between neighbours on one path of an exact solver, has no loss."""
+    """A student that returns the ODE's exact end, between neighbours on one path of an exact solver, has zero loss."""
     mixture = GaussianMixtureDenoiser(torch.tensor([[1.0, -0.5]]), 0.4, None, schedule)
 
     class Exact(Denoiser):
@@ -190,7 +190,7 @@ def test_a_float32_student_is_given_float32():
 
 
 def test_a_teacher_gives_one_loss_whatever_it_predicts():
-    """Trap: a velocity taken for x0."""
+    """Catches a velocity taken for x0."""
     mixture = GaussianMixtureDenoiser(torch.tensor([[1.0, -0.5], [-1.0, 0.2]]), 0.4, None, ALPHA_BAR)
 
     class Saying(Denoiser):

@@ -1,4 +1,4 @@
-"""Data: what each source gives, what a cache holds, and what a user is told when either is bad."""
+"""Data: what each source yields, what a cache holds, and the errors if either is bad."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_pictures_are_turned_upright_cropped_in_the_centre_and_scaled_to_minus_o
     assert open_source(str(tmp_path)).picture(0).mode == "RGB"
 
 
-# --- what is bad about a source --------------------------------------------------------------------------------------
+# --- bad sources -----------------------------------------------------------------------------------------------------
 
 
 def test_an_empty_folder_and_pictures_without_captions(tmp_path):
@@ -188,7 +188,7 @@ def test_bad_metadata_names_the_line(tmp_path, line, message):
 
 @pytest.fixture(params=["folder", "shards", "datasets"])
 def broken(request, tmp_path):
-    """broken(*numbers): a source of six pictures, those of these numbers cut short."""
+    """broken(*numbers): a source of six images, those with these numbers truncated."""
 
     def made(*numbers: int) -> str:
         contents = [png(i)[: 200 if i in numbers else None] for i in range(6)]
@@ -252,7 +252,7 @@ def test_broken_pictures_found_before_a_build_was_cut_off_are_counted(tmp_path):
 
 
 def test_a_file_that_cannot_be_read_is_not_a_broken_picture(tmp_path):
-    """What holds it may be well later; samples are not lost for that."""
+    """Its storage may recover later; no sample is dropped for that."""
     with pytest.raises(InputError, match=r"picture: got a.png, which cannot be read \(No such file") as error:
         open_picture(tmp_path / "a.png", "a.png")
     assert not isinstance(error.value, PictureError)
@@ -464,7 +464,7 @@ def test_prompts_alone_are_painted_by_the_guided_teacher(tmp_path, teacher):
     cond, uncond = teacher.conditioner.encode(cache.captions), expand(teacher.conditioner.unconditional(1), 3)
     expected = sample(teacher.denoiser, draws.normal(4, 8, 8), cond, uncond, steps=3, guidance=4.0)
     torch.testing.assert_close(cache.batch([0, 1, 2])[0], expected, atol=1e-5, rtol=1e-5)
-    assert (cache[0]["x0"] - cache[2]["x0"]).abs().max() > 0.1  # one prompt, other noise
+    assert (cache[0]["x0"] - cache[2]["x0"]).abs().max() > 0.1  # the same prompt, other noise
     assert open_data(str(file), teacher, seed=8, **options).key != cache.key
     assert cache.manifest["guidance"] == 4.0
 
@@ -486,7 +486,7 @@ def test_the_teacher_paints_in_the_precision_of_the_run(tmp_path, teacher):
 
 
 def test_a_painted_cache_is_known_to_its_teacher_in_bfloat16_too(tmp_path, pipelines):
-    """A run in bfloat16 loads the network so; `stepdistill cache` in float32."""
+    """A run in bfloat16 loads the network in bfloat16; `stepdistill cache` in float32."""
     (tmp_path / "prompts.txt").write_text("a cat\n")
     make_cache(str(tmp_path / "prompts.txt"), load_teacher(pipelines["sd"]), tmp_path / "cache", synthetic_steps=1)
     half = load_teacher(pipelines["sd"], backbone_dtype=torch.bfloat16)
@@ -549,7 +549,7 @@ def test_a_painted_cache_is_data_for_runs_at_its_guidance_only(tmp_path, picture
 
 
 def test_silent_tokens_are_not_kept_and_come_back(tmp_path, pictures):
-    """Stable Diffusion 3 without its T5 has 256 tokens of zeros to a caption."""
+    """Stable Diffusion 3 without its T5 has 256 tokens of zeros per caption."""
     pipe = tiny.sd3()
     pipe.text_encoder_3 = None
     silent = as_teacher(pipe, "silent")

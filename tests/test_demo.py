@@ -1,4 +1,4 @@
-"""The demo distils, measures and reports, and the same command again does nothing twice."""
+"""The demo distils, measures and reports, and repeating the command repeats no work."""
 
 from __future__ import annotations
 

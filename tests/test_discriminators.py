@@ -1,4 +1,4 @@
-"""Discriminator heads and their losses against numbers worked out by hand and closed forms."""
+"""Discriminator heads and their losses against hand computations and closed forms."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_every_convolution_has_spectral_norm_one():
 
 
 def test_a_head_is_told_by_projection():
-    """Its logit is <out(features), tell(condition)> / sqrt(width): what is told nothing answers nothing."""
+    """Its logit is <out(features), tell(condition)> / sqrt(width), so it is zero if `tell` returns zero."""
     torch.manual_seed(0)
     head = Head(32, 3).eval()
     features = maps(6, 32).transpose(1, 2)
@@ -162,7 +162,7 @@ def test_a_planar_head_sees_a_tokens_neighbours_above_and_below():
     head = Head(32, planar=True).eval()
     norms = [head.first.norm, head.second.norm]
     for norm in norms:
-        norm.forward = lambda x: x  # which reaches over the whole sample
+        norm.forward = lambda x: x  # the norm itself spans the whole sample
     features = maps(30, 32, 1).transpose(1, 2).unflatten(2, (6, 5)).requires_grad_(True)
     head(features)[0, 2 * 5 + 2].backward()  # row 2, column 2
     reached = features.grad[0].abs().sum(0) > 0

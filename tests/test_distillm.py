@@ -1,4 +1,4 @@
-"""DistiLLM: when the student speaks, what it remembers, and that both survive a cut."""
+"""DistiLLM: when the student generates, what its replay buffer holds, and that both survive an interruption."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def pupils(threshold: float, capacity: int = 5) -> Pupils:
 
 
 def spoken(*first: int) -> Spoken:
-    """Rows that begin with these tokens."""
+    """Rows that each repeat one of these tokens."""
     ids = torch.tensor(first)[:, None].expand(-1, BLOCK).clone()
     return Spoken(ids, ids > 0, ids > 0)
 
@@ -49,10 +49,10 @@ def spoken(*first: int) -> Spoken:
 @pytest.mark.parametrize(
     ("share", "threshold", "progress", "full", "what"),
     [
-        (0.0, 0.0, 0.0, False, "read"),  # at threshold 0 it never speaks
+        (0.0, 0.0, 0.0, False, "read"),  # at threshold 0 it never generates
         (0.3, 0.5, 0.2, True, "speak"),  # 0.3 < 0.5 (1 - 0.2)
         (0.45, 0.5, 0.2, True, "recall"),  # 0.4 <= 0.45 < 0.5
-        (0.45, 0.5, 0.2, False, "speak"),  # as long as there is room
+        (0.45, 0.5, 0.2, False, "speak"),  # while there is room
         (0.5, 0.5, 0.0, False, "read"),
         (0.2, 0.5, 1.0, True, "recall"),
         (0.99, 1.0, 0.0, True, "speak"),
@@ -131,7 +131,7 @@ def test_the_validation_loss_is_looked_at_once_an_update_and_without_dropout():
 
 
 def test_a_cut_run_goes_on_with_the_same_memory(tmp_path):
-    """The student, its buffer and its threshold, after a cut and without one, are the same bits."""
+    """Student, replay buffer and threshold are bit-identical with and without an interruption."""
     config = LoopConfig(out=tmp_path / "cut", max_train_steps=8, batch_size=2, learning_rate=1e-2, checkpoint_every=3,
                         gradient_accumulation=2, lr_scheduler="cosine")  # fmt: skip
 

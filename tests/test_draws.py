@@ -1,4 +1,4 @@
-"""Draws belong to a sample: the same whatever the batch, the process or the resume; fresh at every call."""
+"""Draws belong to a sample: independent of batch, process and resume, and new at every call."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Encoders: what is hidden from them, DistilBERT's and TinyBERT's losses by hand, whom they train, and whole runs."""
+"""Encoders: masking, DistilBERT's and TinyBERT's losses by hand, which networks they train, and whole runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MASKING = Masking(0.5, 12, mask=4, special=(0, 1, 2, 3, 4), vocabulary=23)
 
 
 def bert(depth: int = 2, width: int = 8, *, seed: int = 0, kind: str = "bert", **more):
-    """Random, in float64, without dropout: two heads, 23 tokens."""
+    """A random encoder in float64 without dropout: two heads, a vocabulary of 23."""
     torch.manual_seed(seed)
     shape = dict(vocab_size=23, hidden_size=width, num_hidden_layers=depth, num_attention_heads=2, intermediate_size=12,
                  max_position_embeddings=16, pad_token_id=0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
@@ -39,7 +39,7 @@ def bert(depth: int = 2, width: int = 8, *, seed: int = 0, kind: str = "bert", *
 
 
 def lines(*lengths: int, width: int = 12) -> Lines:
-    """Random pieces between cls, 2, and sep, 3, padded with 0."""
+    """Random pieces between cls (2) and sep (3), padded with 0."""
     generator = torch.Generator().manual_seed(len(lengths))
     ids = torch.zeros(len(lengths), width, dtype=torch.int64)
     for row, n in enumerate(lengths):
@@ -52,7 +52,7 @@ def batch(data, count: int) -> Batch:
     return Batch(data.batch(list(range(count))), Draws.at(0, 0, count))
 
 
-# ------------------------------------------------------------------------------------------------------- what is hidden
+# -------------------------------------------------------------------------------------------------------------- masking
 
 
 def test_of_what_is_hidden_eight_tenths_are_masks_and_half_of_the_rest_any_token():
@@ -105,7 +105,7 @@ def test_lines_are_cut_into_pieces_with_the_special_tokens_around_each():
 
 
 def triple(student, teacher, data: Lines, kl_on: str) -> dict[str, float]:
-    """The three terms, token by token."""
+    """The three terms, computed token by token."""
     shown, told = MASKING(data.ids, data.attention, Draws.at(0, 0, len(data)))
     s, t = (net(shown, attention_mask=data.attention.long(), output_hidden_states=True) for net in (student, teacher))
     kls, nlls, cosines = [], [], []
@@ -175,7 +175,7 @@ def test_attention_scores_are_those_that_eager_attention_takes_the_softmax_of(ki
     for scores, probabilities in zip(seen.scores, truth.attentions, strict=True):
         masked_scores = scores.masked_fill(~data.attention[:, None, None], -torch.inf)
         assert (masked_scores.softmax(-1) - probabilities).abs().max() < 1e-10
-        assert (scores.sum(-1) - 1).abs().min() > 1e-6  # they are no probabilities
+        assert (scores.sum(-1) - 1).abs().min() > 1e-6  # they are not probabilities
     assert all(torch.equal(a, b) for a, b in zip(seen.hidden, truth.hidden_states, strict=True))
 
 
@@ -365,7 +365,7 @@ def test_a_task_of_one_class_or_of_strange_ones_is_refused(tmp_path):
 
 @torch.no_grad()
 def test_the_longest_text_that_is_taken_is_the_longest_that_works(tmp_path):
-    """RoBERTa's positions begin behind that of its padding."""
+    """RoBERTa's positions start after that of its padding token."""
     for kind, most in (("bert", 16), ("roberta", 15)):
         network, ids = bert(kind=kind), torch.full((1, 17), 7)
         check_length(network, most, "length")

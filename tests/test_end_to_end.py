@@ -1,4 +1,4 @@
-"""What is exported is what was trained: loaded whole by plain diffusers, in a process that knows nothing of us."""
+"""Exports equal what was trained: plain diffusers loads every tensor, in a process without stepdistill."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ print(json.dumps({"r": config.r, "alpha": config.lora_alpha}))
 
 
 def train(tmp_path, teacher: str, data: str, **more) -> tuple[Trainer, Path]:
-    """Two updates and the export; the trainer keeps its networks."""
+    """Trains for two updates and exports; the trainer keeps its networks."""
     settings = {"max_train_steps": 2, "batch_size": 2, "learning_rate": 1e-2, "rank": 4, "alpha": 6.0,
                 "guidance": (2.0,)}  # fmt: skip
     config = LCMConfig(teacher=teacher, data=data, out=tmp_path / "run", **(settings | more))
@@ -64,7 +64,7 @@ def train(tmp_path, teacher: str, data: str, **more) -> tuple[Trainer, Path]:
 
 
 def drawn_by(run: Trainer, steps: int, cond: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What the student in the trainer's memory makes of the noise that a pipeline draws from seed 3."""
+    """Samples the trainer's student from the noise that a pipeline draws with seed 3."""
     generator = torch.Generator().manual_seed(3)
     x_T, *noises = (torch.randn(1, *run.teacher.sample_shape, generator=generator) for _ in range(steps))
     with run.models.shown() as student, evaluating(student.backbone):
@@ -138,7 +138,7 @@ def test_a_full_student_of_a_pixel_model_is_a_pipeline_with_the_trainers_output(
         generator = torch.Generator().manual_seed(3)
         images = pipeline(1, num_inference_steps=steps, generator=generator, output_type="np").images
         ours = (drawn_by(run, steps, {}) / 2 + 0.5).clamp(0, 1)
-        assert ((ours > 0) & (ours < 1)).float().mean() > 0.1  # or clamping would hide everything
+        assert ((ours > 0) & (ours < 1)).float().mean() > 0.1  # otherwise clamping would hide everything
         assert (torch.from_numpy(images).permute(0, 3, 1, 2) - ours).abs().max() < 1e-5
     assert "pipe(num_inference_steps=4)" in (out / "README.md").read_text()
 

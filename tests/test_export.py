@@ -1,4 +1,4 @@
-"""Exports: every tensor, rank and alpha arrive in plain diffusers, under its own names, under kohya's, or fused."""
+"""Exports: plain diffusers gets every tensor, rank and alpha, under its own names, under kohya's, or fused."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ LOAD = """if True:
 
 
 def trained(teacher) -> dict[str, torch.Tensor]:
-    """Adds an adapter as training does, fills it, and returns its tensors by parameter name."""
+    """Adds an adapter as training does, fills it with random values, and returns its tensors by parameter name."""
     targets = [t for t in LORA_TARGETS if any(n.endswith(t) for n, _ in teacher.denoiser.backbone.named_modules())]
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, init_lora_weights="gaussian")
     teacher.denoiser.backbone.add_adapter(config, adapter_name=ADAPTER)
@@ -66,7 +66,7 @@ def trained(teacher) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
 def student(request, tmp_path_factory):
-    """A saved pipeline, the export of an adapter on it, that adapter, noise, and what our sampler makes of it."""
+    """A saved pipeline, the export of an adapter on it, that adapter, noise, and our sampler's output for it."""
     root = tmp_path_factory.mktemp(request.param)
     base = tiny.save(root / "base", request.param)
     teacher = load_teacher(base)
@@ -85,7 +85,7 @@ def student(request, tmp_path_factory):
 
 
 def loaded_elsewhere(student, lora) -> dict[str, torch.Tensor]:
-    """What plain diffusers, in a process that knows nothing of us, loads and draws."""
+    """Returns what plain diffusers loads and samples in a process without stepdistill."""
     from safetensors.torch import save_file
 
     root = student["root"]

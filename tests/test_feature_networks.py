@@ -1,4 +1,4 @@
-"""Feature networks against timm's own models, and what is said where one cannot be had."""
+"""Feature networks against timm's own models, and the errors if one is unavailable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stepdistill.methods.feature_networks import FeatureNetwork, from_vit, load_
 
 
 def vit(name: str = "vit_small_patch16_224.dino", **options):
-    """A small vision transformer of random weights."""
+    """A small vision transformer with random weights."""
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 2, "num_classes": 0} | options
     return timm.create_model(name, pretrained=False, **sizes).eval()

@@ -1,4 +1,4 @@
-"""Features: the network is the one its weights were trained as, its hash is pinned, and its inputs are checked."""
+"""Features: the network matches its weights, their hash is pinned, and inputs are checked."""
 
 from __future__ import annotations
 

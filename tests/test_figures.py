@@ -1,4 +1,4 @@
-"""Intervals of figures, of shares, of differences and of ratios, held against simulation and closed forms."""
+"""Intervals of figures, shares, differences and ratios, checked against simulation and closed forms."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_interval_of_a_mean_is_the_textbooks():
 
 
 def test_the_intervals_of_means_and_of_their_differences_and_ratios_cover_the_truth():
-    """Of 200 trials of 95 %, fewer than 183 would happen once in 5,000."""
+    """With 200 trials at 95 %, a count below 183 happens once in 5,000."""
     covered = {"mean": 0, "paired": 0, "unpaired": 0, "ratio": 0}
     for seed in range(200):
         common, a, b = (draws(100, 3 * seed + i) for i in range(3))
@@ -90,7 +90,7 @@ def test_intervals_of_shares_cover_the_truth_within_0_and_1(share):
 
 
 def test_the_interval_of_a_share_of_questions_is_as_wide_as_their_pictures_have_it():
-    """Four questions a picture that stand and fall together say as little as one, and the interval knows."""
+    """Four fully correlated questions per image carry the information of one, and the interval reflects it."""
 
     def judged(seed: int, together: bool) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -113,6 +113,6 @@ def test_one_wrong_answer_of_several_a_picture_leaves_a_share_as_sure_as_so_many
     judged = torch.ones(48, 3, dtype=torch.int8)
     judged[5, 1] = 0
     low, high = _share(judged).interval()
-    n = 48  # Wilson's of a share of 143 / 144 in so many
+    n = 48  # Wilson's interval of a share of 143 / 144 at this n
     centre, half = 143 / 144 + 1.96**2 / (2 * n), 1.96 * (143 / 144**2 / n + 1.96**2 / (4 * n**2)) ** 0.5
     assert (low, high) == pytest.approx([(centre + end) / (1 + 1.96**2 / n) for end in (-half, half)], abs=1e-5)

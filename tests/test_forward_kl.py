@@ -1,4 +1,4 @@
-"""Word-level distillation and the control's cross-entropy, written out token by token."""
+"""Word-level distillation and the control's cross-entropy, computed token by token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAIRS = [Pair("the cat", " sees red hats."), Pair("a dog likes the old", " owl."
 
 
 def batch() -> Batch:
-    """Padded on both sides; completions count, and of prompts nothing."""
+    """A batch padded on both sides, in which completions count and prompts do not."""
     rows = pair_up(PAIRS, tokenizer(), prompt=12, completion=9)
     return Batch(rows.batch([0, 1]), Draws.at(0, 0, 2))
 
@@ -31,7 +31,7 @@ def pupils() -> Pupils:
 
 @torch.no_grad()
 def by_hand(models: Pupils, temperature: float) -> tuple[float, float]:
-    """KL(teacher at T || student at T) and -log S(token), nats a token that counts."""
+    """KL(teacher at T || student at T) and -log S(token), in nats per token that counts."""
     rows = batch()
     s, t = (logits(m, rows["ids"], rows["attention"]) for m in (models.student, models.teacher))
     soft, hard = [], []

@@ -1,4 +1,4 @@
-"""Pictures are framed as torchvision frames them, to the pixel, and once: CLIP's own frame is no second one."""
+"""Images are framed as by torchvision, to the pixel, and only once: CLIP's own frame replaces the protocol's."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_side_is_rounded_as_torchvision_rounds_it(size):
 
 
 def test_clips_own_frame_takes_the_place_of_the_protocols(tmp_path, monkeypatch):
-    """Of drawn pictures and of real ones: both are brought from what they were straight to CLIP's frame."""
+    """For generated and real images: both go from the original directly to CLIP's frame."""
     given, own = picture(90, 61), Frame(16)
     pictures = own.batch(batch(given))
     assert not torch.equal(pictures, own.batch(Frame(40).batch(batch(given))))

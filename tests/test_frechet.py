@@ -1,4 +1,4 @@
-"""The Frechet distance equals its closed forms and scipy's, its moments merge, and its interval is the right width."""
+"""The Frechet distance equals its closed forms and scipy's, its moments merge, and its interval has the right width."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_with_fewer_pictures_than_features_the_distance_and_its_influence_are_th
 def known(d: int, spectrum: str, shift: float, scale: float):
     """Exact moments of N(0, S), the root of the covariance of N(m, scale^2 S), its mean m, and their distance."""
     eigenvalues = torch.ones(d, dtype=torch.float64)
-    if spectrum == "decaying":  # as 1 / i, which features of networks come near to
+    if spectrum == "decaying":  # as 1 / i, close to the features of networks
         eigenvalues = 1 / torch.arange(1, d + 1, dtype=torch.float64)
     eigenvalues *= d / eigenvalues.sum()
     axes = torch.linalg.qr(draws(d, d, 5))[0]
@@ -115,8 +115,8 @@ MODELS = pytest.mark.parametrize(
 def test_intervals_of_the_distance_cover_its_mean_over_other_pictures_and_two_runs_are_equal(
     n, d, spectrum, shift, scale
 ):
-    """At this n: the distance of n pictures is above that of all. Models as good as the real pictures too, where the
-    distance has no first-order term, and n below the length of the features."""
+    """The mean is at this n, where the distance exceeds that of the distributions. Includes models as good as the real
+    images, for which the distance has no first-order term, and n below the number of features."""
     reference, root, mean, truth = known(d, spectrum, shift, scale)
     found = [frechet_figure(mean + draws(n, d, seed) @ root.T, reference) for seed in range(200)]
     expected = sum(f.value for f in found) / 200
@@ -129,7 +129,7 @@ def test_intervals_of_the_distance_cover_its_mean_over_other_pictures_and_two_ru
 @MODELS
 @pytest.mark.parametrize(("n", "d"), [(200, 8), (1000, 64), (200, 64), (96, 64)])
 def test_intervals_of_fd_inf_cover_the_known_distance_and_two_runs_are_equal(n, d, spectrum, shift, scale):
-    """Down to 1.5 pictures a feature, the fewest it takes."""
+    """Down to 1.5 images per feature, the fewest allowed."""
     reference, root, mean, truth = known(d, spectrum, shift, scale)
     samples = (mean + draws(n, d, seed) @ root.T for seed in range(100))
     found = [frechet_limit(x, reference) for x in samples]
@@ -150,7 +150,7 @@ def test_fd_inf_has_next_to_none_of_the_distances_bias_and_is_no_wider_where_pic
 
 
 def test_fd_inf_is_the_parabola_through_sets_that_leave_none_one_and_two_fifths_out(monkeypatch):
-    """With one order for all, the fifths are known."""
+    """With a fixed order, the fifths are known."""
     monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
     x, reference = draws(60, 4, 0) + 0.2, Moments.of(draws(500, 4, 1))
     fifths, y = x.tensor_split(5), []

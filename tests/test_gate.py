@@ -1,4 +1,4 @@
-"""A gate opens for figures that keep their bounds, stays shut for others, and refuses what it cannot judge."""
+"""A gate passes figures within their bounds, fails others, and rejects what it cannot judge."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def gate(capsys, folder, *flags: object) -> tuple[int, list[str], str]:
         (["--max-fd", 30, "--min-clip", 32], "1110"),
         (["--max", "kid=0.0025", "--min", "kid=0.002"], "1111"),
         (["--window", "clip_score=30.9,31.1"], "01"),
-        (["--window", "clip=30.9,31.1", "--max", "ms=40"], "1011"),  # ms a picture: 80 in a batch of 2
+        (["--window", "clip=30.9,31.1", "--max", "ms=40"], "1011"),  # ms per image: 80 in a batch of 2
         (["--max", "ms=39.9"], "00"),
     ],
 )
@@ -112,7 +112,7 @@ def test_mlperfs_windows_ship_and_open_for_figures_inside_them_only(tmp_path, ca
     Book(tmp_path / "as-sdxl", {"protocol_hash": "abc", "protocol": "tiny"}).add(
         row("sdxl", 50, 23.5, 31.75, **told | {"guidance": 5.0})
     )
-    code, _, err = gate(capsys, tmp_path / "as-sdxl", "--gate", MLPERF)  # of what is wrong with it, the first
+    code, _, err = gate(capsys, tmp_path / "as-sdxl", "--gate", MLPERF)  # the first difference is reported
     assert code == 2 and "got sdxl with guidance 5.0; allowed: guidance 8.0" in err
 
 

@@ -40,7 +40,7 @@ def lesson(**changes) -> GKD:
 
 @torch.no_grad()
 def jsd_by_hand(models: Pupils, ids, attention, counts, beta: float) -> list[float]:
-    """The divergence of each token that counts, float64."""
+    """The divergence of each token that counts, in float64."""
     s, t = (logits(m, ids, attention).double().softmax(-1) for m in (models.student, models.teacher))
     values = []
     for b, i in counts.nonzero().tolist():
@@ -61,12 +61,12 @@ def test_on_policy_the_mean_is_over_what_the_student_said_up_to_its_first_end():
 
 
 def test_over_other_tokens_than_those_said_it_is_another_number():
-    """The usual mistakes: the prompt counts too, all behind the end counts, or the sum is divided by every place."""
+    """The usual mistakes: counting the prompt, counting all after the end, or dividing the sum by every position."""
     models, given = pupils(), batch()
     models.teacher.load_state_dict(speaker(seed=4).network.state_dict())
     first = sample([(models.bare, 1.0)], given["ids"][:, :PROMPT], given["attention"][:, :PROMPT], Draws.at(7, 0, 3),
                    new=BLOCK - PROMPT, eos=-1, pad=0)  # fmt: skip
-    end = first.ids[0, PROMPT + 2].item()  # a token that one of them says early
+    end = first.ids[0, PROMPT + 2].item()  # a token that one of them generates early
     loss = lesson(eos=end).loss("student", given, models, CLOCK).total.item()
     spoken = sample([(models.bare, 1.0)], given["ids"][:, :PROMPT], given["attention"][:, :PROMPT], Draws.at(7, 0, 3),
                     new=BLOCK - PROMPT, eos=end, pad=0)  # fmt: skip

@@ -1,4 +1,4 @@
-"""GKD by trl's trainer: the same loss of the same samples, λ in the same sense, and runs that log and resume."""
+"""GKD with trl's trainer: the same loss on the same samples, λ with the same meaning, and runs that log and resume."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def config(out: Path, **changes) -> GKDConfig:
 
 @pytest.mark.parametrize(("data", "kind"), [(packed, "llama"), (padded, "llama"), (padded, "gpt2")])
 def test_trls_trainer_takes_the_same_samples_to_the_same_loss(data, kind, tmp_path):
-    """Of padded prompts, too: GPT-2's places are learnt."""
+    """With padded prompts too: GPT-2 has learned positions."""
     student, teacher, rows = speaker(kind, seed=1), speaker(kind, seed=2), data()
     trainer = make_trainer(config(tmp_path), teacher, student.network, rows)
     assert (trainer.lmbda, trainer.beta, trainer.temperature) == (0.4, 0.3, 0.8)
@@ -70,7 +70,7 @@ def test_lambda_is_the_share_of_steps_in_which_the_student_speaks(lmbda, name, t
     monkeypatch.setattr(Trainer, "generate_on_policy_outputs", staticmethod(spy))
     student = speaker(seed=1).network
     trainer = make_trainer(config(tmp_path, lmbda=lmbda), speaker(seed=2), student, packed())
-    trainer.current_gradient_accumulation_steps = 1  # as its own loop has it
+    trainer.current_gradient_accumulation_steps = 1  # as its own loop sets it
     for _ in range(3):
         trainer.training_step(student, as_trl(packed(), [0, 1]))
     assert len(spoken) == 3 * lmbda and list(trainer.losses) == [name] and len(trainer.losses[name]) == 3
@@ -108,7 +108,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits_and_counts_its_first_leg(tm
 
 
 def test_a_logged_loss_is_that_of_the_batches(tmp_path, monkeypatch):
-    """Two of two samples an update, without on-policy text, at a learning rate of next to nothing."""
+    """Two batches of two samples per update, without on-policy text, at a negligible learning rate."""
     seen = []
     compute = Trainer.compute_loss
 

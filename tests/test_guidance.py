@@ -1,4 +1,4 @@
-"""Guidance: one forward, the linear rule, the same in every kind."""
+"""Guidance: one forward, the linear rule, the same for every prediction type."""
 
 import pytest
 import torch
@@ -111,7 +111,7 @@ def test_conditions_that_cannot_be_fused_are_input_errors(cond, uncond, says, in
 
 
 class Half(Network):
-    """A network of bfloat16 weights that insists on bfloat16 input and a float32 clock."""
+    """A network with bfloat16 weights that requires bfloat16 input and a float32 clock."""
 
     def __init__(self, schedule, kind):
         super().__init__(schedule, kind)

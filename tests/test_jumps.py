@@ -73,7 +73,7 @@ def test_the_times_are_those_its_pipeline_asks_of_the_flow_scheduler(family, ste
 
 
 def shares(method: Jump, clock: Clock, count: int = 20000) -> list[float]:
-    """How often each time is drawn."""
+    """The share of draws of each time."""
     t = method.draw_times(Draws.at(0, 0, count), ALPHA_BAR, Grid(), clock)
     return [(t == time).double().mean().item() for time in method.times(ALPHA_BAR, Grid())]
 
@@ -106,7 +106,7 @@ def test_the_noisiest_input_is_the_unit_noise_that_sampling_begins_with_bit_for_
 
 
 class Echo(Denoiser):
-    """Says where it was asked, and returns a hundredth of it."""
+    """Records its inputs, and returns a hundredth of x_t."""
 
     def __init__(self, schedule) -> None:
         super().__init__(None, schedule, "x0")
@@ -119,7 +119,7 @@ class Echo(Denoiser):
 
 @pytest.mark.parametrize("schedule", [ALPHA_BAR, Cosine(), RectifiedFlow(), EDM()], ids=str)
 def test_sampling_begins_where_training_did(schedule):
-    """On EDM too, where noise at the top has the size of sigma."""
+    """On EDM too, where the noise at the highest time has the scale of sigma."""
     method, student = Jump(student_steps=2), Echo(schedule)
     noise = torch.randn(5, 2, generator=torch.Generator().manual_seed(2))
     method.sample(student, noise, {}, steps=2, draws=Draws.at(0, 0, 5))
@@ -157,8 +157,8 @@ def test_bad_settings_are_named(settings, message):
 
 @pytest.mark.parametrize("schedule", [ALPHA_BAR, Cosine(), RectifiedFlow(), EDM()], ids=str)
 def test_its_share_of_samples_is_noised_from_the_students_own_first_answer(schedule):
-    """By hand: the same times and noise as without; at times below the noisiest half of the pictures are the answer
-    3 x_T + 1 instead, and nothing of theirs is known then."""
+    """By hand: times and noise are the same as without it; at times below the noisiest, half of the images are replaced
+    by the student's output 3 x_T + 1, and then no ground truth is known for them."""
 
     class Student(Denoiser):
         def raw(self, x_t, t, cond=None, *, t_end=None):

@@ -1,4 +1,4 @@
-"""LADD's losses by hand, whom its gradients reach, and its known fixed point."""
+"""LADD: losses by hand, which roles its gradients reach, and its known fixed point."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Looking:
 
 
 class Line(nn.Module):
-    """D = w . token at every token; notes what it was told."""
+    """D = w . token at every token; records its conditions."""
 
     def __init__(self, w: list[float]) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def by_hand(method: LatentAdversarial, phase: str, schedule, shift: float = 1.0)
     times = method.times(schedule, Grid(shift=shift))
     t = times[(draws.uniform().double() * len(times)).floor().long()]
     eps, level = draws.normal(DIM).double(), draws.normal().double()
-    # the discriminator's own: noise for the real, for the student's, and the step of R1; or noise for the student's
+    # the phase's own: noise for real and generated samples and R1's step, or noise for generated samples alone
     n_real = draws.normal(DIM).double() if phase == "discriminator" else None
     n_fake = draws.normal(DIM).double()
     n_step = draws.normal(DIM).double() if phase == "discriminator" else None
@@ -155,7 +155,7 @@ def test_a_flows_resolution_shift_moves_the_judged_noise_by_its_logarithm():
 
 
 def test_real_and_fake_are_judged_at_one_noise_level_and_r1_steps_from_the_noised_input():
-    """Trap: a step from the clean latents, compared with the logits of noised ones."""
+    """Catches a step from the clean latents compared with the logits of noised ones."""
     models, method = Trio(Cosine()), LatentAdversarial(r1_weight=1.0, r1_size=0.01)
     method.loss("discriminator", batch(), models, CLOCK)
     (x_u, u, graded), *others = models.teacher.asked
@@ -200,7 +200,7 @@ def test_a_discriminator_that_says_nothing_has_the_known_losses(name, judged, fo
 
 @pytest.mark.parametrize(("mean", "still"), [(0.0, True), (0.3, False)])
 def test_where_real_and_fake_are_alike_the_discriminator_stays_at_nothing(mean, still):
-    """Its gradient at D = 0 is E[fake token] - E[real token]: zero where the two have one distribution. Data are
+    """Its gradient at D = 0 is E[fake token] - E[real token]: zero if both have one distribution. Data are
     Normal(mean, 1/4) and the student, at pure noise, makes Normal(0, 1/4)."""
     count = 20000
     models = Trio(Cosine())
@@ -256,7 +256,7 @@ def test_each_phases_gradient_reaches_its_role_and_no_other(family, make):
 @pytest.mark.parametrize("make", [lora_models, full_models])
 @pytest.mark.parametrize("family", ["sd", "sd3"])
 def test_the_students_gradient_is_that_of_two_separate_networks(family, make, checkpointing):
-    """One network with a switch, activations kept or not, against a student and a teacher that share nothing."""
+    """One network with a switch, with and without checkpointing, against a student and a teacher that share nothing."""
     method = LatentAdversarial(student_steps=2)
     plain = teacher_of(family).denoiser
     models, teacher = run(family, make, method)

@@ -1,4 +1,4 @@
-"""Whole LADD runs: cut and resumed, and on two processes. test_mixture.py has one where the answer is known."""
+"""Whole LADD runs: interrupted and resumed, and on two processes. test_mixture.py has one with a known answer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def trainer(out: Path, teacher: str, data: str, **more) -> Trainer:
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_a_run_that_was_cut_ends_with_the_same_bits(tmp_path, pipelines, pictures, lora):
-    """Two optimizers, and heads whose spectral norms are estimated by iterations that go on from update to update."""
+    """With two optimizers, and heads whose spectral norms are estimated by iterations that continue across updates."""
     whole, first = (trainer(tmp_path / n, pipelines["sd"], pictures, lora=lora) for n in ("whole", "cut"))
     whole.fit()
     first.step(), first.step()
@@ -100,10 +100,10 @@ def test_what_a_student_cannot_begin_with_is_named(tmp_path, pipelines, pictures
         trainer(tmp_path / "ranks", pipelines["sd"], pictures, start=first, rank=3)
     for changes in ({"rank": 3}, {"rank": 2, "target_modules": ("to_q",)}):
         with pytest.raises(InputError, match=r"adapter: got .* allowed: one made with the same --rank"):
-            LADDConfig(start=first, **changes).check_teacher(load_teacher(pipelines["sd"]))  # before the data are made
+            LADDConfig(start=first, **changes).check_teacher(load_teacher(pipelines["sd"]))  # before data are encoded
     with pytest.raises(InputError, match=r"start: got .* with --no-lora; allowed: with a LoRA"):
         trainer(tmp_path / "full", pipelines["sd"], pictures, start=first, lora=False)
-    file = first / "scheduler" / "scheduler_config.json"  # as a chain from eps to v would have left it
+    file = first / "scheduler" / "scheduler_config.json"  # as a chain from eps to v would leave it
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
     with pytest.raises(InputError, match=r"start: got .* predicts v, for a teacher that predicts eps; allowed"):
         LADDConfig(start=first, rank=2).check_teacher(load_teacher(pipelines["sd"]))
@@ -112,7 +112,7 @@ def test_what_a_student_cannot_begin_with_is_named(tmp_path, pipelines, pictures
 
 
 def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(tmp_path, pipelines, pictures):
-    """Adam's epsilon is raised: where a gradient is nothing but rounding, Adam makes full steps of its sign."""
+    """Adam's epsilon is raised: if a gradient is pure rounding error, Adam takes full steps of its sign."""
     words = [
         sys.executable, str(SCRIPT), "--teacher", pipelines["sd"], "--data", pictures, "--rank", "2", "--log-every",
         "1", "--max-train-steps", "10", "--adam-epsilon", "1e-3", "--learning-rate", "1e-3", "--r1-weight", "0.1",

@@ -1,4 +1,4 @@
-"""Encoders, pruning and traces by their commands: tables, dry runs, refusals in a line, and recipes that are taken."""
+"""Encoders, pruning and traces through their commands: tables, dry runs, one-line errors, and valid recipes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ COMMANDS = {
 
 @pytest.fixture
 def taught(monkeypatch):
-    """A teacher of sums that is right: one of two updates is not."""
+    """Makes the teacher's sums right: after two updates they are not."""
     from stepdistill.baselines.language import arithmetic, r1_traces
     from stepdistill.baselines.language.traces import Said
 

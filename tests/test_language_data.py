@@ -1,4 +1,4 @@
-"""Texts as tokens: packing, padding, a pad that is eos, and what cannot be read."""
+"""Texts as tokens: packing, padding, a pad token that is eos, and unreadable input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KINDS = ("llama", "gpt2")
 
 
 def by_hand(network: torch.nn.Module) -> float:
-    """Nats a token of the completions and their ends, each pair alone and without padding."""
+    """Nats per token of the completions and their ends, each pair alone and without padding."""
     end, values = tokenizer().eos_token_id, []
     for pair in PAIRS:
         before, after = (tokenizer()(text).input_ids for text in (pair.prompt, pair.completion))
@@ -38,7 +38,7 @@ def network(request):
 @torch.no_grad()
 def test_padding_on_both_sides_changes_nothing(network):
     rows = pair_up(PAIRS, tokenizer(), prompt=PROMPT, completion=COMPLETION)
-    assert (~rows.attention[:, 0]).any() and (~rows.attention[:, -1]).any()  # there is some on both
+    assert (~rows.attention[:, 0]).any() and (~rows.attention[:, -1]).any()  # padding on both sides
     said = logits(network, rows.ids, rows.attention)
     ours = losses.cross_entropy(*losses.shift(said, rows.ids, rows.counts)).item()
     assert ours == pytest.approx(by_hand(network), abs=1e-5)
@@ -57,7 +57,7 @@ def test_padding_that_counts_or_is_attended_to_is_another_loss(network):
 
 @torch.no_grad()
 def test_of_left_padding_the_first_true_token_is_at_place_0():
-    """GPT-2's places are learnt: counted from the first column, as they are where none are given, they are wrong."""
+    """GPT-2 has learned positions: counted from the first column, as they are by default, they are wrong."""
     network = speaker("gpt2").network
     rows = pair_up(PAIRS, tokenizer(), prompt=PROMPT, completion=COMPLETION)
     assert positions(rows.attention)[0, PROMPT].item() == len(tokenizer()(PAIRS[0].prompt).input_ids)

@@ -1,4 +1,4 @@
-"""What is said: the drawn tokens against the probabilities they are drawn by, and what of it counts."""
+"""Generation: sampled tokens against the probabilities they are drawn from, and which tokens count."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_tokens_are_drawn_as_often_as_they_are_probable():
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 @torch.no_grad()
 def test_word_by_word_and_all_at_once_say_the_same(kind, temperature):
-    """Caches, left padding and places, against one call on the whole text."""
+    """Caches, left padding and positions, against one call on the whole text."""
     network = speaker(kind).network
     spoken = say(network, temperature=temperature)
     probs = (logits(network, spoken.ids, spoken.attention).double() / temperature).softmax(-1)
@@ -64,7 +64,7 @@ def test_a_sample_says_the_same_in_any_batch():
 
 
 def test_the_prompt_and_what_stands_behind_the_first_end_do_not_count():
-    """A voice that always ends or goes on by its number: with u < 1/2 it says 1, the end."""
+    """A model that ends or continues by the number drawn: with u < 1/2 it generates 1, the end."""
     network, u = Constant([0.0, 0.5, 0.5]), numbers()
     ids, attention = prompts()
     spoken = sample([(network, 1.0)], ids, attention, Draws.at(5, 0, 3), new=NEW, eos=1, pad=0)
@@ -74,7 +74,7 @@ def test_the_prompt_and_what_stands_behind_the_first_end_do_not_count():
         assert spoken.ids[row, 12:].tolist() == said + [0] * (NEW - len(said))
         assert spoken.counts[row].tolist() == [False] * 12 + [True] * len(said) + [False] * (NEW - len(said))
         assert torch.equal(spoken.attention[row], torch.cat([attention[row], spoken.counts[row, 12:]]))
-    assert network.calls < NEW  # nobody is asked once all have ended
+    assert network.calls < NEW  # no call once all rows have ended
 
 
 def test_a_mixture_is_drawn_from_the_mean_of_what_its_voices_say():

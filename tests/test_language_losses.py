@@ -1,4 +1,4 @@
-"""Divergences of language models against sums written out, against trl, and against the mistakes usual in them."""
+"""Divergences of language models against explicit sums, against trl, and against the usual mistakes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BETAS = (0, 0.01, 0.1, 0.5, 0.9, 0.99, 1)
 
 @pytest.fixture(params=range(3))
 def said(request) -> tuple[Tensor, Tensor, Tensor]:
-    """Student's and teacher's logits, float64, and a mask with a row that counts nothing."""
+    """Logits of student and teacher in float64, and a mask with an all-false row."""
     g = torch.Generator().manual_seed(request.param)
     student, teacher = (3 * torch.randn(B, S, V, generator=g, dtype=torch.float64) for _ in range(2))
     mask = torch.rand(B, S, generator=g) < 0.6
@@ -145,7 +145,7 @@ def test_nothing_to_count_is_0(said):
 
 
 def test_the_shift_puts_logits_beside_the_token_they_speak_of():
-    """Two tokens, of which the first says for certain what comes second: the loss is 0, unshifted it is not."""
+    """Two tokens, the first of which predicts the second with certainty: the loss is 0, and unshifted it is not."""
     ids = torch.tensor([[0, 1]])
     said = torch.tensor([[[-60.0, 60.0], [60.0, -60.0]]], dtype=torch.float64)  # after 0 comes 1, after 1 comes 0
     counts = torch.tensor([[False, True]])

@@ -1,4 +1,4 @@
-"""Perplexity at a stride against each token alone, and what a student says against its teacher."""
+"""Strided perplexity against scoring each token alone, and a student's own text against its teacher."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_every_token_is_scored_once_behind_what_its_window_shows(length, window,
     ids = stream(sentences(20), tokenizer(), length)
     values = []
     for i in range(1, length):
-        start = 0 if i < window else math.ceil((i - window + 1) / stride) * stride  # of the first window that has it
+        start = 0 if i < window else math.ceil((i - window + 1) / stride) * stride  # of the first window with it
         said = network(input_ids=ids[None, start:i]).logits[0, -1].double().log_softmax(-1)
         values.append(-said[ids[i]].item())
     found = perplexity(network, ids, window=window, stride=stride)

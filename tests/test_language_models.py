@@ -1,4 +1,4 @@
-"""Language models by name: layers that are copied, vocabularies that must agree, and what cannot be loaded."""
+"""Language models by name: copied layers, vocabularies that must agree, and what cannot be loaded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_student_of_some_layers_is_the_teacher_with_the_others_left_out(kind):
     teacher = speaker(kind, layers=4)
     student = make_student("layers:0,3", teacher)
     layers = teacher.network.get_submodule(layers_name(teacher.network))
-    for middle in (1, 2):  # a layer that adds nothing is as good as none
+    for middle in (1, 2):  # a layer that adds nothing is the same as none
         for name, p in layers[middle].named_parameters():
             if any(part in name for part in ("o_proj", "down_proj", "c_proj")):
                 p.zero_()
@@ -58,7 +58,7 @@ def test_copied_layers_are_the_students_own(kind):
 @pytest.mark.parametrize(("kind", "changes"), [("llama", {"attention_dropout": 0.5}), ("gpt2", {})])
 @pytest.mark.parametrize("spec", ["layers:1", "config:num_hidden_layers=1", "prune:layers=0.5"])
 def test_a_student_in_training_answers_as_in_evaluation(kind, changes, spec):
-    """MiniLLM's ratio is of what it says in training to what it said in evaluation: 1 before any update."""
+    """MiniLLM's ratio is of its likelihood in training mode to that in evaluation mode: 1 before any update."""
     teacher = speaker(kind, **changes)
     corpus = Corpus(*[Tokens(IDS, EVERY, EVERY, 1)] * 3, None)
     for method in (MiniLLMConfig, GKDConfig, DistiLLMConfig):
@@ -100,13 +100,13 @@ def test_another_vocabulary_is_refused_where_cutting_to_the_smaller_one_gives_a_
     said, answers = logits(student.network, IDS, EVERY), logits(teacher.network, IDS, EVERY)
     cut = losses.forward_kl(said, answers[..., : said.shape[-1]], EVERY).item()
     p, q = answers.double().log_softmax(-1)[..., : said.shape[-1]], said.double().log_softmax(-1)
-    assert cut > 0 and abs(cut - (p.exp() * (p - q)).sum(-1).mean().item()) > 1e-3  # and it is no divergence of these
+    assert cut > 0 and abs(cut - (p.exp() * (p - q)).sum(-1).mean().item()) > 1e-3  # and it is not their divergence
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("llama", False), ("gpt2", True)])
 @torch.no_grad()
 def test_rows_behind_the_last_token_are_cut_where_they_are_all_that_differs(kind, tied):
-    """Qwen2.5's vocabularies: 152,064 of 7B, 151,936 of 0.5B, of one tokenizer."""
+    """Qwen2.5's vocabularies: 152,064 for 7B and 151,936 for 0.5B, with one tokenizer."""
     size = len(tokenizer())
     teacher, student = (speaker(kind, vocab_size=size + n, seed=n, tie_word_embeddings=tied) for n in (24, 8))
     before = [logits(model.network, IDS, EVERY)[..., :size] for model in (teacher, student)]

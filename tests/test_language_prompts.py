@@ -1,4 +1,4 @@
-"""What a tokenizer puts before a text, chat templates, long texts in pieces, and prompts that come alone."""
+"""What a tokenizer prepends to a text, chat templates, long texts in pieces, and prompts without completions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}<
 
 
 def llama3(template: str | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer that begins every text with its bos token, and cuts words as Llama 3's and Qwen2's do."""
+    """A tokenizer that starts every text with its bos token, and splits words as Llama 3's and Qwen2's do."""
     made = Tokenizer(models.BPE())
     cut = pre_tokenizers.Split(Regex(LLAMA3), "isolated")
     made.pre_tokenizer = pre_tokenizers.Sequence(
@@ -68,7 +68,7 @@ def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(make, size, monkeypat
 
 
 def test_of_a_long_text_no_more_is_tokenised_than_the_limit_asks_for(monkeypatch):
-    """WikiText-103 is one text of 540 million characters, and a tokenizer keeps 200 bytes of each."""
+    """WikiText-103 is one text of 540 million characters, and a tokenizer keeps 200 bytes for each."""
     monkeypatch.setattr(tokens, "PIECE", 100)
     seen = []
 
@@ -86,7 +86,7 @@ def test_of_a_long_text_no_more_is_tokenised_than_the_limit_asks_for(monkeypatch
 def test_a_text_begins_as_its_tokenizer_begins_it():
     assert begin(llama3()) == [0] and begin(tokenizer()) == []
     assert prompt_ids(llama3(), "the cat") == llama3()("the cat").input_ids
-    assert prompt_ids(llama3(), "<bos>the cat") == llama3()("the cat").input_ids  # a template has written it
+    assert prompt_ids(llama3(), "<bos>the cat") == llama3()("the cat").input_ids  # written by a template
     assert prompt_ids(tokenizer(), "the cat") == tokenizer()("the cat").input_ids
 
 
@@ -140,7 +140,7 @@ def test_a_problem_is_asked_with_it_once(template, monkeypatch):
 
 
 def folder(place: Path, template: str | None) -> str:
-    """A saved speaker whose tokenizer has a chat template."""
+    """Saves a model whose tokenizer has a chat template; returns its path."""
     made = copy.deepcopy(tokenizer())
     made.chat_template = template
     speaker(seed=5, max_position_embeddings=128).network.save_pretrained(place)

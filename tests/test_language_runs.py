@@ -1,4 +1,4 @@
-"""Whole runs of the language baselines by their command: tables, a cut, other methods' controls, refusals."""
+"""Whole runs of the language baselines through their command: tables, resume, shared controls, rejections."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def words(name: str, text: str, out: Path, *more: str, steps: int = 6) -> list[s
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory, text) -> Path:
-    """A run of forward_kl, whose teacher and control the others take."""
+    """A run of forward_kl, whose teacher and control the others reuse."""
     out = tmp_path_factory.mktemp("runs") / "forward_kl"
     main(words("forward_kl", text, out))
     return out
@@ -69,7 +69,7 @@ def test_a_run_ends_with_teacher_before_control_and_student(name, text, first, t
 
 @pytest.mark.parametrize("part", ["student-0", "control-0"])
 def test_a_student_and_its_control_are_exported_as_transformers_loads_them(part, first):
-    """The control is what other methods begin with: a student that was fine-tuned on the text."""
+    """Other methods start from the control: a student fine-tuned on the text."""
     model = open_decoder(str(first / part / "model"))
     weights = load_file(first / part / "weights" / "student.safetensors")
     own = dict(model.network.named_parameters())
@@ -103,7 +103,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(text, first, tmp_path, monk
 
 
 def test_a_run_does_not_go_on_with_its_updates_split_otherwise(text, tmp_path, capsys):
-    """A batch's mean is over its own tokens, so that two of 2 are another update than one of 4."""
+    """A batch's mean is over its own tokens, so two batches of 2 give another update than one of 4."""
     command = words("forward_kl", text, tmp_path, steps=2)
     main(command)
     again = ["baselines", *command, "--batch-size", "2", "--gradient-accumulation", "2"]
@@ -112,7 +112,7 @@ def test_a_run_does_not_go_on_with_its_updates_split_otherwise(text, tmp_path, c
 
 
 def test_trained_in_half_precision_networks_are_measured_in_full(text, tmp_path):
-    """Of a run that is finished weights are only loaded, so that figures would differ from those of the first time."""
+    """A finished run only loads its weights, so otherwise its figures would differ from those of the first time."""
     main(words("forward_kl", text, tmp_path, "--mixed-precision", "bf16"))
     before = figures(tmp_path)
     main(["eval", str(tmp_path)])
@@ -134,7 +134,7 @@ def test_a_teacher_that_comes_trained_is_fitted_to_the_text_before_it_teaches(te
         found.append(figures(tmp_path / name))
     plain, corrected = found
     assert corrected["teacher"]["nll"] < plain["teacher"]["nll"]
-    assert corrected["before"] != plain["before"]  # the student begins as what the teacher is by then
+    assert corrected["before"] != plain["before"]  # the student starts from the corrected teacher
     record = json.loads((tmp_path / "corrected" / "results.json").read_text())
     assert record["rows"][0]["seconds"] > 0
 
@@ -157,7 +157,7 @@ def test_prompts_with_completions_are_measured_on_the_completions(tmp_path):
 
 
 def test_a_student_learns_its_teacher_better_than_the_text_alone_teaches(text, tmp_path):
-    """On the divergence from the teacher, which is what it is trained for: 60 updates of either, the same samples."""
+    """By the divergence from the teacher, its objective: 60 updates of each, on the same samples."""
     main(words("forward_kl", text, tmp_path, "--soft-weight", "1", "--hard-weight", "0", steps=60))
     found = figures(tmp_path)
     assert found["student"]["own_kl"] < found["control"]["own_kl"] / 2

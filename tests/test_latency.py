@@ -57,7 +57,7 @@ def test_quantiles_are_linear_between_order_statistics():
 
 
 class Clock:
-    """A clock that only the parts of a pipeline move, each call of theirs by a number of seconds."""
+    """A clock advanced only by calls of a pipeline's parts, each by a given number of seconds."""
 
     def __init__(self, pipe, **seconds) -> None:
         self.now, self.told = 0.0, {name: iter(values) for name, values in seconds.items()}
@@ -142,7 +142,7 @@ def test_pictures_do_not_depend_on_the_batch_they_are_in(pipe):
 
 
 def test_every_network_is_compiled_however_many_there_were_before():
-    """Left alone, dynamo gives up on a function after eight compilations."""
+    """By default dynamo gives up on a function after eight compilations."""
     made = []
 
     def backend(graph, _):

@@ -1,4 +1,4 @@
-"""Teachers load from folders of safetensors; whatever else is given ends in one line that says why."""
+"""Teachers load from folders of safetensors; any other input ends in a one-line error."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_half_autoencoder_that_overflows_is_run_in_float32_and_left_in_half(fo
 
 
 def test_a_pixel_denoiser_may_have_its_network_wrapped():
-    """As DistributedDataParallel does, whose wrapper has no config."""
+    """As by DistributedDataParallel, whose wrapper has no config."""
     denoiser = as_teacher(tiny.pixel(), "tiny").denoiser
     x_t = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     plain = denoiser(x_t, 500.0)
@@ -115,7 +115,7 @@ def test_text_encoders_and_autoencoder_are_on_a_device_for_a_while_and_then_wher
     pipelines, family, monkeypatch
 ):
     teacher = load_teacher(pipelines[family])
-    teacher.vae.to("meta")  # as adversarial training, which decodes, has its autoencoder on the device
+    teacher.vae.to("meta")  # as adversarial training, which decodes, keeps its autoencoder on the device
     moved = []
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: moved.append((module, device)) or module)
     coders = [part for part in teacher.source.components.values() if isinstance(part, torch.nn.Module)]
@@ -148,7 +148,7 @@ def test_weights_take_the_dtype_asked_for(pipelines):
     (True, "fp16", torch.float32),
 ])  # fmt: skip
 def test_the_network_under_an_adapter_is_loaded_in_what_it_is_kept_in(pipelines, lora, precision, held):
-    """And is what casting it later would make it; what encodes is float32 in every run, as its caches are."""
+    """The result equals casting it later; encoders are float32 in every run, as their caches are."""
     run = LCMConfig(teacher=pipelines["sd"], lora=lora, mixed_precision=precision)
     teacher, whole = open_teacher(run, "cpu"), load_teacher(pipelines["sd"])
     for part in ("unet", "vae", "text_encoder"):

@@ -1,6 +1,6 @@
-"""Every method on every backbone, as LoRA and full: two updates, and plain diffusers paints what the trainer paints.
+"""Every method on every backbone, LoRA and full: two updates, and plain diffusers generates what the trainer does.
 
-One fresh process, which knows nothing of us, loads and samples all the exports.
+One fresh process, without stepdistill, loads and samples all the exports.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PROMPT = "a red cat with a blue hat"
 FAMILIES = ("sd", "sdxl", "sd3", "flux", "pixart", "sana", "pixel")
 METHODS = ("lcm", "progressive", "add", "ladd")
 CASES = [(method, family, lora) for method in METHODS for family in FAMILIES for lora in (True, False)]
-BINNED = ("pixart", "sana")  # pipelines that would round the picture's size to one of their own
+BINNED = ("pixart", "sana")  # pipelines that would round the image size to one of their own
 RANK, ALPHA = 4, 6.0
 STEPS = {"lcm": (1, 4), "progressive": (2,), "add": (1, 4), "ladd": (1, 4)}  # what a student is sampled at
 
@@ -75,7 +75,7 @@ assert "stepdistill" not in sys.modules
 
 
 def packed(x: torch.Tensor) -> torch.Tensor:
-    """Latents as FluxPipeline holds them."""
+    """Packs latents as FluxPipeline does."""
     from diffusers import FluxPipeline
 
     return FluxPipeline._pack_latents(x, *x.shape)
@@ -88,7 +88,7 @@ def unpacked(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 class Given(Draws):
-    """Draws that are the tensors of a list, one after the other."""
+    """Draws that return the tensors of a list in order."""
 
     def __init__(self, noises: list[torch.Tensor]) -> None:
         super().__init__([0] * len(noises[0]))
@@ -103,7 +103,7 @@ def name_of(method: str, family: str, lora: bool) -> str:
 
 
 def settings_of(method: str, family: str) -> tuple[type, dict]:
-    """The flags' class, and those that are not as for every method."""
+    """The class of flags, and the values specific to this method."""
     scale = 1.0 if family == "pixel" else 2.0
     if method == "lcm":
         return LCMConfig, {"guidance": (scale,)}
@@ -115,7 +115,7 @@ def settings_of(method: str, family: str) -> tuple[type, dict]:
 
 
 def distilled(method: str, config: TrainConfig) -> tuple[Path, Trainer]:
-    """The export, and the run that made it."""
+    """Returns the export, and the run that made it."""
     runs, finish = [], Trainer._finish
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_finish", lambda run: runs.append(run) or finish(run))
@@ -125,7 +125,7 @@ def distilled(method: str, config: TrainConfig) -> tuple[Path, Trainer]:
 
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory, pictures):
-    """What our sampler painted and what plain diffusers does, by case."""
+    """Outputs of our sampler and of plain diffusers, by case; and the folder of the runs."""
     root = tmp_path_factory.mktemp("matrix")
     teachers = {f: str(tiny.save(root / f, f, **({"kind": "sample"} if f == "pixel" else {}))) for f in FAMILIES}
     cases, ours = [], {}

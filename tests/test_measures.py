@@ -15,7 +15,7 @@ from stepdistill.evaluation.kernel import gaussian, mmd_figure, polynomial, with
 from stepdistill.evaluation.manifold import prdc_figures, radii
 from stepdistill.evaluation.measures import copies, diversity
 
-MEAN, SPREAD = torch.tensor([0.5, -0.3, 0.2], dtype=torch.float64), 1.3  # of the pictures; the real ones are N(0, I)
+MEAN, SPREAD = torch.tensor([0.5, -0.3, 0.2], dtype=torch.float64), 1.3  # of the images; the real ones are N(0, I)
 
 
 def test_a_metric_is_one_file(tmp_path, monkeypatch):
@@ -41,7 +41,7 @@ def mmd(x: torch.Tensor, y: torch.Tensor, kernel, scale: float = 1.0):
 
 
 def expected_polynomial(m1, s1, m2, s2) -> float:
-    """E (x.y / D + 1)^3 of x ~ N(m1, s1^2 I), y ~ N(m2, s2^2 I), from their first three moments."""
+    """E (x.y / D + 1)^3 for x ~ N(m1, s1^2 I), y ~ N(m2, s2^2 I), from their first three moments."""
     eye, d = torch.eye(len(m1), dtype=torch.float64), len(m1)
 
     def moments(m, s):
@@ -85,7 +85,7 @@ def test_the_kernel_distance_is_the_same_in_blocks(kernel, monkeypatch):
 
 
 def given_polynomial(m, s, y) -> float:
-    """The mean over y of E (x.y / D + 1)^3 of x ~ N(m, s^2 I), where x.y is normal."""
+    """The mean over y of E (x.y / D + 1)^3 for x ~ N(m, s^2 I), where x.y is normal."""
     a, variance = 1 + y @ m / y.shape[1], s**2 * y.square().sum(1) / y.shape[1] ** 2
     return (a**3 + 3 * a * variance).mean().item()
 
@@ -103,14 +103,14 @@ KERNELS = pytest.mark.parametrize(
 
 @KERNELS
 def test_intervals_of_the_kernel_distance_to_given_real_pictures_cover_its_closed_form(kernel, expected, given, scale):
-    """Of pictures like the real ones too: there the distance has no first-order term, and the interval holds still."""
+    """Also for images like the real ones, where the distance has no first-order term and the interval still holds."""
     y = scale * draws(400, 3, 999)
     own = within(y, kernel)
     for mean, spread in ((scale * MEAN, scale * SPREAD), (0 * MEAN, scale)):
         truth = expected(mean, spread, mean, spread) + own - 2 * given(mean, spread, y)
         found = [mmd_figure(mean + spread * draws(300, 3, i), y, kernel, own) for i in range(100)]
         assert sum(low <= truth <= high for low, high in (f.interval() for f in found)) >= 90
-        assert abs(sum(f.value for f in found) / 100 - truth) < 0.3 * found[0].error  # no bias: three errors of a mean
+        assert abs(sum(f.value for f in found) / 100 - truth) < 0.3 * found[0].error  # unbiased: 3 standard errors
         pairs = zip(found[::2], found[1::2], strict=True)
         assert sum(difference(a, b, paired=False).equal for a, b in pairs) >= 45
 
@@ -168,8 +168,8 @@ def test_what_a_picture_does_to_recall_and_coverage_is_what_they_lose_without_it
 
 @pytest.mark.parametrize(("d", "scale"), [(4, 1.0), (4, 0.6), (16, 1.0), (16, 0.8), (64, 1.0)])
 def test_intervals_of_precision_recall_density_and_coverage_are_about_other_pictures_of_the_model(d, scale):
-    """Against given real pictures, the truth is the mean over many sets of pictures; two sets of one model are equal.
-    The jackknife's intervals of recall and coverage may be twice as wide as need be, and not more."""
+    """For fixed real images, the truth is the mean over many sets of images; two sets of one model are equal.
+    The jackknife's intervals of recall and coverage may be up to about twice as wide as necessary."""
     y = draws(200, d, 999)
     bounds = radii(y)
     found = [prdc_figures(scale * draws(200, d, i), y, bounds) for i in range(200)]
@@ -183,7 +183,7 @@ def test_intervals_of_precision_recall_density_and_coverage_are_about_other_pict
         claimed = torch.tensor([f.error for f in own]).square().mean().sqrt().item()
         if name in ("precision", "density"):
             assert claimed == pytest.approx(spread, rel=0.2), name
-        elif spread > 0.5 / 200:  # half a real picture
+        elif spread > 0.5 / 200:  # half a real image
             assert 0.9 < claimed / spread < 2.2, name
 
 
@@ -231,7 +231,7 @@ def test_the_distance_between_prompts_pictures_is_the_mean_over_their_pairs():
 def test_lpips_is_torchmetrics():
     module = pytest.importorskip("torchmetrics.functional.image.lpips")
     torch.manual_seed(0)
-    net = module._NoTrainLpips(net="alex", pnet_rand=True)  # its trunk is not here: a random one
+    net = module._NoTrainLpips(net="alex", pnet_rand=True)  # the trunk's weights are not available: a random one
     a, b = (noise(3, seed).view(3, 3, 32, 32) for seed in (0, 1))
     with torch.no_grad():
         want = net(a / 255, b / 255, normalize=True).flatten()

@@ -1,4 +1,4 @@
-"""MiniLLM: rewards, weights and clipping written out, its gradient, and texts that are used again."""
+"""MiniLLM: rewards, weights and clipping computed by hand, its gradient, and reused texts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def batch(first: int = 0) -> Batch:
 
 @pytest.fixture
 def pieces() -> dict[str, torch.Tensor]:
-    """What the losses are made of, at random: two texts of six tokens, of which some count; a vocabulary of five."""
+    """Random inputs of the losses: two texts of six tokens, some of which count; a vocabulary of five."""
     g = torch.Generator().manual_seed(0)
     mask = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]], dtype=torch.bool)
     labels = torch.randint(5, (2, 6), generator=g)
@@ -65,7 +65,7 @@ def test_the_reward_of_a_token_is_the_mean_of_those_behind_it():
     rewards = torch.tensor([[9.0, 1.0, 2.0, 6.0, 9.0]])
     mask = torch.tensor([[False, True, True, True, False]])
     assert rewards_after(rewards, mask)[mask].tolist() == [4.0, 6.0, 0.0]
-    with_its_own = torch.tensor([3.0, 4.0, 6.0])  # the single step has that one exactly already
+    with_its_own = torch.tensor([3.0, 4.0, 6.0])  # the single-step term already has that one exactly
     assert not torch.equal(rewards_after(rewards, mask)[mask], with_its_own)
 
 
@@ -118,7 +118,7 @@ def test_both_losses_are_their_sums_written_out(pieces, dtype, rel):
 
 
 def test_of_ones_own_words_the_gradient_is_that_of_the_policy(pieces):
-    """Without a teacher in the mixture and before any update, weights and ratios are 1: -A ∇log q is left."""
+    """Without a teacher in the mixture and before any update, weights and ratios are 1, which leaves -A ∇log q."""
     says = pieces["says"].clone().requires_grad_(True)
     own = {**pieces, "says": says, "log_q": log_likelihood(pieces["says"], pieces["labels"])}
     _, long = lesson(mix=1e-9).pieces(**own)
@@ -191,7 +191,7 @@ def test_a_cut_between_uses_of_the_same_texts_changes_nothing(tmp_path, accumula
         models = pupils(rows=2 * accumulation)
         return Learner(lesson(), models, data(), dataclasses.replace(config, out=tmp_path / name))
 
-    stop_at(start("cut"), 5)  # goes on from update 4, whose texts are from update 3
+    stop_at(start("cut"), 5)  # resumes from update 4, whose texts are from update 3
     start("cut").fit()
     start("whole").fit()
     a, b = (load_file(tmp_path / name / "weights" / "student.safetensors") for name in ("cut", "whole"))

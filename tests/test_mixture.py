@@ -1,4 +1,4 @@
-"""Whole runs of every method held against the truth: eight modes in the plane, whose teacher and ODE are known exactly.
+"""Whole runs of every method against the truth: eight modes in the plane, whose teacher and ODE are known exactly.
 
 The runs are those that benchmarks/mixture.py records; LADD's, which takes minutes, is half as long here.
 """
@@ -20,7 +20,7 @@ from stepdistill.schedules import Cosine
 
 
 def fakes(count: int = 4000) -> dict[str, Tensor]:
-    """The data, and what must not be taken for them, (n, 2) each."""
+    """The data, and sets that must not pass for them, (n, 2) each."""
     generator = torch.Generator().manual_seed(0)
     data, means = ring(Cosine()).sample(count, generator).float(), ring(Cosine()).means.float()
     mode = torch.cdist(data, means).argmin(1)
@@ -51,7 +51,7 @@ def test_nothing_but_the_data_is_taken_for_them(name, faults):
 
 
 def test_the_measures_of_the_modes_are_those_of_a_normal_law():
-    """Within 3 std of a plane's normal law are 1 - exp(-9/2); its mean and std are 0 and 1."""
+    """A normal law in the plane has 1 - exp(-9/2) of its mass within 3 std; its mean and std are 0 and 1."""
     modes = in_modes(fakes(200_000)["data"])
     assert modes.within == pytest.approx(1 - math.exp(-4.5), abs=1e-3)
     assert (modes.widths - 1).abs().max() < 0.02 and modes.off.max() < 0.03
@@ -69,8 +69,8 @@ def test_the_one_step_student_reaches_the_exact_ode_map_in_all_modes(method):
 
 @pytest.mark.parametrize(("student", "left"), [(add, set()), (partial(ladd, updates=2000), {"widths"})])
 def test_the_one_step_student_reaches_the_datas_distribution_in_all_modes(student, left):
-    """Sets of 1,000 points: those of 250 hardly tell the modes from a circle through them. Half of LADD's updates leave
-    some modes wider than they should be; the record has all of them."""
+    """Sets of 1,000 points: those of 250 hardly distinguish the modes from a circle through them. After half of LADD's
+    updates some modes are still too wide; the recorded run has all updates."""
     ratio, answers = from_the_data(student(), 1000, 4)
     modes = in_modes(answers)
     assert set(modes.faults) <= left, modes

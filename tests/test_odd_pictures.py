@@ -1,4 +1,4 @@
-"""Pictures, captions, models and caches that are odd or broken: read for what they are, or told in one line."""
+"""Odd or broken images, captions, models and caches: read correctly, or reported in one line."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MODES = {
 
 @pytest.mark.parametrize("name", MODES)
 def test_a_picture_of_any_mode_is_seen_in_its_colours(name, tmp_path):
-    """Pillow alone makes 16-bit grey white wherever it is above 255 of 65,535."""
+    """Pillow alone turns 16-bit grey into white wherever it is above 255 of 65,535."""
     made, options, wanted = MODES[name]
     made.save(tmp_path / name, **options)
     seen = np.asarray(open_picture(tmp_path / name, name))
@@ -77,7 +77,7 @@ def test_floating_point_pixels_have_no_known_range(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Six captioned pictures, a .txt beside each."""
+    """Six captioned images, a .txt beside each."""
     path = tmp_path / "pictures"
     path.mkdir()
     rng = np.random.default_rng(1)
@@ -151,7 +151,7 @@ def test_a_model_that_draws_nan_fails_alone_and_a_damaged_cache_changes_no_figur
         code, said, lines = run(capsys, *good, tmp_path / how)
         assert code == 0 and [row["metrics"] for row in read_rows(tmp_path / how / "results.jsonl")] == figures
         assert "2 kept batches were broken and were drawn again" in said
-        lines = [line.strip() for line in lines if line.strip()]  # what clears a bar is blank
+        lines = [line.strip() for line in lines if line.strip()]  # clearing a progress bar leaves blanks
         assert all(line.endswith("it is being made again") for line in lines), lines
         assert all(any(str(file) in line for line in lines) for file in arrays)
 

@@ -1,5 +1,5 @@
-"""On the same pictures and the same Inception, our figures are torch-fidelity's, clean-fid's, pytorch-fid's and
-torchmetrics': each tool sees the pictures through its own resize and network, we through the resize of its name."""
+"""On the same images and the same Inception, our figures equal torch-fidelity's, clean-fid's, pytorch-fid's and
+torchmetrics': each tool uses its own resize and network, stepdistill the resize of that name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOOLS = {"torch-fidelity": "torch-fidelity", "torchmetrics": "bilinear", "clean-
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory) -> Path:
-    """A file of random weights in the shape of FID's Inception, seeded, that keep pictures apart."""
+    """A file of seeded random weights in the shape of FID's Inception, which distinguish images."""
     return random_inception(tmp_path_factory.mktemp("inception") / "random.pth")
 
 
@@ -42,7 +42,7 @@ def named(inception, monkeypatch):
 
 @pytest.fixture(scope="module")
 def pictures() -> Tensor:
-    """Five of a model and five real ones: smooth, with contrasts, and of other colours."""
+    """Five images of a model and five real ones: smooth, with contrast, and of different colours."""
     generator = torch.Generator().manual_seed(0)
     rough = torch.rand(10, 3, 9, 9, generator=generator)
     rough[:5] *= torch.tensor([1.0, 0.6, 0.8]).view(3, 1, 1)
@@ -61,7 +61,7 @@ def torchmetrics_(file: Path, _: Path, pictures: Tensor) -> Tensor:
 
 
 def clean_fids(file: Path, folder: Path, pictures: Tensor) -> Tensor:
-    """Its network comes as TorchScript, so the random one is made that, of torch-fidelity's layers."""
+    """Its network is TorchScript, so the random one is traced from torch-fidelity's layers."""
     from cleanfid.inception_torchscript import InceptionV3W
     from cleanfid.resize import build_resizer
 
@@ -123,7 +123,7 @@ def their_distance(tool: str, x: Tensor, y: Tensor) -> float:
 
 
 def their_kernel_distance(tool: str, x: Tensor, y: Tensor) -> float | None:
-    """KID by a tool's own function, of all pictures at once; pytorch-fid has none."""
+    """KID by a tool's own function, over all images at once; pytorch-fid has none."""
     if tool == "torch-fidelity":
         from torch_fidelity.metric_kid import kid_features_to_metric
 
@@ -141,7 +141,7 @@ def their_kernel_distance(tool: str, x: Tensor, y: Tensor) -> float | None:
 
 
 def agree(tool: str, theirs: tuple[Tensor, Tensor], ours: tuple[Tensor, Tensor], columns: slice) -> None:
-    """Holds every figure that a tool has against ours, within 1e-4 of it."""
+    """Checks every figure that a tool has against ours, to a relative 1e-4."""
     (x, y), (a, b) = theirs, ours
     distance = frechet_figure(a[:, columns], Moments.of(b[:, columns])).value
     assert distance == pytest.approx(their_distance(tool, x[:, columns], y[:, columns]), rel=1e-4)
@@ -159,18 +159,18 @@ def agree(tool: str, theirs: tuple[Tensor, Tensor], ours: tuple[Tensor, Tensor],
 
 @pytest.mark.parametrize("tool", list(TOOLS))
 def test_features_and_figures_of_pictures_are_the_tools_own(tool, inception, pictures, tmp_path):
-    """The Frechet distance is of a few features, for the tools' matrix roots of 2,048 take minutes."""
+    """The Frechet distance uses few features, since the tools' matrix roots of 2,048 take minutes."""
     with torch.inference_mode():
         theirs = THEIRS[tool](inception, tmp_path, pictures).float()
     ours = load_extractor("inception", resize=TOOLS[tool])(pictures)
     assert (ours - theirs).abs().max() < 2e-5 * theirs.abs().max()
-    assert theirs.std(0).mean() > 0.02 * theirs.mean()  # pictures differ a thousand times more
+    assert theirs.std(0).mean() > 0.02 * theirs.mean()  # images differ a thousand times more
     agree(tool, theirs.split(5), ours.split(5), slice(0, 2048, 700))
 
 
 @pytest.mark.parametrize("tool", list(TOOLS))
 def test_figures_of_sixty_pictures_are_the_tools_own_over_all_features(tool):
-    """Each side through its own resize, and a network of a line: distances, precision and recall of real pictures."""
+    """Each side through its own resize and a one-line network: distances, precision and recall of actual images."""
     generator = torch.Generator().manual_seed(2)
     rough = torch.rand(120, 3, 5, 5, generator=generator)
     rough[:60] *= torch.tensor([1.0, 0.8, 0.9]).view(3, 1, 1)

@@ -1,4 +1,4 @@
-"""A pipeline that lacks a part of itself is refused in one line, whichever part it is, before anything is trained."""
+"""A pipeline that lacks any of its parts is rejected in one line, before anything is trained."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_part_that_is_missing_is_named(folder, capfd, part, file, says):
 
 
 def test_weights_that_are_missing_are_never_made_up(folder, capfd):
-    """The libraries draw them at random, and say so in a log alone."""
+    """The libraries initialise them at random, and only log it."""
     for part, name in (("text_encoder_3", "model"), ("transformer", "diffusion_pytorch_model")):
         file = folder / part / f"{name}.safetensors"
         weights = load_file(file)

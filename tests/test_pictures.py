@@ -1,4 +1,4 @@
-"""Drawn pictures are read, whole or not at all; a benchmark that was killed, or shared, comes to the same figures."""
+"""Generated images are reused, whole or not at all; a killed or shared benchmark gives the same figures."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[tuple[int, int]]:
-    """(steps, first) of every batch that is drawn."""
+    """(steps, first) of every batch that is generated."""
     calls: list[tuple[int, int]] = []
     draw = generate.Series.draw
 
@@ -63,19 +63,19 @@ def run(base, out=None, steps=(2,), protocol=TINY, model=None, **changes):
 
 
 def figures(rows):
-    """Rows without what a clock says."""
+    """Rows without times and commands."""
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
 def same_files(a: Path, b: Path) -> int:
-    """How many pictures, manifests and influences are under one folder; all are under the other, and equal."""
+    """Number of images, manifests and influences under one folder; checks that the other folder has equal ones."""
     files = [f for f in a.rglob("*") if f.suffix in (".png", ".safetensors") or f.name.startswith("batch-")]
     for file in files:
         other = b / file.relative_to(a)
         if file.suffix != ".safetensors":
             assert file.read_bytes() == other.read_bytes()
             continue
-        ours, theirs = load_file(file), load_file(other)  # the order of a header is by chance
+        ours, theirs = load_file(file), load_file(other)  # the order in a header is arbitrary
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
     return len(files)
 
@@ -104,7 +104,7 @@ def test_a_cells_folder_holds_the_pictures_as_plain_png_files(base, cache):
 
 
 def test_of_another_n_the_pictures_of_one_prompt_are_drawn_anew(base, cache, tmp_path, monkeypatch):
-    """Their noise begins where the cell's ends, so it is another."""
+    """Their noise starts where the cell's ends, so it differs."""
     monkeypatch.setattr("stepdistill.evaluation.measures.diversity.trunk", lambda: False)
 
     def diversity(n: int) -> float:
@@ -164,7 +164,7 @@ def test_whatever_can_change_a_picture_changes_its_folder(base, cache, tmp_path,
         (found,) = run(base, **options).store.cells.values()
         return found
 
-    rescaled = tiny.sd(vae_options={"scaling_factor": 0.25})  # the same weights: it is in the settings alone
+    rescaled = tiny.sd(vae_options={"scaling_factor": 0.25})  # the same weights: only the settings differ
     rescaled.save_pretrained(tmp_path / "rescaled")
     seeded = dataclasses.replace(TINY, seed=1)
     others = [
@@ -246,7 +246,7 @@ def test_a_write_that_fails_once_costs_one_cell_and_no_other(base, cache, monkey
 
 
 def cut(base, out, monkeypatch, at=(2, 4), **changes) -> Path:
-    """A run that is cut while it draws a batch; gives the folder that it leaves."""
+    """Interrupts a run while it generates a batch; returns the folder that it leaves."""
     draw = generate.Series.draw
 
     def stops(self, steps, first, count):
@@ -269,9 +269,9 @@ def test_what_a_cut_run_left_is_cleared_by_the_next_into_its_folder_that_has_no_
     left = cut(base, tmp_path / "mine", monkeypatch)
     run(base, tmp_path / "other", steps=(1,))
     run(base, steps=(3,))
-    assert left.is_dir()  # it is another's
+    assert left.is_dir()  # it belongs to another run
     failed = run(base, tmp_path / "mine", steps=(1, 2000))
-    assert failed.failed and left.is_dir()  # what failed may be taken up
+    assert failed.failed and left.is_dir()  # what failed may be resumed
     run(base, tmp_path / "mine", steps=(1,))
     assert not left.is_dir() and len([*cache.glob("pictures/*")]) == 2
 
@@ -416,7 +416,7 @@ def test_a_benchmark_killed_at_five_random_points_ends_with_the_same_figures(bas
     whole = tmp_path / "whole"
     for cut in (tmp_path / f"cut-{i}" for i in range(5)):
         assert figures(read_rows(cut / "out" / "results.jsonl")) == figures(read_rows(whole / "out" / "results.jsonl"))
-        assert same_files(whole, cut) == 2 * (5 + 3 + 1 + 1)  # pictures, manifests, the grid and the units of two cells
+        assert same_files(whole, cut) == 2 * (5 + 3 + 1 + 1)  # images, manifests, the grid and the units of two cells
 
 
 SHARED = """

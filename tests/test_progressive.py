@@ -33,7 +33,7 @@ SHIFTED = Grid("linspace", 3.0)  # SD3's
 
 
 class Affine(Denoiser):
-    """eps = weight x_t + label, said in any kind; keeps what it is called with."""
+    """eps = weight x_t + label, converted to any kind; records its inputs."""
 
     def __init__(self, schedule, weight: float, kind: str = "eps", told: bool = False) -> None:
         super().__init__(None, schedule, kind)
@@ -111,7 +111,7 @@ def test_the_loss_equals_a_hand_computation(weighting, own_share):
         def x0_at(x, j, weight):
             return (x - sigma[j] * (weight * x + 0.3)) / alpha[j]
 
-        if own[i]:  # where the student's own step from the time before ends
+        if own[i]:  # where the student's own step from the previous time ends
             x_b = begun(a - 2)
             x0 = x0_at(x_b, a - 2, 0.5)
             x_t = alpha[a] * x0 + sigma[a] * (x_b - alpha[a - 2] * x0) / sigma[a - 2]
@@ -161,7 +161,7 @@ def test_the_weights_are_the_larger_of_both_errors_and_the_error_of_v():
 
 
 def test_a_student_begins_with_noise_alone_as_sampling_does():
-    """Trap: where alpha(T) > 0 a student trained on noised pictures reads them; in sampling there is none to read."""
+    """If alpha(T) > 0, a student trained on noised images would rely on the image in them, which sampling lacks."""
     seen = []
 
     class Watch(Denoiser):
@@ -205,7 +205,7 @@ def test_a_guided_eps_teacher_becomes_a_v_student_of_one_forward():
 
 @pytest.mark.parametrize("stage", ["guide", "halve"])
 def test_a_network_that_takes_its_guidance_is_told_the_papers_w_and_called_once(stage):
-    """Trap: a told network called without its scale takes 1."""
+    """Catches a guidance-conditioned network called without its scale, which then takes 1."""
     guiding = stage == "guide"
     teacher, student = Affine(ALPHA_BAR, 0.8, told=not guiding), Affine(ALPHA_BAR, 0.5, told=True)
     method = Progressive(steps=4, stage=stage, guidance_min=2.0, guidance_max=6.0)
@@ -266,7 +266,7 @@ def test_the_exported_scheduler_walks_the_same_path(schedule, kind, pipeline, gr
     truth = mixture(schedule)
 
     class Saying(Denoiser):
-        """The mixture's answer at the clock it is told, which a flow's scheduler cuts to thousandths."""
+        """The mixture's output at the given clock, which a flow's scheduler truncates to thousandths."""
 
         def raw(self, x_t, t, cond=None, *, t_end=None):
             return truth(x_t, t, kind=kind)

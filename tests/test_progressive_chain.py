@@ -1,4 +1,4 @@
-"""The chain of halvings: what each hands on, what plain diffusers makes of it, and what a cut leaves."""
+"""The chain of halvings: what each passes on, its samples in plain diffusers, and resuming after an interruption."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ assert "stepdistill" not in sys.modules
 
 @pytest.fixture(scope="module")
 def chains(tmp_path_factory, pictures):
-    """Every chain's configuration, and what plain diffusers paints with each of its exports."""
+    """Every chain's configuration, and what plain diffusers samples with each of its exports."""
     root = tmp_path_factory.mktemp("chains")
     teachers = {family: str(tiny.save(root / family, family)) for family in ("sd", "sd3")}
     configs, cases = {}, []
@@ -90,7 +90,7 @@ def chains(tmp_path_factory, pictures):
 
 
 def handed_on(config: ProgressiveConfig, steps: int):
-    """The networks of a halving that would begin with the student of so many steps."""
+    """The networks of a halving that would start from the student of this many steps."""
     kind = "v" if "sd-" in str(config.out) else "flow"
     teacher, start = open_stage(config.run(1), "cpu", config.target(steps), kind)
     assert teacher.denoiser.kind == kind
@@ -165,7 +165,7 @@ def test_what_a_student_cost_is_what_its_chain_cost(chains, tmp_path):
     record = json.loads((distil_chain(config) / "config.json").read_text())
     assert record["method"] == "progressive-lora" and 1000 <= record["train_seconds"] < 1100
     rates = [json.loads(line)["learning_rate"] for line in (config.run(2).out / "metrics.jsonl").open()]
-    assert rates == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])  # linear, anew in each halving
+    assert rates == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])  # linear, restarted in each halving
 
 
 def test_the_folder_of_a_chain_is_answered_with_its_students(chains):
@@ -196,7 +196,7 @@ def config_at(config: ProgressiveConfig, **changed) -> ProgressiveConfig:
 
 
 def same(a: Path, b: Path, steps: tuple[int, ...] = (4, 2, 1)) -> bool:
-    """Whether two chains' LoRAs are the same bits."""
+    """Whether two chains' LoRAs are bit-identical."""
     pairs = [(load_file(a / f"steps-{n}" / LORA_FILE), load_file(b / f"steps-{n}" / LORA_FILE)) for n in steps]
     return all(x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x, y in pairs)
 
@@ -220,7 +220,7 @@ def test_updates_for_guidance_that_is_not_distilled_are_said_to_be_unused(tmp_pa
 
 
 def test_a_chain_of_32_to_1_killed_in_the_middle_of_halvings_ends_with_the_same_bits(tmp_path, pipelines, pictures):
-    """Killed twice, so that a cut chain hands on both kinds of export: those of 32 and 16 steps, and of 4."""
+    """Killed twice, so that an interrupted chain passes on both kinds of export: those of 32 and 16 steps, and of 4."""
     flags = ["--start-steps", "32", "--max-train-steps", "8", "--final-factor", "1", "--checkpoint-every", "3"]
     flags += ["--rank", "2", "--batch-size", "2", "--guidance", "2", "--learning-rate", "1e-3", "--lora-dropout", "0.1"]
     words = [sys.executable, str(SCRIPT), "--teacher", pipelines["sd"], "--data", pictures, "--log-every", "1", *flags]
@@ -255,7 +255,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, pipelines, pictures, flags, 
 def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(tmp_path, pipelines, pictures):
     """In every stage of a chain: guidance, then two halvings, each from the export of the one before.
 
-    Adam's epsilon is raised: where a gradient is nothing but rounding, Adam makes full steps of its sign.
+    Adam's epsilon is raised: if a gradient is pure rounding error, Adam takes full steps of its sign.
     """
     words = [
         sys.executable, str(SCRIPT), "--teacher", pipelines["sd"], "--data", pictures, "--guidance", "2",

@@ -1,4 +1,4 @@
-"""A protocol's file that says something wrong is refused in one line, whatever it says, and whatever stands where."""
+"""Any invalid value in any field of a protocol file, and any invalid file, is rejected in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Protocols of published data: what they do to a picture is what their tools do, and what differs is named."""
+"""Protocols on published data: they process an image as the original tools do, and differences are named."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_clip_is_scaled_and_framed_as_the_protocol_says():
 
 @pytest.mark.parametrize("caption", ["a red cat", "word " * 100])
 def test_a_prefix_is_dmd2s_tokens(caption):
-    """DMD2 puts the three tokens of the prefix after the start, cuts at 77 and ends with the end."""
+    """DMD2 inserts the prefix's three tokens after the start token, truncates to 77 and ends with the end token."""
     import open_clip
 
     tokenize = open_clip.get_tokenizer("ViT-g-14")
@@ -132,7 +132,7 @@ def test_a_folder_that_is_not_what_a_protocol_compares_with_is_refused(tmp_path)
 
 
 def test_the_embedded_protocol_keeps_its_hash():
-    """By it rows that were recorded compare with rows that are made now; what it depends on is as such a row says."""
+    """Recorded rows are compared with new ones by this hash; the values it depends on are those in a recorded row."""
     content = {
         "cmmd revision": "2", "fd_inf revision": "2", "kid revision": "2", "prdc revision": "2",
         "extractor": f"efficientnet_lite2:{LITE2_SHA256}:bilinear@128",

@@ -72,7 +72,7 @@ def test_configurations_of_stable_diffusion_are_the_authors(sd15, size):
     assert all(config[name] == sd15.config[name] for name in rest)
 
 
-# Whose weights the authors' script copies under another name: student's prefix, teacher's.
+# Weights that the authors' script copies under another name: student's prefix, teacher's.
 SAME = {f"up_blocks.{i}.{part}.1.": f"up_blocks.{i}.{part}.2."
         for i in range(4) for part in ("resnets", "attentions")}  # fmt: skip
 SHIFTED = {
@@ -118,7 +118,7 @@ def test_kept_blocks_are_bit_equal_to_the_teachers(size):
 
 
 def cut_by_hand(unet: nn.Module, size: str) -> nn.Module:
-    """The same by deleting modules."""
+    """The same pruning by deleting modules."""
     unet = copy.deepcopy(unet)
     for block in unet.down_blocks:
         for part in (block.resnets, getattr(block, "attentions", None)):

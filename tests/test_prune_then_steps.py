@@ -1,4 +1,4 @@
-"""Fewer blocks, then fewer steps: the two runs joined, on a tiny pipeline, with the benchmark's harness around them."""
+"""Fewer blocks, then fewer steps: the two runs in sequence, on a tiny pipeline, within the benchmark harness."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stepdistill.errors import InputError
 
 @pytest.fixture
 def config(pictures, tmp_path, monkeypatch) -> PruneThenStepsConfig:
-    """Two updates of each training, and five pictures looked at by networks of a line."""
+    """Two updates of each training, and five images measured by one-line networks."""
     monkeypatch.setattr("stepdistill.evaluation.suite.prepare", lambda *_, **__: instruments())
     teacher = tiny.save(tmp_path / "teacher", "sd", "v_prediction", unet_options=tiny.DEEP)
     (tmp_path / "lcm.yaml").write_text("rank: 2\nguidance: [2.0]\nbatch_size: 2\nsolver_steps: 10\n")

@@ -1,4 +1,4 @@
-"""Minitron: what matters by its definition, and that the loss of what does nothing changes nothing."""
+"""Minitron: importance by its definition, and that removing what has no effect changes nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stepdistill.errors import InputError
 
 @pytest.fixture(autouse=True)
 def norms_in_float64(monkeypatch):
-    """transformers' RMS norms go through float32, which hides what is exact."""
+    """Computes RMS norms in float64; transformers' go through float32, which hides exactness."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
@@ -31,7 +31,7 @@ KINDS = ("llama", "llama-mha", "llama-mqa", "qwen2", "gpt2")
 
 
 def decoder(kind: str, layers: int = 3):
-    """Random, in float64, with biases and norms that are not trivial: 4 heads of 8, 32 channels, 24 neurons."""
+    """A random decoder in float64, with non-trivial biases and norms: 4 heads of 8, 32 channels, 24 neurons."""
     import transformers as hf
 
     torch.manual_seed(0)
@@ -55,14 +55,14 @@ def decoder(kind: str, layers: int = 3):
 
 
 def parts(network, kind: str):
-    """For each layer: the weights, channels first, that write to the residual stream: attention's and the MLP's."""
+    """For each layer, the modules that write to the residual stream: attention's and the MLP's."""
     if kind == "gpt2":
         return [(h.attn.c_proj, h.mlp.c_proj) for h in network.transformer.h]
     return [(layer.self_attn.o_proj, layer.mlp.down_proj) for layer in network.model.layers]
 
 
 def columns(module, kind: str) -> torch.Tensor:
-    """Its weight as (out, in), a view."""
+    """A view of its weight as (out, in)."""
     return module.weight.T if kind == "gpt2" else module.weight
 
 
@@ -87,7 +87,7 @@ def logits(network) -> torch.Tensor:
 
 
 def clear_channels(network, kind: str, gone: torch.Tensor) -> None:
-    """Nothing is ever written to these channels; of a GPT-2, whose norms subtract a mean, what is written sums to 0."""
+    """Makes nothing write to these channels; for GPT-2, whose norms subtract a mean, each write also sums to 0."""
     stay = torch.ones(32, dtype=torch.bool).index_fill(0, gone, False)
 
     def clear(x: torch.Tensor, axis: int) -> None:
@@ -136,7 +136,7 @@ def test_without_what_does_nothing_a_decoder_says_the_same(kind):
         "heads and channels": {"heads": heads, "channels": channels},
         "all": {"layers": ends, "heads": heads[ends], "channels": channels, "neurons": neurons[ends]},
     }
-    if kind != "gpt2":  # its heads go with its channels
+    if kind != "gpt2":  # its heads and channels are pruned together
         changes |= {"heads": {"heads": heads}, "channels": {"channels": channels}}
     for what, change in changes.items():
         smaller = cut(network, without(kept, **change))
@@ -163,7 +163,7 @@ def test_a_pruned_decoder_is_saved_and_loaded_as_any_other(kind, tmp_path):
 def test_importance_is_what_its_definitions_say_of_the_tokens_that_count(kind):
     network = decoder(kind)
     mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
-    other = torch.where(mask.bool(), IDS, 11)  # what padding says does not matter
+    other = torch.where(mask.bool(), IDS, 11)  # the content of padding does not matter
     found = importance(network, [(other[:1], mask[:1]), (other[1:], mask[1:])])
 
     heard: dict[str, list] = {"layers": [], "heads": [], "channels": [], "neurons": []}
@@ -195,7 +195,7 @@ def test_importance_is_what_its_definitions_say_of_the_tokens_that_count(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_padding_on_the_left_changes_no_importance(kind):
-    """GPT-2's places are learnt, and count from the first token that is attended to."""
+    """GPT-2 has learned positions, counted from the first token that is attended to."""
     network = decoder(kind)
     right = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
     left, ids = right.flip(1), IDS.clone()
@@ -213,7 +213,7 @@ def test_heads_are_ranked_within_their_group_and_the_least_go():
     )  # fmt: skip
     kept = choose(found, config, Shares(layers=0.34, heads=0.5, channels=0.25, neurons=0.5))
     assert kept.layers.tolist() == [1, 2]
-    assert kept.heads.tolist() == [[1, 2], [1, 3]]  # over all heads it were 0 and 1 in the first of them
+    assert kept.heads.tolist() == [[1, 2], [1, 3]]  # over all heads: 0 and 1 in the first of them
     assert kept.channels.tolist() == list(range(8, 32)) and kept.neurons.tolist() == [list(range(12))] * 2
     alone = choose(found, decoder("llama-mha").config, Shares(heads=0.5))
     assert alone.heads.tolist() == [[0, 1], [0, 1], [2, 3]]
@@ -259,10 +259,10 @@ def test_minitron_trains_from_what_is_left_and_says_where_too_much_went(tmp_path
 
     monkeypatch.setattr(run, "pruned", kept)
     results = MinitronConfig(out=tmp_path, student="prune:layers=0.75,channels=0.5", seeds=(0, 1), **few).run()
-    assert len(judged) == 2  # before the teacher is trained, to be refused, and after; not for each seed and role
+    assert len(judged) == 2  # before the teacher is trained, to reject it early, and after; not per seed and role
     roles = {row.role: row for row in results.rows}
     assert list(roles) == ["teacher", "before", "control", "student"]
-    anew = pruned(*asked[-1]).state_dict()  # neither was what all begin with trained
+    anew = pruned(*asked[-1]).state_dict()  # the common starting point was not trained
     assert all(torch.equal(value, anew[name]) for name, value in judged[-1].state_dict().items())
     assert roles["student"].parameters == roles["before"].parameters < roles["teacher"].parameters / 2
     assert "of the parameters went in one round" in results.note

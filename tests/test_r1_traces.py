@@ -1,4 +1,4 @@
-"""R1-style distillation: what the verifier takes, what is kept, what templates may not take away, and a whole run."""
+"""R1-style distillation: what the verifier accepts, what is kept, what templates must not strip, and a whole run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stepdistill.baselines.language.r1_traces import R1TracesConfig
 from stepdistill.baselines.language.traces import Said, keep, sample_all
 from stepdistill.errors import InputError
 
-STRIPS = (  # as DeepSeek-R1's: what an assistant thought is cut off, and thinking is begun for it
+STRIPS = (  # as DeepSeek-R1's: strips an assistant's reasoning, and opens <think> for it
     "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}"
     "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
 )
@@ -28,8 +28,8 @@ STRIPS = (  # as DeepSeek-R1's: what an assistant thought is cut off, and thinki
     [
         ("<think>7+5+0=12</think>432", "432", True),
         ("<think>432</think>431", "432", False),
-        ("<think>it is 432", "432", False),  # it never came to an end
-        ("<think>432</think>", "432", False),  # it never said
+        ("<think>it is 432", "432", False),  # the reasoning never ends
+        ("<think>432</think>", "432", False),  # no answer after the reasoning
         ("the sum of 3 and 4 is 7", "7", True),
         (r"so \boxed{\frac{1}{2}} of 10", r"\boxed{\frac{1}{2}}", True),
         (r"first \boxed{3}, no, \boxed{4}.", "4", True),
@@ -123,7 +123,7 @@ def test_completions_end_and_alone_count():
 
 
 def test_a_template_that_strips_reasoning_strips_none(monkeypatch):
-    """Nor does one that begins to think for the model, be it the teacher's, the student's, or both."""
+    """Nor does one that opens <think> for the model, be it the teacher's, the student's, or both."""
     text = "7+5+0=12</think>12"
     network = arithmetic.build(0)[0]
     tokenizer, plain = (tiny.train_tokenizer(["7+5=12"], 300) for _ in range(2))

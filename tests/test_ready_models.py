@@ -1,4 +1,4 @@
-"""Published models are sampled as their authors write: scheduler, times, evaluations and files, on tiny networks."""
+"""Published models are sampled as their authors document: scheduler, times, evaluations and files, on tiny networks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from stepdistill.evaluation.spec import instead, parse, plan_of
 
 TRAILING = {1: [999], 2: [999, 499], 4: [999, 749, 499, 249], 8: [999, 874, 749, 624, 499, 374, 249, 124]}
 CONSISTENCY = {2: [999, 499], 4: [999, 759, 499, 259], 8: [999, 879, 759, 639, 499, 379, 259, 139]}
-# SD3's pipeline leaves its shift of 3 to the scheduler, which applies it to an even walk from 1 to its own 1/1000
+# SD3's pipeline leaves its shift of 3 to the scheduler, which applies it to an even grid from 1 to its own 1/1000
 FLOW = [1000 * 3 * s / (1 + 2 * s) for s in torch.linspace(1, 0.003 / 1.002, 4).tolist()]
 EVEN = {steps: [1 - i / steps for i in range(steps)] for steps in (1, 2, 4)}
 SPRINT = {1: [math.pi / 2], 2: [math.pi / 2, 1.3], 4: [math.pi / 2 * (1 - i / 4) for i in range(4)]}
@@ -74,13 +74,13 @@ def scm(times):
 
 
 def own(count):
-    """PNDM's first step is taken twice."""
+    """The times of PNDM, whose first step is taken twice."""
     gap = 1000 // count
     times = [gap * i + 1 for i in reversed(range(count))]
     return {count: [times[0], times[1], times[1], *times[2:]]}
 
 
-# name: (as its pipeline comes, the scheduler it is sampled with, steps -> the times its network is called at)
+# name: (its original pipeline, the scheduler it is sampled with, steps -> the times its network is called at)
 PUBLISHED = {
     "sd15": (sd, "PNDM", own(50)),
     "sdxl": (sdxl, "EulerDiscrete", {50: [20 * i + 1 for i in reversed(range(50))]}),
@@ -107,7 +107,7 @@ GUIDED = {"sd15", "sdxl", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny"}  # by a 
 
 @pytest.fixture
 def opened(monkeypatch):
-    """load() with a tiny pipeline in the place of the published; gives it and the files it asked for."""
+    """load() with a tiny pipeline in place of the published one; returns it and the files it requested."""
     asked: list[str] = []
     monkeypatch.setattr(models, "_load_lora", lambda _, lora: asked.append(lora))
     monkeypatch.setattr(models, "_load_unet", lambda _, unet: asked.append(unet))

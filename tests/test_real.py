@@ -1,4 +1,4 @@
-"""What is known of the real pictures is made once, kept by content, made again when damaged, and feeds the metrics."""
+"""Data about the real images are computed once, cached by content, recomputed if damaged, and used by the metrics."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from stepdistill.evaluation.statistics import kept
 
 
 class Pools(nn.Module):
-    """2 x 2 averages: twelve features; and the pictures it has seen."""
+    """2 x 2 averages: twelve features; counts the images it has seen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ def test_one_pass_gives_every_figure_that_the_instruments_allow_with_its_number_
     measured, found = Pass(tools), pictures(30, 2)
     for first in range(0, 30, 8):
         measured.add(first, found[first : first + 8])
-    assert tools.extractor.net.seen == 40 + 30  # each picture once, for five metrics
+    assert tools.extractor.net.seen == 40 + 30  # each image once, for five metrics
     figures = measured.figures()
     better = {name: way for metric in METRICS.values() for name, way in metric.better.items()}
     assert set(figures) == {"fd", "fd_inf", "kid", "cmmd", "copies", "precision", "recall", "density", "coverage"}
@@ -236,7 +236,7 @@ def test_without_the_real_pictures_metrics_that_need_them_are_left_out(tools):
 def test_a_model_that_learnt_by_heart_is_found_out_and_one_that_did_not_is_as_expected(tmp_path):
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(1500, 4, generator=generator) @ torch.randn(4, 3072, generator=generator) * 20 + 128
-    drawn = drawn.clamp(0, 255).to(torch.uint8).view(-1, 3, 32, 32)  # pictures of a few dimensions, as real ones are
+    drawn = drawn.clamp(0, 255).to(torch.uint8).view(-1, 3, 32, 32)  # images of few dimensions, as real ones are
     real = real_of(drawn[:500], tmp_path)
     limit = copies.threshold(real)
     spacing = copies.nearness(real.pixels, real.pixels, but_itself=True)
@@ -245,7 +245,7 @@ def test_a_model_that_learnt_by_heart_is_found_out_and_one_that_did_not_is_as_ex
     assert fresh.double().mean().item() == pytest.approx(0.01, abs=0.01)
     noisy = (drawn[:500].int() + torch.randint(-1, 2, (500, 3, 32, 32), generator=generator)).clamp(0, 255).byte()
     assert (copies.nearness(small(noisy), real.pixels) <= limit).all()
-    blurred = drawn[:500].float().lerp(drawn.float().mean(0), 0.9).byte()  # near to all pictures, a copy of none
+    blurred = drawn[:500].float().lerp(drawn.float().mean(0), 0.9).byte()  # near to all images, a copy of none
     assert (copies.nearness(small(blurred), real.pixels) > limit).all()
 
 

@@ -1,4 +1,4 @@
-"""The report says what the rows say, escapes what others wrote, needs nothing from outside, refuses what is broken."""
+"""The report shows what the rows say, escapes foreign text, needs no external resources, and rejects broken input."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def figure(value: float, half: float, n: int = 5, of: str = "pictures"):
 
 
 def full(fd: float, clip: float, kid: float, recall: float):
-    """The `metrics` of a row of today: every figure with its interval."""
+    """The `metrics` of a current row: every figure with its interval."""
     return {"fd": figure(fd, fd / 10), "clip_score": figure(clip, 0.25), "attribute_accuracy": figure(0.9, 0.02),
             "kid": figure(kid, 0.0012), "recall": figure(recall, 0.031, 7, "prompts"),
             "attribute:left hat": figure(0.8, 0.03, 5)}  # fmt: skip
 
 
-ROWS = [  # the first is of before `metrics`
+ROWS = [  # the first predates `metrics`
     row("real", 0, 2.0, None, method="floor"),
     row("teacher", 1, 100.0, 10.0, method="teacher", spec="t,scheduler=ddim", metrics=full(100.0, 28.5, 0.05, 0.2)),
     row("teacher", 50, 20.0, 400.0, method="teacher", spec="t,scheduler=ddim", metrics=full(20.0, 31.0, 0.004, 0.7)),

@@ -1,4 +1,4 @@
-"""The report as Chromium shows it: silent, self-contained, sortable, comparable, dark at night, narrow on a phone."""
+"""The report in Chromium: no errors, self-contained, sortable, comparable, with a dark mode, narrow on a phone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """A report whose every picture has a colour of its own; its file:// address."""
+    """The file:// address of a report in which every image has its own colour."""
     path = tmp_path_factory.mktemp("bench")
     book = Book(path, {"protocol_hash": "abc123", "protocol": "tiny"})
     book.prompts([EVIL, "a cat"])
@@ -49,14 +49,14 @@ def chromium(tmp_path_factory):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
     driver.get("about:blank")
-    driver.get_log("performance")  # what Chromium's own first page asked for
+    driver.get_log("performance")  # requests of Chromium's own first page
     yield driver
     driver.quit()
 
 
 @pytest.fixture
 def browser(chromium, page):
-    """The page, freshly opened on a desk by day."""
+    """The page, freshly opened at desktop width in the light scheme."""
     dress(chromium, 1280, "light")
     chromium.get(page)
     return chromium
@@ -81,7 +81,7 @@ def column(browser, name: str) -> list[str]:
 
 
 def pixel(browser, x: float, y: float) -> list[int]:
-    """The colour on the screen at these shares of the stage's width and height."""
+    """The colour on the screen at these fractions of the stage's width and height."""
     stage = browser.execute_script(
         """const stage = document.querySelector(".stage");
         stage.scrollIntoView({ block: "center" });
@@ -108,7 +108,7 @@ def test_nothing_is_asked_for_and_nothing_goes_wrong(browser, page):
     asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = {m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"}
     assert page in asked and all(url == page or url.startswith("data:") for url in asked)
-    # what a prompt smuggled in has not run, and would be refused
+    # a script injected by a prompt has not run, and would be blocked
     browser.execute_script("document.body.append(Object.assign(document.createElement('script'), {text: 'evil = 1'}))")
     assert browser.execute_script("return typeof evil") == "undefined"
     assert "Content Security Policy" in browser.get_log("browser")[0]["message"]
@@ -129,7 +129,7 @@ def test_columns_sort_by_click_and_by_key_and_say_so(browser):
     assert head.get_attribute("aria-sort") == "descending"
     button.send_keys(Keys.SPACE)
     assert column(browser, "FD") == first and head.get_attribute("aria-sort") is None
-    # of a score the best is the highest; the real pictures, whose time is unknown, come last either way
+    # for a score the best is the highest; the real images, whose time is unknown, come last either way
     browser.find_element("xpath", "//table[1]//th[starts-with(., 'CLIP')]/button").click()
     assert column(browser, "CLIP")[:2] == ["31.00", "30.50"]
     for _ in range(2):
@@ -139,7 +139,7 @@ def test_columns_sort_by_click_and_by_key_and_say_so(browser):
 
 
 def test_the_comparer_shows_the_two_chosen_and_the_slider_moves_between_them(browser):
-    # at first: the teacher's longest on the left, and the best student on the right
+    # initially: the teacher at its most steps on the left, and the best student on the right
     assert pixel(browser, 0.25, 0.8) == colour(2, 0) and pixel(browser, 0.75, 0.8) == colour(5, 0)
     choose(browser, 0, "teacher, 1 step")
     choose(browser, 1, "student <i>, 4 steps")

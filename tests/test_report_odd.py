@@ -1,4 +1,4 @@
-"""Whatever stands in a results.jsonl, the report is a correct page of it, or says in one line what is wrong."""
+"""Whatever a results.jsonl contains, the report is a correct page of it, or a one-line error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VOID = ("meta", "link", "img", "input")  # tags that are never closed
 
 
 def page_of(folder: Path, rows) -> Reader:
-    """The report of rows, read; its SVGs are XML, its tags are closed, and nothing stands there that is no word."""
+    """Writes and reads the report of rows; checks that SVGs are XML, tags are closed, and no nan or None is shown."""
     folder.mkdir(exist_ok=True)
     (folder / "results.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     text = write_report(folder).read_text(encoding="utf-8")
@@ -48,7 +48,7 @@ def page_of(folder: Path, rows) -> Reader:
 
 
 def pictures(folder: Path, each, colours: torch.Tensor, height: int, width: int) -> None:
-    """A grid of plain pictures."""
+    """Writes a grid of single-colour images."""
     book = Book(None, {})
     book.folder = folder
     (folder / "grids").mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ def test_pictures_of_any_number_and_shape_are_each_shown_whole(count, height, wi
 
 
 def test_a_strip_wider_than_a_picture_may_be_is_shown_in_its_pictures(tmp_path):
-    """WebP ends at 16,383 pixels, and so do many a browser's textures."""
+    """WebP is limited to 16,383 pixels, and so are many browsers' textures."""
     colours = torch.arange(64 * 3, dtype=torch.uint8).view(64, 3)
     for steps in (1, 4):
         pictures(tmp_path, row("m", steps, 10.0, None), colours, 384, 384)
@@ -230,7 +230,7 @@ def test_the_comparer_starts_with_the_first_models_longest_though_others_take_fe
     for each in rows:
         pictures(tmp_path, each, torch.zeros(2, 3, dtype=torch.uint8), 8, 8)
     page_of(tmp_path, rows)
-    assert 'data-left="1" data-right="0"' in (tmp_path / "report.html").read_text()  # strips stand by steps
+    assert 'data-left="1" data-right="0"' in (tmp_path / "report.html").read_text()  # strips are ordered by steps
 
 
 def test_statistics_that_others_made_are_said_to_be(tmp_path):

@@ -1,4 +1,4 @@
-"""Each resize equals that of the tool it is named after, pixel by pixel, upwards and downwards."""
+"""Each resize equals that of the tool it is named after, pixel by pixel, when enlarging and when reducing."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from PIL import Image
 from stepdistill.errors import InputError
 from stepdistill.evaluation.resize import RESIZES, resize
 
-SIDES = [32, 150, 299, 512]  # brought to 299, as the tools do
+SIDES = [32, 150, 299, 512]  # resized to 299, as the tools do
 
 
 def pictures(side: int, count: int = 2) -> torch.Tensor:
-    """Noise, where every mistake shows."""
+    """Noise, in which every mistake shows."""
     generator = torch.Generator().manual_seed(side)
     return torch.randint(0, 256, (count, 3, side, side + (side > 299) * 40), generator=generator, dtype=torch.uint8)
 
@@ -64,7 +64,7 @@ def pytorch_fids(given: torch.Tensor) -> torch.Tensor:
     return (net(given.float() / 255)[0] + 1) * 127.5
 
 
-THEIRS = {  # tool -> the resize of its name, its own of uint8 (B, 3, H, W), and how far apart rounding takes them
+THEIRS = {  # tool -> the resize of its name, its own for uint8 (B, 3, H, W), and the tolerance for rounding
     "torchmetrics": ("bilinear", torchmetrics_, 1e-6), "torch-fidelity": ("torch-fidelity", torch_fidelitys, 0.0),
     "clean-fid": ("clean-fid", clean_fids, 0.0), "pytorch-fid": ("pytorch-fid", pytorch_fids, 1e-6),
 }  # fmt: skip
@@ -92,7 +92,7 @@ def test_two_tools_do_not_agree_which_is_why_they_are_named():
     closest = min((found[a] - found[b]).abs().mean().item() for a in names for b in names if a < b if
                   {a, b} != {"bilinear", "pytorch-fid"})  # fmt: skip
     assert closest > 2  # of 255
-    assert (found["bilinear"] - found["pytorch-fid"]).abs().max() < 1e-3  # antialiasing does nothing upwards
+    assert (found["bilinear"] - found["pytorch-fid"]).abs().max() < 1e-3  # no effect when enlarging
     assert (resize(given, 64, "bilinear") - resize(given, 64, "pytorch-fid")).abs().mean() > 2
 
 

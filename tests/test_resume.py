@@ -1,4 +1,4 @@
-"""Taking a run up again: what may change, what is kept, and what is said."""
+"""Resuming a run: what may change, what is kept, and what is reported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def trainer(config: LCMConfig, **changes) -> Trainer:
 
 
 def stop_at(run: Trainer, update: int) -> None:
-    """Cuts a run as a kill would: between two updates, with nothing saved."""
+    """Interrupts a run as a kill would: between two updates, with nothing saved."""
     step = run.step
 
     def cut():
@@ -79,7 +79,7 @@ def test_a_full_student_with_averages_resumes_bit_identically(settings):
 
 @pytest.mark.parametrize("update", [1, 3])
 def test_dropout_goes_on_after_a_validation_and_after_a_cut(settings, update):
-    """Grids are drawn without dropout; a run that was cut draws them at other moments of the process."""
+    """Grids are sampled without dropout; an interrupted run samples them at other moments of the process."""
     drops = {"lora_dropout": 0.5, "validate_every": 2}
     stop_at(trainer(settings, **drops), update)
     trainer(settings, **drops).fit()
@@ -176,7 +176,7 @@ def test_a_dry_run_prints_the_settings_and_leaves_nothing(settings, capsys):
 
 
 def test_a_dry_run_of_the_command_encodes_a_few_samples_and_leaves_nothing(settings, tmp_path, monkeypatch, capsys):
-    """Nor does it upload anything, or draw on a cache that a real run would find."""
+    """Nor does it upload anything, or leave a cache that a real run would find."""
     from stepdistill.denoiser.load import Teacher
 
     cache, encoded, encode = tmp_path / "cache", [], Teacher.encode

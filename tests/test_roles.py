@@ -1,4 +1,4 @@
-"""Teacher, student and target on one copy of the weights: who answers with which, and whom gradients reach."""
+"""Teacher, student and target on one copy of the weights: which weights each uses, and where gradients flow."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def noise(seed: int = 3) -> torch.Tensor:
 
 
 def stirred(family: str = "sd", **options) -> tuple[Teacher, Models]:
-    """A LoRA student whose adapter is not zero, and a target far from it."""
+    """A LoRA student with a non-zero adapter, and a target far from it."""
     teacher = teacher_of(family)
     models = lora_models(teacher.denoiser, **({"rank": 4} | options))
     tiny.stir_adapter(teacher.denoiser.backbone, ADAPTER)
@@ -103,7 +103,7 @@ def test_views_leave_gradients_modes_and_weights_as_they_were():
     models.target(x, T, cond)
     for view in (models.teacher, models.target):
         with pytest.raises(RuntimeError):
-            view(x[:, :3], T, cond)  # a call that fails puts everything back as well
+            view(x[:, :3], T, cond)  # a call that fails restores everything as well
     assert {name: p.requires_grad for name, p in backbone.named_parameters()} == flags
     assert sorted(n for n, on in flags.items() if on) == sorted(weights)
     assert all(".lora_" in name for name in weights)
@@ -223,7 +223,7 @@ def test_folded_gradients_are_those_of_finite_differences(conv):
 def test_folding_pays_without_gradients_and_with_many_positions_only():
     assert lora.fold_pays(16 * 4096, 320, 320, 64, gradient=False)
     assert lora.fold_pays(16 * 256, 9 * 64, 64, 64, gradient=True)
-    assert not lora.fold_pays(16, 320, 1280, 64, gradient=False)  # a time embedding: one position a sample
+    assert not lora.fold_pays(16, 320, 1280, 64, gradient=False)  # a time embedding: one position per sample
     assert not lora.fold_pays(16 * 64, 9 * 1280, 1280, 16, gradient=True)
 
 
@@ -245,8 +245,8 @@ def test_half_precision_keeps_the_adapter_in_float32():
 
 
 def test_under_autocast_the_student_has_its_own_weights_and_not_the_targets():
-    """autocast keeps its casts of weights until it ends: around the whole loss, it would serve the averages it cast for
-    the target to the student as well."""
+    """autocast caches its casts of weights until it ends: around the whole loss, the student would get the averages
+    that were cast for the target."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 

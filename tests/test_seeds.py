@@ -1,4 +1,4 @@
-"""Figures of several seeds: the pooled interval covers the truth, whether seeds are noise alone or more than that."""
+"""Figures of several seeds: the pooled interval covers the truth, whether seeds add only noise or more than that."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def draws(seed: int, *shape: int) -> torch.Tensor:
 
 
 def seeds(trial: int, prompts: float, effect: float, count: int = 3) -> list[Figure]:
-    """Scores of 60 prompts at each seed: what the prompt does, noise of variance 1, and what the seed itself does."""
+    """Scores of 60 prompts at each seed: a prompt effect, noise of variance 1, and a seed effect."""
     shared = prompts * draws(3 * trial, 60)
     own, offsets = draws(3 * trial + 1, count, 60), effect * draws(3 * trial + 2, count)
     return [Figure.mean(shared + noise + offset) for noise, offset in zip(own, offsets, strict=True)]

@@ -1,4 +1,4 @@
-"""What a run is told: what is refused, when, and in which words; and whose a folder is."""
+"""A run's settings: what is rejected, when, and with which message; and which run a folder belongs to."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_the_launchers_precision_is_the_default_and_part_of_the_run(settings, mo
 
 
 def test_only_an_embedded_teacher_has_data_of_its_own(settings, monkeypatch, tmp_path):
-    """With any other, its recipe without --data would train for days on 32-pixel avatars."""
+    """With any other teacher, a recipe without --data would train for days on 32-pixel avatars."""
     monkeypatch.setattr("stepdistill.denoiser.load.load_teacher", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(InputError, match=rf"--data: got none for {settings.teacher}; allowed: .*; give --data"):
         distil(dataclasses.replace(settings, data=None))
@@ -188,7 +188,7 @@ def test_a_card_has_the_rank_and_alpha_of_a_lora_alone():
 
 
 def test_a_run_of_before_a_flag_was_dropped_is_still_its_own(tmp_path):
-    """Runs of progressive, ADD and LADD were once told a target_ema, and had no use for it."""
+    """Runs of progressive, ADD and LADD once recorded a target_ema, which they did not use."""
     config = ProgressiveConfig(out=tmp_path)
     folder.claim(config)
     told = json.loads((tmp_path / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""FSDP2: two processes with their weights divided learn what one process learns, and export the same."""
+"""FSDP2: two processes with sharded weights learn what one process learns, and export the same."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ def losses(out: Path) -> list[dict]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Of an adapter's folder, or of a pipeline's network."""
+    """The weights of an adapter's folder, or of a pipeline's network."""
     files = [*folder.glob("*.safetensors"), *folder.glob("*/diffusion_pytorch_model.safetensors")]
     return load_file(next(file for file in files if file.parent.name != "vae"))
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_divided_weights_give_the_losses_and_the_export_of_whole_ones(tmp_path, pictures, monkeypatch, name):
-    """Adam's epsilon is raised: where a gradient is nothing but rounding, Adam makes full steps of its sign."""
+    """Adam's epsilon is raised: if a gradient is pure rounding error, Adam takes full steps of its sign."""
     script, teacher, flags = RUNS[name]
-    checked = tmp_path / "checked.py"  # the script, which first looks whether the weights are divided
+    checked = tmp_path / "checked.py"  # the script, which first checks that the weights are sharded
     checked.write_text(
         f"{DIVIDED}\nimport runpy\nrunpy.run_path({str(SCRIPTS / script)!r} + '.py', run_name='__main__')"
     )
@@ -83,7 +83,7 @@ def test_divided_weights_give_the_losses_and_the_export_of_whole_ones(tmp_path, 
 
 
 def test_a_full_run_goes_on_divided_from_where_it_was_whole(tmp_path, pictures, monkeypatch):
-    """Checkpoints hold whole tensors, of weights, averages and optimizer, whoever wrote them."""
+    """Checkpoints hold whole tensors of weights, averages and optimizer, in either case."""
     folder = str(tiny.save(tmp_path / "teacher", "sd"))
     words = [
         "--teacher", folder, "--data", pictures, "--no-lora", "--max-train-steps", "4", "--adam-epsilon", "1e-3",

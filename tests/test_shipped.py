@@ -1,4 +1,4 @@
-"""What benchmarks/ has for users is in the wheel, and is found there by the functions that look for it."""
+"""The files of benchmarks/ for users are in the wheel, and the functions that load them find them there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """What pyproject.toml puts of benchmarks/ into the wheel, laid out as pip does; nothing else is there."""
+    """The files of benchmarks/ that pyproject.toml puts into the wheel, laid out as by pip, and nothing else."""
     put = re.findall(r'^"(benchmarks/[^"]+)" = "([^"]+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     for source, target in put:
         place = tmp_path / "site" / target

@@ -110,7 +110,7 @@ def test_the_distillation_loss_is_equation_9_by_hand(guided):
     ratio = sigma_s / sigma
     target = (two_ddim_steps(teacher, z, times, w) - ratio * z) / (alpha_s - ratio * alpha)
     expected = ((alpha / sigma).square().clamp(min=1) * (x0 - target).square()).mean()
-    assert loss.total.item() == pytest.approx(expected.item(), rel=1e-6)  # weights are drawn in float32
+    assert loss.total.item() == pytest.approx(expected.item(), rel=1e-6)  # w is drawn in float32
 
 
 @pytest.mark.parametrize("balanced", [True, False])
@@ -121,7 +121,7 @@ def test_the_original_loss_is_added_with_gamma_brought_to_size_or_as_it_is(balan
     loss = lesson.loss("student", sample(), models, Clock(0, 1))
     first, original = loss.terms["vanilla"], loss.terms["original"]
     after = sample()
-    for draw in ("integers", "uniform", "normal"):  # what the distillation has drawn
+    for draw in ("integers", "uniform", "normal"):  # skips the distillation's draws
         getattr(after.draws, draw)(*{"integers": (4,), "uniform": (), "normal": (2,)}[draw])
     assert original.item() == pytest.approx(Untaught(0.0).loss("student", after, models, Clock(0, 1)).total.item())
     size = first / original if balanced else 1.0
@@ -153,7 +153,7 @@ def test_guided_updates_are_their_share_of_all_evenly_spread(share, count):
 
 
 def table(shape: Shape) -> Cost:
-    """A cost that is known of every shape: what each part takes and is worth."""
+    """A known cost for every shape: the time and the worth of each part."""
     parts = [(4.0, 1.0) if has else (0, 0) for has in shape.down] + [(6.0, 9.0) if has else (0, 0) for has in shape.up]
     parts += [(1.0, 0.1)] if shape.mid else []
     parts += [(3.0 * n, 2.0 * n) for n in shape.pairs]
@@ -181,7 +181,7 @@ def test_a_block_that_saves_nothing_stays_and_too_much_asked_is_refused_with_wha
 
     rounds = evolve(SD15, slow_middle, 0.2)
     assert "mid_block" not in [r.removed for r in rounds]
-    # left at the least: one pair a stage and the attention of one stage, the cheapest
+    # the minimum left: one pair per stage and the attention of one stage, the cheapest
     with pytest.raises(
         InputError, match=r"saving: got 0.9; allowed: up to 0\.\d\d, what all blocks that can be spared"
     ):
@@ -229,7 +229,7 @@ def test_errors_of_paths_and_of_steps_are_those_by_hand(deep, pictures):
     end = step(x, x0_of(unet, x, 0), 0, 2)
     end = step(end, x0_of(unet, end, 2), 2, 4)
     errors = []
-    for i in (0, 2):  # the step that leads to x_s has x0~, and the student's lands off by (alpha_s - k alpha_t) of x0's
+    for i in (0, 2):  # the step to x_s has x0~; the student's misses it by (alpha_s - k alpha_t) of its error in x0
         landed, ((alpha_t, sigma_t), (alpha_s, sigma_s)) = step(points[i], x0_of(unet, points[i], i), i, i + 2), (
             coefficients[i], coefficients[i + 2]
         )  # fmt: skip
@@ -242,7 +242,7 @@ def test_errors_of_paths_and_of_steps_are_those_by_hand(deep, pictures):
 
 @pytest.fixture
 def config(deep, pictures, tmp_path, monkeypatch) -> SnapFusionConfig:
-    """A run of four updates, in which a parameter takes a millisecond."""
+    """A run of four updates, in which each parameter costs a millisecond."""
     monkeypatch.setattr(snapfusion, "call_times", lambda like, unet, *_, **__: [float(count_parameters(unet))])
     return SnapFusionConfig(
         teacher=deep, data=pictures, out=tmp_path / "run", pictures=0, held_out=2, judged=2, max_train_steps=4,

@@ -1,4 +1,4 @@
-"""Solvers equal diffusers' schedulers, show their declared order on the Gaussian flow, keep nothing between calls."""
+"""Solvers equal diffusers' schedulers, show their declared order on the Gaussian flow, keep no state."""
 
 import math
 from itertools import pairwise
@@ -70,11 +70,11 @@ def test_ddim_is_ddim_scheduler(options, kind, steps):
     )
     path = [noise()]
     ours = solvers.integrate(solvers.ddim, bind(network), noise(), times, lambda _, x, s: path.append(x))
-    # stock: each step on its own, since its float32 coefficients drift by a machine's own rounding over fifty
+    # stock: each step alone, since over fifty its float32 coefficients drift by rounding that depends on the machine
     for (x, following), t in zip(pairwise(path), scheduler.timesteps, strict=True):
         theirs = scheduler.step(network(x, float(t), kind=kind), t, x).prev_sample
         assert largest(following - theirs) < TOLERANCE
-    # with the table in float64 nothing is left but rounding, from noise to the clean end
+    # with the table in float64 only rounding remains, from noise to the clean end
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     scheduler.final_alpha_cumprod = scheduler.final_alpha_cumprod.double()
     theirs = diffusers_sample(scheduler, lambda x, t: network(x, float(t), kind=kind), noise())
@@ -290,7 +290,7 @@ def test_any_function_of_the_right_signature_is_a_step():
 
 
 def distillation_step(schedule, x0, eps, v, t, s):
-    """What a consistency loss does: noise, convert, one solver step, all by each sample's own times."""
+    """The steps of a consistency loss: add noise, convert, one solver step, all at each sample's own times."""
     x_t = schedule.add_noise(x0, eps, t)
     return solvers.ddim_step(schedule, x_t, convert(v, x_t, t, schedule, src="v", dst="x0"), t, s)
 

@@ -1,4 +1,4 @@
-"""A SPEC is read as written, what is wrong in it is said in one line, and it loads a plain diffusers pipeline."""
+"""A SPEC is parsed as written, its errors are reported in one line, and it loads a plain diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def lora(folder, pipe, *, alpha: int = 2, scheduler: bool = True):
 
 
 def adapted(pipe, targets: list[str], part: str = "unet") -> dict[str, torch.Tensor]:
-    """Gives a part of a pipeline an adapter, and returns its tensors under peft's own names."""
+    """Adds an adapter to a part of a pipeline, and returns its tensors under peft's own names."""
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
@@ -279,7 +279,7 @@ def test_a_runs_folder_stands_for_its_export(base, student, tmp_path):
 
 
 def test_a_lora_of_which_a_part_loads_is_refused(base, tmp_path):
-    """Attention under diffusers' old names, the rest under peft's: diffusers drops one half without a word."""
+    """Attention under diffusers' old names, the rest under peft's: diffusers silently drops one half."""
     from diffusers.utils import convert_state_dict_to_diffusers
 
     state = adapted(tiny.sd(), ["to_q", "to_v", "proj_in"])

@@ -1,4 +1,4 @@
-"""Statistics in files: kept to the bit with what they are of; those of something else, or of nothing, are refused."""
+"""Statistics in files: stored bit-exactly with their origin; those of another origin, or invalid, are rejected."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_own_statistics_of_something_else_are_refused_with_what_it_is(tmp_path, 
     assert read_statistics(file, ORIGIN, 7)[1]
     with pytest.raises(InputError, match=rf"whose {field} is .*; allowed: {other}; give those of this protocol"):
         read_statistics(file, dataclasses.replace(ORIGIN, **{field: other}), 7)
-    assert read_statistics(file, Origin(ORIGIN.extractor), 7)[1]  # what is not asked for is not held against them
+    assert read_statistics(file, Origin(ORIGIN.extractor), 7)[1]  # only the fields requested are checked
 
 
 def test_statistics_of_an_npz_give_the_distance_of_their_pictures(tmp_path):
@@ -108,7 +108,7 @@ def test_statistics_that_are_none_are_refused_in_one_line(tmp_path):
 
 
 def test_what_rounding_leaves_is_accepted(tmp_path):
-    """Fewer pictures than features, in float32, summed one by one: eigenvalues of zero come out negative."""
+    """Fewer images than features, in float32, summed one by one: eigenvalues of zero come out negative."""
     few = draws(40, 200).float().numpy()
     centred = few - few.mean(0)
     sigma = sum(np.outer(x, x) for x in centred) / np.float32(39)

@@ -1,4 +1,4 @@
-"""The benchmark draws from the same noise for every model, resumes to the same figures, and survives failures."""
+"""The benchmark uses the same noise for every model, resumes to the same figures, and survives failures."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def words(prompts):
 
 
 def instruments() -> Instruments:
-    """What the tiny protocol measures with: five prompts, five pictures, and networks of a line."""
+    """The instruments of the tiny protocol: five prompts, five images, and one-line networks."""
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randint(0, 256, (5, 3, 32, 32), generator=generator, dtype=torch.uint8)
     truth = [{"hat": "no" if i % 2 else "yes"} for i in range(5)]
@@ -148,7 +148,7 @@ def test_a_setting_that_weights_do_not_know_is_another_models_and_rows_of_before
     row = run(f"t={place},scheduler=ddim", protocol, tools, tmp_path / "out", (1,)).rows[-1]
     assert row["weights"] == first["weights"] and row["fd"] != first["fd"]
     assert records.grid_name(row) != records.grid_name(first)
-    file.write_text(json.dumps({k: v for k, v in row.items() if k != "setup"}) + "\n")  # as it was written before
+    file.write_text(json.dumps({k: v for k, v in row.items() if k != "setup"}) + "\n")  # as earlier versions wrote
     monkeypatch.setattr(generate.Series, "draw", None)
     again = run(f"t={place},scheduler=ddim", protocol, tools, tmp_path / "out", (1,)).rows[-1]
     assert again["fd"] == row["fd"] and "setup" not in again
@@ -159,7 +159,7 @@ def test_larger_pictures_are_drawn_fewer_at_a_time_where_nobody_says_how_many(
 ):
     assert [suite.Settings().batch_of(side) for side in (None, 32, 256, 512, 1024, 4096)] == [64, 64, 64, 16, 4, 1]
     assert suite.Settings(batch=3).batch_of(1024) == 3
-    monkeypatch.setattr(settings_module, "SIDE", 8)  # this model's are of 32
+    monkeypatch.setattr(settings_module, "SIDE", 8)  # this model's images are of 32
     own = dataclasses.replace(QUIET, batch=None)
     results = suite.evaluate(f"t={base}", protocol, (1,), out=tmp_path, settings=own, instruments=tools)
     assert [(row["model"], row["batch"]) for row in results.rows] == [("real", 64), ("reconstruction", 4), ("t", 4)]
@@ -178,7 +178,7 @@ def test_a_lack_of_memory_is_said_with_what_to_lower(base, protocol, tools, tmp_
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     monkeypatch.setattr(generate.Series, "draw", full)
-    (failure,) = run(f"t={base},guidance=9", protocol, tools, tmp_path, (1,)).failed  # whose pictures are not kept yet
+    (failure,) = run(f"t={base},guidance=9", protocol, tools, tmp_path, (1,)).failed  # its images are not cached yet
     assert failure.reason == "memory: got no room for 3 pictures at a time; allowed: fewer; lower --batch"
 
 
@@ -205,7 +205,7 @@ def test_diversity_is_that_of_four_more_pictures_of_each_prompt(base, protocol, 
     row = run(f"teacher={base},scheduler=ddim", protocol, several, tmp_path, (1,)).rows[-1]
     pipe = models.load(spec.parse(f"{base},scheduler=ddim"))
     total = 0.0
-    for i, prompt in enumerate(PROMPTS):  # the five pictures of the cell have the noise of numbers 0 to 4
+    for i, prompt in enumerate(PROMPTS):  # the five images of the cell have noise 0 to 4
         options = {"num_inference_steps": 1, "guidance_scale": 2.0, "output_type": "pt"}
         images = pipe([prompt] * 4, generator=Draws.at(0, 5 + 4 * i, 4).generators, **options).images
         features = tools.extractor(generate.to_uint8(images)).double()
@@ -328,7 +328,7 @@ def test_an_autoencoder_that_half_overflows_reconstructs_as_in_full_precision():
     whole, half = tiny.sdxl(), tiny.sdxl()
     for pipe in (whole, half):
         with torch.no_grad():
-            pipe.vae.decoder.conv_in.weight.mul_(4e4)  # what comes out of it is above 65504; a norm follows
+            pipe.vae.decoder.conv_in.weight.mul_(4e4)  # its output exceeds 65504; a norm follows
         pipe.vae.half()
     whole.vae.float()
     pictures = instruments().prompts.pictures(0, 2)

@@ -1,4 +1,4 @@
-"""Times have a key of their own: asked for otherwise they are taken anew, and no picture is drawn again for them."""
+"""Timings have their own key: with other settings they are measured again, without generating any image again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def taken(monkeypatch) -> list[dict]:
-    """How each time was asked for; the n-th is n ms, and takes no time."""
+    """How each timing was requested; the n-th is n ms, and takes no time."""
     asked: list[dict] = []
 
     def measure(sampler, prompts, *, steps, batch=1, repeats=10, compiled=False):
@@ -82,7 +82,7 @@ def test_other_timing_flags_or_another_device_take_times_anew_and_draw_nothing(
     assert {k for k, v in row["timing"].items() if v != first["timing"][k]} == {name}
     assert row["timing"][name] == said[name]
     assert {k: row[k] for k in FIGURES} == {k: first[k] for k in FIGURES}
-    assert (row["device"], row["channels_last"]) == (first["device"], False)  # as its pictures were drawn
+    assert (row["device"], row["channels_last"]) == (first["device"], False)  # as its images were generated
     assert (row["latency_ms_batch"] or {}).get("batch") == (2 if what == "batch" else None)
     assert read_rows(tmp_path / "results.jsonl")[-2:] == [first, row] and last(tmp_path).row["timing"] == row["timing"]
 
@@ -102,7 +102,7 @@ def test_calls_that_were_asked_for_are_made_and_else_as_many_as_there_is_time_fo
 
 
 def test_what_was_asked_for_last_is_what_a_report_shows(base, tmp_path, taken):
-    """Also where it had been measured before: it is not measured again."""
+    """Also if it was measured before: it is not measured again."""
     plain, compiled = run(base, tmp_path).rows[-1], run(base, tmp_path, compiled=True).rows[-1]
     assert last(tmp_path).latency == compiled["latency_ms"]["total_p50"]
     again = run(base, tmp_path).rows[-1]
@@ -156,7 +156,7 @@ def test_several_seeds_give_a_row_each_of_the_same_noise_for_all_models_and_are_
     rows = run(base, tmp_path, seed=(3, 0, 1), models=models).rows
     assert [(r["model"], r["seed"]) for r in rows[2:]] == [(m, s) for m in "ab" for s in (3, 0, 1)]
     assert all(len(same) == 1 for same in noise.values()) and len(set.union(*noise.values())) == len(noise) == 6
-    assert encoded == [3, 2] * 2  # once a model, whatever the number of seeds
+    assert encoded == [3, 2] * 2  # once per model, for any number of seeds
     assert [(call["seed"], row["seed"]) for call, row in zip(taken, (rows[2], rows[5]), strict=True)] == [(3, 3)] * 2
     found = [cell for cell in cells(rows) if cell.steps]
     assert [cell.seeds for cell in found] == [3, 3] and [cell.latency for cell in found] == [1, 2]
@@ -174,7 +174,7 @@ def test_seeds_of_a_model_that_was_changed_since_are_not_averaged_with_the_new_o
 
 
 class Card:
-    """A GPU's counters: so many bytes in use, and the most since they were reset."""
+    """A GPU's memory counters: bytes in use, and the peak since the last reset."""
 
     def __init__(self, monkeypatch, before: int) -> None:
         self.used = self.peak = before
@@ -188,7 +188,7 @@ class Card:
 
 
 def test_a_pipelines_memory_leaves_out_what_else_lies_on_the_card(monkeypatch):
-    """60 MB of it, 500 of extractors and of other models; its calls take 40 more, and the first one keeps 5."""
+    """The pipeline holds 60 MB, extractors and other models 500; its calls take 40 more, and the first one keeps 5."""
     mega = 2**20
     monkeypatch.setattr(latency, "backbone", lambda _: SimpleNamespace(device=torch.device("cuda")))
     monkeypatch.setattr(latency, "resident", lambda *_: 60 * mega)
@@ -243,10 +243,10 @@ def test_the_latency_table_has_a_line_for_each_batch_with_all_that_was_measured(
     ]
     assert [values[-1].text for _, values in overview.lines] == ["FlowMatchEulerDiscrete, even sigmas", "–"]
     alone = tables(cells(ROWS[1:]))[-1]
-    assert [head.name for head in alone.heads] == ["steps", "NFE", "batch", "ms", "ms", "timed"]  # none that is empty
+    assert [head.name for head in alone.heads] == ["steps", "NFE", "batch", "ms", "ms", "timed"]  # no empty columns
     assert [value.text for value in alone.lines[0][1]] == ["1", "2", "1", "7.0", "9.0", "float16"]
     (_, values), _ = tables(cells(ROWS[:1]))[-1].lines
-    assert values[-1].text == "float16, compiled, channels last"  # the device, where there are several
+    assert values[-1].text == "float16, compiled, channels last"  # the device only if there are several
 
 
 def test_the_csv_has_every_time_a_value_a_column():

@@ -1,4 +1,4 @@
-"""Figures and grids reach the trackers, which end without ending the run."""
+"""Figures and grids reach the trackers, whose end does not end the process group."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from test_resume import trainer
 
 
 class Tracker:
-    """Stands in for one of accelerate's."""
+    """A stand-in for one of accelerate's trackers."""
 
     def __init__(self, name: str) -> None:
         self.name, self.pictures, self.finished = name, [], 0

@@ -1,4 +1,4 @@
-"""The training scripts from outside: help, flags, YAML files and the settings that ship."""
+"""The training scripts' interface: help, flags, YAML files and the shipped settings."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_shipped_settings_are_read_name_their_command_and_mark_their_estimates(f
         assert f"{samples} samples an update" in text or f"updates of {samples} samples" in text
 
 
-# of each family: numbers kept of a caption, tokens times width and pooled; channels of latents, pixels to one
+# per family: numbers cached per caption (tokens times width, and pooled), latent channels, pixels per latent
 KEPT = {
     "sd15": (77 * 768 + 768, 4, 8), "sdxl": (77 * 2048 + 1280, 4, 8), "sd35": ((77 + 256) * 4096 + 2048, 16, 8),
     "flux_dev": (512 * 4096 + 768, 16, 8), "pixart_sigma": (300 * 4096, 4, 8), "sana": (300 * 2304, 32, 32),
@@ -155,13 +155,13 @@ def test_the_hours_of_painting_are_what_the_forwards_take(name, peak):
 def test_there_are_settings_of_every_method_for_every_family():
     families = ("avatars", "sd15", "sdxl", "sd35", "flux_dev", "pixart_sigma", "sana")
     named = {f"{family}_{method}_lora" for family in families for method in ("lcm", "progressive", "add", "ladd")}
-    # ADD decodes and looks at pictures in every update; at 1024 pixels there is LADD, which decodes nothing
+    # ADD decodes and judges images in every update; at 1024 pixels there is LADD, which decodes nothing
     without = {"flux_dev_add_lora", "pixart_sigma_add_lora", "sana_add_lora"}
     assert {f.stem for f in CONFIGS} >= named - without and not without & {f.stem for f in CONFIGS}
 
 
 def networks():
-    """The denoisers of the families' own sizes, without weights."""
+    """Each family's denoiser class, and its sizes."""
     import diffusers
 
     down, up = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"

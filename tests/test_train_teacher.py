@@ -1,4 +1,4 @@
-"""The teacher's training loop: exact resume, checkpoints of another plan refused, the schedule it says."""
+"""The teacher's training loop: exact resume, rejected checkpoints of another plan, the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAN = {"dtype": "float16", "budget": {"updates": 12, "batch_size": 4, "learning
 
 @pytest.fixture
 def teacher(monkeypatch):
-    """The script's modules; scripts find each other from their own folder."""
+    """The script's modules, imported from the scripts' own folder."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     import train_teacher
     from teacher import loop
@@ -28,7 +28,7 @@ def teacher(monkeypatch):
 
 
 def fit(loop, out: Path, *, plan=PLAN, seed: int = 0, stop_at: int | None = None) -> dict[str, torch.Tensor]:
-    """Fits a line to y = 3 x - 1; with `stop_at`, is killed in that update."""
+    """Fits a line to y = 3 x - 1; with `stop_at`, is interrupted in that update."""
     torch.manual_seed(seed)
     model = torch.nn.Linear(1, 1)
     seen = []
@@ -91,7 +91,7 @@ def test_a_plan_that_cannot_be_read_is_named(teacher, tmp_path):
 
 
 def test_one_token_that_counts_256_times_is_256_tokens_alike(teacher):
-    """The flow teacher's shortcut: what Stable Diffusion 3 reads in the place of an absent T5."""
+    """The flow teacher's shortcut for what Stable Diffusion 3 reads in place of an absent T5."""
     from diffusers import SD3Transformer2DModel
     from teacher import flow
 

@@ -1,4 +1,4 @@
-"""The loop: exact resume, counts of updates, processes, and what bad input leaves behind."""
+"""The training loop: exact resume, update counts, several processes, and what bad input leaves behind."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def command(out: Path, teacher: str, data: str, *more: str) -> list[str]:
 
 
 def kill_when(reached: Callable[[], bool], words: list[str]) -> int:
-    """Starts a command and kills it once `reached`; returns how it ended."""
+    """Starts a command and kills it once `reached`; returns its exit code."""
     process = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 300
     while process.poll() is None and not reached() and time.time() < deadline:
@@ -116,7 +116,7 @@ def in_two_processes(words: list[str]) -> None:
 
 
 def test_two_processes_match_one_at_the_same_global_batch(tmp_path, pipelines, pictures):
-    """Adam's epsilon is raised: where a gradient is nothing but rounding, Adam makes full steps of its sign."""
+    """Adam's epsilon is raised: if a gradient is pure rounding error, Adam takes full steps of its sign."""
     teacher = pipelines["sd"]
     flags = ("--max-train-steps", "4", "--lora-dropout", "0", "--adam-epsilon", "1e-3")
     in_two_processes(command(tmp_path / "two", teacher, pictures, *flags))
@@ -173,7 +173,7 @@ def test_the_loss_falls(tmp_path, pipelines, pictures):
             return sum(run.method.loss("student", b, run.models, Clock(0, 1)).total.item() for b in held)
 
     before = held_loss()
-    held = [run.batch(10_000 + i) for i in range(8)]  # draws are used up
+    held = [run.batch(10_000 + i) for i in range(8)]  # the draws have been used
     for _ in range(120):
         run.step()
     assert held_loss() < 0.75 * before
@@ -261,7 +261,7 @@ def test_checkpoints_hold_any_nesting_and_the_last_two_stay(tmp_path):
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory, pictures, pipelines) -> dict[str, Path]:
-    """Folders with one thing wrong each."""
+    """Folders with one defect each."""
     root = tmp_path_factory.mktemp("bad")
     folders = {name: root / name for name in ("empty", "broken", "uncaptioned", "taken")}
     for folder in folders.values():

@@ -1,4 +1,4 @@
-"""SD3, Flux, PixArt and Sana behind the one call signature, held against their own pipelines."""
+"""SD3, Flux, PixArt and Sana behind the common call signature, checked against their own pipelines."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def drawn(pipe, family: str, x_T: torch.Tensor, *, steps: int, guidance: float) 
 
 
 def guided_twice(family: str) -> bool:
-    """Whether the pipeline's guidance_scale means a second forward: dev is told it instead."""
+    """Whether the pipeline's guidance_scale means a second forward: dev takes it as an input instead."""
     return family != "flux"
 
 

@@ -1,7 +1,7 @@
-"""Tiny pipelines of random weights and of the real classes: what tests load, train, save and load again.
+"""Tiny pipelines of the real classes with random weights, which tests load, train, save and load again.
 
 `save` writes a whole pipeline folder that plain diffusers opens, and returns its path. Weights depend on the seed
-alone. Networks are small enough for a forward of a few milliseconds, and keep every kind of layer the real ones have.
+alone. Networks are small enough for a forward of a few milliseconds, and have every kind of layer of the real ones.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from oracle import BETAS
 from torch import nn
 
 LATENT = 8  # side of the latents
-FACTOR = 4  # pixels to a latent, so pictures are 32 x 32
+FACTOR = 4  # pixels per latent, so images are 32 x 32
 WORDS = ("a", "red", "blue", "green", "hat", "cat", "dog", "face", "with", "and", "of", "the", "on", "in")
 PROMPTS = ["a red cat with a blue hat", "the green dog"]
 
 
 def tokenizer(max_length: int = 16, pad_token: str | None = None):
-    """A CLIP tokenizer: byte-level BPE with merges that make a few words whole."""
+    """A CLIP tokenizer: byte-level BPE with merges for a few whole words."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
@@ -41,7 +41,7 @@ def tokenizer(max_length: int = 16, pad_token: str | None = None):
 
 
 def text_tower(words, width: int = 16, *, projection: int | None = None):
-    """A CLIP text encoder of two layers; with `projection`, the one that also gives pooled text."""
+    """A CLIP text encoder of two layers; with `projection`, the one that also returns pooled text."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -86,7 +86,7 @@ DEEP = {  # a small Stable Diffusion 1.5: the innermost stage has no attention a
 
 
 def awaken(module: nn.Module, seed: int, gain: float = 1.0) -> None:
-    """Gives every parameter random values of its own, so that no zero or one of an initialisation hides a mistake."""
+    """Gives every parameter its own random values, so that no initialisation to 0 or 1 hides a mistake."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -153,7 +153,7 @@ def sdxl(kind: str = "epsilon", seed: int = 0, *, zeros_for_empty: bool = True, 
 
 
 def pixel(kind: str = "epsilon", seed: int = 0, *, classes: int | None = None, learned_variance: bool = False):
-    """A DDPMPipeline of an 8 x 8 UNet2DModel, class-conditional where `classes` is given."""
+    """A DDPMPipeline of an 8 x 8 UNet2DModel, class-conditional if `classes` is given."""
     from diffusers import DDPMPipeline, UNet2DModel
 
     network = UNet2DModel(
@@ -168,7 +168,7 @@ def pixel(kind: str = "epsilon", seed: int = 0, *, classes: int | None = None, l
 
 
 def word_tokenizer(max_length: int = 16):
-    """A tokenizer of whole words, in the place of T5's and Gemma's."""
+    """A tokenizer of whole words, in place of T5's and Gemma's."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -192,7 +192,7 @@ def t5(width: int = 16):
 
 
 def flow_scheduler(**options):
-    """A FlowMatchEulerDiscreteScheduler, shifted as SD3's."""
+    """A FlowMatchEulerDiscreteScheduler, shifted like SD3's."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(**({"shift": 3.0} | options))
@@ -228,7 +228,7 @@ def sd3(seed: int = 0):
 
 
 def flux(seed: int = 0, *, guidance_embeds: bool = True):
-    """A FluxPipeline; with `guidance_embeds` as dev, without as schnell."""
+    """A FluxPipeline: like dev with `guidance_embeds`, like schnell without."""
     from diffusers import FluxPipeline, FluxTransformer2DModel
 
     words = tokenizer()
@@ -249,7 +249,7 @@ def flux(seed: int = 0, *, guidance_embeds: bool = True):
 
 
 def pixart(seed: int = 0, *, sized: bool = False):
-    """A PixArtSigmaPipeline; with `sized` a PixArtAlphaPipeline that is told the picture's size."""
+    """A PixArtSigmaPipeline; with `sized` a PixArtAlphaPipeline conditioned on the image size."""
     from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
 
     parts = _awake({
@@ -308,7 +308,7 @@ MAKERS = {"sd": sd, "sdxl": sdxl, "pixel": pixel, "sd3": sd3, "flux": flux, "pix
 
 
 def make(family: str, kind: str = "epsilon", seed: int = 0, **options):
-    """A pipeline of `family`; `kind` is asked by the families that predict more than one."""
+    """A pipeline of `family`; `kind` applies to the families that support several prediction types."""
     asked = {"kind": kind} if family in ("sd", "sdxl", "pixel") else {}
     return MAKERS[family](seed=seed, **asked, **options)
 

@@ -1,9 +1,9 @@
-"""Composes the embedded set: two pixel-art people before a patterned background, a caption, exact attributes.
+"""Composes the embedded set: two pixel-art people on a patterned background, a caption, exact attributes.
 
     python assets/avatars/make/compose.py            # rewrites assets/avatars/{train,test}-*.webp and *.jsonl.gz
 
-A caption names two to five of a picture's fifteen attributes; the rest is left open, and it is this openness that
-blurs a teacher's few-step samples. An attribute is named only where it can be seen.
+A caption names two to five of an image's fifteen attributes; the rest is left open, and this ambiguity is what blurs
+a teacher's few-step samples. An attribute is named only if it is visible.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ BACKGROUND_COLORS = {
     "orange": (238, 142, 62), "teal": (46, 138, 134), "pink": (240, 164, 190),
 }  # fmt: skip
 PATTERNS = ("plain", "vertical stripes", "horizontal stripes", "checks", "dots")
-EVERY = 3  # of each part's variants one in so many is used: a small network is to draw them sharply
-GRID = 2  # people and patterns stand on multiples of it, the grid of an autoencoder that halves the picture
-VISIBLE = 6  # an attribute of hair or clothes can be named if at least this many of its pixels show
+EVERY = 3  # of each part's variants one in this many is used, so that a small network can generate them sharply
+GRID = 2  # people and patterns are placed on multiples of it, the grid of an autoencoder that halves the image
+VISIBLE = 6  # an attribute of hair or clothes can be named if at least this many of its pixels are visible
 
 
 class Parts:
@@ -64,7 +64,7 @@ class Parts:
 
 
 def over(canvas: np.ndarray, tile: np.ndarray) -> None:
-    """Lays an RGBA tile over an RGBA canvas, in place (Porter and Duff 1984)."""
+    """Composites an RGBA tile over an RGBA canvas, in place (Porter and Duff 1984)."""
     a = tile[..., 3:]
     below = canvas[..., 3:] * (1 - a)
     alpha = a + below
@@ -73,7 +73,7 @@ def over(canvas: np.ndarray, tile: np.ndarray) -> None:
 
 
 def person(rng: np.random.Generator, parts: Parts) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
-    """One person on a 16x16 tile: RGBA, a map of what shows where (1 hair, 2 clothes), attributes."""
+    """One person on a 16x16 tile: RGBA, a map of visible parts (1 hair, 2 clothes), attributes."""
     hair_color = str(rng.choice(sorted(set(HAIR_COLORS.values()))))
     clothes = str(rng.choice(sorted(set(CLOTHES_COLORS.values()))))
     length = str(rng.choice(["long", "short"]))
@@ -122,7 +122,7 @@ def background(rng: np.random.Generator) -> tuple[np.ndarray, dict[str, str]]:
 
 
 def scene(rng: np.random.Generator, parts: Parts) -> tuple[np.ndarray, dict[str, str], list[str]]:
-    """A picture (32, 32, 3) uint8, its attributes, and the names of those that can be seen."""
+    """An image (32, 32, 3) uint8, its attributes, and the names of the visible ones."""
     picture, attributes = background(rng)
     top_left, top_right = GRID * rng.integers(2, 8, 2)
     top_right = top_left if rng.random() < 0.1 else top_right
@@ -133,7 +133,7 @@ def scene(rng: np.random.Generator, parts: Parts) -> tuple[np.ndarray, dict[str,
     shows = np.zeros((SIZE, SIZE), np.uint8)
     for code, (side, left, top) in enumerate(places):
         figure, figure_shows, worn = person(rng, parts)
-        down = np.minimum(np.arange(SIZE - top), TILE - 1)  # the last row goes on to the picture's foot
+        down = np.minimum(np.arange(SIZE - top), TILE - 1)  # the last row repeats to the bottom of the image
         first, last = max(left, 0), min(left + TILE, SIZE)
         figure, figure_shows = (
             figure[down][:, first - left : last - left],
@@ -156,8 +156,8 @@ def scene(rng: np.random.Generator, parts: Parts) -> tuple[np.ndarray, dict[str,
 
 
 def caption(rng: np.random.Generator, attributes: dict[str, str], visible: list[str]) -> tuple[str, list[str]]:
-    """A sentence that names two to five visible attributes, and which ones."""
-    # What is absent is seldom worth a word.
+    """A sentence that names two to five visible attributes, and their names."""
+    # Absent attributes are named less often.
     weight = np.array(
         [0.3 if attributes[n] == "no" or (n == "taller" and attributes[n] == "same") else 1.0 for n in visible]
     )
