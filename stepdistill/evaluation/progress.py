@@ -37,7 +37,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def quiet():
-    """Silences diffusers and transformers, which print every prompt that a text encoder truncates over the bar."""
+    """Silences diffusers and transformers, which would print every truncated prompt over the bar."""
     from diffusers.utils import logging as ours
     from transformers.utils import logging as theirs
 

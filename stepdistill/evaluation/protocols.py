@@ -101,8 +101,8 @@ class Protocol:
         frame: how every image, real or generated, is preprocessed before any metric.
         extractor: of the Frechet distance. scorer: of the CLIP score; None for a set without prompts.
         metrics: names in `measures.METRICS`; those that need what a set lacks (captions, probes) are omitted.
-        guidance, sampler: defaults for models whose SPEC has none. negative_prompt: for models guided by two calls.
-            steps: step counts, if neither the user nor the model names any. seed: of each image's own noise.
+        guidance, sampler: defaults for models whose SPEC has none. negative_prompt: for models whose guidance takes a
+            second call. steps: step counts, if neither the user nor the model names any. seed: of the images' noise.
     """
 
     name: str

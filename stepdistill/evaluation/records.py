@@ -168,7 +168,7 @@ class Book:
             files.write(self.folder / "grids" / "prompts.json", json.dumps(prompts, indent=1) + "\n")
 
     def grid(self, row: dict[str, Any], pictures: Tensor | None) -> None:
-        """Stores images (B, 3, H, W) uint8 as one strip; small ones are enlarged by nearest neighbour."""
+        """Stores images (B, 3, H, W) uint8 as one strip, small ones enlarged by nearest neighbour, large ones reduced."""
         if self.folder is None or pictures is None:
             return
         from PIL import Image

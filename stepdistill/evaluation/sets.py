@@ -33,7 +33,7 @@ class EvalSet:
         prompts: N sentences; None for images alone.
         pictures: (first, last) -> uint8 (B, 3, H, W); None for prompts alone.
         attributes, mentioned: each prompt's true attributes and those it names; None if unknown.
-        size: what its images were resized to; None if they were not.
+        size: the size or frame that its images were brought to; None if they are unchanged.
     """
 
     name: str

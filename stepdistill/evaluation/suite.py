@@ -38,7 +38,7 @@ class Results:
     Attributes:
         rows: the requested cells, in order, floor rows first. failed: those that could not be measured.
         folder: of results.jsonl; None if nothing was written, and in all processes but the main one.
-        store: the generated images. main: whether this is the process that writes; a single process is.
+        store: the generated images. main: whether this is the process that writes; true for a single process.
     """
 
     rows: list[dict[str, Any]]

@@ -66,7 +66,7 @@ class Metric(ABC):
     """One metric of one cell. To add a metric, add a file here and a test.
 
     Attributes:
-        name: as protocols list it. keeps: the name of what it keeps of each image; metrics with the same name share it.
+        name: as protocols list it. keeps: the name of what it keeps of each image, shared by metrics with the same.
         better: "lower" or "higher", by figure.
         revision: of its figures' definition; above 1 it goes into the protocol's hash.
         least: minimum number of images. per_feature: minimum number of images per feature of the extractor; below it

@@ -1,5 +1,4 @@
-"""The kernel distance between features of generated and real images; KID if they are Inception's (Binkowski et al.
-2018)."""
+"""The kernel distance between features of generated and real images; KID (Binkowski et al. 2018) if Inception's."""
 
 from __future__ import annotations
 

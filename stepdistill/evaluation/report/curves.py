@@ -66,7 +66,7 @@ def curves(found: Sequence[Cell]) -> dict[str, Make]:
 
 
 def main_curves() -> set[str]:
-    """Returns the titles of the curves that are shown without being expanded."""
+    """Returns the titles of the curves shown outside the expandable section."""
     return {f"{label(name)} by steps" for name in MAIN} | {BY_LATENCY}
 
 

@@ -61,7 +61,7 @@ def strips_of(folder: Path, found: Sequence[Cell]) -> list[Strip]:
 
 
 def chosen(strips: Sequence[Strip], said: Sequence[Mapping], models: Sequence[str]) -> tuple[int, int]:
-    """Returns the indices of the two strips compared first: the first model's at most steps, the best student's."""
+    """Returns the two strips compared first: the first model's at its largest step count, and the best student's."""
     drawn = [i for i, strip in enumerate(strips) if strip.steps > 0]
     if not drawn:
         return 0, max(0, len(strips) - 1)

@@ -49,7 +49,7 @@ class Table:
 
 
 def tables(found: Sequence[Cell]) -> list[Table]:
-    """Returns the non-empty ones of overview, every figure, single attributes, and latency."""
+    """Returns the tables Overview, Every figure, Attributes and Latency, without empty ones."""
     made = [_overview(found), _everything(found), _attributes(found), _latency(found)]
     return [table for table in made if table.lines and len(table.heads) > 1]
 
@@ -138,7 +138,7 @@ def _device(cell: Cell) -> str:
 
 
 def cost_table(gained: Sequence[Gain]) -> Table:
-    """Returns the cost of training, its gain at the same step count, and the remaining gap to the teacher's longest."""
+    """Returns the cost of training, its gain at equal step count, and the gap to the teacher's largest step count."""
     other = beside(gained)
     heads = [Head("trained"), Head("steps"), Head("FD"), Head(other, "same steps"), Head("nearer", high=True),
              Head(other, "its longest"), Head("gap", "95 % interval"), Head("student is", text=True)]  # fmt: skip

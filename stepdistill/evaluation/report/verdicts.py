@@ -20,7 +20,7 @@ class Gain:
     """A student's cell next to its teacher's.
 
     Attributes:
-        same: the teacher's at the same step count; None if not measured. last: the teacher's longest.
+        same: the teacher's at the same step count; None if not measured. last: at its largest step count.
         gap: of the distances, student - last; None if one has no interval. of_last, of_same: student / last or same.
         own: whether it is known to be the student's teacher; otherwise it is a baseline, the first teacher measured.
     """
@@ -70,7 +70,7 @@ def beside(gained: Sequence[Gain]) -> str:
 
 
 def verdicts(gained: Sequence[Gain]) -> list[dict[str, Any]]:
-    """Compares each student's best few-step cell with its teacher's longest, for the page's headline.
+    """Compares each student's best few-step cell with its teacher at its largest step count: the page's headline.
 
     Returns:
         cell, model, steps, and stats: (figure, what it is) pairs.
