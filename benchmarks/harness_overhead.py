@@ -2,11 +2,11 @@
 
     python benchmarks/harness_overhead.py --out benchmarks/results/harness_overhead.json
 
-Timed is what `stepdistill bench` does for the images of a cell: the plain pipeline generates every batch from its own
-noise, network evaluations are counted, and the images are written as PNG files with their hashes, including the wait
-for the last one. Prompts are encoded once for all step counts, so their time is reported separately. The parts take
-turns in the same rounds, so that a busy machine slows all alike. The goal is at most 1.05 for batches of 8 or more. The
-plain pipeline's call is timed too: its overhead over the networks is diffusers', and any harness that calls it has it.
+The timed work is that of `stepdistill bench` for the images of a cell: the plain pipeline generates every batch from
+its own noise, network evaluations are counted, and the images are written as PNG files with their hashes, including the
+wait for the last one. Prompts are encoded once for all step counts, so their time is reported separately. The parts
+take turns in the same rounds, so that a busy machine slows all alike. The goal is at most 1.05 for batches of 8 or
+more. The plain pipeline's call is timed too: its overhead is diffusers', and any harness that calls it has it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Each method on eight modes in the plane, where the answer is known: the error of its one-step student.
+"""Measures each method's one-step student on eight modes in the plane, where the exact answer is known.
 
     python benchmarks/mixture.py --out benchmarks/results/mixture
 

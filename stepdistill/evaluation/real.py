@@ -1,4 +1,4 @@
-"""Features, embeddings and pixels of the real images, computed when a metric first needs them and cached by a hash.
+"""Features, embeddings and pixels of the real images, computed when first needed and cached under a hash.
 
     real = RealPictures(open_set("avatars:train"), extractor, few=2000, count=20000)
     real.features        # (2000, D): read from the cache, or computed and cached

@@ -34,7 +34,7 @@ FIELDS = (
     *TIMES, "batch", "channels_last", "dtype", "device", "versions", "commit", "command", "train_seconds",
 )  # fmt: skip
 FOREIGN = ("config.json", "model_index.json", "manifest.json", "metrics.jsonl", "checkpoints", "export")
-TILE, LARGE = 96, 384  # smallest and largest side of an image in a grid, in pixels
+TILE, LARGE = 96, 384  # pixels: images in a grid are enlarged by a whole factor up to TILE, and reduced to LARGE
 
 
 def key_of(row: dict[str, Any]) -> list[Any]:
@@ -168,7 +168,7 @@ class Book:
             files.write(self.folder / "grids" / "prompts.json", json.dumps(prompts, indent=1) + "\n")
 
     def grid(self, row: dict[str, Any], pictures: Tensor | None) -> None:
-        """Stores images (B, 3, H, W) uint8 as one strip, small ones enlarged by nearest neighbour, large ones reduced."""
+        """Stores images (B, 3, H, W) uint8 as a strip; enlarges small ones by nearest neighbour, reduces large ones."""
         if self.folder is None or pictures is None:
             return
         from PIL import Image

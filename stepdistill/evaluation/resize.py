@@ -46,8 +46,7 @@ def _tensorflow1(images: Tensor, size: int) -> Tensor:
 
 
 def _pillow(one: Callable[[np.ndarray, int], np.ndarray]) -> Resize:
-    """Applies a resize of one image, (H, W, 3) uint8 to (size, size, 3), to a batch, in threads: Pillow releases the
-    GIL."""
+    """Extends a resize of one image, (H, W, 3) uint8 to (size, size, 3), to batches, in threads as Pillow allows."""
 
     def all_of(images: Tensor, size: int) -> Tensor:
         pictures = images.permute(0, 2, 3, 1).cpu().numpy()
