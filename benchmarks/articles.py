@@ -1,8 +1,8 @@
-"""Makes a task for `stepdistill baselines run tinybert` of a WikiText file: which article is a paragraph from?
+"""Makes a task for `stepdistill baselines run tinybert` from a WikiText file: which article is a paragraph from?
 
     python benchmarks/articles.py wiki.valid.tokens out/articles
 
-Writes train.tsv and test.tsv, a title, a tab and a paragraph a line; every fifth paragraph of an article is a test.
+Writes train.tsv and test.tsv, one title, tab and paragraph per line; every fifth paragraph of an article is for test.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ EVERY = 5
 
 
 def paragraphs(lines: Iterable[str]) -> Iterator[tuple[str, int, str]]:
-    """Of each paragraph its article's title, its number within it, and its text."""
+    """Yields each paragraph's article title, its number within the article, and its text."""
     title, number = "", 0
     for line in map(str.strip, lines):
         if line.startswith("= "):

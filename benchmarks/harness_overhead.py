@@ -1,12 +1,12 @@
-"""What a benchmark adds to generation: (drawing + keeping) / (NFE x one denoiser forward + decode), in the same run.
+"""Overhead of a benchmark: (generating + storing) / (NFE x one denoiser forward + decode), measured in one run.
 
     python benchmarks/harness_overhead.py --out benchmarks/results/harness_overhead.json
 
-What is timed is what `stepdistill bench` does to have the pictures of a cell: every batch drawn by the plain pipeline
-from noise of its own, network evaluations counted, and written as PNG files with their hashes, the last one waited for.
-Prompts are encoded once for all numbers of steps, so their time is told apart. The parts are timed in the same rounds,
-by turns, so that a busy machine slows all alike. The goal is 1.05 at most for batches of 8 and more. The plain
-pipeline's call is timed too: what it adds to its networks, which is diffusers' own, no harness that calls it can save.
+The timed work is that of `stepdistill bench` for the images of a cell: the plain pipeline generates every batch from
+its own noise, network evaluations are counted, and the images are written as PNG files with their hashes, including the
+wait for the last one. Prompts are encoded once for all step counts, so their time is reported separately. The parts
+take turns in the same rounds, so that a busy machine slows all alike. The goal is at most 1.05 for batches of 8 or
+more. The plain pipeline's call is timed too: its overhead is diffusers', and any harness that calls it has it.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ class Config:
     model: str = "avatars,scheduler=ddim"
     """A model SPEC."""
     prompts: str = "avatars:test"
-    """The set they are taken from: avatars:test, a folder with captions, or a .txt file."""
+    """Set of prompts: avatars:test, a folder with captions, or a .txt file."""
     steps: tuple[int, ...] = (1, 4, 8, 50)
     """Step counts."""
     batch: tuple[int, ...] = (8, 32)
-    """Pictures drawn at a time."""
+    """Batch sizes."""
     n: int = 32
-    """Pictures of a cell: whole batches."""
+    """Images per cell, a multiple of each batch size."""
     rounds: int = 5
     """Rounds; each times a cell and its parts once."""
     guidance: float | None = None
-    """In place of the SPEC's."""
+    """Guidance scale; overrides the SPEC's."""
     seed: int = 0
-    """Of the initial noise."""
+    """Seed of the initial noise."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     out: Path | None = None
@@ -61,8 +61,8 @@ class Config:
 def parts(
     sampler: Sampler, condition: dict[str, Any], *, steps: int, batch: int
 ) -> tuple[int, Callable[[], None], Callable[[], None]]:
-    """What generation must do: how often it calls the network, and the calls of the network and of the decoder by
-    themselves, with the very tensors that generation gives them."""
+    """Returns the necessary parts of generation: the number of network calls, and functions that repeat only the
+    network's and only the decoder's calls, with the same tensors as in generation."""
     pipeline, network = sampler.pipeline, backbone(sampler.pipeline)
     calls: list[tuple[tuple, dict]] = []
     decoded: list[tuple[tuple, dict]] = []
@@ -90,12 +90,12 @@ def parts(
 
 @torch.no_grad()
 def compare(series: Series, *, steps: int, rounds: int, folder: Path) -> dict[str, float]:
-    """Medians over the rounds, in ms a batch, and the median of the rounds' ratios with its quartiles.
+    """Returns medians over the rounds, in ms per batch, and the median and quartiles of the rounds' ratios.
 
-    ratio is generation over the networks' time; ratio_pipeline the plain pipeline's call over the same.
+    ratio is the time of generation over that of the networks; ratio_pipeline the plain pipeline's call over the same.
 
     Args:
-        folder: for the pictures. They are never read.
+        folder: for the images. They are never read.
     """
     sampler, batch = series.sampler, series.batch
     batches, numbers = series.n // batch, itertools.count()
@@ -129,7 +129,7 @@ def compare(series: Series, *, steps: int, rounds: int, folder: Path) -> dict[st
 
 
 def by_turns(jobs: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """The ms of each job in each round, after one round that is not timed; every second round goes backwards."""
+    """Returns the ms of each job in each round, after an untimed round; every second round is in reverse order."""
     for job in jobs.values():
         job()
     taken: dict[str, list[float]] = {name: [] for name in jobs}
@@ -150,7 +150,7 @@ def _milliseconds(job: Callable[[], None], device: torch.device) -> float:
 
 
 def main(config: Config) -> None:
-    """Measures, prints a line a step count, and writes the figures."""
+    """Measures, prints a line per batch size and step count, and writes the figures."""
     if config.rounds < 2 or any(batch < 1 or config.n < batch or config.n % batch for batch in config.batch):
         raise InputError(
             f"got rounds={config.rounds}, batch={config.batch}, n={config.n}; allowed: 2 or more rounds, whole batches"

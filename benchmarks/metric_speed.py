@@ -1,14 +1,14 @@
-"""Pictures per second of our metric pass against torch-fidelity's on the same folders, network and device, as a ratio.
+"""Images per second of the metric pass relative to torch-fidelity's on the same folders, network and device.
 
     python benchmarks/metric_speed.py --out benchmarks/results/metric_speed.json
     python benchmarks/metric_speed.py --quick
 
-Both give the Frechet distance, KID, precision and recall of a folder of pictures against one of real ones, by
-Inception with torch-fidelity's resize, from loading the weights to the figures. torch-fidelity's is what its command
-runs. Ours is timed twice a round: as the first, which looks at the real pictures too, and as a next, which finds them
-in the cache, as all cells of a benchmark but the first do. The three take turns, so that a busy machine slows all
-alike. The goal is a ratio of 2 for the first, where both tools do the same work. Where Inception's weights cannot be
-had the network has random ones, which cost the same.
+Both compute the Frechet distance, KID, precision and recall of a folder of images against one of real images, with
+Inception and torch-fidelity's resize, timed from loading the weights to the figures. For torch-fidelity this is what
+its command runs. This package's pass is timed twice per round: the first also processes the real images, the next finds
+their features in the cache, like all cells of a benchmark but the first. The three take turns, so that a busy machine
+slows all alike. The goal is a ratio of 2 for the first, in which both tools do the same work. If Inception's weights
+are not available, random weights are used, which cost the same.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class Config:
     """Flags of benchmarks/metric_speed.py."""
 
     n: int = 512
-    """Pictures in each of the two folders, of the embedded set."""
+    """Images in each of the two folders, from the embedded set."""
     batch: int = 64
-    """Pictures at a time, of both tools."""
+    """Batch size of both tools."""
     rounds: int = 3
     """Rounds; each times all three once."""
     quick: bool = False
-    """16 pictures and one round: to see that it runs."""
+    """16 images and one round, to check that it runs."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     out: Path | None = None
@@ -55,12 +55,12 @@ class Config:
 
 
 def random_inception(file: Path, seed: int = 0) -> Path:
-    """Writes weights in the shape of FID's Inception, seeded, under which pictures stay apart."""
+    """Writes seeded random weights for FID's Inception that keep the features of different images distinct."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Empty(FeatureExtractorInceptionV3):
         def load_state_dict(self, *_) -> None:
-            """Keeps what it was made with."""
+            """Keeps the initial weights."""
 
     torch.save({}, file)
     with torch.random.fork_rng():
@@ -79,7 +79,7 @@ def random_inception(file: Path, seed: int = 0) -> Path:
 
 
 def ours(model: Path, real: Path, config: Config, device: str, cache: Path) -> dict[str, float]:
-    """The figures of one cell, with the real pictures' known if the cache knows them."""
+    """Computes the figures of one cell, with the real images' features from the cache if it has them."""
     os.environ["STEPDISTILL_CACHE"] = str(cache)
     extractor = ExtractorSpec("inception", resize="torch-fidelity")
     protocol = Protocol("speed", config.n, str(model), str(real), extractor, metrics=("fd", "kid", "prdc"))
@@ -91,7 +91,7 @@ def ours(model: Path, real: Path, config: Config, device: str, cache: Path) -> d
 
 
 def theirs(model: Path, real: Path, config: Config, device: str, weights: Path) -> dict[str, float]:
-    """The same by torch-fidelity. Its KID is of 100 subsets of 1,000, or of all where there are fewer."""
+    """Computes the same with torch-fidelity. Its KID is over 100 subsets of 1,000, or of all images if fewer."""
     import torch_fidelity
 
     found = torch_fidelity.calculate_metrics(
@@ -103,7 +103,7 @@ def theirs(model: Path, real: Path, config: Config, device: str, weights: Path) 
 
 
 def compare(config: Config, device: str, folder: Path) -> dict[str, object]:
-    """Medians over the rounds of pictures per second, and of the rounds' ratios, with both tools' figures."""
+    """Returns medians over the rounds of images per second and of the ratios, with both tools' figures."""
     places = {name: folder / name for name in ("test", "train")}
     for name, place in places.items():
         place.mkdir()
@@ -136,7 +136,7 @@ def _over(theirs: float, ours: float) -> float:
 
 
 def main(config: Config) -> None:
-    """Measures, prints a line a tool, and writes the figures."""
+    """Measures, prints a line per timing, and writes the figures."""
     if config.quick:
         config = Config(n=16, batch=16, rounds=1, device=config.device, out=config.out)
     if config.n < 16 or config.rounds < 1 or config.batch < 1:

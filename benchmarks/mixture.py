@@ -1,12 +1,12 @@
-"""Each method on eight modes in the plane, where the right answer is known: how near its one-step student comes.
+"""Measures each method's one-step student on eight modes in the plane, where the exact answer is known.
 
     python benchmarks/mixture.py --out benchmarks/results/mixture
 
-LCM and progressive distillation are held against the exact ODE's map: the median distance of an answer from the end of
-the path from the same noise, over the spread of the data. ADD and LADD are held against the data: the energy distance
-of sets of 250 answers, over that between sets of fresh data; in the end of sets of 1,000 too, which show smaller ones.
-Distances hardly see whether there are modes at all, so what is in each is measured in the end (modes.Modes).
-mixture.json has the curves, mixture.png draws them.
+LCM and progressive distillation are compared with the exact ODE's map: the median distance of a sample from the end of
+the path from the same noise, over the spread of the data. ADD and LADD are compared with the data: the energy distance
+of sets of 250 samples to fresh data, over that between sets of fresh data; at the end also of sets of 1,000, which
+reveal smaller errors. Such distances barely detect whether there are modes, so the contents of each mode are measured
+at the end too (modes.Modes). mixture.json has the curves, mixture.png plots them.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Config:
     """Flags of benchmarks/mixture.py."""
 
     out: Path = Path("out/mixture")
-    """Folder of the curves and their picture."""
+    """Folder for the curves and their plot."""
     methods: tuple[str, ...] = tuple(METHODS)
-    """Which to run."""
+    """Methods to run."""
 
 
 def curve(name: str) -> dict:
-    """One method's curve: updates, what its student is measured at, and what is in the modes in the end."""
+    """Runs one method: returns its student's error by updates, and the final contents of the modes."""
     points: list[list[float]] = []
     look = off_the_map if name in MAP else from_the_data
 
@@ -58,7 +58,7 @@ def curve(name: str) -> dict:
 
 
 def draw(curves: dict[str, dict], file: Path) -> None:
-    """Two panels, the map's and the data's, each with its goal."""
+    """Plots two panels, errors against the map and against the data, each with its goal."""
     import matplotlib
 
     matplotlib.use("agg")

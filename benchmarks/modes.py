@@ -1,4 +1,4 @@
-"""What is in each of the eight modes of the plane, and whether it could be the data."""
+"""The contents of each of the eight modes in the plane, and whether they could pass as the data."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from stepdistill.schedules import Cosine
 
-# Bounds of what may be taken for the data, see Modes: most that a share may be off, least within, widths, most off
+# Bounds for passing as the data, see Modes: largest relative error of a share, least within, widths, largest off
 SHARES, WITHIN, WIDTHS, OFF = 0.3, 0.9, (0.7, 1.3), 0.7
 
 
 @dataclass(frozen=True)
 class Modes:
-    """What points are, mode by mode; a point belongs to the mode it is nearest to.
+    """Statistics of points by mode; a point belongs to the nearest mode.
 
     Attributes:
-        shares: of the points, (MODES,).
-        within: the share of all points that are no farther than 3 STD from a mode; 0.989 of the data.
-        widths: the std of a mode's points about their mean, over STD, (MODES,).
-        off: how far that mean is from the mode's own, over STD, (MODES,).
+        shares: share of the points in each mode, (MODES,).
+        within: share of all points within 3 STD of a mode; 0.989 for the data.
+        widths: standard deviation of a mode's points about their mean, over STD, (MODES,).
+        off: distance of that mean from the mode's true mean, over STD, (MODES,).
     """
 
     shares: Tensor
@@ -32,7 +32,7 @@ class Modes:
 
     @property
     def faults(self) -> list[str]:
-        """What keeps the points from being taken for the data's."""
+        """The names of the statistics outside their bounds."""
         low, high = WIDTHS
         found = {
             "shares": (self.shares * MODES - 1).abs().max() > SHARES, "within": self.within < WITHIN,
@@ -41,13 +41,13 @@ class Modes:
         return [name for name, wrong in found.items() if wrong]
 
     def record(self) -> dict:
-        """As JSON holds it, rounded."""
+        """Returns the statistics for JSON, rounded."""
         lists = {name: [round(v, 4) for v in getattr(self, name).tolist()] for name in ("shares", "widths", "off")}
         return lists | {"within": round(self.within, 4), "faults": self.faults}
 
 
 def in_modes(points: Tensor) -> Modes:
-    """Points (n, 2), mode by mode. Of an empty mode, width and offset are not a number, and a fault."""
+    """Computes the statistics of points (n, 2). An empty mode has width and offset NaN, which counts as a fault."""
     means = ring(Cosine()).means.to(points.dtype)
     far, mode = (points[:, None] - means).norm(dim=2).min(1)
     own = [points[mode == k] for k in range(MODES)]

@@ -1,6 +1,6 @@
-"""Eight modes in the plane, whose teacher and ODE are known exactly, and small networks that learn of them.
+"""Eight modes in the plane, whose teacher and ODE are known exactly, and small networks that learn from them.
 
-What benchmarks/mixture.py records and tests assert: how each method is run there, and what its student is held against.
+Defines what benchmarks/mixture.py records and tests assert: each method's run, and the errors of its student.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from stepdistill.training.roles import Models
 
 MODES = 8
 STD = 0.15
-EVERY = 100  # updates between looks
+EVERY = 100  # updates between measurements
 
 
 class Plane(Denoiser):
-    """A small network on points of the plane, given sin and cos of its clock; predicts v."""
+    """A small network on points in the plane, with sin and cos features of its clock; predicts v."""
 
     def __init__(self, schedule, width: int = 192) -> None:
         layers = [nn.Linear(2 + 8, width), nn.SiLU()]
@@ -47,19 +47,19 @@ class Plane(Denoiser):
 
 
 def ring(schedule) -> GaussianMixtureDenoiser:
-    """The exact teacher: modes on a circle of radius sqrt(2)."""
+    """Returns the exact teacher: modes on a circle of radius sqrt(2)."""
     angle = torch.arange(MODES) * 2 * math.pi / MODES
     means = torch.stack([angle.cos(), angle.sin()], 1) * math.sqrt(2)
     return GaussianMixtureDenoiser(means, STD, None, schedule)
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
-    """2 E|a - b| - E|a - a'| - E|b - b'| of two sets (n, D) (Székely and Rizzo 2013); above 0 for two of one law."""
+    """2 E|a - b| - E|a - a'| - E|b - b'| of sets (n, D) (Székely and Rizzo 2013); above 0 even for equal laws."""
     return (2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean()).item()
 
 
 class OneDraw(Draws):
-    """Draws from one generator for the batch: these tests need speed, not resumability."""
+    """Draws from one generator for the whole batch: these runs need speed, not resumability."""
 
     def __init__(self, generator: torch.Generator, size: int) -> None:
         self.generators, self.device, self.generator = [generator] * size, torch.device("cpu"), generator
@@ -75,7 +75,7 @@ class OneDraw(Draws):
 
 
 class Waves(nn.Module):
-    """A frozen feature network of the plane: one map of random waves, 16 tokens of 16 channels."""
+    """A frozen feature network on the plane: one map of random Fourier features, 16 tokens of 16 channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,12 +84,12 @@ class Waves(nn.Module):
         self.register_buffer("phase", 2 * math.pi * torch.rand(256, generator=generator))
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Points (B, 2) to the map, and themselves as the embedding."""
+        """Maps points (B, 2) to the feature map, and returns them unchanged as the embedding."""
         return [torch.cos(x @ self.direction + self.phase).unflatten(1, (16, 16))], x
 
 
 Watch = Callable[[int, Callable[[Tensor], Tensor]], None]
-"""Told, every so often, the updates done and the student: unit noise (n, 2) to its one-step answers."""
+"""Called every EVERY updates and at the end, with the update count and the student: unit noise (n, 2) to samples."""
 
 
 def _quietly(update: int, student: Callable[[Tensor], Tensor]) -> None:
@@ -100,7 +100,7 @@ def learn(
     method: Method, models: Models, *, updates: int, size: int, rates: dict[str, float], watch: Watch = _quietly,
     before: int = 0, betas: tuple[float, float] = (0.9, 0.999),
 ) -> Callable[[Tensor], Tensor]:  # fmt: skip
-    """Trains on fresh points of the ring, learning rates falling to zero; returns the student as `Watch` has it."""
+    """Trains on fresh points of the ring, with learning rates falling to zero; returns the student as in `Watch`."""
     exact = ring(models.student.schedule)
     optimizers = {
         role: torch.optim.Adam(models.trained[role].values(), lr=rate, betas=betas) for role, rate in rates.items()
@@ -136,7 +136,7 @@ def lcm(watch: Watch = _quietly) -> Callable[[Tensor], Tensor]:
 
 
 def progressive(watch: Watch = _quietly) -> Callable[[Tensor], Tensor]:
-    """16 steps to 1, four halvings of a small network; DDIM's own 16 steps are 0.03 off."""
+    """Progressive distillation from 16 steps to 1, four halvings of a small network; DDIM in 16 steps is 0.03 off."""
     schedule, done = Cosine(), 0
     torch.manual_seed(0)
     teacher, network = ring(schedule), Plane(schedule)
@@ -149,7 +149,7 @@ def progressive(watch: Watch = _quietly) -> Callable[[Tensor], Tensor]:
 
 
 def add(watch: Watch = _quietly) -> Callable[[Tensor], Tensor]:
-    """Adversarial distillation through random waves, with some of the exact teacher's word."""
+    """Adversarial distillation through random Fourier features, with a distillation term from the exact teacher."""
     schedule = Cosine()
     torch.manual_seed(0)
     student = Plane(schedule)
@@ -164,11 +164,11 @@ def add(watch: Watch = _quietly) -> Callable[[Tensor], Tensor]:
 
 
 def ladd(watch: Watch = _quietly, updates: int = 4000) -> Callable[[Tensor], Tensor]:
-    """Adversarial distillation through a network that has learnt the exact teacher's velocities, and so has layers to
-    look through. Modes are 0.15 wide, so they are told apart where there is little noise.
+    """Latent adversarial distillation through a network trained on the exact teacher's velocities, whose layers supply
+    the features. Modes are 0.15 wide, so they are distinguishable only at low noise.
 
-    Of networks half as wide, or with few updates of the first and a larger R1, the answers are a broad ring; half of
-    the student's updates leave some modes too wide.
+    With networks half as wide, or few updates of the first and a larger R1, the samples form a broad ring; with half of
+    the student's updates some modes are too wide.
     """
     schedule = Cosine()
     exact = ring(schedule)
@@ -195,15 +195,15 @@ def ladd(watch: Watch = _quietly, updates: int = 4000) -> Callable[[Tensor], Ten
 
 @lru_cache
 def _paths(count: int) -> tuple[Tensor, Tensor]:
-    """Unit noise (n, 2), and where the exact ODE's paths from it end."""
+    """Returns unit noise (n, 2), and the ends of the exact ODE's paths from it."""
     exact = ring(Cosine())
     noise = torch.randn(count, 2, generator=torch.Generator().manual_seed(7))
     return noise, exact.flow(noise, exact.schedule.t_max, exact.schedule.t_min, tolerance=1e-6)
 
 
 def off_the_map(student: Callable[[Tensor], Tensor], count: int = 4000) -> tuple[float, Tensor]:
-    """The median distance of answers from the ends of the exact ODE's paths from the same noise, over the spread of the
-    data; and the answers."""
+    """Returns the median distance of one-step samples from the ends of the exact ODE's paths from the same noise, over
+    the spread of the data; and the samples."""
     noise, ends = _paths(count)
     spread = ring(Cosine()).sample(20_000, torch.Generator().manual_seed(1)).std()
     with torch.no_grad():
@@ -213,9 +213,9 @@ def off_the_map(student: Callable[[Tensor], Tensor], count: int = 4000) -> tuple
 
 @torch.no_grad()
 def from_the_data(student: Callable[[Tensor], Tensor], count: int = 250, sets: int = 8) -> tuple[float, Tensor]:
-    """The energy distance of sets of answers to fresh data, over that of fresh data to fresh data; and the answers.
+    """Returns the energy distance of sets of samples to fresh data, over that between fresh data; and the samples.
 
-    Fresh sets of n points are 1/n apart, so the same fault shows the more, the larger the sets are.
+    The distance between fresh sets of n points falls as 1/n, so larger sets reveal smaller errors.
     """
     exact = ring(Cosine())
     noises = [torch.randn(count, 2, generator=torch.Generator().manual_seed(i)) for i in range(sets)]

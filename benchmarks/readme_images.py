@@ -1,9 +1,9 @@
-"""Makes the README's two pictures from a benchmark's folder.
+"""Makes the README's two images from a benchmark's folder.
 
     python benchmarks/readme_images.py benchmarks/results/avatars --out docs/images
 
-grid.png has a row for each model and number of steps, the same prompts and noise in each column; quality_latency.png
-has the report's two curves side by side.
+grid.png has a row for each model and step count, with the same prompt and noise in each column; quality_latency.png has
+the report's two plots side by side.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class Config:
     """Flags of benchmarks/readme_images.py."""
 
     folder: tyro.conf.Positional[Path]
-    """A folder that `stepdistill bench` or `stepdistill demo` wrote."""
+    """A folder written by `stepdistill bench` or `stepdistill demo`."""
     out: Path = Path("docs/images")
-    """Where the pictures go."""
+    """Folder for the images."""
     steps: tuple[int, ...] = (1, 2, 4, 50)
-    """Rows of the grid, where a model has them."""
+    """Step counts in the grid, for models that have them."""
 
 
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """matplotlib's own sans, which is there wherever the plots are."""
+    """Returns the sans font that comes with matplotlib, so it is available wherever the plots are."""
     import matplotlib
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
@@ -45,7 +45,7 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def grid(folder: Path, steps: tuple[int, ...]) -> Image.Image:
-    """A labelled row for each cell: model, steps, and its distance."""
+    """Returns an image with a row for each cell, labelled with model, step count and distance."""
     rows = []
     for cell in cells(read_folder(folder)):
         strip = folder / "grids" / grid_name(cell.row)
@@ -68,7 +68,7 @@ def grid(folder: Path, steps: tuple[int, ...]) -> Image.Image:
 
 
 def curves(folder: Path) -> Image.Image:
-    """The report's two PNG plots, side by side."""
+    """Returns the report's two PNG plots side by side."""
     write_report(folder)
     pictures = [Image.open(folder / name).convert("RGB") for name in ("quality.png", "latency.png")]
     sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
@@ -78,7 +78,7 @@ def curves(folder: Path) -> Image.Image:
 
 
 def main(config: Config) -> None:
-    """Writes both pictures."""
+    """Writes both images."""
     config.out.mkdir(parents=True, exist_ok=True)
     grid(config.folder, config.steps).save(config.out / "grid.png", optimize=True)
     curves(config.folder).save(config.out / "quality_latency.png", optimize=True)

@@ -1,9 +1,9 @@
-"""Computes the statistics of a protocol's reference pictures and puts them among the assets, in half their size.
+"""Computes the statistics of a protocol's reference images and stores them with the assets, in float32.
 
     python benchmarks/ship_statistics.py --protocol avatars-2k
 
-They are found again by a hash of the pictures, the extractor's weights, the resize and the size; after a change of any
-of these, run this again and remove the old file.
+They are looked up by a hash of the images, the extractor's weights, the resize and the size; after a change to any of
+these, run this again and remove the old file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Computes, or takes from the cache, and writes."""
+    """Computes the statistics, or reads them from the cache, and writes them."""
     protocol = load_protocol(config.protocol)
     reference = open_set(protocol.reference)
     settings = protocol.extractor

@@ -1,13 +1,13 @@
-"""Is the embedded teacher a worthy problem, and do the methods solve it? Several students, and every claim checked.
+"""Trains students of the embedded teacher with several methods and seeds, measures them, and checks every claim.
 
     python benchmarks/students.py --out out/students --results benchmarks/results/avatars
     python benchmarks/students.py --out out/students --methods progressive --seeds 1     # a part of it, on another core
 
-Seed s trains a student by train_scripts/configs/avatars_METHOD_lora.yaml; ADD and LADD begin with LCM's student of that
-seed, which is trained first where it is not there. All are drawn from the same noise, the protocol's, as the teacher
-is; progressive's student of so many steps is its own export. What is done is not done again. The rows of all that was
-asked for are put together under --results, with the report and claims.json: each ratio by method and seed, its goal,
-and whether all seeds meet it.
+Seed s trains a student with train_scripts/configs/avatars_METHOD_lora.yaml; ADD and LADD start from LCM's student of
+the same seed, which is trained first if it does not exist. All are sampled from the same noise as the teacher, that of
+the protocol; progressive's student for each step count is a separate export. Completed work is not repeated. The rows
+of everything requested are collected under --results, with the report and claims.json: each ratio by method and seed,
+its goal, and whether all seeds meet it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stepdistill.evaluation.records import read_rows, write_record
 
 STUDENT, TEACHER = "student", "teacher"
 FEW, MANY = (1, 2, 4), (50,)
-PARTS = ("grids", "units")  # of a benchmark's folder, besides its rows
+PARTS = ("grids", "units")  # of a benchmark's folder, in addition to its rows
 Rows = dict[tuple[str, int], dict]
 
 
@@ -34,30 +34,30 @@ class Config:
     """Flags of benchmarks/students.py."""
 
     methods: tuple[Literal["lcm", "progressive", "add", "ladd"], ...] = ("lcm", "progressive", "add", "ladd")
-    """What distils."""
+    """Distillation methods."""
     teacher: Literal["avatars", "avatars-flow"] = "avatars"
-    """What is distilled."""
+    """The teacher to distil."""
     out: Path = Path("out/students")
-    """Students and their benchmarks, a folder a method, and the teacher's benchmark."""
+    """Folder for the students and their benchmarks, one subfolder per method, and for the teacher's benchmark."""
     results: Path | None = None
-    """Where the rows of all, the report and claims.json go; nowhere if not given."""
+    """Folder for the collected rows, the report and claims.json; by default they are not written."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of training."""
+    """Training seeds."""
     n: int | None = None
-    """Pictures a cell, in place of the protocol's 2,000."""
+    """Images per cell; overrides the protocol's 2,000."""
 
 
 def fd(rows: Rows, model: str, steps: int) -> float:
-    """The distance of a cell."""
+    """Returns a cell's Frechet distance."""
     return rows[model, steps]["fd"]
 
 
 def obeys(rows: Rows, model: str, steps: int) -> float:
-    """The attribute accuracy of a cell."""
+    """Returns a cell's attribute accuracy."""
     return rows[model, steps]["attribute_accuracy"]
 
 
-# what is claimed, its value for the rows of a seed, and the bound it must not exceed
+# the claim, its value for the rows of a seed, and the bound that it must not exceed
 CLAIMS: tuple[tuple[str, Callable[[Rows], float], float], ...] = (
     ("reconstructions / teacher at 1 step", lambda r: fd(r, "reconstruction", 0) / fd(r, TEACHER, 1), 0.1),
     ("teacher at 50 steps / at 1", lambda r: fd(r, TEACHER, 50) / fd(r, TEACHER, 1), 0.25),
@@ -72,7 +72,7 @@ CLAIMS: tuple[tuple[str, Callable[[Rows], float], float], ...] = (
 
 
 def measure(models: dict[str, str], steps: tuple[int, ...], out: Path, n: int | None) -> None:
-    """The cells of some models. No latency: they may run side by side."""
+    """Measures the cells of some models, without latency since several may run at the same time."""
     from stepdistill.evaluation.suite import Settings, evaluate
 
     settings = Settings(latency_repeats=0)
@@ -81,31 +81,31 @@ def measure(models: dict[str, str], steps: tuple[int, ...], out: Path, n: int | 
 
 
 def claims(by_method: dict[str, dict[int, Rows]]) -> list[dict]:
-    """Every claim with its value for each method and seed."""
+    """Returns every claim with its value for each method and seed."""
     said = []
     for method, by_seed in by_method.items():
         for text, value, bound in CLAIMS:
             exact = {seed: value(rows) for seed, rows in by_seed.items()}
-            shown = {seed: round(v, 4) for seed, v in exact.items()}  # the verdict is of the exact values
+            shown = {seed: round(v, 4) for seed, v in exact.items()}  # the verdict uses the exact values
             holds = max(exact.values()) <= bound
             said.append({"claim": text, "method": method, "at_most": round(bound, 4), "seeds": shown, "holds": holds})
     return said
 
 
 def gather(config: Config) -> None:
-    """Puts the rows of teacher and students, grids and verdict under `config.results`."""
+    """Collects the rows of teacher and students, the grids and the verdicts under `config.results`."""
     from stepdistill.evaluation.cards import write_cards
     from stepdistill.evaluation.report import write_report
     from stepdistill.evaluation.summary import print_table
 
     config.results.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
-        shutil.rmtree(config.results / part, ignore_errors=True)  # those of an earlier recording
+        shutil.rmtree(config.results / part, ignore_errors=True)  # of an earlier recording
     cells: Rows = {}
     parts = [config.out / method / f"bench-{seed}" for method in config.methods for seed in config.seeds]
     for folder in (config.out / "bench-teacher", *parts):
         for row in read_rows(folder / "results.jsonl"):
-            cells[row["model"], row["steps"]] = row  # real pictures are the same in every folder
+            cells[row["model"], row["steps"]] = row  # real images are the same in every folder
         for part in filter(lambda part: (folder / part).is_dir(), PARTS):
             shutil.copytree(folder / part, config.results / part, dirs_exist_ok=True)
     rows = list(cells.values())
@@ -126,17 +126,17 @@ def gather(config: Config) -> None:
 
 
 def name(method: str, seed: int) -> str:
-    """What a student is called in rows."""
+    """Returns a student's name in rows."""
     return f"{method}-lora-{seed}"
 
 
 def of_student(cells: Rows, own: str) -> Rows:
-    """The cells with one student under the common name."""
+    """Returns the cells with one student renamed to STUDENT."""
     return {(STUDENT if model == own else model, steps): row for (model, steps), row in cells.items()}
 
 
 def students(config: Config, method: str, seed: int) -> dict[int, Path]:
-    """Trains a student, and the one it begins with, where they are not there; its export of each number of steps."""
+    """Trains a student, and the one it starts from, unless they exist; returns its export for each step count."""
     from stepdistill.training.plans import run, shipped
 
     start = {}
@@ -148,7 +148,7 @@ def students(config: Config, method: str, seed: int) -> dict[int, Path]:
 
 
 def main(config: Config) -> None:
-    """Trains and measures the students; measures the teacher and gathers all where asked to."""
+    """Trains and measures the students; with --results also measures the teacher and collects everything."""
     for seed in config.seeds:
         for method in config.methods:
             for steps, export in students(config, method, seed).items():

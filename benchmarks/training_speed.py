@@ -1,19 +1,19 @@
-"""What a training step costs beside what it cannot do without, and beside the public scripts' way, in one run.
+"""Time of a training step relative to its unavoidable part, and to the approach of public scripts, in one run.
 
     python benchmarks/training_speed.py --out benchmarks/results/training_speed.json
     python benchmarks/training_speed.py --size sd15 --mixed-precision bf16 --compile --batch 16
 
-Weights are random; sizes are those of the embedded teacher (`avatars`) or of Stable Diffusion 1.5 (`sd15`). Measured
-by turns, so that a busy machine slows all alike:
+Weights are random; sizes are those of the embedded teacher (`avatars`) or of Stable Diffusion 1.5 (`sd15`). The
+following take turns, so that a busy machine slows all alike:
 
     step         one update of `Trainer`: data, noise, loss, backward, clipping, optimizer, averages
-    unavoidable  the calls of the network that this update makes, replayed alone: the guided teacher's forward of 2B,
-                 the target's of B, the student's forward and backward of B. Goal: step at most 1.10 of their sum
-    script       LCM-LoRA as public scripts do it: a second network for the teacher, a forward each for prompt and empty
-                 prompt, peft's own adapter layers, text encoded in every step. Goal: at least 1.3 of our step
-    pictures     the same, encoding the pictures in every step too, as those scripts do with image folders
+    unavoidable  only the network calls of this update, replayed: the guided teacher's forward on 2B, the target's on
+                 B, the student's forward and backward on B. Goal: step at most 1.10 times their sum
+    script       LCM-LoRA as in public scripts: a second network for the teacher, separate forwards for prompt and empty
+                 prompt, peft's own adapter layers, text encoded in every step. Goal: at least 1.3 times `step`
+    pictures     the same, also encoding the images in every step, as those scripts do with image folders
 
-Peak memory is that of a process which does nothing else.
+Peak memory is measured in a separate process for each.
 """
 
 from __future__ import annotations
@@ -77,31 +77,31 @@ class Config:
     """Flags of benchmarks/training_speed.py."""
 
     size: Literal["avatars", "sd15"] = "avatars"
-    """Of the network, the autoencoder and the text encoder."""
+    """Size of the network, the autoencoder and the text encoder."""
     batch: int = 16
-    """Samples a step."""
+    """Batch size."""
     rank: int = 64
-    """Of the adapter."""
+    """Rank of the adapter."""
     rounds: int = 9
     """Rounds; each times everything once."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Of both ways."""
+    """Mixed precision, for both."""
     compile: bool = False
-    """torch.compile both ways' networks."""
+    """torch.compile the networks of both."""
     gradient_checkpointing: bool = False
-    """In both ways."""
+    """Use gradient checkpointing in both."""
     memory: bool = True
-    """Measure peak memory, in a process each."""
+    """Measure peak memory, each in its own process."""
     seed: int = 0
-    """Of weights and data."""
+    """Seed of weights and data."""
     out: Path | None = None
     """JSON file for the figures."""
     alone: Literal["", "step", "script"] = ""
-    """Internal: do a few steps of one way and print the peak memory in MiB."""
+    """Internal: run a few steps of one of the two and print the peak memory in MiB."""
 
 
 class Parts:
-    """Networks of random weights and samples that fit them."""
+    """Networks with random weights, and matching samples."""
 
     def __init__(self, config: Config) -> None:
         from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -140,7 +140,7 @@ class Cached:
 
 
 def our_trainer(config: Config, parts: Parts, folder: str) -> Trainer:
-    """The trainer itself, on cached samples."""
+    """Returns the trainer itself, on cached samples."""
     from diffusers import DDIMScheduler
 
     schedule = AlphaBar.from_scheduler(DDIMScheduler(**BETAS))
@@ -155,7 +155,7 @@ def our_trainer(config: Config, parts: Parts, folder: str) -> Trainer:
 
 
 def unavoidable(trainer: Trainer) -> dict[str, Callable[[], None]]:
-    """The network calls of one update, each as a job that makes it again and nothing else."""
+    """Returns the network calls of one update, each as a function that only repeats the call."""
     seen: list[tuple[tuple, dict]] = []
     hook = trainer.backbone.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
@@ -183,7 +183,7 @@ def unavoidable(trainer: Trainer) -> dict[str, Callable[[], None]]:
 
 
 class Script:
-    """The public scripts' way of the same update."""
+    """The same update as implemented in public scripts."""
 
     def __init__(self, config: Config, parts: Parts, device: torch.device) -> None:
         from accelerate import Accelerator
@@ -253,7 +253,7 @@ class Script:
 
 
 def milliseconds(job: Callable[[], object], device: torch.device) -> float:
-    """How long a job takes."""
+    """Returns the duration of a job in ms."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -263,7 +263,7 @@ def milliseconds(job: Callable[[], object], device: torch.device) -> float:
 
 
 def measure(config: Config) -> dict[str, object]:
-    """Medians over the rounds in ms, and the medians of the rounds' ratios with their quartiles."""
+    """Returns medians over the rounds in ms, and the medians and quartiles of the rounds' ratios."""
     parts = Parts(config)
     spare = replace_weights(parts)
     with tempfile.TemporaryDirectory() as folder:
@@ -291,38 +291,38 @@ def measure(config: Config) -> dict[str, object]:
 
 
 def replace_weights(parts: Parts) -> Parts:
-    """The same parts with a network of their own, for the other way."""
+    """Returns the same parts with a copy of the network, for the other implementation."""
     other = copy.copy(parts)
     other.unet = copy.deepcopy(parts.unet)
     return other
 
 
 def peak_memory(config: Config) -> float:
-    """Three steps of one way: the peak in MiB of what a GPU holds, or of what the process adds to its imports."""
+    """Returns the peak memory in MiB of three steps: allocated on the GPU, or resident beyond what imports use."""
     gpu, before = torch.cuda.is_available(), resident("VmRSS")
     parts = Parts(config)
     if config.alone == "step":
-        del parts.vae, parts.text  # latents and text are cached: neither is needed, nor loaded
+        del parts.vae, parts.text  # latents and text are cached, so neither is loaded
     with tempfile.TemporaryDirectory() as folder:
         if config.alone == "step":
             job = our_trainer(config, parts, folder).step
         else:
             job = Script(config, parts, torch.device("cuda" if gpu else "cpu")).step
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         for _ in range(3):
             job()
     return torch.cuda.max_memory_allocated() / 2**20 if gpu else resident("VmHWM") - before
 
 
 def resident(field: str) -> float:
-    """VmRSS or its high-water mark VmHWM of this process, MiB. Linux."""
+    """Returns VmRSS or its high-water mark VmHWM of this process in MiB; Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def in_a_process(config: Config, alone: str) -> float:
-    """`peak_memory` of one way in a process of its own."""
+    """Runs `peak_memory` for one of the two in a separate process."""
     flags = ["--size", config.size, "--batch", str(config.batch), "--rank", str(config.rank), "--alone", alone]
     flags += ["--mixed-precision", config.mixed_precision, "--seed", str(config.seed)]
     flags += ["--gradient-checkpointing"] if config.gradient_checkpointing else []

@@ -1,13 +1,14 @@
-"""Drawn pictures are kept, by what they depend on: a benchmark that was cut goes on, and other metrics read them.
+"""Cache of generated images: an interrupted benchmark resumes from it, and further metrics read it.
 
-    <cache>/pictures/<key>/000000.png ...      one a picture, for clean-fid and other tools too
-                           batch-000000.json   the hashes of a batch, and the network evaluations it took
-                           cell.json           what the key is made of
+    <cache>/pictures/<key>/000000.png ...      one file per image, also for clean-fid and other tools
+                           batch-000000.json   the hashes of a batch, and its number of network evaluations
+                           cell.json           what the key is computed from
 
-The key is a hash of the model, the way it is sampled, the prompts, the seed, the batch, the device and the libraries:
-of all that can change a bit. A batch is there once its manifest is, which is written last; one whose hashes do not fit
-is drawn again. A cell is drawn in <cache>/drawing, and moves when it is measured. What a killed benchmark left there is
-taken up by the next one that asks for it, and cleared by the next one into the same --out that does not.
+The key is a hash of the model, how it is sampled, the prompts, the seed, the batch size, the device and the libraries:
+of everything that can change a bit. A batch exists once its manifest, which is written last, exists; a batch that does
+not match its hashes is generated again. A cell is written to <cache>/drawing and moved once it is measured. What a
+killed benchmark left there is resumed by the next one that needs it, and otherwise deleted by the next one into the
+same --out.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ from stepdistill.evaluation import holds
 from stepdistill.evaluation.generate import Drawn
 from stepdistill.evaluation.metrics import cache_folder
 
-FORMAT = "pictures-1"  # to be raised when pictures are drawn from other noise, numbered or kept in another way
-LIMIT, LIMIT_PLACE = 2.0, "STEPDISTILL_PICTURES_GIB"  # GiB; a cell that has more is kept only until it is measured
+FORMAT = "pictures-1"  # raise it if the noise, the numbering or the storage of images changes
+LIMIT, LIMIT_PLACE = 2.0, "STEPDISTILL_PICTURES_GIB"  # GiB; a larger cell is kept only until it is measured
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "stepdistill")
-OWNER = ".owner"  # in an unfinished cell: the folder of the benchmark that drew in it last
-COMPRESSION = 1  # of PNG: the fastest, some 5 % larger than the usual
+OWNER = ".owner"  # in an unfinished cell: the folder of the benchmark that wrote to it last
+COMPRESSION = 1  # PNG level: the fastest, about 5 % larger than the default
 
 
 def setup_of(pipeline, *, order: bool = True) -> str:
-    """16 hex digits of what a pipeline draws by beside its weights: every part's configuration.
+    """Hashes everything but the weights that determines a pipeline's output: every part's configuration, 16 hex digits.
 
     Args:
-        order: whether its weights lie in memory in another order, as channels_last, which rounds otherwise, counts too.
+        order: include the memory format of the weights; channels_last rounds differently.
     """
     told: dict[str, Any] = {}
     for name, part in {"": pipeline, **pipeline.components}.items():
@@ -58,10 +59,10 @@ def setup_of(pipeline, *, order: bool = True) -> str:
 
 
 def limit() -> float:
-    """Bytes of a cell that is kept: as many GiB as STEPDISTILL_PICTURES_GIB says, else 2.
+    """Returns the largest size in bytes of a cell that is kept: STEPDISTILL_PICTURES_GIB GiB, by default 2.
 
     Raises:
-        InputError: it says no number, or one below 0.
+        InputError: the variable is not a number, or is negative.
     """
     told = os.environ.get(LIMIT_PLACE) or LIMIT
     try:
@@ -77,13 +78,13 @@ def _hash(content: Any) -> str:
 
 
 class Store:
-    """The kept pictures of a benchmark's cells, and the threads that write them.
+    """The cached images of a benchmark's cells, and the threads that write them.
 
     Attributes:
-        keep: keep what is measured. limit: bytes of a cell that is kept at most.
-        owner: the benchmark's folder, which unfinished cells are marked with.
-        cells: the folders of the cells that stay, by the names of their grids.
-        broken: batches whose hashes did not fit. why_not: why some were not kept, where they should have been.
+        keep: keep measured cells. limit: largest size in bytes of a cell that is kept.
+        owner: the benchmark's folder, recorded in unfinished cells.
+        cells: the folders of the kept cells, by the names of their grids.
+        broken: number of batches that did not match their hashes. why_not: why some could not be kept.
     """
 
     def __init__(self, keep: bool = True, out: str | Path | None = None) -> None:
@@ -103,14 +104,14 @@ class Store:
         self.pool.shutdown()
 
     def cell(self, facts: Mapping[str, Any], n: int) -> Cell:
-        """The cell of n pictures that depends on `facts`."""
+        """Returns the cell of n images that `facts` determine."""
         key, cache = _hash([FORMAT, dict(facts)])[:32], cache_folder()
         self.asked.add(key)
         measured = cache / "pictures" / key
         return Cell(self, measured if measured.is_dir() else cache / "drawing" / key, facts, n)
 
     def finish(self, name: str, cell: Cell) -> None:
-        """A cell is measured: it stays where all of it is there and is to be kept, or goes."""
+        """Keeps a measured cell if it is complete and not over the limit, and deletes it otherwise."""
         place = cache_folder() / "pictures" / cell.folder.name
         if cell.folder != place and cell.folder.is_dir():
             try:
@@ -119,7 +120,7 @@ class Store:
                     raise OSError("not to be kept")
                 place.parent.mkdir(parents=True, exist_ok=True)
                 cell.folder.rename(place)
-            except OSError:  # or another benchmark was first
+            except OSError:  # or another benchmark has already moved it there
                 _clear(cell.folder, own=True)
         if place.is_dir():
             self.cells[name] = place
@@ -128,14 +129,14 @@ class Store:
                     left.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Clears what earlier runs of this benchmark left unfinished and this one had no use for."""
+        """Deletes the cells that earlier runs of this benchmark left unfinished and this run did not need."""
         for mark in cache_folder().glob(f"drawing/*/{OWNER}") if self.owner else ():
             with contextlib.suppress(OSError):
                 if mark.parent.name not in self.asked and mark.read_text() == self.owner:
                     _clear(mark.parent, own=False)
 
     def line(self) -> str | None:
-        """What there is to say in the end; None where nothing is kept and nothing was wrong."""
+        """Returns the final message; None if nothing is kept and nothing went wrong."""
         said = []
         if self.cells:
             size = sum(sum(_sizes(folder)) for folder in self.cells.values()) / 1e6
@@ -148,19 +149,19 @@ class Store:
 
 
 def _clear(folder: Path, *, own: bool) -> None:
-    """Removes a folder that no live process holds; one's own also where that cannot be known."""
+    """Deletes a folder that no live process holds; if that cannot be determined, only the process's own."""
     with holds.alone(folder) as free:
         if free or (own and free is None):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sizes(folder: Path) -> list[int]:
-    """Bytes of each picture in a folder."""
+    """Returns the size in bytes of each image in a folder."""
     return [file.stat().st_size for file in folder.glob("[0-9]*.png")]
 
 
 class Cell:
-    """The pictures of one model at one number of steps: those that are there, and those that come."""
+    """The images of one model at one step count: reads those in the cache and writes new ones."""
 
     def __init__(self, store: Store, folder: Path, facts: Mapping[str, Any], n: int) -> None:
         self.store, self.folder, self.facts, self.n = store, folder, facts, n
@@ -182,12 +183,12 @@ class Cell:
             self.held = None
 
     def flush(self) -> None:
-        """Waits until all that was kept is on the disk: before others are told that this share is done."""
+        """Waits until all batches are on disk, before other processes are notified that this share is done."""
         while self.writing:
             self.writing.pop(0).result()
 
     def read(self, first: int, count: int) -> Drawn | None:
-        """Pictures number `first` to `first + count - 1`, where they are there, drawn in one batch, and whole."""
+        """Returns images `first` to `first + count - 1`; None unless they are cached, intact, and from one batch."""
         file = self._manifest(first)
         if not file.is_file():
             return None
@@ -205,7 +206,7 @@ class Cell:
         return Drawn(pictures, manifest["evaluations"])
 
     def keep(self, first: int, drawn: Drawn) -> None:
-        """Has a batch written, while the next is drawn."""
+        """Writes a batch in the background, while the next one is generated."""
         self.writing.append(self.store.pool.submit(self._write, first, drawn))
         if len(self.writing) > 2 * self.store.workers:
             self.writing.pop(0).result()
@@ -233,17 +234,17 @@ class Cell:
                 _place(self.folder / f"{number:06d}.png", data)
             manifest = {"count": len(hashes), "evaluations": drawn.evaluations, "pictures": hashes}
             _place(self._manifest(first), json.dumps(manifest | {"sha256": _hash(manifest)}).encode())
-        except OSError as error:  # a benchmark can do without, and the next batch is tried again
+        except OSError as error:  # the benchmark does not depend on it, and the next batch tries again
             self.store.why_not = str(error)
 
     def _begin(self, size: int) -> None:
-        """Holds the folder and says what is drawn in it, and for whom; once.
+        """Holds the folder and records its contents and owner; only on the first call.
 
         Args:
-            size: bytes of all its pictures.
+            size: bytes of all its images.
 
         Raises:
-            OSError: it cannot be written, or there is no room for it.
+            OSError: the folder cannot be written, or the disk lacks space for it.
         """
         with self.beginning:
             if self.begun:
@@ -260,7 +261,7 @@ class Cell:
 
 
 def _place(file: Path, data: Any) -> None:
-    """Writes a file whole or not at all; hashes tell of one that a power cut left empty."""
+    """Writes a file completely or not at all; hashes reveal one that a power cut left empty."""
     beside = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.new")
     try:
         beside.write_bytes(data)

@@ -1,4 +1,4 @@
-"""What a SPEC names, on the disk or the hub, looked at without loading any weights."""
+"""Checks what a SPEC names, on disk or on the hub, without loading any weights."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from stepdistill.errors import InputError
 
 
 def export_in(folder: str) -> str:
-    """A training run's folder, which has no weights of its own, to the export in it; anything else as it is."""
+    """Returns the export in a training run's folder, which holds no weights itself; anything else unchanged."""
     place = Path(folder).expanduser()
 
     def weights(where: Path) -> bool:
         return (where / "model_index.json").is_file() or any(where.glob("*.safetensors"))
 
-    with contextlib.suppress(OSError):  # it cannot be looked into, which is told where it is loaded
+    with contextlib.suppress(OSError):  # an unreadable folder is reported when it is loaded
         if place.is_dir() and not weights(place) and weights(place / "export"):
             return str(place / "export")
     return str(place) if folder.startswith("~") else folder
 
 
 def hub_file(text: str) -> tuple[str, str] | None:
-    """owner/name/path.safetensors as (hub id, path); None for anything else, and for what is on the disk."""
+    """Splits owner/name/path.safetensors into (hub id, path); None for anything else, and for a file on disk."""
     parts = text.split("/")
     named = len(parts) > 2 and text.endswith(".safetensors") and parts[0] not in ("", ".", "..", "~")
     return ("/".join(parts[:2]), "/".join(parts[2:])) if named and not Path(text).exists() else None
 
 
 def fetched(text: str) -> str:
-    """A file on the hub, brought here; anything else as it is.
+    """Downloads a file named on the hub and returns its path; returns anything else unchanged.
 
     Raises:
         InputError: there is no such file, or the hub cannot be reached.
@@ -52,7 +52,7 @@ def fetched(text: str) -> str:
 
 
 def beside(lora: str, name: str) -> Path | None:
-    """A file of a LoRA's export, on the disk or on the hub; None where there is none."""
+    """Returns a file of a LoRA's export, on disk or on the hub; None if there is none."""
     folder = Path(lora)
     if (folder / name).is_file():
         return folder / name
@@ -63,7 +63,7 @@ def beside(lora: str, name: str) -> Path | None:
 
 @lru_cache
 def _on_hub(hub_id: str, name: str) -> Path | None:
-    """A file of a repository; asked for once, since without a network that takes half a minute."""
+    """Returns a file of a repository, cached: without a network a request takes half a minute."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -74,13 +74,13 @@ def _on_hub(hub_id: str, name: str) -> Path | None:
 
 
 def check(path: str, lora: str | None = None, *, remote: bool = True) -> None:
-    """Looks whether a pipeline and a LoRA are there.
+    """Checks that a pipeline and a LoRA exist.
 
     Args:
-        remote: ask the hub too, for a pipeline that is not here.
+        remote: also ask the hub for a pipeline that is not on disk.
 
     Raises:
-        InputError: one of them is not, or is something else.
+        InputError: one of them does not exist, or is something else.
     """
     from stepdistill.denoiser.load import class_of, find
 
@@ -91,7 +91,7 @@ def check(path: str, lora: str | None = None, *, remote: bool = True) -> None:
 
 
 def absent(models: Iterable[tuple[str, str, str | None]], *, remote: bool = True) -> dict[str, str]:
-    """name -> why, of those of (name, path, LoRA) that are not there or cannot be read.
+    """Returns name -> reason for each (name, path, LoRA) that does not exist or cannot be read.
 
     Args:
         remote: see `check`.
@@ -106,10 +106,10 @@ def absent(models: Iterable[tuple[str, str, str | None]], *, remote: bool = True
 
 
 def check_lora(lora: str) -> None:
-    """Looks whether a LoRA's folder or file is there; a hub id is taken as it is.
+    """Checks that a LoRA's folder or file exists; a hub id is not checked.
 
     Raises:
-        InputError: it is not, or holds no weights.
+        InputError: it does not exist, or holds no weights.
     """
     folder = Path(lora)
     if hub_file(lora):
@@ -133,13 +133,13 @@ def check_lora(lora: str) -> None:
 
 
 def picture_size(path: str, *, remote: bool = True) -> int | None:
-    """Side in pixels of the pictures a pipeline draws when it is not told; None where its configuration does not say.
+    """Returns a pipeline's default image size, a side in pixels; None if its configuration does not state one.
 
     Args:
-        remote: ask the hub too, for a pipeline that is not here.
+        remote: also ask the hub for a pipeline that is not on disk.
 
     Raises:
-        InputError: the path is no pipeline.
+        InputError: the path is not a pipeline.
     """
     from stepdistill.denoiser.load import find
 
@@ -148,15 +148,15 @@ def picture_size(path: str, *, remote: bool = True) -> int | None:
 
 
 def drawn_size(pipeline) -> int | None:
-    """The same of a pipeline that is loaded."""
+    """Returns the default image size of a loaded pipeline, as `picture_size` does."""
     return side_of(*(getattr(getattr(pipeline, part, None), "config", {}) for part in ("unet", "transformer", "vae")))
 
 
 def side_of(unet: Mapping, transformer: Mapping, vae: Mapping) -> int | None:
-    """Side in pixels of what networks of these configurations draw; None where they do not say."""
+    """Returns the image size, a side in pixels, that network configurations imply; None if they state none."""
     sides = [network.get("sample_size") for network in (unet, transformer)]
     side = next((side for side in sides if isinstance(side, int)), None)
-    blocks = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")  # the latter Sana's
+    blocks = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")  # the latter is Sana's
     return side and side * 2 ** (len(blocks) - 1 if blocks else 0)
 
 

@@ -1,10 +1,10 @@
-"""The processes that `accelerate launch` started: they share the batches of a benchmark, and fail together.
+"""The processes started by `accelerate launch`: they share the batches of a benchmark, and fail together.
 
     accelerate launch --multi_gpu --num_processes 8 -m stepdistill bench --model ...
     torchrun --nproc-per-node 2 -m stepdistill bench --device cpu --model ...
 
-Process r of R draws batches r, r + R, ... of each cell. The main process, r = 0, has all figures made and written, and
-they are those of one process: what is kept of a batch depends on that batch alone.
+Process r of R generates batches r, r + R, ... of each cell. The main process, r = 0, computes and writes all figures.
+They equal those of a single process, since what is kept of a batch depends on that batch alone.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from stepdistill.errors import InputError
 from stepdistill.files import unwritable
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=6)  # the others wait while the main process makes figures or reads real pictures
+PATIENCE = timedelta(hours=6)  # the others wait while the main process computes figures or reads real images
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Process `rank` of `count`; the only one where none were launched."""
+    """Process `rank` of `count`; by default the only one."""
 
     rank: int = 0
     count: int = 1
 
     @classmethod
     def found(cls, device: str) -> Processes:
-        """Those that were launched, connected: by gloo where `device` is a CPU.
+        """Connects the launched processes, through gloo if `device` is a CPU.
 
         Raises:
-            InputError: they were connected before, for another kind of device, and do not find each other.
+            InputError: they were already initialised for another kind of device and are not connected.
         """
         launched = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
         if launched == 1:
@@ -57,15 +57,15 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this is the one that writes."""
+        """Whether this is the process that writes."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of what is to be done."""
+        """Returns this process's share of the items."""
         return items[self.rank :: self.count]
 
     def gather(self, own: T) -> list[T]:
-        """What each process has, in order of rank, in every process."""
+        """Returns each process's value, in order of rank, in every process."""
         if self.count == 1:
             return [own]
         from accelerate.utils import gather_object
@@ -73,15 +73,15 @@ class Processes:
         return gather_object([own])
 
     def tell(self, value: T) -> T:
-        """The main process's value, in every process."""
+        """Returns the main process's value, in every process."""
         return self.gather(value if self.main else None)[0]
 
     @contextmanager
     def alike(self) -> Iterator[None]:
-        """Within, what fails in one process fails in all, so that none waits for another. It cannot be nested.
+        """Makes an error in one process an error in all, so that none waits for another. Cannot be nested.
 
         Raises:
-            OSError: another process cannot write. InputError: another failed for whatever other reason.
+            OSError: another process cannot write. InputError: another process failed for any other reason.
         """
         own: Exception | None = None
         try:
@@ -96,17 +96,17 @@ class Processes:
 
 
 def speaks() -> bool:
-    """Whether this process is the one that tells, of those that were launched and are not connected yet."""
+    """Whether this process is the one that prints, among launched processes that are not connected yet."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def reason(error: Exception) -> str:
-    """An error in one line; with its kind, where it is not one of our own lines."""
+    """Returns an error as one line, with its type unless it is an InputError."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if isinstance(error, InputError) else f"{type(error).__name__}: {words}"
 
 
 def _leave() -> None:
-    """Parts from the other processes. Threads of gloo and NCCL that still listen when Python ends may abort it."""
+    """Leaves the process group: threads of gloo and NCCL that still listen when Python exits may abort it."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

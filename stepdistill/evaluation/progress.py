@@ -1,4 +1,4 @@
-"""The bars of a benchmark, and the quiet they need."""
+"""Progress bars of a benchmark, and what keeps other output out of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class ReferenceBar:
-    """A bar for the reference's pictures, shown only when there is something to do."""
+    """A progress bar for the reference images, shown only if there is work to do."""
 
     def __init__(self, show: bool) -> None:
         self.show, self.bar = show, None
@@ -22,13 +22,13 @@ class ReferenceBar:
             self.bar.close()
 
     def close(self) -> None:
-        """Ends its line, so that an error has one of its own."""
+        """Ends the bar's line, so that an error starts on a new one."""
         if self.bar is not None:
             self.bar.close()
 
 
 def say(line: str) -> None:
-    """A line on stderr, on one of its own where there is a bar; of several processes the first says it."""
+    """Prints a line to stderr without breaking a progress bar; of several processes only the first prints."""
     from tqdm import tqdm
 
     if os.environ.get("RANK", "0") == "0":
@@ -37,7 +37,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def quiet():
-    """diffusers and transformers print every prompt that is longer than a text encoder reads, over the bar."""
+    """Silences diffusers and transformers, which would print every truncated prompt over the bar."""
     from diffusers.utils import logging as ours
     from transformers.utils import logging as theirs
 
@@ -50,7 +50,7 @@ def quiet():
 
 
 def progress_bar(total: int, show: bool):
-    """A tqdm bar of `total` units with the time left, on stderr."""
+    """Returns a tqdm bar of `total` units with the remaining time, on stderr."""
     from tqdm import tqdm
 
     form = "{desc:<22} {percentage:3.0f}% |{bar}| {elapsed} elapsed, {remaining} left"

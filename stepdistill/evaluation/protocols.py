@@ -1,10 +1,10 @@
-"""Protocols: everything that fixes a number, in one small YAML file, with a hash that goes into every row.
+"""Protocols: everything a figure depends on, in one small YAML file, with a hash that goes into every row.
 
     protocol = load_protocol("avatars-2k")        # benchmarks/protocols/avatars-2k.yaml, or a path to a file
 
-Two rows can be compared when their hashes are equal. The hash covers the file's settings and the content they name:
-prompts, reference pictures, extractor and scorer weights. It does not cover the description, nor the seed: seeds of one
-protocol are there to be compared. Protocols of published data leave it to the user to have them: `prompts: --prompts`,
+Two rows can be compared if their hashes are equal. The hash covers the file's settings and the content they name:
+prompts, reference images, extractor and scorer weights. It does not cover the description or the seed: seeds of one
+protocol are meant to be compared. Protocols of published data leave the data to the user: `prompts: --prompts`,
 `reference: --reference`.
 """
 
@@ -29,13 +29,13 @@ from stepdistill.evaluation.schedulers import SCHEDULERS, SPACINGS
 from stepdistill.evaluation.statistics import are_statistics
 from stepdistill.typed import built, read_yaml
 
-DATA = "--data"  # in a protocol's file, as its prompts and reference: the folder is the user's to name
-PROMPTS, REFERENCE = "--prompts", "--reference"  # the same, each by itself
+DATA = "--data"  # as a protocol's prompts and reference: the user gives one folder for both
+PROMPTS, REFERENCE = "--prompts", "--reference"  # the same, given separately
 
 
 @dataclass(frozen=True)
 class ExtractorSpec:
-    """Which features: a name of `features.EXTRACTORS`, pixels to work at, and how pictures get there."""
+    """Which features: a name in `features.EXTRACTORS`, its input size in pixels, and the resize to that size."""
 
     name: str
     size: int | None = None
@@ -48,11 +48,11 @@ class ExtractorSpec:
 
 @dataclass(frozen=True)
 class ScorerSpec:
-    """Which CLIP: a name of `clip.load_clip`, its weights' tag, and what goes before each prompt.
+    """Which CLIP: a name for `clip.load_clip`, its weights' tag, and a prefix for each prompt.
 
     Attributes:
-        scale: of the cosine: 100, or 1 where a paper does not scale. frame: how pictures are brought before it, in
-            place of the protocol's way.
+        scale: of the cosine: 100, or 1 if a paper does not scale. frame: how images are preprocessed for it, instead of
+            by the protocol's frame.
     """
 
     model: str
@@ -68,7 +68,7 @@ class ScorerSpec:
             )
 
     def placeless(self) -> dict[str, str | None]:
-        """Model and weights without the places where they lie."""
+        """Returns model and weights without their location."""
         own = self.pretrained is not None and Path(self.pretrained).is_file()
         return {"model": self.model.partition(":")[0] if self.model.startswith(LOCAL) else self.model,
                 "pretrained": "a file" if own else self.pretrained}  # fmt: skip
@@ -76,7 +76,7 @@ class ScorerSpec:
 
 @dataclass(frozen=True)
 class SamplerSpec:
-    """How models are sampled that say nothing of it: a scheduler and a spacing, as in a SPEC."""
+    """How models are sampled whose SPEC does not say: a scheduler and a spacing, as in a SPEC."""
 
     scheduler: str
     spacing: str | None = None
@@ -89,20 +89,20 @@ class SamplerSpec:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a benchmark is made.
+    """How a benchmark is run.
 
     Attributes:
-        name, version: of the protocol. description, where: for people, what it is and where its data are; not hashed.
-        n: pictures in a cell. prompts: the set they are drawn for (see `sets.open_set`).
-        reference: the set they are compared with, or its statistics. reference_n: how many of it; all where None. A
-            folder that the user names has to hold as many.
-        size: side in pixels that a folder's pictures are brought to; as they are where None. Those of a reference that
-            the user names by itself have to have it.
-        frame: how every picture, real or drawn, is brought before all that looks at it.
+        name, version: of the protocol. description, where: for readers, what it is and where its data are; not hashed.
+        n: images per cell. prompts: the set they are generated for (see `sets.open_set`).
+        reference: the set they are compared with, or its statistics. reference_n: number of its images; None means all.
+            A folder that the user names must hold exactly this number.
+        size: side in pixels that a folder's images are resized to; None keeps their size. The images of a folder given
+            as `--reference` must already have it.
+        frame: how every image, real or generated, is preprocessed before any metric.
         extractor: of the Frechet distance. scorer: of the CLIP score; None for a set without prompts.
-        metrics: names of `measures.METRICS`; those that need what a set lacks (captions, probes) are left out.
-        guidance, sampler: of models that say nothing of their own. negative_prompt: of models that are guided by two
-            calls. steps: step counts, where neither the user nor the model says any. seed: of the pictures' own noise.
+        metrics: names in `measures.METRICS`; those that need what a set lacks (captions, probes) are omitted.
+        guidance, sampler: defaults for models whose SPEC has none. negative_prompt: for models whose guidance takes a
+            second call. steps: step counts, if neither the user nor the model names any. seed: of the images' noise.
     """
 
     name: str
@@ -148,15 +148,15 @@ class Protocol:
 
     @property
     def side(self) -> int | None:
-        """Of pictures in pixels, which those of models must have; None where a frame brings all to one, or any will
-        do."""
+        """Side in pixels that models' images must have; None if a frame resizes all images, or if any size is
+        allowed."""
         return None if self.frame else AVATARS if self.reference.split(":")[0] == "avatars" else self.size
 
     def check_side(self, model: str, side: int | None) -> None:
-        """Looks whether a model's pictures are as large as those they are to be compared with.
+        """Checks that a model's images have the size of those they are compared with.
 
         Raises:
-            InputError: they are not.
+            InputError: they do not.
         """
         if None not in (side, self.side) and side != self.side:
             raise InputError(
@@ -165,7 +165,7 @@ class Protocol:
             )
 
     def hash(self, content: Mapping[str, str]) -> str:
-        """16 hex digits of the settings and of what they name, wherever it lies.
+        """Returns 16 hex digits of the settings and of the content they name, whatever its location.
 
         Args:
             content: hashes of the prompts, the reference and the networks, by name.
@@ -174,8 +174,8 @@ class Protocol:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def settings(self) -> dict[str, Any]:
-        """The fields that the hash covers, as JSON has them. What prompts, reference and a user's own scorer hold is
-        hashed as content, wherever they lie."""
+        """Returns the fields that the hash covers, as JSON types. The contents of prompts, reference and a user's own
+        scorer are hashed separately, as content."""
         settings = dataclasses.asdict(self) | {"metrics": list(self.metrics), "steps": list(self.steps)}
         for name in ("description", "where", "seed", "prompts", "reference"):
             del settings[name]
@@ -185,7 +185,7 @@ class Protocol:
 
 
 def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested settings in one mapping, their names joined by dots."""
+    """Flattens nested settings into one mapping, with names joined by dots."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         found |= flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {f"{above}{name}": value}
@@ -193,15 +193,15 @@ def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def names() -> list[str]:
-    """The protocols that ship."""
+    """Returns the names of the protocols that ship."""
     return shipped.names("protocols")
 
 
 def load_protocol(name: str | Path) -> Protocol:
-    """A protocol by name, or from a .yaml file.
+    """Loads a protocol by name, or from a .yaml file.
 
     Raises:
-        InputError: no such protocol, or a file with fields that are unknown, missing, twice there or of another kind.
+        InputError: no such protocol, or a file with fields that are unknown, missing, repeated or of the wrong type.
     """
     from stepdistill.evaluation.features import EXTRACTORS
     from stepdistill.evaluation.resize import RESIZES
@@ -219,16 +219,16 @@ def load_protocol(name: str | Path) -> Protocol:
 
 
 def on_folder(protocol: Protocol, folder: str | Path, size: int | None) -> tuple[Protocol, bool]:
-    """A protocol that leaves its pictures to the user, as `imagefolder` does, on a folder of them.
+    """Applies a protocol that leaves its images to the user, such as `imagefolder`, to a folder of images.
 
     Args:
-        size: side in pixels they are brought to; as they are where None.
+        size: side in pixels they are resized to; None keeps their size.
 
     Returns:
-        The protocol, of as many pictures as there are at most, and whether they have captions.
+        The protocol, with n at most the number of images, and whether they have captions.
 
     Raises:
-        InputError: the protocol has pictures of its own, or the folder holds less than two.
+        InputError: the protocol names its own images, or the folder holds fewer than two.
     """
     from stepdistill.evaluation.sets import listing
 
@@ -246,15 +246,15 @@ def on_folder(protocol: Protocol, folder: str | Path, size: int | None) -> tuple
 
 
 def with_data(protocol: Protocol, prompts: str | Path | None, reference: str | Path | None) -> Protocol:
-    """A protocol of published data, on the user's copy of them.
+    """Applies a protocol of published data to the user's copy of the data.
 
     Args:
-        prompts: a text file, a prompt a line. reference: a folder of pictures, or their statistics (.npz,
+        prompts: a text file, one prompt per line. reference: a folder of images, or their statistics (.npz,
             .safetensors).
 
     Raises:
-        InputError: one is missing, with where it can be had, or is not the user's to name; or the folder holds another
-            number of pictures than the protocol compares with, or of another size.
+        InputError: one is missing (the message says where to get it), or the protocol names its own; or the folder
+            does not hold the number of images that the protocol compares with, or not at its size.
     """
     from stepdistill.evaluation.sets import check_copy
 

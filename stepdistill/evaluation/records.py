@@ -1,4 +1,4 @@
-"""The book of a benchmark: results.jsonl, a row a cell, written whole or not at all, with the grids beside it."""
+"""A benchmark's records: results.jsonl, one row per cell, written atomically, and the grids next to it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from stepdistill.evaluation.protocols import flat
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "timm", "stepdistill")
 KEY = ("protocol_hash", "model", "weights", "steps", "guidance", "seed")
-TIMES = ("timing", "latency_ms", "latency_ms_batch", "pipeline_memory_mb")  # of a row, with a key of their own
+TIMES = ("timing", "latency_ms", "latency_ms_batch", "pipeline_memory_mb")  # fields of a row with a separate key
 FIELDS = (
     "protocol", "protocol_hash", "settings", "model", "method", "teacher", "spec", "weights", "setup",
     "steps", "nfe", "guidance", "scheduler", "sigmas", "call", "n", "seed",
@@ -34,37 +34,37 @@ FIELDS = (
     *TIMES, "batch", "channels_last", "dtype", "device", "versions", "commit", "command", "train_seconds",
 )  # fmt: skip
 FOREIGN = ("config.json", "model_index.json", "manifest.json", "metrics.jsonl", "checkpoints", "export")
-TILE, LARGE = 96, 384  # pixels a picture in a grid has at least, and at most
+TILE, LARGE = 96, 384  # pixels: images in a grid are enlarged by a whole factor up to TILE, and reduced to LARGE
 
 
 def key_of(row: dict[str, Any]) -> list[Any]:
-    """What a row's figures depend on, its times apart."""
+    """Returns what a row's figures, except its times, depend on."""
     return [row.get(name) for name in KEY] + [row[name] for name in ("sigmas", "call", "setup") if row.get(name)]
 
 
 def same_figures(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two rows' figures depend on the same; of a row of before there was a `setup`, that is left open."""
+    """Whether two rows' figures depend on the same; `setup` is ignored if one row predates the field."""
     known = a.get("setup") and b.get("setup")
     one, other = (dict(row) if known else dict(row) | {"setup": None} for row in (a, b))
     return key_of(one) == key_of(other)
 
 
 def cell_of(row: Mapping[str, Any]) -> tuple[str, int, int | None]:
-    """Which cell a row is of; of several the last in the file counts."""
+    """Returns a row's cell; of several rows of a cell, the last in the file counts."""
     return row["model"], row["steps"], row.get("seed")
 
 
 def timed(row: Mapping[str, Any], how: Mapping[str, Any] | None) -> bool:
-    """Whether a row's times were taken as is asked for; None asks for none."""
+    """Whether a row's times were measured as requested; True if `how` is None, which requests none."""
     told = row.get("timing") or {}
     return how is None or all(told.get(name) == value for name, value in how.items())
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a results.jsonl.
+    """Reads the rows of a results.jsonl.
 
     Raises:
-        InputError: a line that is no row.
+        InputError: a line is not a row.
     """
     rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
@@ -81,10 +81,10 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Looks whether a folder is free for a benchmark: not there yet, empty, a benchmark's, or of no known kind.
+    """Checks that a folder can hold a benchmark: new, empty, a benchmark's, or of no known kind.
 
     Raises:
-        InputError: it is a training run's, an export, a pipeline, a cache, or no folder.
+        InputError: it is a training run's, an export, a pipeline, a cache, or not a folder.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -100,10 +100,10 @@ def check_folder(folder: str | Path) -> None:
 
 
 class Book:
-    """The rows of a folder, or of memory where there is no folder.
+    """The rows of a folder, or in memory if there is no folder.
 
     Args:
-        facts: what the rows to come say of their protocol: its name, hash and settings.
+        facts: the protocol of the rows to be added: its name, hash and settings.
 
     Raises:
         InputError: the folder holds something else, or rows of another protocol, or cannot be written.
@@ -128,23 +128,23 @@ class Book:
 
     @property
     def file(self) -> Path:
-        """results.jsonl."""
+        """Path of results.jsonl."""
         return self.folder / "results.jsonl"
 
     def find(self, row: dict[str, Any], how: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
-        """The newest row with these figures; one with times that were taken as `how` says goes first."""
+        """Returns the newest row with these figures, preferably one timed as `how` requests; None if there is none."""
         same = [old for old in reversed(self.rows) if same_figures(old, row)]
         return next((old for old in same if timed(old, how)), same[0] if same else None)
 
     def again(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Makes a row that is there the newest of its cell: it was asked for last."""
+        """Makes an existing row the newest of its cell, as the one requested last."""
         if [old for old in self.rows if cell_of(old) == cell_of(row)][-1] is not row:
             self.rows = [old for old in self.rows if old is not row] + [row]
             self._write()
         return row
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Writes a row, with every field; a reader, or a crash, sees the file before or after, never between."""
+        """Writes a row with every field, atomically: neither a reader nor a crash leaves a partial file."""
         if unknown := row.keys() - set(FIELDS):
             raise KeyError(f"row fields {sorted(unknown)} are not in records.FIELDS")
         row = {name: row.get(name) for name in FIELDS}
@@ -157,18 +157,18 @@ class Book:
             files.write(self.file, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def units(self, row: dict[str, Any], found: Mapping[str, Figure]) -> None:
-        """Keeps what each picture did to each figure, so that two models can be compared picture by picture."""
+        """Stores each image's influence on each figure, so that two models can be compared image by image."""
         if self.folder is not None and found:
             moved = {name: figure.influence.float() for name, figure in found.items()}
             arrays.save(units_file(self.folder, row), moved, **{name: figure.unit for name, figure in found.items()})
 
     def prompts(self, prompts: list[str]) -> None:
-        """Keeps the prompts of the grids' pictures."""
+        """Stores the prompts of the grids' images."""
         if self.folder is not None:
             files.write(self.folder / "grids" / "prompts.json", json.dumps(prompts, indent=1) + "\n")
 
     def grid(self, row: dict[str, Any], pictures: Tensor | None) -> None:
-        """Keeps pictures (B, 3, H, W) uint8 as one strip, small ones enlarged pixel by pixel."""
+        """Stores images (B, 3, H, W) uint8 as a strip; enlarges small ones by nearest neighbour, reduces large ones."""
         if self.folder is None or pictures is None:
             return
         from PIL import Image
@@ -190,10 +190,10 @@ class Book:
 def check_same_protocol(
     a: Mapping[str, Any], b: Mapping[str, Any], where_a: str, where_b: str, fix: str = "measure both by one"
 ) -> None:
-    """Refuses to compare rows of two protocols, and says in what these differ.
+    """Checks that two rows are of the same protocol.
 
     Raises:
-        InputError: their hashes differ.
+        InputError: their hashes differ; the message names the differences.
     """
     if a["protocol_hash"] == b["protocol_hash"]:
         return
@@ -208,7 +208,7 @@ def check_same_protocol(
 
 
 def _told(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row says of its protocol, nested names joined by dots; rows of before `settings` say less."""
+    """Returns what a row records of its protocol, nested names joined by dots; less for rows without `settings`."""
     if row.get("settings"):
         told = flat(row["settings"])
         return {"protocol": told.pop("name", None)} | told
@@ -222,19 +222,19 @@ def _short(value: Any) -> str:
 
 
 def grid_name(row: dict[str, Any]) -> str:
-    """The file of a row's strip, inside grids/."""
+    """Returns the name of a row's strip inside grids/."""
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", str(row["model"])).strip("-.")[:100] or "model"
     key = hashlib.sha256(json.dumps(key_of(row)).encode()).hexdigest()[:6]
     return f"{safe}_{row['steps']}_{key}.png"
 
 
 def units_file(folder: Path, row: dict[str, Any]) -> Path:
-    """Where a row keeps what each unit did to its figures."""
+    """Returns the file with each unit's influence on a row's figures."""
     return folder / "units" / grid_name(row).replace(".png", ".safetensors")
 
 
 def read_units(folder: Path, row: dict[str, Any]) -> dict[str, tuple[Tensor, str]]:
-    """What each unit did to a row's figures: (N,) and what the units are, by figure; empty where it was not kept.
+    """Reads each unit's influence on a row's figures: (N,) and the kind of unit, by figure; empty if not stored.
 
     Raises:
         InputError: the file is damaged.
@@ -247,7 +247,7 @@ def read_units(folder: Path, row: dict[str, Any]) -> dict[str, tuple[Tensor, str
 
 
 def write_record(file: Path, record: Mapping[str, Any], device: str = "cpu") -> None:
-    """Writes what a script under benchmarks/ measured, with the device, commit, versions and command that made it."""
+    """Writes what a script under benchmarks/ measured, with device, commit, versions and command."""
     made = {"device": device_name(device), "commit": commit(), "versions": versions()}
     made["command"] = " ".join(map(shlex.quote, sys.argv))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -256,7 +256,7 @@ def write_record(file: Path, record: Mapping[str, Any], device: str = "cpu") -> 
 
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that figures depend on."""
+    """Returns the versions of Python and of the packages that figures depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -268,7 +268,7 @@ def versions() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def commit() -> str | None:
-    """The commit of this checkout; None in a wheel. A + says that files are changed."""
+    """Returns this checkout's commit, with + if tracked files were changed; None in a wheel."""
     root = Path(__file__).parents[2]
 
     def git(*arguments: str) -> str:
@@ -283,7 +283,7 @@ def commit() -> str | None:
 
 
 def device_name(device: str) -> str:
-    """A device in words, with its number of threads where it is a CPU."""
+    """Returns a device's name, with the number of threads if it is a CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

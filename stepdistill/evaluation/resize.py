@@ -1,6 +1,6 @@
-"""Resizes by name: two tools that resize differently do not measure the same distance, so a protocol names its resize.
+"""Resizes by name: tools that resize differently do not measure the same distance, so a protocol names its resize.
 
-| name | how | as |
+| name | method | as in |
 |---|---|---|
 | bilinear | bilinear, antialiased | torchmetrics |
 | torch-fidelity | bilinear, corners aligned at the first pixel, not antialiased | torch-fidelity, TensorFlow 1 |
@@ -32,7 +32,7 @@ def _torch(**options) -> Resize:
 
 
 def _tensorflow1(images: Tensor, size: int) -> Tensor:
-    """Output pixel i is read at i * in / out, between its two neighbours: columns first, as TensorFlow did."""
+    """Interpolates output pixel i at i * in / out between its two neighbours, columns first, as TensorFlow 1 did."""
     images = images.float()
     for axis in (3, 2):
         length = images.shape[axis]
@@ -46,7 +46,7 @@ def _tensorflow1(images: Tensor, size: int) -> Tensor:
 
 
 def _pillow(one: Callable[[np.ndarray, int], np.ndarray]) -> Resize:
-    """A resize of one picture, (H, W, 3) uint8 to (size, size, 3), on all; Pillow lets threads work side by side."""
+    """Extends a resize of one image, (H, W, 3) uint8 to (size, size, 3), to batches, in threads as Pillow allows."""
 
     def all_of(images: Tensor, size: int) -> Tensor:
         pictures = images.permute(0, 2, 3, 1).cpu().numpy()
@@ -79,10 +79,10 @@ RESIZES: dict[str, Resize] = {
 
 
 def check_images(images: Tensor) -> Tensor:
-    """The pictures, if they are uint8 (B, 3, H, W).
+    """Returns the images if they are uint8 (B, 3, H, W).
 
     Raises:
-        InputError: another type or shape.
+        InputError: another dtype or shape.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise InputError(f"images: got {images.dtype} {tuple(images.shape)}; allowed: uint8 (B, 3, H, W)")
@@ -90,13 +90,13 @@ def check_images(images: Tensor) -> Tensor:
 
 
 def check_resize(how: str) -> None:
-    """Raises InputError where there is no resize of this name."""
+    """Raises InputError if there is no resize of this name."""
     if how not in RESIZES:
         raise InputError(f"resize: got {how!r}; allowed: {', '.join(RESIZES)}")
 
 
 def resize(images: Tensor, size: int, how: str) -> Tensor:
-    """Pictures (B, 3, H, W), uint8, to (B, 3, size, size) float32 in [0, 255].
+    """Resizes images (B, 3, H, W) uint8 to (B, 3, size, size) float32 in [0, 255].
 
     Raises:
         InputError: an unknown name.

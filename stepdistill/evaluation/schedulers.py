@@ -1,4 +1,4 @@
-"""The schedulers of SPECs: what each name builds from a pipeline's own configuration."""
+"""The schedulers of SPECs: what each name builds from a pipeline's configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 TRAILING = {"timestep_spacing": "trailing"}
 SPACINGS = ("trailing", "leading", "linspace")
-# name: (diffusers class, what is set on top of the pipeline's own scheduler configuration).
+# name: (diffusers class, options that override the configuration of the pipeline's scheduler)
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", TRAILING | {"set_alpha_to_one": True, "clip_sample": False}),
     "lcm": ("LCMScheduler", {"clip_sample": False, "original_inference_steps": 50}),
@@ -32,13 +32,13 @@ UNGUIDED = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 
 
 def scheduler_of(pipeline, spec: ModelSpec):
-    """The scheduler of a SPEC: the named one; else its LoRA export's, else the pipeline's own.
+    """Returns the scheduler of a SPEC: the named one; else its LoRA export's, else the pipeline's.
 
-    An export's own goes before what SCHEDULERS says of the same class. With `spacing` it is what model cards write,
-    from_config(own, timestep_spacing=...), and nothing of SCHEDULERS.
+    An export's scheduler takes precedence over the options in SCHEDULERS for the same class. With `spacing` the
+    scheduler is from_config(own, timestep_spacing=...), as in model cards, without those options.
 
     Raises:
-        InputError: one for flows asked of another process, or the other way round; a spacing that nothing would heed.
+        InputError: a flow scheduler for another process or the reverse; a spacing that would have no effect.
     """
     import diffusers
 
@@ -64,7 +64,7 @@ def scheduler_of(pipeline, spec: ModelSpec):
 
 
 def check_spacing(kind: type, spec: ModelSpec) -> None:
-    """Looks whether a class of schedulers heeds a SPEC's spacing. LCM's and TCD's keep one in their settings, and step
+    """Checks that a scheduler class uses a SPEC's spacing. LCM's and TCD's have one in their configuration but step
     through the times they were distilled for.
 
     Raises:
@@ -80,7 +80,7 @@ def check_spacing(kind: type, spec: ModelSpec) -> None:
 
 
 def _exported(lora: str | None):
-    """The scheduler that a LoRA's export recorded; None where it has none."""
+    """Loads the scheduler in a LoRA's export; None if it has none."""
     import diffusers
 
     file = beside(lora, "scheduler/scheduler_config.json") if lora else None

@@ -1,9 +1,9 @@
-"""A figure of several seeds: the same prompts, each with a noise of every seed.
+"""Figures pooled over several seeds: the same prompts, each with the noise of every seed.
 
     pooled([figure of seed 0, figure of seed 1, ...])
 
-Two things make the mean uncertain. Other prompts and noise would be drawn: within. Seeds that are more than noise, of a
-model that was trained anew for each say, differ by more than their pictures explain: between.
+The uncertainty of the mean has two parts. Within seeds: other prompts and noise could have been drawn. Between seeds:
+if a seed changes more than noise (a model trained anew for each, say), figures differ by more than that explains.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from stepdistill.evaluation.records import read_units
 
 
 def figures_of(folder: Path | None, row: dict[str, Any]) -> dict[str, Figure]:
-    """The figures of a row with what each unit did to them; none where that was not kept.
+    """Returns a row's figures with each unit's influence on them; none if the influences were not stored.
 
     Raises:
         InputError: the file is damaged.
@@ -36,15 +36,15 @@ def figures_of(folder: Path | None, row: dict[str, Any]) -> dict[str, Figure]:
 
 
 def alike(figures: Sequence[Figure | None]) -> bool:
-    """Whether all are there, over the same units."""
+    """Whether no figure is missing and all are over the same units."""
     return None not in figures and len({(f.unit, len(f.influence)) for f in figures}) == 1
 
 
 def pooled(figures: Sequence[Figure]) -> Figure:
-    """The mean over seeds of figures that are `alike`.
+    """Returns the mean over seeds of figures that are `alike`.
 
-    A unit is a prompt with a noise of each seed, so its influence is the mean of theirs: what prompts do is not divided
-    by the number of seeds, what noise does is.
+    A unit is a prompt with the noise of every seed, so its influence is the mean over seeds: the variance due to noise
+    is divided by their number, that due to prompts is not.
     """
     first, count = figures[0], len(figures)
     if count == 1:
@@ -58,10 +58,10 @@ def pooled(figures: Sequence[Figure]) -> Figure:
 
 
 def between(values: Sequence[float], noise: float) -> float:
-    """Half the width of what seeds differ by beyond chance: Student's, for they are few.
+    """Returns the half-width of the interval for differences between seeds beyond chance; Student's, as seeds are few.
 
     Args:
-        values: one a seed. noise: the variance between them that is to be expected of chance.
+        values: one per seed. noise: the variance between them that chance explains.
     """
     count = len(values)
     mean = sum(values) / count
@@ -71,7 +71,7 @@ def between(values: Sequence[float], noise: float) -> float:
 
 def student(degrees: int) -> float:
     """Student's 97.5 % quantile: closed forms for 1 and 2 degrees of freedom, else Fisher and Cornish's expansion
-    (Abramowitz and Stegun 26.7.5), right within 1 %."""
+    (Abramowitz and Stegun 26.7.5), accurate to 1 %."""
     if degrees == 1:
         return math.tan(0.475 * math.pi)
     if degrees == 2:

@@ -1,9 +1,9 @@
-"""The prompts that are drawn and the real pictures that are compared with, by name.
+"""Evaluation sets by name: the prompts that images are generated for, and the real images they are compared with.
 
 avatars:train, avatars:test    the embedded set
-FOLDER                         pictures; with metadata.jsonl (file_name, text), or a .txt beside each, prompts too
-FILE.txt                       a prompt a line, no pictures
-none                           neither: a model that draws without being asked for anything
+FOLDER                         images; with metadata.jsonl (file_name, text), or a .txt next to each, prompts too
+FILE.txt                       one prompt per line, no images
+none                           neither: for an unconditional model
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from stepdistill.evaluation.frame import Frame
 
 @dataclass(frozen=True)
 class EvalSet:
-    """N prompts, pictures, or both, in a fixed order.
+    """N prompts, images, or both, in a fixed order.
 
     Attributes:
-        name: what it was asked for by. key: changes when the content does. count: N.
-        prompts: N sentences; None for pictures alone.
+        name: the name it was opened by. key: hash of the content. count: N.
+        prompts: N sentences; None for images alone.
         pictures: (first, last) -> uint8 (B, 3, H, W); None for prompts alone.
-        attributes, mentioned: the truth of each prompt and what it names; None where not known.
-        size: what its pictures were brought to; None where they are as they came.
+        attributes, mentioned: each prompt's true attributes and those it names; None if unknown.
+        size: the size or frame that its images were brought to; None if they are unchanged.
     """
 
     name: str
@@ -46,18 +46,18 @@ class EvalSet:
     size: int | Frame | None = None
 
     def batches(self, size: int, count: int) -> Iterator[tuple[int, Tensor]]:
-        """(first, pictures) of the first `count`, `size` at a time.
+        """Yields (first, images) of the first `count` images, `size` at a time.
 
         Raises:
-            InputError: there are no pictures, or fewer than `count`.
+            InputError: there are no images, or fewer than `count`.
         """
         yield from zip(range(0, count, size), self.some(size, range(count)), strict=True)
 
     def some(self, size: int, numbers: Sequence[int]) -> Iterator[Tensor]:
-        """The pictures of these numbers, in order, `size` at a time.
+        """Yields the images with these numbers, in order, `size` at a time.
 
         Raises:
-            InputError: there are no pictures, or fewer than the numbers ask for.
+            InputError: there are no images, or a number is out of range.
         """
         self.check(max(numbers, default=-1) + 1)
         for first in range(0, len(numbers), size):
@@ -69,7 +69,7 @@ class EvalSet:
                     yield torch.cat(list(pool.map(lambda number: self.pictures(number, number + 1), part)))
 
     def check(self, count: int) -> None:
-        """Looks whether there are `count` pictures.
+        """Checks that there are at least `count` images.
 
         Raises:
             InputError: there are fewer.
@@ -80,11 +80,11 @@ class EvalSet:
 
 
 def open_set(name: str, size: int | Frame | None = None) -> EvalSet:
-    """A set by name.
+    """Opens a set by name.
 
     Args:
-        size: side in pixels that a folder's pictures are brought to (shorter side, Lanczos, centre crop), or the frame
-            they are looked at in.
+        size: side in pixels that a folder's images are resized to (shorter side, Lanczos, centre crop), or the frame
+            that preprocesses them.
 
     Raises:
         InputError: no such set, or one that is empty or broken.
@@ -131,10 +131,10 @@ def _avatars(split: str, frame: Frame | None) -> EvalSet:
 
 
 def listing(folder: str | Path) -> tuple[list[Path], list[str] | None]:
-    """The pictures of a folder and their captions, None where there are none; read as training reads them.
+    """Lists the images of a folder and their captions, or None if there are none, in the same way as training does.
 
     Raises:
-        InputError: it is no folder, holds no pictures, or some of them lack a caption that others have, or its words.
+        InputError: it is not a folder, holds no images, or captions are missing for some images or empty.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -154,13 +154,13 @@ def listing(folder: str | Path) -> tuple[list[Path], list[str] | None]:
 
 
 def check_copy(folder: str | Path, count: int | None, size: int | None) -> None:
-    """Looks whether a folder is the one that a published protocol compares with, as far as can be seen.
+    """Checks, as far as possible, that a folder is the one that a published protocol compares with.
 
     Args:
-        count, size: of its pictures, and a side of them in pixels; not looked at where None.
+        count, size: number of images, and their side in pixels; None is not checked.
 
     Raises:
-        InputError: it holds more or fewer pictures, or one of another size.
+        InputError: it holds more or fewer images, or one of another size.
     """
     files, _ = listing(folder)
     if count is not None and len(files) != count:
@@ -182,7 +182,7 @@ def _folder(folder: Path, size: int | Frame | None) -> EvalSet:
     sizes: list[tuple[int, ...]] = []
 
     def pictures(first: int, last: int) -> Tensor:
-        with ThreadPoolExecutor() as pool:  # Pillow lets go of Python's lock while it decodes
+        with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes
             batch = list(pool.map(lambda file: _open(file, size), files[first:last]))
         sizes[:] = sizes[:1] or [tuple(batch[0].shape)]
         for file, picture in zip(files[first:last], batch, strict=True):

@@ -1,4 +1,4 @@
-"""How a benchmark is run, beside what its protocol fixes."""
+"""Settings of a benchmark run that its protocol does not fix."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 
 from stepdistill.errors import InputError
 
-BATCH, SIDE = 64, 256  # pictures at a time up to so many pixels a side; of larger ones as many pixels in all
+BATCH, SIDE = 64, 256  # batch size for images up to SIDE pixels a side; larger ones get as many pixels in total
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a benchmark is run; none of it changes a quality figure but by rounding.
+    """How a benchmark is run; none of it changes a quality figure by more than rounding.
 
     Attributes:
-        batch: pictures drawn at a time; by their size where None (see `batch_of`). device: where; a GPU if there is.
-        latency_repeats: timed calls of one picture, 0 are none; None are 10, or fewer that take 20 s.
-        latency_batch: pictures in the calls of another timing, 1 is none. compiled: time the network compiled.
-        channels_last: lay UNets and autoencoders out so.
-        keep: keep the drawn pictures of cells up to 2 GiB (see `pictures`); others only until they are measured.
-        floor: measure real pictures and reconstructions too. grid: pictures kept of each cell. progress: show a bar.
+        batch: batch size; None chooses it by image size (see `batch_of`). device: by default a GPU if there is one.
+        latency_repeats: timed calls for one image, 0 for none; None means 10, or as many, at least 3, as take 20 s.
+        latency_batch: images per call of a second timing, 1 for none. compiled: time the compiled network.
+        channels_last: use this memory format for UNets and autoencoders.
+        keep: keep the images of cells up to 2 GiB (see `pictures`); larger cells only until they are measured.
+        floor: also measure real images and reconstructions. grid: images stored per cell. progress: show a bar.
 
     Raises:
         InputError: a number out of range.
@@ -46,7 +46,7 @@ class Settings:
                 raise InputError(f"{name}: got {value}; allowed: {least} or more")
 
     def batch_of(self, side: int | None = None) -> int:
-        """Pictures of so many pixels a side to be drawn at a time: 64 up to 256 pixels, 16 of 512, 4 of 1024."""
+        """Returns the batch size for images of `side` pixels: by default 64 up to 256, 16 at 512, 4 at 1024."""
         if self.batch is not None:
             return self.batch
         return max(1, BATCH * SIDE**2 // max(side or 0, SIDE) ** 2)
@@ -54,10 +54,10 @@ class Settings:
 
 @contextmanager
 def room(batch: int) -> Iterator[None]:
-    """Within, a lack of memory is said in one line.
+    """Turns a GPU's out-of-memory error within the block into one line.
 
     Raises:
-        InputError: a GPU's memory has no room for a batch.
+        InputError: the batch does not fit into the GPU's memory.
     """
     try:
         yield

@@ -8,17 +8,17 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def places(name: str) -> list[Path]:
-    """Where `protocols`, `gates` or `models.yaml` lies; pyproject.toml puts it into the wheel."""
+    """Returns the paths of `protocols`, `gates` or `models.yaml`; pyproject.toml puts them into the wheel."""
     return [place for place in (PACKAGE / name, PACKAGE.parent / "benchmarks" / name) if place.exists()]
 
 
 def names(kind: str) -> list[str]:
-    """The files of a kind that ship, without their .yaml."""
+    """Returns the names of the files of a kind that ship, without .yaml."""
     return sorted({file.stem for folder in places(kind) for file in folder.glob("*.yaml")})
 
 
 def found(kind: str, name: str | Path) -> Path:
-    """A file by the name it ships under, or by its path, which need not exist."""
+    """Returns a file by the name it ships under, or by its path, which need not exist."""
     file = Path(name)
     if file.suffix in (".yaml", ".yml"):
         return file

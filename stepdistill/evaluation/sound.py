@@ -1,6 +1,6 @@
-"""Rows as a benchmark writes them, from whatever stands in a results.jsonl that other tools or hands have written.
+"""Validates the rows of a results.jsonl that may have been written by other tools or by hand.
 
-What was not measured is None: a figure that is not finite says nothing, nor does a timing without its total.
+What was not measured becomes None, and so do a figure that is not finite and a timing without its total.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ NUMBERS = ("nfe", "guidance", "n", "seed", "fd", "fd_low", "fd_high", "clip_scor
 MAPS = ("settings", "attributes", "metrics", "latency_ms", "latency_ms_batch", "versions")
 WORDS = dict.fromkeys(TEXTS, "text") | dict.fromkeys(NUMBERS, "a number") | dict.fromkeys(MAPS, "a mapping")
 STAGES = ("text", "denoiser_step", "decode")
-UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # control characters, and halves of characters
+UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # control characters and lone surrogates
 
 
 def sound(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A row with its numbers finite, its texts such as can be written, and no figure or timing in part.
+    """Returns a row with finite numbers, printable texts, and no incomplete figure or timing.
 
     Args:
-        where: it stands, for the errors.
+        where: the row's location, for error messages.
 
     Raises:
-        InputError: a field is of another kind.
+        InputError: a field has the wrong type.
     """
     row = _clean(row)
     for name, kind in WORDS.items():
@@ -63,7 +63,7 @@ def _number(value: Any) -> bool:
 
 
 def _figure(told: Any) -> dict[str, Any] | None:
-    """A figure of `metrics`: with both ends of its interval or none, and its count and unit where they are such."""
+    """Returns a figure of `metrics` with both ends of its interval or neither, without an invalid count or unit."""
     if not isinstance(told, dict) or not _number(told.get("value")):
         return None
     ends = {name: told.get(name) for name in ("low", "high")}
@@ -74,7 +74,7 @@ def _figure(told: Any) -> dict[str, Any] | None:
 
 
 def _timing(told: dict[str, Any]) -> dict[str, Any] | None:
-    """A timing with its totals, of one picture or more."""
+    """Returns a timing if its totals are valid, with invalid stages set to None; else None."""
     wanted = [told.get("total_p50"), told.get("total_p90"), told.get("batch", 1)]
     if not all(_number(value) and value > 0 for value in wanted):
         return None

@@ -1,10 +1,10 @@
-"""Model SPECs: a pipeline and how it is to be sampled, in one word of a command line.
+"""Model SPECs: a pipeline and how to sample it, in one command-line argument.
 
     path,lora=DIR,scheduler=lcm,guidance=1.5,variant=fp16,dtype=bf16,name=student     or     student=path,lora=DIR,...
 
-The path is a diffusers folder, a hub id, or avatars; for it, and for the LoRA, a training run's folder stands for the
-export in it, and owner/name/file.safetensors is a file on the hub. @NAME is a published model of `catalogue`, with
-options of one's own behind. What is built is a plain diffusers pipeline.
+The path is a diffusers folder, a hub id, or avatars. For the path and the LoRA, a training run's folder means the
+export in it, and owner/name/file.safetensors is a file on the hub. @NAME is a published model of `catalogue`, and may
+be followed by options that override its own. The result is a plain diffusers pipeline.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class ModelSpec:
     Attributes:
         path: a pipeline folder, a hub id, or avatars. name: of its rows and curves.
         lora: a folder or hub id of LoRA weights. scheduler: a key of SCHEDULERS; None keeps the LoRA export's or the
-            pipeline's own. guidance: 1.0 is none. variant: of the weight files. revision: of a hub repository.
-            dtype: fp32, fp16 or bf16.
-        sigmas: even asks a flow's scheduler for even ones, own leaves them to the pipeline; None is as the export's
-            record says.
-        unet: a file of weights for the pipeline's UNet. spacing: of the scheduler's times, as model cards set it.
-        timesteps: in place of the scheduler's own. size: side of the pictures in pixels. tokens: of a prompt, at most.
-        ready: the name in the catalogue. changes: by the number of steps, what is different then.
+            pipeline's. guidance: the guidance scale; 1.0 means none. variant: of the weight files. revision: of a hub
+            repository. dtype: fp32, fp16 or bf16.
+        sigmas: "even" passes even sigmas to a flow's scheduler, "own" leaves them to the pipeline; None follows the
+            export's record.
+        unet: a file of weights for the pipeline's UNet. spacing: the scheduler's timestep_spacing, as in model cards.
+        timesteps: replace the scheduler's. size: image side in pixels. tokens: maximum length of a prompt.
+        ready: the name in the catalogue. changes: options that differ by step count.
     """
 
     path: str
@@ -69,14 +69,14 @@ class ModelSpec:
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The step counts it is for; none where it says nothing."""
+        """The step counts the model is meant for; empty if the SPEC names none."""
         return tuple(count for count, _ in self.changes) or (self.timesteps and (len(self.timesteps),)) or ()
 
     def at(self, steps: int) -> ModelSpec:
-        """What it is at a number of steps.
+        """Returns the SPEC at a step count.
 
         Raises:
-            InputError: it has weights or times for other numbers alone.
+            InputError: its weights or times are for other step counts only.
         """
         found = dict(self.changes).get(steps)
         bound = any(changes for _, changes in self.changes) or self.timesteps
@@ -93,10 +93,10 @@ NUMBERS = ("size", "tokens")
 
 
 def parse(text: str) -> ModelSpec:
-    """A SPEC, or NAME=SPEC.
+    """Parses a SPEC or NAME=SPEC.
 
     Raises:
-        InputError: no path, an unknown option (the nearest is named), or a value not allowed.
+        InputError: no path, an unknown option (the message names the nearest), or an invalid value.
     """
     first, *rest = [part.strip() for part in text.split(",")]
     values: dict[str, Any] = {}
@@ -120,7 +120,7 @@ def parse(text: str) -> ModelSpec:
 
 
 def _options(parts: Sequence[str], text: str) -> dict[str, Any]:
-    """key=value of each, as a ModelSpec has them; `text` is for the errors."""
+    """Parses key=value options into a ModelSpec's values; `text` is for error messages."""
     values: dict[str, Any] = {}
     for part in parts:
         key, equals, value = part.partition("=")
@@ -149,7 +149,7 @@ def _options(parts: Sequence[str], text: str) -> dict[str, Any]:
 
 
 def _ready(name: str, values: dict[str, Any]) -> ModelSpec:
-    """A model of the catalogue; what the user says goes before what it says, at every number of steps."""
+    """Returns a model of the catalogue; the user's options override its own at every step count."""
     entry = ready(name)
     path, *rest = entry.spec.split(",")
     common = {"name": name} | _options(rest, entry.spec) | values
@@ -167,10 +167,10 @@ def _whole(key: str, value: str) -> int:
 
 
 def as_models(pipeline: Any) -> dict[str, Any]:
-    """name -> ModelSpec or loaded pipeline.
+    """Returns name -> ModelSpec or loaded pipeline.
 
     Raises:
-        InputError: a bad SPEC, or a name twice.
+        InputError: a bad SPEC, or a repeated name.
     """
     if isinstance(pipeline, Mapping):
         return {
@@ -192,13 +192,13 @@ def as_models(pipeline: Any) -> dict[str, Any]:
 def plan_of(
     models: Mapping[str, Any], steps: Sequence[int] | None, default: Sequence[int]
 ) -> list[tuple[str, Any, tuple[int, ...]]]:
-    """(name, model, step counts) in order; a model that differs by the number of steps comes in several parts.
+    """Returns (name, model, step counts) in order; a model that differs by step count is split into several entries.
 
     Args:
-        steps: asked for; None leaves them to the models, and `default` to those that say nothing.
+        steps: the requested step counts; None uses each model's, or `default` for models that name none.
 
     Raises:
-        InputError: a model is not for a number of steps.
+        InputError: a model does not support a step count.
     """
     plan: list[tuple[str, Any, tuple[int, ...]]] = []
     for name, model in models.items():
@@ -213,7 +213,7 @@ def plan_of(
 
 
 def instead(plan: Sequence[tuple[str, Any, tuple[int, ...]]], protocol: Protocol, asked: bool) -> list[str]:
-    """What models say of their own that a protocol says otherwise, a line each: it counts, and should not surprise.
+    """Returns one line for each setting in which a model's SPEC overrides the protocol, to be reported.
 
     Args:
         plan: see `plan_of`. asked: whether the user named the step counts.

@@ -1,12 +1,12 @@
-"""Statistics of real pictures in a file: those made here, which say what they are of, and those that others made.
+"""Files of statistics of real images: this package's, which record their origin, and those of other tools.
 
     keep(file, moments, origin)
     moments, origin = kept(file)
     moments, own = read_statistics("cifar10-32x32.npz", Origin(extractor.identity), dim=2048)
 
-A .safetensors is this package's own, and carries its origin: a protocol that wants another is refused. An .npz is what
-EDM, pytorch-fid, MLPerf and DMD2 write: `mu` (D,) and `sigma` (D, D), unbiased. It does not say of which pictures,
-extractor or resize: the protocol has to, and rows call such statistics foreign.
+A .safetensors is written by this package and records its origin; it is rejected if the protocol needs another. An .npz
+is what EDM, pytorch-fid, MLPerf and DMD2 write: `mu` (D,) and `sigma` (D, D), unbiased. It does not record the images,
+the extractor or the resize: the protocol must, and rows mark such statistics as foreign.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from stepdistill.evaluation.frame import Frame
 from stepdistill.evaluation.frechet import Moments
 
 ENDINGS = (".npz", ".safetensors")
-ROUNDING = 1e-5  # of the largest eigenvalue: what sums in float32 leave of asymmetry and of negative ones
+ROUNDING = 1e-5  # tolerance for asymmetry and negative eigenvalues from float32 sums, relative to the largest
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What statistics are of: all that they depend on. What is None is not known, or is not asked for.
+    """Everything that statistics depend on. None means unknown, or not required.
 
     Attributes:
-        extractor: its identity: name, weights, resize and size. frame: what was looked at of a picture.
-        pictures: hash of the set. count: how many of it.
+        extractor: its identity: name, weights, resize and size. frame: how images were preprocessed.
+        pictures: hash of the set. count: number of its images.
     """
 
     extractor: str
@@ -43,10 +43,10 @@ class Origin:
     count: int | None = None
 
     def check(self, found: Origin, file: Path, fix: str) -> None:
-        """Looks whether statistics that were found are those that are wanted.
+        """Checks that the origin found in a file is the one required.
 
         Raises:
-            InputError: they are not; `fix` says what to do.
+            InputError: it is not; `fix` says what to do.
         """
         for name, wanted in dataclasses.asdict(self).items():
             if wanted is not None and (got := getattr(found, name)) != wanted:
@@ -54,14 +54,14 @@ class Origin:
 
 
 def framed(size: Frame | int | None) -> str:
-    """How pictures were brought before the extractor, in words."""
+    """Describes how images were preprocessed for the extractor."""
     if size is None:
         return "as they are"
     return f"{size.size} {size.fit} {size.filter}" if isinstance(size, Frame) else str(size)
 
 
 def keep(file: str | Path, moments: Moments, origin: Origin, dtype: torch.dtype = torch.float64) -> None:
-    """Writes moments and their origin, whole or not at all. The lower triangle of the scatter is kept, in `dtype`."""
+    """Writes moments and their origin atomically. Only the lower triangle of the scatter is stored, in `dtype`."""
     rows, columns = torch.tril_indices(len(moments.mean), len(moments.mean))
     facts = dataclasses.asdict(dataclasses.replace(origin, count=moments.count))
     half = moments.scatter[rows, columns].to(dtype)
@@ -69,7 +69,7 @@ def keep(file: str | Path, moments: Moments, origin: Origin, dtype: torch.dtype 
 
 
 def kept(file: str | Path) -> tuple[Moments, Origin | None]:
-    """Reads what `keep` wrote; no origin where the file says none.
+    """Reads a file written by `keep`; the origin is None if the file records none.
 
     Raises:
         InputError: the file is damaged, or something else.
@@ -95,23 +95,23 @@ def kept(file: str | Path) -> tuple[Moments, Origin | None]:
 
 
 def are_statistics(reference: str) -> bool:
-    """Whether a reference is named as a file of statistics."""
+    """Whether a reference's name is that of a statistics file."""
     return Path(reference).suffix in ENDINGS
 
 
 def read_statistics(file: str | Path, wanted: Origin, dim: int) -> tuple[Moments, bool]:
-    """The moments in a file that the user names.
+    """Reads the moments in a file that the user names.
 
     Args:
-        wanted: by the protocol. An .npz is taken to be of so many pictures; it bears on nothing but what is reported.
+        wanted: the origin that the protocol needs. An .npz is assumed to be of its count, which affects only reports.
         dim: length of the extractor's features.
 
     Returns:
-        The moments, and whether the file says that they are what is wanted.
+        The moments, and whether the file's recorded origin confirms them.
 
     Raises:
-        InputError: no such file, one that is damaged or needs pickle, statistics of something else, of features of
-            another length, or what no set of pictures can have.
+        InputError: no such file, one that is damaged or needs pickle, statistics of something else or of features of
+            another length, or moments that no set of images can have.
     """
     file = Path(file).expanduser()
     if not file.is_file():
@@ -133,7 +133,7 @@ def read_statistics(file: str | Path, wanted: Origin, dim: int) -> tuple[Moments
 
 
 def _impossible(moments: Moments) -> str | None:
-    """Why no pictures can have these moments, as far as can be seen."""
+    """Returns why no set of images can have these moments; None if no reason is found."""
     if not (torch.isfinite(moments.mean).all() and torch.isfinite(moments.scatter).all()):
         return "a number is not finite"
     sigma: Tensor = moments.covariance
@@ -152,7 +152,7 @@ def _npz(file: Path, count: int) -> Moments:
             mean, sigma = (torch.from_numpy(held[name].astype(np.float64)) for name in ("mu", "sigma"))
         if mean.ndim != 1 or sigma.shape != (len(mean), len(mean)):
             raise ValueError(f"mu {tuple(mean.shape)} and sigma {tuple(sigma.shape)} do not fit")
-    except Exception as error:  # zip, zlib and numpy each raise their own kinds; all mean the same
+    except Exception as error:  # zip, zlib and numpy each raise their own types; all mean the same
         reason = " ".join(str(error).split())[:120]
         raise InputError(
             f"reference: got {file}, which holds no statistics ({reason}); allowed: an .npz with mu and sigma"

@@ -1,9 +1,9 @@
-"""The benchmark: every model at every step count, on the same prompts and the same noise, one row a cell.
+"""The benchmark: every model at every step count, on the same prompts and the same noise, one row per cell.
 
     results = evaluate("avatars,scheduler=ddim", "avatars-2k", steps=(1, 2, 4, 8, 50), out="out/bench")
 
-A cell that is done is not done again, nor is a batch that was drawn before; a cell that fails is reported, and the
-others finish. Under `accelerate launch` all processes draw.
+Cells that are complete are not measured again, and cached batches are not generated again. If a cell fails, this is
+reported and the others finish. Under `accelerate launch` all processes generate images.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ STEPS = (1, 2, 4, 8, 50)
 
 @dataclass(frozen=True)
 class Results:
-    """What a benchmark gave.
+    """The outcome of a benchmark.
 
     Attributes:
-        rows: the cells asked for, in order, floor rows first. failed: those that could not be measured.
-        folder: where results.jsonl is; None where nothing was written, and in all processes but the main one.
-        store: where the drawn pictures are. main: whether this is the process that wrote; the only one is.
+        rows: the requested cells, in order, floor rows first. failed: those that could not be measured.
+        folder: of results.jsonl; None if nothing was written, and in all processes but the main one.
+        store: the generated images. main: whether this is the process that writes; true for a single process.
     """
 
     rows: list[dict[str, Any]]
@@ -60,23 +60,23 @@ def evaluate(
     instruments: Instruments | None = None,
     command: str | None = None,
 ) -> Results:
-    """Measures one model or several. Where several processes were launched, each must call it, with the same arguments.
+    """Measures one or several models. If several processes were launched, each must call it with the same arguments.
 
     Args:
         pipeline: a SPEC, a ModelSpec, a loaded diffusers pipeline, a sequence of SPECs, or a mapping
             name -> any of these.
-        protocol: a name, a .yaml file, or a Protocol. steps: step counts, 1 or more each; where not given a ready
-            model's own, else the protocol's, else STEPS.
-        out: the folder of results.jsonl and the grids; rows already there are kept, and not measured again, but for
-            times that were taken on another device or with other settings.
-        n: in place of the protocol's; another n is another protocol, with another hash.
-        seed: in place of the protocol's; of several, each model has a row for each.
-        instruments: in place of those the protocol names. command: what to record; the process's own where not given.
+        protocol: a name, a .yaml file, or a Protocol. steps: step counts, 1 or more each; by default the model's own,
+            else the protocol's, else STEPS.
+        out: the folder of results.jsonl and the grids; rows already there are kept and not measured again, except for
+            times taken on another device or with other settings.
+        n: overrides the protocol's; another n is another protocol, with another hash.
+        seed: overrides the protocol's; with several, each model has one row per seed.
+        instruments: override those that the protocol names. command: to record; by default the process's own.
 
     Raises:
         InputError: bad steps or seeds, an unknown protocol, too few prompts, a bad SPEC, or a folder with something
             else or with rows of another protocol.
-        OSError: the results cannot be written, for want of room or permission. What is done is kept.
+        OSError: the results cannot be written, for lack of space or permission. Completed cells are kept.
     """
     settings = settings or Settings()
     team = Processes.found(settings.device)
@@ -89,10 +89,10 @@ def evaluate(
         records.check_folder(out)
     for line in instead(plan, protocol, steps is not None) if settings.progress else ():
         say(line)
-    # The bar counts network evaluations, guidance's included, and a few for the metrics: pictures cost unlike much.
+    # The bar counts network evaluations, guidance's included, plus `weight` per image for the metrics.
     weight = 4
     total = protocol.n * len(seeds) * sum(2 * s + weight for _, _, counts in plan for s in counts)
-    for turn in (True, False) if instruments is None else ():  # statistics are made once, and then read
+    for turn in (True, False) if instruments is None else ():  # the main process computes statistics, the others read
         with team.alike(), closing(ReferenceBar(settings.progress)) as told:
             if team.main is turn:
                 instruments = prepare(protocol, device=settings.device, batch=settings.batch_of(), progress=told)
@@ -105,7 +105,7 @@ def evaluate(
         for name, model, counts in plan:
             bench.model(name, model, counts, weight)
         troubles = team.gather((store.broken, store.why_not))
-        if team.main and not bench.failed:  # what failed may be taken up
+        if team.main and not bench.failed:  # a failed cell may be resumed
             store.clear()
     store.broken = sum(broken for broken, _ in troubles)
     store.why_not = next((why for _, why in troubles if why), None)
@@ -113,10 +113,10 @@ def evaluate(
 
 
 def check_seeds(seed: int | Sequence[int]) -> tuple[int, ...]:
-    """The seeds, each once, in order.
+    """Returns the seeds in order, without duplicates.
 
     Raises:
-        InputError: none, or one that is no whole number.
+        InputError: none, or one that is not an integer.
     """
     seeds = (seed,) if isinstance(seed, int) else tuple(seed)
     if not seeds or any(not isinstance(s, int) for s in seeds):
@@ -125,7 +125,7 @@ def check_seeds(seed: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def check_steps(steps: Sequence[int]) -> tuple[int, ...]:
-    """The step counts, each once, in order.
+    """Returns the step counts in order, without duplicates.
 
     Raises:
         InputError: none, or one below 1.

@@ -1,4 +1,4 @@
-"""A benchmark's cells as text: figures with their intervals, and the main table for Markdown and for the terminal."""
+"""A benchmark's cells as text: figures with their intervals, and the main table for Markdown and the terminal."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ LABELS = {
 
 
 def label(name: str) -> str:
-    """What a figure is called in tables."""
+    """Returns a figure's name in tables."""
     return LABELS.get(name, name.removeprefix(ATTRIBUTE).replace("_", " "))
 
 
 def digits(name: str, found: Sequence[Cell]) -> int:
-    """Decimals that show half a figure's interval to two places, the same for a whole column."""
+    """Returns the decimals for a figure's column: enough to show the median half-interval to two digits."""
     halves = sorted(f.half for cell in found if (f := cell.figures.get(name)) and f.half)
     if not halves:
         return {"fd": 1, "clip_score": 2, "attribute_accuracy": 1}.get(name, 4)
@@ -39,19 +39,19 @@ def _scale(name: str) -> int:
 
 
 def figure(value: float | None, places: int) -> str:
-    """A number for a table; a dash for none."""
+    """Formats a number for a table; a dash for None."""
     return "–" if value is None else f"{value:,.{places}f}".replace("-", "−")
 
 
 def number(name: str, value: float | None, places: int) -> str:
-    """A figure's value, or an end of its interval, for a table: shares of attributes are in percent."""
+    """Formats a figure's value, or an end of its interval, for a table: attribute accuracies in percent."""
     return figure(None if value is None else value * _scale(name), places)
 
 
 def spread(name: str, found: Measured, places: int, *, ends: bool = False) -> str:
-    """The interval for a table: ± half its width, or its ends; nothing where there is none.
+    """Formats the interval for a table: ± half its width, or its ends; empty if there is none.
 
-    That of a share near none or all reaches further to one side, and is shown by its ends in any case.
+    A clearly asymmetric interval, as of a share near 0 or 100 %, is always shown by its ends.
     """
     if found.half is None:
         return ""
@@ -64,7 +64,7 @@ def spread(name: str, found: Measured, places: int, *, ends: bool = False) -> st
 
 
 def columns(found: Sequence[Cell]) -> list[dict[str, str]]:
-    """The main table as text: the columns of each cell, the same for all."""
+    """Returns the main table as text: for each cell, column name -> value, with the same columns for all."""
     main = [name for name in MAIN if name in names(found)]
     places = {name: digits(name, found) for name in main}
     several = any(cell.seeds > 1 for cell in found)
@@ -93,7 +93,7 @@ def _columns(cell: Cell, places: Mapping[str, int], several: bool) -> dict[str, 
 
 
 def calls(cell: Cell) -> str:
-    """What stands in brackets behind a median time: its 90 % quantile and the number of calls, where they are known."""
+    """Formats what follows a median time in brackets: its 90 % quantile and the number of calls, if known."""
     times = cell.latency_ms or {}
     slow, count = times.get("total_p90"), times.get("repeats")
     said = [] if slow is None else [f"p90 {figure(slow / times.get('batch', 1), 1)}"]
@@ -102,7 +102,7 @@ def calls(cell: Cell) -> str:
 
 
 def markdown_table(found: Sequence[Cell], shown: Sequence[str]) -> str:
-    """The named columns as a Markdown table, a line a cell."""
+    """Returns the named columns as a Markdown table, one line per cell."""
     lines = ["| model | " + " | ".join(shown) + " |", "|---|" + "---:|" * len(shown)]
     for cell, values in zip(found, columns(found), strict=True):
         lines.append(f"| {escaped(cell.model)} | " + " | ".join(values[name] for name in shown) + " |")
@@ -110,12 +110,12 @@ def markdown_table(found: Sequence[Cell], shown: Sequence[str]) -> str:
 
 
 def escaped(text: object) -> str:
-    """Text for Markdown: no HTML, no column ends."""
+    """Escapes HTML and column separators for Markdown."""
     return html.escape(str(text)).replace("|", "\\|")
 
 
 def print_table(rows: Sequence[Row], folder: Path | None = None) -> None:
-    """The main columns, on the terminal. folder: that the rows are of, where it is known."""
+    """Prints the main columns to the terminal. folder: the rows' folder, if known."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""A row's times, and how they were taken: with a key of their own, by which another device or flag takes them anew.
+"""A row's times and how they were taken; with another device or flag, a row is timed again.
 
 how = asked(settings, "float16")
 if not records.timed(row, how):
@@ -16,7 +16,7 @@ from stepdistill.evaluation.settings import Settings
 
 
 def asked(settings: Settings, dtype: str) -> dict[str, Any] | None:
-    """How times are to be taken; None where they are left out. Where nobody says how often, any number will do."""
+    """Returns how times are to be taken; None for no timing. Without a set number of repeats, any is accepted."""
     if settings.latency_repeats == 0:
         return None
     often = {} if settings.latency_repeats is None else {"repeats": settings.latency_repeats}
@@ -27,7 +27,7 @@ def asked(settings: Settings, dtype: str) -> dict[str, Any] | None:
 
 
 def take(sampler: Sampler, prompts: Sequence[str], steps: int, how: Mapping[str, Any], command: str) -> dict[str, Any]:
-    """The parts of a row that say how long a picture takes: of one alone, and of `how["batch"]` at a time."""
+    """Measures the times of a row: for one image per call, and for `how["batch"]` images per call."""
     often = {"repeats": how["repeats"]} if "repeats" in how else {"seconds": latency.SECONDS}
     options = {"steps": steps, "compiled": how["compiled"]} | often
     one = latency.measure(sampler, prompts, batch=1, **options)

@@ -1,4 +1,4 @@
-"""The metrics of every file here, by the names that protocols list them by, all fed by one pass over the pictures."""
+"""The metrics of every file here, by the names used in protocols, all computed from one pass over the images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stepdistill.evaluation.measures.base import Metric, View
 
 
 def _listed() -> dict[str, type[Metric]]:
-    """Every Metric with a name of its own, by it."""
+    """Returns every Metric that defines a name, by name."""
     files = sorted(file.name for file in pkgutil.iter_modules(__path__))
     held = [vars(importlib.import_module(f"{__name__}.{file}")) for file in files]
     kinds = [kind for module in held for kind in module.values() if isinstance(kind, type) and issubclass(kind, Metric)]

@@ -1,4 +1,4 @@
-"""Attribute accuracy: the share of what prompts name that probes find in the pictures; see `evaluation.attributes`."""
+"""Attribute accuracy: the share of what prompts name that probes find in the images; see `evaluation.attributes`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stepdistill.evaluation.measures.base import Metric, View
 
 
 class Attributes(Metric):
-    """`attribute_accuracy`, and `attribute:NAME` for each; -1 is kept of what a prompt leaves open."""
+    """`attribute_accuracy`, and `attribute:NAME` for each; -1 marks an attribute that the prompt does not name."""
 
     name, keeps, better = "attributes", "attributes", {"attribute_accuracy": "higher"}
 
@@ -31,9 +31,9 @@ class Attributes(Metric):
 
 
 def _share(judged: Tensor) -> Figure | None:
-    """Right answers over questions asked: a ratio of sums, whose influence is (right - share asked) / mean(asked).
+    """Correct answers over attributes asked: a ratio of sums, with influence (right - share asked) / mean(asked).
 
-    Pictures whose prompts ask nothing are not counted; those of one set of prompts are the same for every model.
+    Images whose prompts name no attribute are not counted; for one set of prompts they are the same for every model.
     """
     judged = judged[(judged >= 0).any(1)]
     if not len(judged):

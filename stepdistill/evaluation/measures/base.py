@@ -1,4 +1,4 @@
-"""What a metric is: it looks at pictures batch by batch, and gives figures in the end."""
+"""The interface of metrics: a metric sees images batch by batch and computes figures at the end."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class View:
-    """A batch of pictures and what the instruments see in them, each looked at once whatever number of metrics ask.
+    """A batch of images with their features and embeddings, each computed once however many metrics use it.
 
     Attributes:
-        pictures: (B, 3, H, W) uint8, number `first` and on of the set; in the protocol's frame, where it has one.
-        drawn: the same as they came.
+        pictures: (B, 3, H, W) uint8, from number `first` of the set on; in the protocol's frame, if it has one.
+        drawn: the same images without the frame.
     """
 
     tools: Instruments
@@ -38,23 +38,23 @@ class View:
 
     @property
     def prompts(self) -> Sequence[str]:
-        """B, what the pictures were drawn for."""
+        """The B prompts of the images."""
         return self.tools.prompts.prompts[self.first : self.first + len(self.pictures)]
 
     @cached_property
     def features(self) -> Tensor:
-        """(B, D) float32 of the extractor, on the CPU."""
+        """The extractor's features, (B, D) float32, on the CPU."""
         return self.tools.extractor(self.pictures).cpu()
 
     @cached_property
     def embedding(self) -> Tensor:
-        """(B, E) float32, unit length: CLIP's of the pictures."""
+        """CLIP's embeddings of the images, (B, E) float32, unit length."""
         clip = self.tools.clip
         return clip.images(self.pictures if clip.frame is None else self.drawn)
 
     @cached_property
     def text(self) -> Tensor:
-        """(B, E) float32, unit length: CLIP's of their prompts."""
+        """CLIP's embeddings of the prompts, (B, E) float32, unit length."""
         known = self.tools.texts  # prompts are the same in every cell
         key = self.first, len(self.pictures)
         if key not in known:
@@ -63,16 +63,16 @@ class View:
 
 
 class Metric(ABC):
-    """One metric of one cell. A metric more is a file here, and a test.
+    """One metric of one cell. To add a metric, add a file here and a test.
 
     Attributes:
-        name: as protocols list it. keeps: the name of what it keeps of each picture; metrics of the same share it.
+        name: as protocols list it. keeps: the name of what it keeps of each image, shared by metrics with the same.
         better: "lower" or "higher", by figure.
-        revision: of what its figures mean; one above 1 goes into the protocol's hash.
-        least: pictures it needs. per_feature: pictures it needs for each of the extractor's features; with fewer its
-            figures are left out. needs: what it asks of the real pictures: attributes of `real.RealPictures`.
-        each: pictures of a prompt, 1 of the pass over the protocol's own; a metric of more has pictures drawn for
-            itself, each with a seed of its own, for the first `prompts` prompts, and sees those of one prompt in a row.
+        revision: of its figures' definition; above 1 it goes into the protocol's hash.
+        least: minimum number of images. per_feature: minimum number of images per feature of the extractor; below it
+            the figures are omitted. needs: what it needs of the real images: attributes of `real.RealPictures`.
+        each: images per prompt, 1 for the pass over the protocol's own images. A metric with more has images generated
+            for the first `prompts` prompts, each with its own seed, and sees those of a prompt consecutively.
     """
 
     name: ClassVar[str]
@@ -87,24 +87,24 @@ class Metric(ABC):
 
     @classmethod
     def prepare(cls, device: torch.device | str) -> dict[str, str]:
-        """Loads what it needs besides the instruments; gives the hashes of it by name, for the protocol's own.
+        """Loads what it needs besides the instruments; returns its hashes by name, for the protocol's hash.
 
         Raises:
-            InputError: that cannot be had.
+            InputError: something is not available.
         """
         return {}
 
     @classmethod
     def fits(cls, tools: Instruments) -> bool:
-        """Whether the instruments have what it needs; where not, its figures are left out."""
+        """Whether the instruments have what it needs; if not, its figures are omitted."""
         return tools.real is not None or not cls.needs
 
     @staticmethod
     @abstractmethod
     def see(view: View) -> Tensor:
-        """What is kept of a batch, (B, ...). It depends on each picture alone, so that processes can share the work."""
+        """Returns what is kept of a batch, (B, ...), computed image by image so that processes can share the work."""
 
     @staticmethod
     @abstractmethod
     def figures(kept: Tensor, tools: Instruments) -> dict[str, Figure]:
-        """Figures by name, from what was kept of all pictures, (N, ...) in order."""
+        """Computes figures by name from what was kept of all images, (N, ...) in order."""

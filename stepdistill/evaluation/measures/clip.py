@@ -1,4 +1,4 @@
-"""CLIP score: how well pictures fit their prompts (Hessel et al. 2021)."""
+"""CLIP score: how well images match their prompts (Hessel et al. 2021)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stepdistill.evaluation.measures.base import Metric, View
 
 
 class ClipScore(Metric):
-    """`clip_score`: the mean of 100 max(cos, 0), or of the protocol's scale in place of 100."""
+    """`clip_score`: the mean of 100 max(cos, 0), or with the protocol's scale instead of 100."""
 
     name, keeps, better = "clip", "clip_scores", {"clip_score": "higher"}
 

@@ -1,6 +1,6 @@
-"""CMMD: the kernel distance of CLIP's embeddings of pictures and of real ones (Jayasumana et al. 2024).
+"""CMMD: the kernel distance between CLIP's embeddings of generated and real images (Jayasumana et al. 2024).
 
-The papers' is CLIP ViT-L/14 at 336 pixels; here it is the protocol's own scorer, under whose name it is reported.
+The paper uses CLIP ViT-L/14 at 336 pixels; here it is the protocol's scorer, under whose name it is reported.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from stepdistill.evaluation.kernel import gaussian, mmd_figure, within
 from stepdistill.evaluation.measures.base import Metric, View
 from stepdistill.evaluation.real import RealPictures
 
-SCALE = 1000.0  # the authors' own
+SCALE = 1000.0  # the authors'
 
 
 class Cmmd(Metric):
-    """`cmmd`, without bias as in the paper's eq. 4; the authors' code counts each picture as its own neighbour too,
+    """`cmmd`, unbiased as in the paper's eq. 4; the authors' code also includes the pairs of each image with itself,
     which adds about SCALE (1 - E k) (1 / n + 1 / m)."""
 
     name, keeps, better, needs, revision = "cmmd", "embeddings", {"cmmd": "lower"}, ("embeddings",), 2

@@ -1,9 +1,9 @@
-"""Are pictures copies of training pictures? The share that stands out as much nearer to one than to the next ones.
+"""Copies of training images: the share of images that are much nearer to one training image than to the next ones.
 
-A picture's distance to its nearest training picture is taken over the mean distance to its 50 nearest (Carlini et al.
-2023, equation 1), in pixels at 32 x 32: by the distance alone a blurred picture, near to everything, would pass for a
-copy. One training picture in a hundred is as near to another by that measure as some bound; of the pictures of a model
-that copies nothing, one in a hundred is to be expected within it.
+An image's distance to its nearest training image is divided by the mean distance to its 50 nearest (Carlini et al.
+2023, equation 1), in pixels at 32 x 32: by distance alone a blurred image, near to everything, would count as a copy.
+The threshold is the nearness within which one training image in a hundred has another; a model that copies nothing is
+expected to have one image in a hundred within it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from stepdistill.evaluation.kernel import blocks
 from stepdistill.evaluation.measures.base import Metric, View
 from stepdistill.evaluation.real import RealPictures, small
 
-SHARE = 0.01  # of the training pictures
+SHARE = 0.01  # of the training images
 NEIGHBOURS = 50
 
 
 class Copies(Metric):
-    """`copies`: 0.01 is what is to be expected, 1 a model that learnt by heart."""
+    """`copies`: 0.01 is expected without copying, 1 means that all images are memorised."""
 
     name, keeps, better, needs = "copies", "pixels", {"copies": "lower"}, ("pixels",)
 
@@ -38,15 +38,15 @@ class Copies(Metric):
 
 
 def threshold(real: RealPictures) -> float:
-    """The nearness within which SHARE of the real pictures have another one."""
+    """Returns the nearness within which SHARE of the real images have another one."""
     what = f"nearness-1 {real.count}"
     found = real.kept("nearness", what, lambda: nearness(real.pixels, real.pixels, but_itself=True))
     return found.sort().values[max(math.ceil(SHARE * len(found)), 1) - 1].item()
 
 
 def nearness(x: Tensor, y: Tensor, *, but_itself: bool = False) -> Tensor:
-    """(N,) distance of each row of x (N, D) uint8 to the nearest of y (M, D) uint8, over the mean of that to the 50
-    nearest; 0 of a copy, exactly.
+    """Computes the distance of each row of x (N, D) uint8 to the nearest row of y (M, D) uint8, divided by the mean
+    distance to the 50 nearest, (N,); exactly 0 for a copy.
 
     Args:
         but_itself: x is y, and no row counts as its own neighbour.
@@ -54,7 +54,7 @@ def nearness(x: Tensor, y: Tensor, *, but_itself: bool = False) -> Tensor:
     x_f, y_f = x.float() - 128, y.float() - 128
     lengths, found = y_f.square().sum(1), []
     for rows in blocks(x, len(y)):
-        order = torch.addmm(lengths, x_f[rows], y_f.T, alpha=-2)  # the distance squared, less |x|^2
+        order = torch.addmm(lengths, x_f[rows], y_f.T, alpha=-2)  # squared distance minus |x|^2
         if but_itself:
             order[torch.arange(len(order)), torch.arange(rows.start, rows.stop)] = torch.inf
         near = order.topk(min(NEIGHBOURS, len(y) - but_itself), largest=False)

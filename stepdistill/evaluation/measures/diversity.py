@@ -1,4 +1,4 @@
-"""How unlike are the pictures that a model draws for one prompt? A distilled model may always draw the same one."""
+"""Diversity of the images of one prompt: a distilled model may always generate the same one."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from stepdistill.evaluation import hashes
 from stepdistill.evaluation.figures import Figure
 from stepdistill.evaluation.measures.base import Metric, View
 
-TRUNK = "alexnet-owt-7be5be79.pth"  # torchvision's AlexNet, in torch.hub's folder; LPIPS' own few weights come along
-Distance = Callable[[Tensor, Tensor], Tensor]  # of two batches, pair by pair: (B, ...), (B, ...) -> (B,)
+TRUNK = "alexnet-owt-7be5be79.pth"  # torchvision's AlexNet, in torch.hub's folder; torchmetrics has LPIPS's few weights
+Distance = Callable[[Tensor, Tensor], Tensor]  # of two batches, pairwise: (B, ...), (B, ...) -> (B,)
 
 
 class Diversity(Metric):
-    """`diversity_lpips` where the trunk of LPIPS (Zhang et al. 2018) is on the disk, else `diversity_features`, the
-    cosine distance of the extractor's features: each under its own name."""
+    """`diversity_lpips` if the trunk of LPIPS (Zhang et al. 2018) is on disk, else `diversity_features`, the cosine
+    distance of the extractor's features."""
 
     name, keeps, each, prompts = "diversity", "groups", 4, 64
     better = dict.fromkeys(("diversity_lpips", "diversity_features"), "higher")
@@ -43,13 +43,13 @@ class Diversity(Metric):
 
 
 def diversity_figure(groups: Tensor, distance: Distance) -> Figure:
-    """The mean over prompts of the mean distance between two pictures of a prompt.
+    """Computes the mean over prompts of the mean distance between two images of a prompt.
 
     Args:
-        groups: (prompts, each, ...), what was kept of each picture.
+        groups: (prompts, each, ...), what was kept of each image.
 
     Raises:
-        InputError: fewer than two pictures a prompt.
+        InputError: fewer than two images per prompt.
     """
     if groups.shape[1] < 2:
         raise InputError(f"diversity: got {groups.shape[1]} pictures a prompt; allowed: 2 or more")
@@ -58,12 +58,12 @@ def diversity_figure(groups: Tensor, distance: Distance) -> Figure:
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """1 - cos of features (B, D)."""
+    """Computes 1 - cos of features (B, D), pairwise."""
     return 1 - torch.cosine_similarity(a.double(), b.double())
 
 
 def lpips(net: nn.Module, batch: int = 64) -> Distance:
-    """LPIPS of pictures (B, 3, H, W) uint8 by torchmetrics' network."""
+    """Returns LPIPS with torchmetrics' network, for images (B, 3, H, W) uint8."""
     device = next(net.parameters()).device
 
     @torch.inference_mode()
@@ -76,7 +76,7 @@ def lpips(net: nn.Module, batch: int = 64) -> Distance:
 
 
 def trunk() -> bool:
-    """Whether LPIPS' trunk is on the disk."""
+    """Whether LPIPS's trunk is on disk."""
     return (Path(torch.hub.get_dir()) / "checkpoints" / TRUNK).is_file()
 
 

@@ -1,4 +1,4 @@
-"""The Frechet distance that endlessly many pictures would have (Chong and Forsyth 2020)."""
+"""The Frechet distance in the limit of infinitely many images (Chong and Forsyth 2020)."""
 
 from __future__ import annotations
 

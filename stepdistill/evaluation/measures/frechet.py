@@ -1,4 +1,4 @@
-"""The Frechet distance of features to those of real pictures; FID where they are Inception's."""
+"""The Frechet distance between features of generated and real images; FID if they are Inception's."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ class FrechetDistance(Metric):
 
 @lru_cache(maxsize=1)
 def whole(kept: Tensor, reference: Moments) -> Figure:
-    """The distance, which `fd_inf` starts from too."""
+    """Computes the distance; cached because `fd_inf` starts from it too."""
     return frechet_figure(kept, reference)

@@ -1,4 +1,4 @@
-"""The kernel distance of features to those of real pictures; KID where they are Inception's (Binkowski et al. 2018)."""
+"""The kernel distance between features of generated and real images; KID (Binkowski et al. 2018) if Inception's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stepdistill.evaluation.real import RealPictures
 
 
 class KernelDistance(Metric):
-    """`kid`: of all pictures at once, where the tools take the mean of 100 random subsets of 1,000."""
+    """`kid`: over all images at once, whereas other tools average 100 random subsets of 1,000."""
 
     name, keeps, better, needs, revision = "kid", "features", {"kid": "lower"}, ("features",), 2
 

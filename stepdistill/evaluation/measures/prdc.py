@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage of features among those of real pictures; see `evaluation.manifold`."""
+"""Precision, recall, density and coverage of features relative to those of real images; see `evaluation.manifold`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What people would prefer, as models of it guess: PickScore, HPSv2, ImageReward.
+"""Human preference as predicted by models: PickScore, HPSv2, ImageReward.
 
-A protocol lists them by name. PickScore comes through transformers, from the hub or from the folder that
-STEPDISTILL_PICKSCORE names; the others through packages of their own, which are not installed along.
+A protocol lists them by name. PickScore is loaded through transformers, from the hub or from the folder that
+STEPDISTILL_PICKSCORE names; the others need their own packages, which are not installed with this one.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from stepdistill.evaluation.figures import Figure
 from stepdistill.evaluation.measures.base import Metric, View
 from stepdistill.files import sha256
 
-Score = Callable[[Sequence[Image.Image], Sequence[str]], Tensor]  # pictures, their prompts -> (B,)
+Score = Callable[[Sequence[Image.Image], Sequence[str]], Tensor]  # images, their prompts -> (B,)
 HPSV2, HPSV2_VERSION = "xswu/HPSv2", "v2.1"
 PICKSCORE, PICKSCORE_PLACE = "yuvalkirstain/PickScore_v1", "STEPDISTILL_PICKSCORE"
 
 
 class Preference(Metric):
-    """The mean score of pictures for their prompts. One more is a subclass with `load`."""
+    """The mean score of images for their prompts. To add a model, subclass with `load`."""
 
-    load: ClassVar[Callable[[str], tuple[Score, str]]]  # device -> the scorer, and what fixes it
+    load: ClassVar[Callable[[str], tuple[Score, str]]]  # device -> the scorer, and a hash of its weights
 
     @classmethod
     def prepare(cls, device: torch.device | str) -> dict[str, str]:
@@ -69,7 +69,7 @@ class PickScore(Preference):
         try:
             model = CLIPModel.from_pretrained(source, use_safetensors=True).eval().to(device)
             processor = CLIPProcessor.from_pretrained(source)
-        except Exception as error:  # the hub, files and configurations each raise their own kinds
+        except Exception as error:  # the hub, files and configurations each raise their own types
             reason = " ".join(str(error).split())[:160]
             raise InputError(
                 f"pickscore: got {source}, which could not be loaded ({reason}); check the network, or name a folder "
@@ -100,7 +100,7 @@ class Hpsv2(Preference):
         from huggingface_hub import hf_hub_download
 
         try:
-            file = hf_hub_download(HPSV2, hps_version_map[HPSV2_VERSION])  # where the package has them from
+            file = hf_hub_download(HPSV2, hps_version_map[HPSV2_VERSION])  # the package's own source
         except Exception as error:  # offline, gated, no such file
             reason = " ".join(str(error).split())[:160]
             raise InputError(

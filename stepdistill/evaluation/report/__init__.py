@@ -1,4 +1,4 @@
-"""From a benchmark's folder to report.md and one self-contained report.html: tables, curves, pictures side by side.
+"""Builds report.md and one self-contained report.html from a benchmark's folder: tables, curves, images side by side.
 
 write_report("out/bench")       # or: stepdistill report out/bench
 """

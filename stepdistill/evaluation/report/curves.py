@@ -13,7 +13,7 @@ from stepdistill.evaluation.report.verdicts import Gain, beside
 from stepdistill.evaluation.summary import label, percent
 
 Make = Callable[[], Any]  # draws a matplotlib figure
-APART = 1.5  # times a student trained as long as another at least, where their times are an axis
+APART = 1.5  # plot FD by training time only if the longest is at least this multiple of the shortest
 LOGARITHMIC = ("fd", "fd_inf")
 TITLES = {"clip_score": "CLIP score", "attribute_accuracy": "Attribute accuracy"}
 BY_LATENCY = "FD by latency"
@@ -24,7 +24,7 @@ class Model:
     """A model of the page.
 
     Attributes:
-        number: among them, which its mark goes by. colour: the number of its CSS variable; 0 is of floors.
+        number: its index on the page, which determines colour and mark.
     """
 
     name: str
@@ -32,23 +32,23 @@ class Model:
 
     @property
     def colour(self) -> int:
-        """From 1."""
+        """The number of its CSS variable, from 1; 0 is for floors."""
         return self.number % plots.SERIES + 1
 
     @property
     def mark(self) -> str:
-        """The class of its mark in legends and tables."""
+        """The CSS class of its mark in legends and tables."""
         return f"m{self.number // plots.SERIES % len(plots.MARKS)}"
 
 
 def models_of(found: Sequence[Cell]) -> list[Model]:
-    """The models in order of appearance, floors left out."""
+    """Returns the models in order of appearance, without floors."""
     names = dict.fromkeys(cell.model for cell in found if cell.steps > 0)
     return [Model(name, number) for number, name in enumerate(names)]
 
 
 def curves(found: Sequence[Cell]) -> dict[str, Make]:
-    """title -> what draws it; only what was measured. The main figures first, then the others."""
+    """Returns title -> function that draws the plot, for all measured figures, the main ones first."""
     made: dict[str, Make] = {}
     for name in names(found):
         if not _lines(found, name, "steps"):
@@ -66,12 +66,12 @@ def curves(found: Sequence[Cell]) -> dict[str, Make]:
 
 
 def main_curves() -> set[str]:
-    """The titles of the curves that are shown at once."""
+    """Returns the titles of the curves shown outside the expandable section."""
     return {f"{label(name)} by steps" for name in MAIN} | {BY_LATENCY}
 
 
 def cost_curves(found: Sequence[Cell], gained: Sequence[Gain]) -> dict[str, Make]:
-    """The distance by time of training, where students took unlike times, and the gaps that are left to the teacher."""
+    """Returns FD by training time, if students' training times differ enough, and the remaining gaps to the teacher."""
     made: dict[str, Make] = {}
     students = [cell for cell in found if cell.train_seconds and cell.method != "teacher"]
     seconds = [cell.train_seconds for cell in students]
@@ -103,7 +103,7 @@ def _gaps(found: Sequence[Cell], gained: Sequence[Gain]) -> list[Curve]:
 def _lines(
     found: Sequence[Cell], name: str, x: str, of: Sequence[Cell] | None = None, *, interval: bool = False
 ) -> list[Curve]:
-    """A curve a model. of: all cells of the page, which the models' colours go by, where `found` is some of them."""
+    """Returns one curve per model. of: all cells of the page, which fix the models' colours, if `found` is a subset."""
     places = {"steps": lambda c: c.steps, "latency": lambda c: c.latency, "minutes": lambda c: c.train_seconds / 60,
               "hours": lambda c: c.train_seconds / 3600}  # fmt: skip
     lines = []
@@ -133,7 +133,7 @@ def _axis(found: Sequence[Cell], name: str, by: str, better: str | None = None) 
 
 
 def _n(found: Sequence[Cell], name: str) -> str:
-    """How many units a figure is of, in words."""
+    """Describes the number of units that a figure is over."""
     own = next((cell.figures[name] for cell in found if name in cell.figures), None)
     if own is None or own.n is None:
         return ""

@@ -1,6 +1,6 @@
-"""A matplotlib figure as inline SVG whose colours follow the page's light or dark mode, or as a PNG file.
+"""Renders a matplotlib figure as inline SVG whose colours follow the page's light or dark mode, or as a PNG file.
 
-matplotlib draws in placeholder colours; in the SVG each is replaced by a CSS variable of the page.
+Figures use placeholder colours; in the SVG each is replaced by a CSS variable of the page.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ INK, MUTE, LINE = list(COLOURS)[:3]
 
 
 def svg(figure, label: str) -> str:
-    """A figure as inline SVG: scales with its box, coloured by the page, with a label for screen readers."""
+    """Returns a figure as inline SVG that scales with its box, is coloured by the page, and has an ARIA label."""
     import matplotlib
 
     target = io.StringIO()
@@ -46,7 +46,7 @@ def svg(figure, label: str) -> str:
         for child in list(parent):
             if child.tag.rpartition("}")[2] in ("metadata", "style"):
                 parent.remove(child)
-    stem = f"p{hashlib.sha256(label.encode()).hexdigest()[:8]}-"  # ids of several figures stand in one page
+    stem = f"p{hashlib.sha256(label.encode()).hexdigest()[:8]}-"  # keeps ids unique among the figures of a page
     for part in root.iter():
         part.tag = part.tag.rpartition("}")[2]
         told = {name.rpartition("}")[2]: value for name, value in part.attrib.items()}
@@ -59,7 +59,7 @@ def svg(figure, label: str) -> str:
 
 
 def _of_page(name: str, value: str, stem: str) -> str:
-    """An attribute as the page has it: its font, its colours, and ids that no other figure has."""
+    """Adapts an attribute to the page: its font, its colours, and unique ids."""
     if name == "id":
         return stem + value
     if name == "href" and value.startswith("#"):
@@ -72,15 +72,15 @@ def _of_page(name: str, value: str, stem: str) -> str:
 
 
 def png(make: Callable[[], object], file: Path) -> None:
-    """A figure as a PNG file on white, with its legend."""
+    """Writes a figure with its legend to a PNG file, on white."""
     from matplotlib.colors import to_hex
     from matplotlib.patheffects import withStroke
 
     figure = make()
-    for text in figure.axes[0].texts:  # a page does it by its style
+    for text in figure.axes[0].texts:  # the page's CSS does the same
         text.set_path_effects([withStroke(linewidth=2, foreground="white")])
     entries = list(zip(*figure.axes[0].get_legend_handles_labels(), strict=True))
-    by_row = [entry for column in range(COLUMNS) for entry in entries[column::COLUMNS]]  # it is filled by columns
+    by_row = [entry for column in range(COLUMNS) for entry in entries[column::COLUMNS]]  # matplotlib fills columns
     look = {"loc": "outside lower center", "ncols": COLUMNS, "frameon": False, "fontsize": 8.5}
     legend = figure.legend(*zip(*by_row, strict=True), **look)
     for text in legend.get_texts():
@@ -102,7 +102,7 @@ def png(make: Callable[[], object], file: Path) -> None:
 
 @contextmanager
 def _any_character() -> Iterator[None]:
-    """Names may hold what matplotlib's font has not; a page's reader has other fonts, a PNG shows a box."""
+    """Ignores characters missing from matplotlib's font: a browser has other fonts, a PNG shows a box."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
         yield

@@ -1,4 +1,4 @@
-"""Names and numbers in a plot, each put where it covers the fewest points and other labels.
+"""Places names and numbers in a plot where they cover the fewest points and other labels.
 
 room = Room(axes, points, levels)
 room.number(x, y, "4", colour)
@@ -19,7 +19,7 @@ Box = tuple[float, float, float, float]  # left, bottom, right, top, in points
 
 
 class Room:
-    """What is taken of a plot whose limits are final."""
+    """Places labels in a plot whose axis limits are final, and tracks the occupied areas."""
 
     def __init__(self, axes, points: Sequence[tuple[float, float]], levels: Sequence[float] = ()) -> None:
         axes.figure.draw_without_rendering()  # lays the axes out
@@ -32,7 +32,7 @@ class Room:
         self.taken += [(self.left, y - 0.5, self.right, y + 0.5) for y in heights]
 
     def number(self, x: float, y: float, text: str, colour: str) -> None:
-        """A point's label, beside it."""
+        """Writes a point's label next to it."""
         at, width = self._place(x, y), _width(text)
         boxes = [_beside(at, dx, dy, width) for dx, dy in AROUND]
         best = min(range(len(boxes)), key=lambda i: (self._covered(boxes[i]), i))
@@ -42,11 +42,11 @@ class Room:
         self._write(text, (x, y), "data", middle, colour, ha="center", va="center")
 
     def level(self, y: float, text: str) -> None:
-        """A horizontal line's name, above or below it, at its left or right end."""
+        """Writes a horizontal line's name above or below it, at its left or right end."""
         text = shortened(text)
         width, at = _width(text), self._place(self.axes.get_xlim()[0], y)[1]
         ends = [(x, side, up) for up in (3, -3 - SIZE) for x, side in ((self.right, 1), (self.left, 0))]
-        boxes = [  # from the line on, so that no other line is between it and its name
+        boxes = [  # each box includes the line, so that no other line lies between it and its name
             (x - width * side, min(at + up, at + 1), x + width * (1 - side), max(at + up + SIZE, at - 1))
             for x, side, up in ends
         ]
@@ -67,18 +67,18 @@ class Room:
         return across * self.scale, up * self.scale
 
     def _covered(self, box: Box) -> float:
-        """How much of what is taken a box would cover, and how far it would stick out."""
+        """Returns the occupied area that a box would cover, plus a penalty for extending beyond the axes."""
         out = max(0.0, self.left - box[0]) + max(0.0, box[2] - self.right)
         return sum(_overlap(box, other) for other in self.taken) + SIZE * out
 
 
 def shortened(name: str) -> str:
-    """A name that a plot has room for."""
+    """Truncates a name to the length that fits into a plot."""
     return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
 
 
 def _beside(at: tuple[float, float], dx: float, dy: float, width: float) -> Box:
-    """A label's box at an offset from a point: on the side that the offset leads to."""
+    """Returns a label's box at an offset from a point, on the side that the offset points to."""
     left = at[0] + dx - width * (0.0 if dx > 0 else 1.0 if dx < 0 else 0.5)
     bottom = at[1] + dy - SIZE * (0.0 if dy > 0 else 1.0 if dy < 0 else 0.5)
     return left, bottom, left + width, bottom + SIZE

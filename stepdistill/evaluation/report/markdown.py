@@ -1,4 +1,4 @@
-"""report.md: what report.html says, for a repository's page."""
+"""report.md: the contents of report.html, for a repository's page."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def markdown(
     title: str, told: str, rows: Sequence[Row], found: Sequence[Cell], said: Sequence[dict[str, Any]],
     more: Sequence[Table], prompts: Sequence[str], images: Sequence[str], folder: Path,
 ) -> str:  # fmt: skip
-    """The page, as text.
+    """Returns the page as text.
 
     Args:
-        told: what the figures are of. said: the verdicts. more: tables after the main one. images: the plots that
-            there are. folder: where they and the grids are.
+        told: protocol, n and seeds in a line. said: the verdicts. more: tables after the main one. images: files of the
+            existing plots. folder: where they and the grids are.
     """
     first = rows[0]
     facts = [f"Protocol {escaped(told)}, hash `{escaped(first['protocol_hash'])}`"]
@@ -52,12 +52,12 @@ def markdown(
 
 
 def _alt(text: str) -> str:
-    """Text for between brackets."""
+    """Escapes text for use between square brackets."""
     return escaped(text.replace("\\", "\\\\")).replace("[", "\\[").replace("]", "\\]")
 
 
 def _table(table: Table) -> str:
-    """A table whose intervals stand behind the figures in brackets."""
+    """Formats a table, with intervals in brackets after the figures."""
     heads = [f"{escaped(head.name)}{f' ({escaped(head.note)})' if head.note else ''}" for head in table.heads]
     lines = ["| model | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
     for cell, values in table.lines:

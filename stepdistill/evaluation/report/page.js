@@ -1,6 +1,6 @@
 "use strict";
 
-// Columns sort by a click on their name, or Enter: best first, then worst first, then as they were.
+// Clicking a column's name, or Enter, sorts by it: best first, then worst first, then in the original order.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0], original = [...body.rows];
   [...table.tHead.rows[0].cells].forEach((head, column) => {
@@ -26,7 +26,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
-// The comparer shows one picture of two strips, the right one over the left one up to the slider.
+// The comparer shows one image of two strips, the right one over the left one up to the slider.
 const section = document.getElementById("comparer");
 if (section) {
   const strips = [...document.querySelectorAll(".strip")].map(strip => ({
@@ -92,7 +92,7 @@ if (section) {
     [left.value, right.value] = [right.value, left.value];
     show();
   });
-  // A picture of the grids, clicked, comes up on the right.
+  // Clicking an image in the grids shows it on the right.
   strips.forEach((strip, index) => strip.images.forEach((image, at) => image.addEventListener("click", () => {
     picture = at;
     right.value = index;

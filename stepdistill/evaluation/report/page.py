@@ -1,4 +1,4 @@
-"""report.html: one file that asks for nothing from outside, with its script's hash in its content security policy."""
+"""report.html: one file that loads nothing from outside, with its script's hash in its content security policy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_report(folder: str | Path, *, title: str | None = None) -> Path:
     """Writes report.md, its PNG plots and report.html into the folder.
 
     Args:
-        title: of the page; by what was measured where not given.
+        title: of the page; by default derived from what was measured.
 
     Returns:
         The path of report.html.
@@ -90,7 +90,7 @@ def _svgs(makes: Mapping[str, Make]) -> list[str]:
 
 
 def _all(rows: Sequence[Row], name: str) -> list[Any]:
-    """The values of a field, each once, in order."""
+    """Returns the distinct values of a field, in order."""
     return list(dict.fromkeys(row[name] for row in rows if row.get(name) is not None))
 
 
@@ -100,14 +100,14 @@ def _seeds(rows: Sequence[Row]) -> str:
 
 
 def _told(rows: Sequence[Row]) -> str:
-    """What the figures are of, in a line for captions."""
+    """Returns protocol, n and seeds in a line for captions."""
     first = rows[0]
     n = f"n = {first['n']:,} a cell" if first.get("n") else ""
     return ", ".join(filter(None, (first.get("protocol"), n, _seeds(rows))))
 
 
 def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """(name, value) of what all rows have, for the head of the page."""
+    """Returns (name, value) pairs common to all rows, for the head of the page."""
     first = rows[0]
     content = (first.get("settings") or {}).get("content") or {}
     name, _, seeds = _seeds(rows).partition(" ")

@@ -1,4 +1,4 @@
-"""The report's curves, drawn by matplotlib. Each model has one colour, and one mark, in all of them."""
+"""The report's curves, drawn with matplotlib. A model has the same colour and mark in all of them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from stepdistill.evaluation.report.inline import INK, LINE, MUTE, SERIES
 from stepdistill.evaluation.report.labels import Room, shortened
 
 MARKS = "os^D"  # of the first eight models, of the next eight, and so on
-Level = tuple[str, float]  # a name and a y that is no model's
+Level = tuple[str, float]  # name and y of a horizontal reference line
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measured cell of a curve: x, y, the interval of y (or None), and how many steps it took."""
+    """One measured cell of a curve: x, y, the interval of y (or None), and the step count."""
 
     x: float
     y: float
@@ -25,7 +25,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """A model's points, and its number among the page's models, which its colour and mark go by."""
+    """A model's points, and its index among the page's models, which determines colour and mark."""
 
     name: str
     points: Sequence[Point]
@@ -33,21 +33,21 @@ class Curve:
 
     @property
     def colour(self) -> str:
-        """The placeholder of it."""
+        """The placeholder of its colour."""
         return f"#a0000{self.number % SERIES + 1}"
 
     @property
     def mark(self) -> str:
-        """matplotlib's letter of it."""
+        """matplotlib's letter for its mark."""
         return MARKS[self.number // SERIES % len(MARKS)]
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What is on the y axis.
+    """The y axis.
 
     Attributes:
-        title: of the plot. note: what is said under it. log: whether it is logarithmic where all of it is above 0.
+        title: of the plot. note: the line below the title. log: whether it is logarithmic if all values are above 0.
         percent: whether it is a share.
     """
 
@@ -58,7 +58,7 @@ class Axis:
 
 
 def quality_by_steps(curves: Sequence[Curve], axis: Axis, levels: Sequence[Level]):
-    """A figure of a quality against the number of steps."""
+    """Returns a figure of quality against step count."""
     figure, axes = _figure(axis)
     log = axis.log and _positive(curves, levels)
     for curve in curves:
@@ -73,7 +73,7 @@ def quality_by_steps(curves: Sequence[Curve], axis: Axis, levels: Sequence[Level
 
 
 def quality_by_cost(curves: Sequence[Curve], axis: Axis, levels: Sequence[Level], cost: str, *, front: bool):
-    """A figure of a distance against what it costs. front: mark the cells that no other beats in both."""
+    """Returns a figure of distance against cost. front: mark the Pareto front, the cells that none beats in both."""
     figure, axes = _figure(axis)
     log = axis.log and _positive(curves, levels)
     for curve in curves:
@@ -93,7 +93,7 @@ def quality_by_cost(curves: Sequence[Curve], axis: Axis, levels: Sequence[Level]
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that none beats in both (lower is better), by rising x."""
+    """Returns the points that none beats in both coordinates (lower is better), by increasing x."""
     front: list[tuple[float, float]] = []
     for x, y in sorted(set(points)):
         if not front or y < front[-1][1]:
@@ -102,7 +102,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _positive(curves: Sequence[Curve], levels: Sequence[Level]) -> bool:
-    """Whether a logarithmic axis has room for all of it: an unbiased distance may be below 0."""
+    """Whether all values fit a logarithmic axis: an unbiased distance may be below 0."""
     return all(y > 0 for y in [p.y for c in curves for p in c.points] + [y for _, y in levels])
 
 
@@ -129,21 +129,21 @@ def _figure(axis: Axis):
 
 
 def _draw(axes, curve: Curve, *, line: float = 1.0, log: bool = False, band: float = 0.0) -> None:
-    """A curve with its marks. line, band: how opaque they are."""
+    """Draws a curve with its marks. line, band: their opacity."""
     points = sorted(curve.points, key=lambda p: p.x)
     x, y = [p.x for p in points], [p.y for p in points]
     if band and points and all(p.low is not None and p.high is not None for p in points):
-        low = [max(p.low, p.y / 4) if log else p.low for p in points]  # a logarithmic axis has no room for 0
+        low = [max(p.low, p.y / 4) if log else p.low for p in points]  # a logarithmic axis cannot show 0
         axes.fill_between(x, low, [p.high for p in points], color=curve.colour, alpha=band, linewidth=0)
     axes.plot(x, y, color=curve.colour, linewidth=2.2 * max(line, 0.5), alpha=line, solid_capstyle="round", zorder=2)
-    name = "\N{ZERO WIDTH SPACE}" * curve.name.startswith("_") + shortened(curve.name)  # _ would hide from the legend
+    name = "\N{ZERO WIDTH SPACE}" * curve.name.startswith("_") + shortened(curve.name)  # the legend skips names with _
     axes.plot(x, y, color=curve.colour, linestyle="", marker=curve.mark, markersize=5.5, zorder=3, label=name)
 
 
 def _finish(
     axes, curves: Sequence[Curve], levels: Sequence[Level], axis: Axis, log: bool, *, numbered: bool = False
 ) -> None:
-    """Scales, levels and labels, once all points are there."""
+    """Sets scales and draws levels and labels, once all points are drawn."""
     from matplotlib.ticker import FuncFormatter
 
     for _, y in levels:
@@ -164,7 +164,7 @@ def _finish(
 
 
 def _plain(axis, low: float, high: float) -> None:
-    """Few, plain numbers on a logarithmic axis: more of them where it is short."""
+    """Puts a few plain numbers on a logarithmic axis, more of them if its range is short."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     subs = (1, 2, 5) if high > 6 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)

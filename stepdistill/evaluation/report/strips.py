@@ -1,4 +1,4 @@
-"""A cell's pictures for the page: each by itself, so that a browser can lay them out, and any of them be compared."""
+"""A cell's images for the page, one by one, so that a browser can lay them out and compare any two."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from PIL import Image
 from stepdistill.evaluation.cells import Cell
 from stepdistill.evaluation.records import TILE, grid_name
 
-SHOWN = 16  # pictures of a cell that are in the page; grids/ has all
-SIDE = 1024  # pixels they have at most
+SHOWN = 16  # images of a cell on the page; grids/ has all
+SIDE = 1024  # their largest side in pixels
 
 
 @dataclass(frozen=True)
 class Strip:
-    """A cell's pictures.
+    """A cell's images.
 
     Attributes:
-        uris: the pictures themselves. ratio: of one, width by height. of: how many there are, with those not shown.
-        pixels: whether they are small pictures enlarged, which stay sharp at any size.
+        uris: the images as data URIs. ratio: width / height of one. of: number of images, including those not shown.
+        pixels: whether they are enlarged small images, to be scaled without smoothing.
     """
 
     model: str
@@ -38,7 +38,7 @@ class Strip:
 
 
 def prompts_of(folder: Path) -> list[str]:
-    """What the pictures were drawn for; empty where that was not kept."""
+    """Returns the prompts of the images; empty if they were not stored."""
     try:
         found = json.loads((folder / "grids" / "prompts.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -47,7 +47,7 @@ def prompts_of(folder: Path) -> list[str]:
 
 
 def strips_of(folder: Path, found: Sequence[Cell]) -> list[Strip]:
-    """The strips that are there, of each cell's first seed; by steps, as the page has them."""
+    """Returns the existing strips, of each cell's first seed, sorted by step count as on the page."""
     prompts, strips = prompts_of(folder), []
     for cell in found:
         file = folder / "grids" / grid_name(cell.rows[0])
@@ -55,13 +55,13 @@ def strips_of(folder: Path, found: Sequence[Cell]) -> list[Strip]:
             try:
                 with Image.open(file) as picture:
                     strips.append(_strip(cell, picture, len(prompts)))
-            except Exception as error:  # Pillow's decoders raise a dozen kinds; all mean the same
+            except Exception as error:  # Pillow's decoders raise many types; all mean the same
                 print(f"report: {file} cannot be shown ({str(error)[:80]})", file=sys.stderr)
     return sorted(strips, key=lambda strip: strip.steps)
 
 
 def chosen(strips: Sequence[Strip], said: Sequence[Mapping], models: Sequence[str]) -> tuple[int, int]:
-    """The two strips that are compared at first: the first model's longest, and the best student's headline."""
+    """Returns the two strips compared first: the first model's at its largest step count, and the best student's."""
     drawn = [i for i, strip in enumerate(strips) if strip.steps > 0]
     if not drawn:
         return 0, max(0, len(strips) - 1)
@@ -85,7 +85,7 @@ def _strip(cell: Cell, picture: Image.Image, prompts: int) -> Strip:
 
 
 def _count(picture: Image.Image, cell: Cell, prompts: int) -> int:
-    """Pictures in a strip: as it says; else, of those made before they said it, squares; else one a prompt."""
+    """Returns the number of images in a strip: as recorded in it; for older strips, squares, else one per prompt."""
     told = str(picture.info.get("pictures", ""))
     if told.isdecimal() and 0 < int(told) <= picture.width:
         return int(told)
@@ -95,7 +95,7 @@ def _count(picture: Image.Image, cell: Cell, prompts: int) -> int:
 
 
 def _uri(tile: Image.Image, small: bool) -> str:
-    """A picture as PNG, or as WebP where it is large, which photographs are as a rule."""
+    """Returns an image as a data URI: PNG if small, else WebP."""
     target = io.BytesIO()
     tile.thumbnail((SIDE, SIDE))
     if small:

@@ -17,12 +17,12 @@ FACTS = (
     "sigmas", "call", "n", "seed", "fd_extractor", "clip_model",
 )  # fmt: skip
 COSTS = ("batch", "channels_last", "dtype", "device", "train_seconds", "commit", "command")
-TIMES = ("latency_ms", "latency_ms_batch")  # of one picture, and of several at a time
+TIMES = ("latency_ms", "latency_ms_batch")  # for one image per call, and for several
 
 
 @dataclass(frozen=True)
 class Head:
-    """A column: its name, what is said under it, whether a high value is the better one, and whether it is text."""
+    """A column: its name, a note below it, whether higher is better, and whether it is text."""
 
     name: str
     note: str = ""
@@ -32,7 +32,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Value:
-    """What stands in a cell, what stands small beside it, and what it is sorted by; None is sorted last."""
+    """A table entry: its text, the small text next to it, and its sort key; None sorts last."""
 
     text: str
     small: str = ""
@@ -41,7 +41,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and, for each line, its cell and values."""
+    """Columns and, for each line, its benchmark cell and values."""
 
     title: str
     heads: list[Head]
@@ -49,7 +49,7 @@ class Table:
 
 
 def tables(found: Sequence[Cell]) -> list[Table]:
-    """Overview, every figure, single attributes, and latency: those that have something to show."""
+    """Returns the tables Overview, Every figure, Attributes and Latency, without empty ones."""
     made = [_overview(found), _everything(found), _attributes(found), _latency(found)]
     return [table for table in made if table.lines and len(table.heads) > 1]
 
@@ -76,7 +76,7 @@ def _everything(found: Sequence[Cell]) -> Table:
 
 
 def _attributes(found: Sequence[Cell]) -> Table:
-    """The share of right answers about each attribute, with the number of pictures of which it is asked."""
+    """Returns the accuracy for each attribute, with the number of images whose prompts name it."""
     asked = list(dict.fromkeys(name for cell in found for name in cell.figures if name.startswith(ATTRIBUTE)))
     return _of_figures("Attributes", asked, [cell for cell in found if any(name in cell.figures for name in asked)])
 
@@ -92,7 +92,7 @@ def _of_figures(title: str, shown: Sequence[str], found: Sequence[Cell]) -> Tabl
 
 
 def _latency(found: Sequence[Cell]) -> Table:
-    """A line for each way a cell was timed: one picture, and several at a time."""
+    """Returns one line per timing of a cell: one image per call, and several per call."""
     heads = [Head("steps"), Head("NFE"), Head("batch"), Head("ms", "median"), Head("ms", "p90"), Head("ms", "p99"),
              Head("ms", "first call"), Head("text"), Head("per step"), Head("decode"), Head("calls"),
              Head("peak MB", "of the pipeline"), Head("timed", text=True)]  # fmt: skip
@@ -112,21 +112,21 @@ def _latency(found: Sequence[Cell]) -> Table:
 
 
 def _filled(table: Table) -> Table:
-    """Without the columns in which nothing stands, as the memory of a pipeline on a CPU."""
+    """Drops empty columns, such as a pipeline's memory on a CPU."""
     kept = [i for i in range(len(table.heads)) if any(values[i].text != "–" for _, values in table.lines)]
     lines = [(cell, [values[i] for i in kept]) for cell, values in table.lines]
     return Table(table.title, [table.heads[i] for i in kept], lines)
 
 
 def _how(cell: Cell, *, device: bool) -> str:
-    """How a cell was timed, in words."""
+    """Describes how a cell was timed."""
     how = cell.timing or {"dtype": cell.dtype, "compiled": cell.latency_ms.get("compiled")}
     said = [how["dtype"], "compiled" * bool(how["compiled"]), "channels last" * bool(how.get("channels_last"))]
     return ", ".join(filter(None, [*said, _device(cell) if device else ""]))
 
 
 def machines(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """("on", device) of all that pictures were drawn on, and ("timed on", device) where they were timed elsewhere."""
+    """Returns ("on", device) for devices that generated images, and ("timed on", device) if timed on others."""
     drawn = dict.fromkeys(row["device"] for row in rows if row.get("device"))
     timed = dict.fromkeys(how["device"] for row in rows if (how := row.get("timing")))
     elsewhere = timed if set(timed) != set(drawn) else {}
@@ -138,7 +138,7 @@ def _device(cell: Cell) -> str:
 
 
 def cost_table(gained: Sequence[Gain]) -> Table:
-    """What training cost, what it gained at as many steps, and the gap that is left to the teacher's longest."""
+    """Returns the cost of training, its gain at equal step count, and the gap to the teacher's largest step count."""
     other = beside(gained)
     heads = [Head("trained"), Head("steps"), Head("FD"), Head(other, "same steps"), Head("nearer", high=True),
              Head(other, "its longest"), Head("gap", "95 % interval"), Head("student is", text=True)]  # fmt: skip
@@ -192,8 +192,8 @@ def _text(value: str) -> Value:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Every row with every figure, its interval and count, and its times: a line a model, step count, seed, and way of
-    timing."""
+    """Returns every row with its figures, their intervals and counts, and its times: one line per model, step count,
+    seed and timing."""
     figures = [measured(row) for row in rows]
     known = list(dict.fromkeys(name for each in figures for name in each))
     times = [timed_columns(row) for row in rows]
@@ -213,9 +213,9 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def timed_columns(row: Row) -> dict[str, Any]:
-    """A row's times and how they were taken, one value a column: latency_ms_total_p50, ..., timing_device.
+    """Returns a row's times and how they were taken, one value per column: latency_ms_total_p50, ..., timing_device.
 
-    The median of a stage is under its own name; its quantiles beside that are latency_ms_decode_p90 and so on.
+    The median of a stage has the stage's name; its other quantiles are latency_ms_decode_p90 and so on.
     """
     found: dict[str, Any] = {}
     for name in TIMES:
@@ -227,5 +227,5 @@ def timed_columns(row: Row) -> dict[str, Any]:
 
 
 def _harmless(value: Any) -> Any:
-    """A text that a spreadsheet would run as a formula gets an apostrophe before it."""
+    """Prefixes a text that a spreadsheet would execute as a formula with an apostrophe."""
     return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" and value else value

@@ -1,4 +1,4 @@
-"""What the students gained, what is left to their teachers, and what training them cost."""
+"""The students' gains, their remaining gaps to their teachers, and the cost of training them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from stepdistill.evaluation.compare import Comparison, compare, ratio
 from stepdistill.evaluation.figures import Ratio
 from stepdistill.evaluation.summary import calls, figure, spread
 
-FEW = 8  # steps at most, of the cell that a student is known by
+FEW = 8  # largest step count of the cell in a student's headline
 SAID = {"equal": "equal within the interval", "better": "better", "worse": "worse"}
 
 
 @dataclass(frozen=True)
 class Gain:
-    """A student's cell beside its teacher's.
+    """A student's cell next to its teacher's.
 
     Attributes:
-        same: the teacher's at as many steps; None where it was not measured. last: the teacher's longest.
-        gap: of the distances, student - last; None where one has no interval. of_last, of_same: student / last or same.
-        own: whether it is known to be the student's teacher; else it is a baseline, the first teacher measured.
+        same: the teacher's at the same step count; None if not measured. last: at its largest step count.
+        gap: of the distances, student - last; None if one has no interval. of_last, of_same: student / last or same.
+        own: whether it is known to be the student's teacher; otherwise it is a baseline, the first teacher measured.
     """
 
     cell: Cell
@@ -35,10 +35,10 @@ class Gain:
 
 
 def gains(found: Sequence[Cell]) -> list[Gain]:
-    """Each cell of each student beside its teacher's: of what it was made from.
+    """Returns each cell of each student next to those of the teacher it was distilled from.
 
-    Where that is not known, the first teacher measured is its baseline; where it is known and was not measured, there
-    is nothing to say.
+    If the teacher is unknown, the first teacher measured is the baseline; if it is known but not measured, the student
+    is omitted.
     """
     measured = [cell for cell in found if cell.steps > 0 and cell.fd is not None]
     teachers = [cell for cell in measured if cell.method == "teacher"]
@@ -60,17 +60,17 @@ def gains(found: Sequence[Cell]) -> list[Gain]:
 
 
 def _place(spec: str | None) -> str:
-    """The path of a SPEC; a training run's folder stands for the export in it."""
+    """Returns the path of a SPEC; a training run's folder and the export in it are the same."""
     return str(spec).split(",")[0].rstrip("/").removesuffix("/export")
 
 
 def beside(gained: Sequence[Gain]) -> str:
-    """What the students of some gains are held against: teacher, or baseline where one's teacher is not known."""
+    """Returns what students are compared with: "teacher", or "baseline" if the teacher of one is unknown."""
     return "teacher" if all(gain.own for gain in gained) else "baseline"
 
 
 def verdicts(gained: Sequence[Gain]) -> list[dict[str, Any]]:
-    """For each student, its best cell of few steps against its teacher's longest: the page's headline.
+    """Compares each student's best few-step cell with its teacher at its largest step count: the page's headline.
 
     Returns:
         cell, model, steps, and stats: (figure, what it is) pairs.
@@ -103,18 +103,18 @@ def verdicts(gained: Sequence[Gain]) -> list[dict[str, Any]]:
 
 
 def _times(found: Ratio, what: str, word: str = "") -> tuple[str, str]:
-    """A ratio, and what it is with its interval."""
+    """Returns a ratio, and its description with its interval."""
     ends = f" ({ends_of(found, 2)})" if found.low is not None else ""
     return f"{figure(found.value, 2)}×", f"{what}{ends}{word}"
 
 
 def ends_of(found: Ratio, places: int) -> str:
-    """A ratio's interval; nothing where there is none."""
+    """Formats a ratio's interval; empty if there is none."""
     return "" if found.low is None else f"{figure(found.low, places)}–{figure(found.high, places)}"
 
 
 def duration(seconds: float | None) -> str:
-    """A time of training, for people."""
+    """Formats a training time for readers."""
     if seconds is None:
         return "–"
     if seconds < 90:
