@@ -13,7 +13,7 @@ from accelerate import PartialState
 from PIL import Image
 from torch import nn
 
-from stepdistill.baselines import get
+from stepdistill.baselines import BASELINES, get
 from stepdistill.baselines.base import Batch, Learner, Pupils, learn
 from stepdistill.baselines.classifier.data import Labelled, normalise, open_labelled, view
 from stepdistill.baselines.classifier.hinton import Hinton, HintonConfig
@@ -285,6 +285,13 @@ def test_the_runs_of_a_sweep_share_what_the_flag_does_not_change(name, flag, val
     links = [place for place in sorted(two.out.iterdir()) if place.is_symlink()]
     assert [place.name for place in links] == shared
     assert all(place.samefile(one.out / place.name) for place in links)
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["sweep", "-h"], ["eval", "--help"]])
+def test_help_names_every_baseline(argv, capsys):
+    assert main(["baselines", *argv]) == 0
+    told = capsys.readouterr().out
+    assert all(name in told for name in BASELINES) and "baselines eval out/hinton" in told
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,10 @@ VERBS = ("list", "run", "sweep", "eval")
 def main(argv: Sequence[str]) -> None:
     """Runs `stepdistill baselines` with these words behind it."""
     verb, rest = (argv[0], list(argv[1:])) if argv else ("list", [])
-    if verb in ("-h", "--help"):
-        print(__doc__)
+    if {"-h", "--help"} & {verb, *rest[:1]}:
+        print(
+            f"{__doc__}\nNames: {', '.join(BASELINES)}. `stepdistill baselines run NAME --help` has the flags of each."
+        )
     elif verb == "list":
         list_all()
     elif verb in VERBS and not rest:
