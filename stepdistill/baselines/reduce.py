@@ -15,8 +15,8 @@ def wide(x: Tensor) -> Tensor:
 def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
     """sum(values mask) / sum(mask), a scalar in float32 or float64.
 
-    Sum over a vocabulary or channels before, never in here: `kl_div(reduction="batchmean")` on (B, S, V) divides by B
-    alone and is S times too large; a plain mean, over V as well, is V times too small.
+    Sums over a vocabulary or channels are taken before the call: `kl_div(reduction="batchmean")` on (B, S, V) divides
+    by B alone and is S times too large; a plain mean, over V as well, is V times too small.
 
     Args:
         values: any shape. mask: the same shape, bool or 0/1; None counts all. If nothing counts, the mean is 0.

@@ -32,7 +32,7 @@ class Round:
     """One removal.
 
     Attributes:
-        before: the cost of the UNet that was cut. candidates: the costs without each block. removed: its name.
+        before: the cost of the UNet that was cut. candidates: the costs without each block. removed: the one removed.
         shape: of what is left.
     """
 

@@ -1,4 +1,4 @@
-"""Trains a smaller UNet with its teacher and, for as long, without; exports both and measures all three."""
+"""Trains a smaller UNet with its teacher and, for as long, without; exports both and measures them beside it."""
 
 from __future__ import annotations
 

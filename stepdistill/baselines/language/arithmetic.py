@@ -25,7 +25,7 @@ def sums(count: int, held_out: int, digits: int, seed: int) -> tuple[list[Proble
     """Distinct sums of two numbers of `digits` digits, the first not 0: `count` to train on, others held out.
 
     Raises:
-        InputError: there are fewer.
+        InputError: there are not as many sums.
     """
     each = 9 * 10 ** (digits - 1)
     if (asked := count + held_out) > each**2 // 2:

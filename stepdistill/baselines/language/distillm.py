@@ -31,8 +31,8 @@ def turn(share: float, threshold: float, progress: float, full: bool) -> Literal
     """What an update trains on: new text of the student, kept text of it, or the corpus.
 
     Args:
-        share: uniform in [0, 1). threshold: the share of updates on the student's text. progress: of the run, 0 to 1,
-            with which the share of new text falls (the paper's decreasing replay ratio). full: whether the buffer is.
+        share: uniform in [0, 1). threshold: the share of updates on the student's text. progress: of the run, 0 to 1;
+            new text becomes rarer with it (the paper's decreasing replay ratio). full: whether no rows are free.
     """
     if share < threshold * (1 - progress) or (share < threshold and not full):
         return "speak"

@@ -83,7 +83,7 @@ class GKDConfig(DecoderConfig):
     temperature: float = 1.0
     """Sampling temperature of the student."""
     trainer: Literal["own", "trl"] = "own"
-    """own is the loop here; trl is its GKDTrainer, from the extra `trl`, which resumes from its last checkpoint."""
+    """own: this package's loop. trl: its GKDTrainer, from the extra `trl`, which resumes from its last checkpoint."""
 
     NAME: ClassVar[str] = "gkd"
     QUICK: ClassVar[Mapping[str, object]] = QUICK

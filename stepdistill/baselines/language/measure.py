@@ -91,7 +91,7 @@ def token_nll(network: nn.Module, ids: Tensor, attention: Tensor) -> Tensor:
 
 
 def go_on(network: nn.Module, teacher: Decoder, held: Tokens, seed: int) -> Spoken:
-    """A network's continuations of held-out prompts; with one seed, all networks draw the same numbers."""
+    """A network's continuations of held-out prompts; with the same seed, all networks draw the same numbers."""
     device = next(network.parameters()).device
     prompt, attention = (x[:, : held.prompt].to(device) for x in (held.ids, held.attention))
     draws, new = Draws.at(seed ^ SPEAK, 0, len(held), device), held.ids.shape[1] - held.prompt

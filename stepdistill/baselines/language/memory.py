@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stepdistill.baselines.language.generate import Spoken
 from stepdistill.draws import Draws
 
-RISE = 0.1  # of the validation loss, at which the threshold is raised, and by how much
+RISE = 0.1  # rise of the validation loss at which the threshold is raised, and by how much
 
 
 class Replay(nn.Module):

@@ -39,7 +39,7 @@ def rewards_after(rewards: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Scales to mean 0 and variance 1 over the mask, as the authors' code does with the gradient's factor."""
+    """Scales to mean 0 and variance 1 over the mask, as the authors' code does with advantages."""
     mean = masked_mean(x, mask)
     return (x - mean) * torch.rsqrt(masked_mean((x - mean).square(), mask) + 1e-8)
 

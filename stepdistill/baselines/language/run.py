@@ -115,7 +115,7 @@ class DecoderConfig(CorpusConfig):
         return DecoderConfig(**{name: getattr(self, name) for name in names} | changes)
 
     def run(self) -> Results:
-        """Trains the teacher once, and a control and a student for each seed; held-out nats per token are decisive."""
+        """Trains the teacher once, and a control and a student for each seed; the primary figure is held-out nll."""
         from accelerate import PartialState
 
         from stepdistill.training.processes import on_cpu
