@@ -1,11 +1,11 @@
-"""The distillation that step distillation grew out of: classifiers, language models, and a diffusion model's network.
+"""The methods that step distillation grew out of, for classifiers, language models and a diffusion model's network.
 
     stepdistill baselines list
     stepdistill baselines run hinton --quick
 
-Every baseline trains a student by a teacher and, at the same budget, a control without one, and ends with a table of
-teacher, control and student. What all share: base.py (a run and its networks), reduce.py (one masked mean), hooks.py
-(what layers say) and results.py (the table, and how much of the gap was closed).
+Every baseline trains a student with its teacher and, at the same budget, a control without, and ends with a table of
+teacher, control and student. All share base.py (a run and its networks), reduce.py (one masked mean), results.py (the
+table, and the share of the gap that was closed) and stepdistill/hooks.py (what layers take in and return).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FAMILIES = ("architecture", "classifier", "language")
 
 @dataclass(frozen=True)
 class Baseline:
-    """A method by name: where its flags are, and what it is in a line."""
+    """A method: the class of its flags as "module:name", its paper, and a one-line description."""
 
     flags: str
     paper: str
@@ -29,7 +29,7 @@ class Baseline:
 
     @property
     def config(self) -> type:
-        """The class of its flags, whose `run` runs it."""
+        """The class of its flags; its `run` runs the baseline."""
         module, name = self.flags.split(":")
         return getattr(import_module(f"stepdistill.baselines.{module}"), name)
 
@@ -91,10 +91,10 @@ def __getattr__(name: str) -> ModuleType:
 
 
 def get(name: str) -> Baseline:
-    """A baseline by name.
+    """Returns the baseline of this name.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: no baseline has this name.
     """
     if name not in BASELINES:
         raise InputError(f"baseline: got {name!r}; allowed: {', '.join(BASELINES)}; see stepdistill baselines list")

@@ -1,4 +1,4 @@
-"""A baseline's run: its flags, what its losses are given, and the trainer's loop around them."""
+"""A baseline's run: its flags, the inputs of its losses, and the trainer's loop around them."""
 
 from __future__ import annotations
 
@@ -34,57 +34,57 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class BaselineConfig(LoopConfig):
-    """Flags of every baseline."""
+    """Flags common to all baselines."""
 
     out: Path = Path("out/baseline")
-    """Folder for all that the run makes. Run the same command again to resume."""
+    """Output folder. Run the same command again to resume."""
     seeds: tuple[int, ...] = (0,)
-    """Of the student and of its control, one pair for each; --seed is that of the teacher and of the data."""
+    """Seeds of student and control, one pair for each; --seed is that of the teacher and the data."""
     gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them."""
+    """Recompute activations in the backward pass instead of keeping them."""
     quick: bool = False
-    """Smaller numbers for all that is not given, to see it run."""
+    """Small defaults for all flags that are not given, to see the method run."""
 
-    # A batch's mean is over the tokens that count in it: split otherwise, an update is another.
+    # A batch is averaged over the tokens that count in it, so splitting it differently changes the update.
     FREE: ClassVar[frozenset[str]] = LoopConfig.FREE - {"batch_size", "gradient_accumulation"}
-    QUICK: ClassVar[Mapping[str, object]] = {}  # what --quick changes
-    SWEEP: ClassVar[tuple[str, tuple]] = ("seed", (0, 1, 2))  # what `sweep` goes over where nothing else is asked for
-    DRAWN: ClassVar[tuple[str, ...]] = ()  # folders of what was measured, and is kept until `eval` measures anew
-    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # by the first word of a part's name: flags it does not need
+    QUICK: ClassVar[Mapping[str, object]] = {}  # defaults under --quick
+    SWEEP: ClassVar[tuple[str, tuple]] = ("seed", (0, 1, 2))  # flag and values that `sweep` covers by default
+    DRAWN: ClassVar[tuple[str, ...]] = ()  # folders of measurements, which `eval` removes first
+    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # by kind of part: the flags it does not depend on
 
     def run(self) -> Results:
-        """Trains what is not trained yet, measures all, and writes results.json; each baseline's flags say."""
+        """Trains what is not trained yet and returns the measured results; each baseline implements it."""
         raise NotImplementedError
 
     def part(self, name: str, **changes: object) -> BaselineConfig:
-        """The flags of one training within the run, in its own folder; those it does not need are at their defaults."""
+        """The flags of one training within the run, in its own folder; those it does not depend on are default."""
         untold = self.UNTOLD.get(first_word(name), ())
         plain = {f.name: f.default for f in dataclasses.fields(self) if f.name in untold}
         return dataclasses.replace(self, out=self.out / name, **plain | changes)
 
     @property
     def shared(self) -> BaselineConfig:
-        """The flags that parts of teacher and controls are made of; all, if a baseline does not say otherwise."""
+        """The flags that parts of teacher and controls derive from; all, unless a baseline overrides this."""
         return self
 
 
 def first_word(name: str) -> str:
-    """The kind of a part: control of control-0/text."""
+    """The kind of a part: "control" for "control-0/text"."""
     return re.split("[-./]", name)[0]
 
 
 class Data(Protocol):
-    """Training samples: `batch(indices)` gives tensors by name, each (B, ...)."""
+    """Training samples: `batch(indices)` returns tensors by name, each (B, ...)."""
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: list[int]) -> dict[str, Tensor]:
-        """The samples at these places."""
+        """Returns the samples at these indices."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B training samples: tensors by name, and the samples' own random numbers."""
+    """B training samples: tensors by name, and the samples' random numbers."""
 
     items: Mapping[str, Tensor]
     draws: Draws
@@ -94,7 +94,7 @@ class Batch:
         return self.items[name]
 
     def once(self, name: str, make: Callable[[], T]) -> T:
-        """What `make` gives, made in the first of an update's phases that asks for it: one forward serves them all."""
+        """The result of `make`, called in the first phase of an update that needs it: one forward serves all phases."""
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
@@ -104,20 +104,20 @@ class Lesson:
     """A baseline's loss: a frozen dataclass without network, optimizer, device or state."""
 
     def phases(self, clock: Clock) -> tuple[str, ...]:
-        """The roles trained in this update, in order."""
+        """Returns the roles trained in this update, in order."""
         return ("student",)
 
     def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
-        """The loss of one phase."""
+        """Returns the loss of one phase."""
         raise NotImplementedError
 
 
 class Pupils(Networks):
-    """A student, its frozen teacher, and what else is trained beside it, say projections.
+    """A student, its frozen teacher, and other networks trained with it, such as projections.
 
     Attributes:
-        student: as the trainer wrapped it; `bare` is the network itself.
-        teacher: in evaluation mode, without gradients of its own; None for a control.
+        student: as wrapped by the trainer; `bare` is the network itself.
+        teacher: in evaluation mode, its parameters frozen; None for a control.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None = None, **others: nn.Module) -> None:
@@ -133,7 +133,7 @@ class Pupils(Networks):
 
 
 class Learner(Loop):
-    """Trains `models.student` in place; its weights go to `<out>/weights.safetensors`.
+    """Trains `models.student` in place; its weights go to `<out>/weights/student.safetensors`.
 
     Args:
         lesson: the loss. data: see Data. config: see LoopConfig.
@@ -178,7 +178,7 @@ class Learner(Loop):
         return {"student": dict(self.models.bare.named_buffers())} | super()._buffers()
 
     def batch(self, number: int) -> Batch:
-        """This process's share of the run's batch `number`. Dropout and generation draw by its place, too."""
+        """This process's share of batch `number` of the run, whose position also determines dropout and generation."""
         size, count, seed = self.config.batch_size, self.accelerator.num_processes, self.config.seed
         first = (number * count + self.accelerator.process_index) * size
         torch.manual_seed(mix(~seed, first))
@@ -197,14 +197,14 @@ class Learner(Loop):
 
 
 def learn(lesson: Lesson, models: Pupils, data: Data | Callable[[], Data], config: LoopConfig) -> float:
-    """Trains `models.student` in place, from where an earlier run of the same command left it. It ends in evaluation
-    mode, in full precision and on the run's device, as it does where its weights are only loaded.
+    """Trains `models.student` in place, resuming an earlier run of the same command. It ends in evaluation mode, full
+    precision and on the run's device, as it does if its weights are only loaded.
 
     Args:
-        data: or what makes it, where that takes long: asked for only if there is something to train.
+        data: the data, or a function that makes it if that takes long; called only if there is something to train.
 
     Returns:
-        The seconds that training took, earlier runs included; 0 for a dry run.
+        The seconds of training, earlier runs included; 0 for a dry run.
 
     Raises:
         InputError: see Loop.
@@ -212,7 +212,7 @@ def learn(lesson: Lesson, models: Pupils, data: Data | Callable[[], Data], confi
     config.check()
     done = folder.finished(config, Path(config.out) / "weights")
     if done is None:
-        found = data() if callable(data) else data  # the teacher may have to say it
+        found = data() if callable(data) else data  # the teacher may have to generate it
         with halved(models.teacher, config.mixed_precision):
             Learner(lesson, models, found, config).fit()
     else:
@@ -231,8 +231,8 @@ def learn(lesson: Lesson, models: Pupils, data: Data | Callable[[], Data], confi
 
 
 def unwrap(network: nn.Module) -> None:
-    """Gives a network its own forward back, in full precision, as if accelerate had never prepared it: a student that
-    is a teacher next is to be prepared again."""
+    """Restores a network's own forward, in full precision, as if accelerate had never prepared it, so that a student
+    which is a teacher next can be prepared again."""
     extract_model_from_parallel(network, keep_fp32_wrapper=False)
     vars(network).pop("_is_accelerate_prepared", None)
 

@@ -1,4 +1,4 @@
-"""The divergence that classifiers and language models are both taught by."""
+"""The divergence that both classifiers and language models are trained with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 def softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T² KL(teacher at T ‖ student at T): (..., V) logits to (...), at least float32.
 
-    T² keeps the gradient's size as T grows (Hinton et al. 2015, section 2.1): that of the soft term alone goes as 1/T².
+    T² keeps the gradient's size as T grows (Hinton et al. 2015, section 2.1); without it, it scales as 1/T².
     """
     student, teacher = ((wide(x) / temperature).log_softmax(-1) for x in (student, teacher))
     return temperature**2 * kl(teacher, student)

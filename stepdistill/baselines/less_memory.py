@@ -1,4 +1,4 @@
-"""Less memory for a training: a frozen teacher's weights in half precision, and activations that are computed twice."""
+"""Memory savings in training: a frozen teacher's weights in half precision, and gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from stepdistill.training.processes import HALF
 
 @contextmanager
 def halved(network: nn.Module | None, precision: str) -> Iterator[None]:
-    """Within, a frozen network's matrices and kernels are kept as autocast makes them in every forward; afterwards they
-    are what they were, to the bit. Vectors and embeddings stay as they are: autocast computes with them as they are.
+    """Context in which a frozen network's matrices and kernels have the dtype that autocast would cast them to in every
+    forward; afterwards they are restored bit-identically. Vectors and embeddings, which autocast leaves alone, stay.
 
     Args:
-        network: its float32 weights wait on the CPU meanwhile. precision: no, fp16 or bf16.
+        network: its float32 weights are kept on the CPU meanwhile. precision: no, fp16 or bf16.
     """
     dtype = HALF[precision]
     if network is None or dtype is None:
@@ -42,15 +42,15 @@ def halved(network: nn.Module | None, precision: str) -> Iterator[None]:
 
 
 def recomputes(network: nn.Module) -> bool:
-    """Whether a network, or one within it, can compute activations twice instead of keeping them."""
+    """Whether a network, or one within it, supports gradient checkpointing."""
     return _switch(network) is not None
 
 
 def recompute(network: nn.Module) -> None:
-    """Has activations of a network that is trained computed twice instead of kept.
+    """Enables gradient checkpointing in a network that is trained.
 
     Raises:
-        InputError: it is neither of diffusers nor of transformers.
+        InputError: neither the network nor one within it supports it.
     """
     switch = _switch(network)
     if switch is None:

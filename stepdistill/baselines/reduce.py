@@ -1,4 +1,4 @@
-"""One mean for every loss: over what the mask says counts, in float32, and over nothing else."""
+"""The one mean that all losses use: over the values that the mask counts, in float32."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from stepdistill.schedules import working_dtype
 
 
 def wide(x: Tensor) -> Tensor:
-    """As float32, or as it is where it is float64: what losses are computed in."""
+    """Casts to float32, in which losses are computed; float64 stays."""
     return x.to(working_dtype(x))
 
 
 def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """sum(values mask) / sum(mask): a scalar, at least of float32.
+    """sum(values mask) / sum(mask), a scalar in float32 or float64.
 
-    Sums over a vocabulary or over channels come before, never in here: `kl_div(reduction="batchmean")` on (B, S, V)
-    divides by B alone and is S times too large, a plain mean over V too is V times too small.
+    Sums over a vocabulary or channels are taken before the call: `kl_div(reduction="batchmean")` on (B, S, V) divides
+    by B alone and is S times too large; a plain mean, over V as well, is V times too small.
 
     Args:
-        values: any shape. mask: the same shape, bool or 0/1; None counts all. With nothing to count the mean is 0.
+        values: any shape. mask: the same shape, bool or 0/1; None counts all. If nothing counts, the mean is 0.
     """
     values = wide(values)
     if mask is None:

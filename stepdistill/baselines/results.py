@@ -1,4 +1,4 @@
-"""What a baseline's run measured: a row for teacher, control and student, as a table and as JSON."""
+"""The results of a baseline's run: a row each for teacher, control and student, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Row:
     """A measured network.
 
     Attributes:
-        role: the teacher; a student before it is trained; the control, trained as long without the teacher; a student.
-        name: what it is, or by which loss it was trained.
-        figures: measured values by name. seconds: of training; None where nothing was trained here.
-        seed: of its training; None where there is none.
+        role: teacher; before (the untrained student); control (trained for as long without the teacher); student.
+        name: of the network, or of the loss it was trained with.
+        figures: measured values by name. seconds: of training; None if it was not trained here.
+        seed: of its training; None if there is none.
     """
 
     role: Role
@@ -41,9 +41,9 @@ class Results:
     """The rows of a run.
 
     Attributes:
-        method: of `stepdistill.baselines`. figure: the one that decides. higher: whether more of it is better.
+        method: a name in BASELINES. figure: the name of the primary figure. higher: whether higher is better.
         n: what each figure was measured over, in words: "2,500 pictures".
-        note: what a reader of the table has to know.
+        note: remarks printed below the table.
     """
 
     method: str
@@ -54,18 +54,18 @@ class Results:
     note: str = ""
 
     def mean(self, role: Role, name: str | None = None) -> float | None:
-        """The deciding figure of a role (and name), over its seeds; None where it was not measured."""
+        """The primary figure of a role (and name), averaged over seeds; None if not measured."""
         found = [r.figures[self.figure] for r in self.rows if r.role == role and name in (None, r.name)]
         return statistics.fmean(found) if found else None
 
     def gaps(self) -> dict[str, float | None]:
-        """By student's name, see `gap_closed`; None where it is not told."""
+        """By student's name, see `gap_closed`; None if it is not reported."""
         found = {row.name: self.gap(row.name) for row in self.rows if row.role == "student"}
         return {name: None if isinstance(gap, str) else gap for name, gap in found.items()}
 
     def gap(self, name: str) -> float | str:
-        """What a student closed of the gap to its control, the one of its name where there are others; or why that is
-        not told."""
+        """The share of the gap that a student closed, or why it is not reported. The controls are those of its name, or
+        all if none has it."""
         teacher, control = self.mean("teacher"), self.mean("control", name)
         control = self.mean("control") if control is None else control
         if teacher is None or control is None:
@@ -76,7 +76,7 @@ class Results:
         return closed if (teacher > control) == self.higher else "the control is better than the teacher"
 
     def record(self) -> dict:
-        """As JSON holds it."""
+        """The results as JSON-serialisable data."""
         rows = [asdict(row) for row in sorted(self.rows, key=lambda row: ROLES.index(row.role))]
         common = {"method": self.method, "figure": self.figure, "higher_is_better": self.higher, "n": self.n}
         return {**common, "rows": rows, "gap_closed": self.gaps(), "note": self.note}
@@ -92,14 +92,14 @@ class Results:
 
 
 def count_parameters(network: nn.Module) -> int:
-    """Parameters; shared ones once."""
+    """The number of parameters; shared ones count once."""
     return sum(p.numel() for p in network.parameters())
 
 
 def gap_closed(teacher: float, control: float, student: float, least: float = 0.02) -> float | None:
-    """(student - control) / (teacher - control): 0 learnt nothing from the teacher, 1 is as good as it.
+    """(student - control) / (teacher - control): 0 if nothing was learnt from the teacher, 1 if as good as it.
 
-    None where teacher and control are closer than `least` of the control's value: the ratio would be noise.
+    None if teacher and control differ by at most `least` of the control's value: the ratio would be noise.
     """
     if abs(teacher - control) <= least * abs(control):
         return None
@@ -107,10 +107,10 @@ def gap_closed(teacher: float, control: float, student: float, least: float = 0.
 
 
 def read(out: Path) -> dict:
-    """results.json of a run.
+    """Reads a run's results.json.
 
     Raises:
-        InputError: there is none, or it cannot be read.
+        InputError: it is missing or cannot be read.
     """
     try:
         return json.loads((Path(out) / "results.json").read_text())
@@ -119,7 +119,7 @@ def read(out: Path) -> dict:
 
 
 def show(record: Mapping) -> None:
-    """Prints the table of a results.json: roles in order, a row for each network, the mean over seeds beside it."""
+    """Prints the table of a results.json, a row for each network, and the gap closed, as a mean over seeds."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""Runs side by side that differ in one setting: a table, a plot, sweep.json."""
+"""Comparison of runs that differ in one setting: a table, a plot, sweep.json."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ COLOURS = {"teacher": "#6b7280", "control": "#d97706", "student": "#2563eb"}
 
 
 def take_over(done: BaselineConfig, other: BaselineConfig) -> None:
-    """Links what a run has trained into the folder of another, where they are told the same of it; what is there stays.
+    """Links what one run has trained into another's folder, if their settings for it are equal; existing files stay.
 
-    Where there are no links to be had it is trained again.
+    If links cannot be created, it is trained again.
     """
     for place in sorted(done.out.iterdir()) if done.out.is_dir() else ():
         link = other.out / place.name
@@ -32,7 +32,7 @@ def _told(config: BaselineConfig, name: str) -> dict:
 
 
 def points(found: Mapping[object, Mapping]) -> list[dict]:
-    """For each value: the deciding figure of teacher, control and student over their seeds (mean and each), gaps."""
+    """For each value: the primary figure of teacher, control and student (mean and each seed), and the gaps closed."""
     rows = []
     for value, record in found.items():
         row: dict = {"value": value}
@@ -45,7 +45,7 @@ def points(found: Mapping[object, Mapping]) -> list[dict]:
 
 
 def write_sweep(out: Path, flag: str, found: Mapping[object, Mapping]) -> Path:
-    """Writes sweep.json and sweep.png of runs by value, and prints the table; returns the JSON's path."""
+    """Writes sweep.json and sweep.png, prints the table, and returns the JSON's path. `found`: records by value."""
     from rich.console import Console
     from rich.table import Table
 
@@ -65,7 +65,7 @@ def write_sweep(out: Path, flag: str, found: Mapping[object, Mapping]) -> Path:
 
 
 def plot(rows: list[dict], flag: str, record: Mapping, file: Path) -> None:
-    """The deciding figure against the setting: mean over seeds, and each seed as a point."""
+    """Plots the primary figure against the setting: the mean over seeds, and each seed as a point."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")

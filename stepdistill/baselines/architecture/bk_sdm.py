@@ -1,4 +1,4 @@
-"""Kim et al. (2023), *BK-SDM*: a Stable Diffusion whose UNet has fewer blocks, taught by the whole one.
+"""Kim et al. (2023), *BK-SDM*: a Stable Diffusion whose UNet has fewer blocks, distilled from the whole one.
 
 stepdistill baselines run bk_sdm --quick
 stepdistill baselines run bk_sdm --size tiny
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
 
 Size = Literal["base", "small", "tiny"]
-Pairs = tuple[tuple[str, str], ...]  # names of modules, the student's and the teacher's
+Pairs = tuple[tuple[str, str], ...]  # names of modules: the student's, the teacher's
 
 
 def shape_of(whole: Shape, size: Size) -> Shape:
-    """What is left of a UNet (section 3.1).
+    """Returns what is left of a UNet (section 3.1).
 
-    base    one residual-attention pair of each down stage, the first; of each up stage the first and the last
+    base    the first residual-attention pair of each down stage; the first and the last of each up stage
     small   base without the middle block
     tiny    small without the innermost stage
 
-    Whatever the number of stages. A UNet of one pair a stage, as the embedded teacher's, is its own base.
+    It applies to any number of stages. A UNet with one pair per stage, as the embedded teacher's, is its own base.
 
     Raises:
-        InputError: nothing is left out; or tiny would leave one stage, where nothing is down- and upsampled.
+        InputError: nothing would be removed; or tiny would leave one stage, which neither down- nor upsamples.
     """
     shape = dataclasses.replace(whole, pairs=(1,) * whole.stages)
     if size == "small":
@@ -69,10 +69,10 @@ def _left(whole: Shape) -> str:
 
 
 def feature_pairs(whole: Shape, shape: Shape) -> Pairs:
-    """Whose outputs are compared (section 3.2): those of all down and up stages.
+    """Returns the modules whose outputs are compared (section 3.2): all down and up stages.
 
-    Without the innermost stage the up stages shift, and the last down stage of the student lacks the downsampling that
-    its teacher's output has: what the last attention, or residual block, of both adds is compared there instead.
+    Without the innermost stage the up stages shift, and the student's last down stage lacks the downsampling that the
+    teacher's output includes: there the last attention's projection, or residual block, of both is compared instead.
     """
     names = [f"down_blocks.{i}" for i in range(shape.stages)] + [f"up_blocks.{i}" for i in range(shape.stages)]
     pairs = {name: origin(name, whole, shape) for name in names}
@@ -86,14 +86,14 @@ def feature_pairs(whole: Shape, shape: Shape) -> Pairs:
 
 
 def feature_distance(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], pairs: Pairs) -> Tensor:
-    """The sum over pairs of the mean square difference, scalar."""
+    """The sum over pairs of the mean squared difference, scalar."""
     return torch.stack([masked_mean((wide(own[a]) - wide(theirs[b])).square()) for a, b in pairs]).sum()
 
 
 @dataclass(frozen=True)
 class BlockRemoval(Lesson):
-    """task_weight |y - y*|² + output_weight |y - y_T|² + feature_weight Σ |f - f_T|², means over all but the sum over
-    blocks (section 3.2). y* is the answer of the data, in what the teacher predicts: eps, or v."""
+    """task_weight |y - y*|² + output_weight |y - y_T|² + feature_weight Σ |f - f_T|², all means, the last summed over
+    blocks (section 3.2). y* is the target from the data in the teacher's prediction type, eps or v."""
 
     pairs: Pairs
     task_weight: float = 1.0
@@ -120,20 +120,20 @@ class BlockRemoval(Lesson):
 class BKSDMConfig(ArchitectureConfig):
     """Flags of `bk_sdm`.
 
-    Stable Diffusion 1.5, as the paper: train_scripts/configs/baselines/sd15_bk_sdm.yaml.
+    For Stable Diffusion 1.5, as in the paper: train_scripts/configs/baselines/sd15_bk_sdm.yaml.
     """
 
     out: Path = Path("out/bk-sdm")
-    """Folder for all that the run makes. Run the same command again to resume."""
+    """Output folder. Run the same command again to resume."""
     size: Size = "tiny"
-    """base: one residual-attention pair of each down stage, two of each up stage; small: no middle block besides; tiny:
-    no innermost stage besides. The embedded teacher is its own base."""
+    """base: one residual-attention pair of each down stage, two of each up stage; small: also no middle block; tiny:
+    also no innermost stage. The embedded teacher is its own base."""
     task_weight: float = 1.0
-    """Of the error against the data. The control has it alone, with weight 1."""
+    """Weight of the error against the data. It is the control's only loss, with weight 1."""
     output_weight: float = 1.0
-    """Of the distance to the teacher's output."""
+    """Weight of the distance to the teacher's output."""
     feature_weight: float = 1.0
-    """Of the distances to the teacher's block outputs, summed."""
+    """Weight of the summed distances to the teacher's block outputs."""
 
     QUICK: ClassVar[Mapping[str, object]] = {
         "limit": 128, "held_out": 32, "pictures": 0, "max_train_steps": 8, "batch_size": 8, "lr_warmup": 2
@@ -154,12 +154,12 @@ class BKSDMConfig(ArchitectureConfig):
             )
 
     def check_teacher(self, teacher: Teacher) -> None:
-        """See ArchitectureConfig.check_teacher; and something of its UNet can be left out."""
+        """See ArchitectureConfig.check_teacher; something of the UNet must also be removable."""
         super().check_teacher(teacher)
         shape_of(Shape.of(teacher.denoiser.backbone), self.size)
 
     def run(self) -> Results:
-        """A control and a student for each seed; each is exported as a pipeline to <out>/ROLE-SEED/export."""
+        """Trains a control and a student for each seed, each exported as a pipeline to <out>/ROLE-SEED/export."""
         self.check()
         teacher = self.open_teacher()
         whole = Shape.of(teacher.denoiser.backbone)

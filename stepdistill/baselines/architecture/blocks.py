@@ -1,4 +1,4 @@
-"""Which blocks a UNet can spare (Li et al. 2023, section 3.1 and algorithm 1): what is lost for a millisecond saved.
+"""Which blocks a UNet can spare (Li et al. 2023, section 3.1 and algorithm 1), by error added per millisecond saved.
 
 rounds = evolve(Shape.of(unet), measure, saving=0.3)
 rounds[-1].shape                                        # the efficient UNet
@@ -21,7 +21,7 @@ from stepdistill.errors import InputError
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a UNet: milliseconds of a call, and how far its answers are from the whole one's."""
+    """Milliseconds of a UNet's call, and the distance of its output from the whole UNet's."""
 
     ms: float
     distance: float
@@ -32,7 +32,7 @@ class Round:
     """One removal.
 
     Attributes:
-        before: the cost of the UNet that was cut. candidates: the costs without each block. removed: the one that went.
+        before: the cost of the UNet that was cut. candidates: the costs without each block. removed: the one removed.
         shape: of what is left.
     """
 
@@ -43,12 +43,12 @@ class Round:
 
 
 def removals(shape: Shape) -> dict[str, Shape]:
-    """What one block less leaves, by the block's name.
+    """Returns the shape without each removable block, by the block's name.
 
-    The attention of a down or up stage, the middle block, or a pair of a stage (of the down stage its last, of the up
-    stage its last but one: a skip joins them). The paper takes single blocks, a stock configuration takes stages; its
-    own efficient UNet has no attention in the outermost ones. The last cross-attention stays: the network would not
-    hear the caption.
+    A block is the attention of a down or up stage, the middle block, or a pair of a stage (the last of the down stage,
+    the last but one of the up stage: a skip joins them). The paper removes single blocks, a stock configuration only
+    whole stages; the paper's efficient UNet has no attention in the outermost ones. The last cross-attention stays:
+    without it the network would ignore the caption.
     """
     found = {}
     stages = shape.stages
@@ -69,11 +69,11 @@ def removals(shape: Shape) -> dict[str, Shape]:
 
 
 def evolve(shape: Shape, measure: Callable[[Shape], Cost], saving: float) -> list[Round]:
-    """Takes out, again and again, the block of least distance added per millisecond saved, until a call takes
-    1 - saving of what it took. Costs are measured anew after each removal.
+    """Repeatedly removes the block that adds the least distance per millisecond saved, until a call takes at most
+    1 - saving of its initial time. Costs are measured again after each removal.
 
     Raises:
-        InputError: all that can be taken out does not save as much.
+        InputError: removing all removable blocks does not save as much.
     """
     cost = first = measure(shape)
     rounds: list[Round] = []
@@ -94,11 +94,11 @@ def evolve(shape: Shape, measure: Callable[[Shape], Cost], saving: float) -> lis
 
 
 def kept_rounds(file: Path, settings: Mapping[str, Any], make: Callable[[], list[Round]]) -> list[Round]:
-    """The rounds in a file, or made now and written there: milliseconds differ from one measuring to the next, and a
-    run that goes on must go on with the same blocks.
+    """Returns the rounds recorded in a file, or makes and records them: timings differ between measurements, and a
+    resumed run must keep the same blocks.
 
     Raises:
-        InputError: the file is of other settings.
+        InputError: the file was written with other settings.
     """
     settings = json.loads(json.dumps(settings))
     if file.is_file():
@@ -123,7 +123,7 @@ def _round(row: Mapping[str, Any]) -> Round:
 
 
 def show(rounds: list[Round]) -> None:
-    """Prints the importance of each block in the first round, and which went."""
+    """Prints the importance of each block in the first round, and the order of removal."""
     from rich.console import Console
     from rich.table import Table
 

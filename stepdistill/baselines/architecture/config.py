@@ -1,4 +1,4 @@
-"""What every distillation of a diffusion model's architecture can be told, and how it opens teacher and data."""
+"""Flags common to distillations of a diffusion model's architecture, and how they open teacher and data."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from stepdistill.training.config import PipelineConfig
 if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
 
-MEASURED = ("pictures", "protocol", "sample_steps", "guidance")  # may change from one measuring to the next
+MEASURED = ("pictures", "protocol", "sample_steps", "guidance")  # may change between measurements
 DRY = 4  # samples of a dry run
 
 
 @dataclass(frozen=True)
 class ArchitectureConfig(BaselineConfig, PipelineConfig):
-    """Flags of what makes a pipeline's UNet smaller."""
+    """Flags of the baselines that make a pipeline's UNet smaller."""
 
     limit: int | None = None
-    """Training samples at most."""
+    """Training samples at most; None for all."""
     held_out: int = 256
-    """Of the data, the last so many, which are not trained on but measured with."""
+    """Samples at the end of the data that are held out to measure with."""
     caption_dropout: float = 0.1
-    """Share of the samples whose caption is left out, so that guidance goes on to work."""
+    """Share of the samples trained without their caption, so that guidance keeps working."""
     control_init: Literal["kept", "random"] = "kept"
-    """What the control begins with: the teacher's kept blocks, as the student, or random weights."""
+    """Initial weights of the control: the teacher's kept blocks, as for the student, or random."""
 
     pictures: int = 500
-    """Drawn of each network for the Frechet distance and the attributes; 0 for none."""
+    """Images generated with each network for the Frechet distance and the attributes; 0 for none."""
     protocol: str = "avatars-2k"
-    """Of the benchmark: a name, or a .yaml file."""
+    """Benchmark protocol: a name, or a .yaml file."""
     sample_steps: int = 16
-    """Steps that pictures are drawn in."""
+    """Step count of the generated images."""
     guidance: float = 3.5
-    """Scale that pictures are drawn with; 1 is none."""
+    """Guidance scale of the generated images; 1 means no guidance."""
 
     max_train_steps: int = 1000
     """Updates of student and control."""
     learning_rate: float = 5e-4
-    """At the plateau."""
+    """Peak learning rate."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate goes on after the warm-up."""
+    """Learning rate schedule after the warm-up."""
     lr_warmup: int = 50
     """Updates over which the learning rate rises."""
 
@@ -75,12 +75,12 @@ class ArchitectureConfig(BaselineConfig, PipelineConfig):
                 )
 
     def part(self, name: str, **changes: object) -> ArchitectureConfig:
-        """The flags of one training; those that say what is measured afterwards are not of it."""
+        """The flags of one training; those that affect only later measurements have their defaults."""
         plain = {f.name: f.default for f in dataclasses.fields(self) if f.name in MEASURED}
         return super().part(name, **plain, **changes)
 
     def check_teacher(self, teacher: Teacher) -> None:
-        """See PipelineConfig.check_teacher: its network is one that is cut down here, and guided by two calls."""
+        """See PipelineConfig.check_teacher; its network must be a UNet that can be pruned, guided by two calls."""
         Shape.of(teacher.denoiser.backbone)
         if teacher.denoiser.takes_guidance:
             raise InputError(
@@ -88,21 +88,21 @@ class ArchitectureConfig(BaselineConfig, PipelineConfig):
             )
 
     def open_teacher(self) -> Teacher:
-        """See training.run.open_teacher; on the device of the run."""
+        """See training.run.open_teacher; on the run's device."""
         from accelerate import PartialState
 
         from stepdistill.training.processes import on_cpu
         from stepdistill.training.run import open_teacher
 
-        _ = self.samples  # that there are any
+        _ = self.samples  # raises if there are none
         return open_teacher(self, PartialState(cpu=on_cpu()).device)
 
     def files(self, path: str) -> dict[str, str | None]:
-        """Which of a pipeline's files are meant: --variant and --revision are of the teacher's, and of no other."""
+        """Selects a pipeline's files: --variant and --revision apply to the teacher's only."""
         return {"variant": self.variant, "revision": self.revision} if path == self.teacher else {}
 
     def open_samples(self, teacher: Teacher) -> tuple[Samples, Samples]:
-        """The training samples, and those held out.
+        """Returns the training samples and the held-out ones.
 
         Raises:
             InputError: there are too few.
@@ -126,10 +126,10 @@ class ArchitectureConfig(BaselineConfig, PipelineConfig):
 
     @property
     def draws(self) -> bool:
-        """Whether pictures are drawn."""
+        """Whether images are generated."""
         return bool(self.pictures) and not self.dry_run
 
     def measured_over(self) -> str:
-        """What figures are measured over, in words."""
+        """What the figures are measured over, in words."""
         drawn = f"; {self.pictures:,} pictures at guidance {self.guidance:g}" if self.pictures else ""
         return f"{self.held_out:,} held-out samples{drawn}"

@@ -1,4 +1,4 @@
-"""A smaller UNet trained with its teacher and, as long, without it; both exported and measured beside the teacher."""
+"""Trains a smaller UNet with its teacher and, for as long, without; exports both and measures them beside it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHOWN = ("max_train_steps", "batch_size", "gradient_accumulation", "learning_rat
 
 
 def exported(out: Path, role: str, seed: int) -> Path:
-    """Where a run puts the pipeline of a student, or of a control."""
+    """The folder of the exported pipeline of a student or control."""
     return out / f"{role}-{seed}" / "export"
 
 
@@ -42,11 +42,11 @@ class Contest:
     """Teacher, control and student of a run.
 
     Attributes:
-        method, name: of the baseline, and of the smaller UNet. shape: its.
-        train, held: samples. figure: the one that decides.
-        steps, teacher_steps: that pictures are drawn in; the teacher's as the others' where 0.
-        scheduler: of the exported pipelines. teacher_scheduler: of the teacher's pictures, as in a SPEC; its own where
-            None. card: what the pipelines are, in a sentence. extra: further figures of a UNet. note: on the table.
+        method, name: of the baseline and of the smaller UNet. shape: of the smaller UNet.
+        train, held: samples. figure: the primary figure.
+        steps, teacher_steps: step counts of the generated images; a teacher_steps of 0 means `steps`.
+        scheduler: of the exported pipelines. teacher_scheduler: for the teacher's images, as in a SPEC; None for its
+            own. card: what the pipelines are, in a sentence. extra: further figures of a UNet. note: for the table.
     """
 
     config: ArchitectureConfig
@@ -66,7 +66,7 @@ class Contest:
     note: str = ""
 
     def run(self, lessons: Mapping[str, Lesson]) -> Results:
-        """Trains and measures, for each seed, a network by the lesson of each role."""
+        """Trains and measures, for each seed, a network with the lesson of each role."""
         config, teacher = self.config, self.teacher
         results = Results(
             self.method,
@@ -92,8 +92,7 @@ class Contest:
         return results
 
     def start(self, role: str, seed: int) -> nn.Module:
-        """The UNet that a student or a control begins with; new weights, where there are any, are drawn from the
-        seed."""
+        """The initial UNet of a student or a control; new weights, if there are any, are drawn from the seed."""
         whole = self.teacher.denoiser.backbone
         if role == "control" and self.config.control_init == "random":
             return fresh(whole, self.shape, seed).to(whole.device)
@@ -106,7 +105,7 @@ class Contest:
         self, role: str, name: str, unet: nn.Module, spec: ModelSpec | None = None, steps: int = 0,
         seconds: float | None = None, seed: int | None = None,
     ) -> Row:  # fmt: skip
-        """A measured network, and the pictures of the pipeline that `spec` names."""
+        """Measures a network, and the images of the pipeline that `spec` names."""
         config, like = self.config, self.teacher.denoiser
         figures = held_out(like, unet, self.held) | self.extra(unet)
         figures["latency_ms"] = statistics.median(call_times(like, unet, self.held))
@@ -119,7 +118,7 @@ class Contest:
         return Row(role, name, figures, count_parameters(unet), seconds, seed)
 
     def _export(self, unet: nn.Module, out: Path, seconds: float) -> None:
-        """Writes the pipeline with the UNet in the teacher's place, once."""
+        """Writes the teacher's pipeline with this UNet in it, unless it is already there."""
         from accelerate import PartialState
 
         config, state = self.config, PartialState()

@@ -1,4 +1,4 @@
-"""What is measured of a UNet: held-out errors, milliseconds a call, and, by the benchmark's harness, its pictures."""
+"""Measurements of a UNet: held-out errors, milliseconds per call and, by the benchmark's harness, its images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METRICS = ("fd", "clip", "attributes")
 
 
 def held_batches(held: Samples, device: torch.device, seed: int = 0) -> list[Batch]:
-    """The held-out samples with noise and times of their own, the same for every network."""
+    """The held-out samples with noise and times that are the same for every network."""
     batches = []
     for first in range(0, len(held), BATCH):
         count = min(BATCH, len(held) - first)
@@ -36,8 +36,8 @@ def held_batches(held: Samples, device: torch.device, seed: int = 0) -> list[Bat
 
 @torch.no_grad()
 def held_out(teacher: Denoiser, unet: nn.Module, held: Samples) -> dict[str, float]:
-    """Mean square errors at times drawn evenly: `denoising_loss` to the data's answer, `distance_to_teacher` to the
-    teacher's. Of what the network itself predicts."""
+    """Mean squared errors at uniformly drawn times, in the network's prediction type: `denoising_loss` against the
+    target from the data, `distance_to_teacher` against the teacher's output."""
     student, device = around(teacher, unet), next(unet.parameters()).device
     task = distance = 0.0
     for batch in held_batches(held, device):
@@ -51,7 +51,7 @@ def held_out(teacher: Denoiser, unet: nn.Module, held: Samples) -> dict[str, flo
 
 @torch.no_grad()
 def call_times(teacher: Denoiser, unet: nn.Module, held: Samples, repeats: int = 20) -> list[float]:
-    """The milliseconds of calls with one sample, rising."""
+    """The milliseconds of calls with one sample, in ascending order."""
     network, device = around(teacher, unet), next(unet.parameters()).device
     batch = held_batches(held, device)[0]
     x, cond, times = batch["x0"][:1], take(conditions(batch, "cond"), slice(1)), []
@@ -65,11 +65,11 @@ def call_times(teacher: Denoiser, unet: nn.Module, held: Samples, repeats: int =
 def pictures(
     models: Mapping[str, ModelSpec], out: Path, *, protocol: str, n: int, steps: Sequence[int], floor: bool = False
 ) -> dict[tuple[str, int], dict[str, float]]:
-    """By model and number of steps: the distance, what the captions' attributes (or CLIP) say, milliseconds a picture.
-    The benchmark's rows are kept in `out`.
+    """By model and step count: Fréchet distance, attribute accuracy (or CLIP score), and milliseconds per image. The
+    benchmark's rows are kept in `out`.
 
     Args:
-        floor: measure real and reconstructed pictures too.
+        floor: also measure real and reconstructed images.
 
     Raises:
         InputError: a model cannot be measured; or see `suite.evaluate`.
@@ -87,6 +87,6 @@ def pictures(
 
 
 def _figures(row: Mapping[str, Any]) -> dict[str, float]:
-    heard = "attribute_accuracy" if row.get("attribute_accuracy") is not None else "clip_score"  # the caption
+    heard = "attribute_accuracy" if row.get("attribute_accuracy") is not None else "clip_score"  # prompt adherence
     figures = {name: row[name] for name in ("fd", heard) if row.get(name) is not None}
     return figures | ({"picture_ms": row["latency_ms"]["total_p50"]} if row.get("latency_ms") else {})

@@ -1,4 +1,4 @@
-"""How far a UNet is from its teacher's paths of twice as many steps: over whole paths, and one step at a time."""
+"""Distance of a UNet from its teacher's paths of twice as many steps: over whole paths, and one step at a time."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from stepdistill.methods.progressive import Progressive, halving_times, one_step
 from stepdistill.schedules import from_noise, match
 from stepdistill.solvers import Denoise, ddim
 
-MOST = 128  # held-out samples that paths are drawn for
+MOST = 128  # held-out samples that paths are computed for
 
 
 @dataclass(frozen=True)
 class Paths:
-    """The teacher's guided DDIM paths of twice `steps` steps, for at most 128 held-out captions; drawn once.
+    """The teacher's guided DDIM paths of twice `steps` steps, for at most 128 held-out captions; computed once.
 
     Attributes:
-        steps: of the networks that are held against them. guidance: of these and of the teacher; 1 is none.
+        steps: of the networks that are compared with them. guidance: scale of these and of the teacher; 1 for none.
     """
 
     teacher: Denoiser
@@ -36,12 +36,12 @@ class Paths:
 
     @torch.no_grad()
     def errors(self, unet: nn.Module) -> dict[str, float]:
-        """Mean square errors in latents, guided as the teacher is.
+        """Mean squared errors in latents, guided as the teacher is.
 
-        `path_error`: of where the UNet's `steps` steps end, from the noise that the teacher's path begins with. One
-        sample that went another way (green hair for red, where the caption says neither) counts as much as many that
-        are a little off. `step_error`: what a step is distilled by, max(SNR, 1) |x0 - x0~|², with x_t on the
-        teacher's path and x0~ where its two steps from there lead; the mean over the steps.
+        `path_error`: of the end of the UNet's `steps` steps, from the noise that the teacher's path starts from. One
+        sample that took another branch (green hair for red, if the caption says neither) counts as much as many that
+        are slightly off. `step_error`: the loss that a step is distilled with, max(SNR, 1) |x0 - x0~|², with x_t on
+        the teacher's path and x0~ where its two steps from there lead; the mean over the steps.
         """
         network, times, count = around(self.teacher, unet), self._times(self.steps), 0
         path = step = 0.0

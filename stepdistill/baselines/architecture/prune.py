@@ -1,10 +1,10 @@
-"""A smaller UNet of a UNet's own blocks, one that diffusers' stock configuration can say.
+"""A smaller UNet made of a UNet's own blocks, one that diffusers' stock configuration can describe.
 
-    shape = Shape.of(unet)                                       # what there is
-    small = pruned(unet, dataclasses.replace(shape, mid=False))  # without the middle block; its weights are the UNet's
+    shape = Shape.of(unet)                                       # of the whole UNet
+    small = pruned(unet, dataclasses.replace(shape, mid=False))  # without the middle block; weights copied
 
-A configuration has one number of blocks a stage, attention for all of a stage's blocks or none, and a middle block or
-none. So these are what can be left out, and a saved student loads in plain diffusers, without code of ours.
+A configuration has one number of blocks per stage, attention in all of a stage's blocks or none, and a middle block or
+none. So only these can be removed, and a saved student loads in plain diffusers, without custom code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BY_STAGE = ("attention_head_dim", "block_out_channels", "cross_attention_dim", "
 
 @dataclass(frozen=True)
 class Shape:
-    """What a UNet consists of, stage by stage, the outermost first.
+    """The blocks of a UNet, stage by stage, the outermost first.
 
     Attributes:
         pairs: residual(-attention) pairs of each down stage; its up stage has one more.
@@ -41,10 +41,10 @@ class Shape:
 
     @classmethod
     def of(cls, unet: nn.Module) -> Shape:
-        """The shape of a UNet.
+        """Returns the shape of a UNet.
 
         Raises:
-            InputError: it is no UNet2DConditionModel, or has blocks of another kind.
+            InputError: it is not a UNet2DConditionModel, or has blocks of an unsupported kind.
         """
         if type(unet).__name__ != "UNet2DConditionModel":
             raise InputError(
@@ -73,18 +73,18 @@ class Shape:
 
     @property
     def stages(self) -> int:
-        """How many stages there are."""
+        """The number of stages."""
         return len(self.pairs)
 
     def without_innermost(self) -> Shape:
-        """The shape without its innermost stage, and the middle block with it."""
+        """The shape without its innermost stage and its middle block."""
         return Shape(self.pairs[:-1], self.down[:-1], self.up[:-1], mid=False)
 
 
 def config_of(config: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
-    """The configuration of a UNet cut down to a shape."""
+    """Returns the configuration of a UNet pruned to a shape."""
     stages = shape.stages
-    # "_use_default_values" in it would win over what is changed
+    # its "_use_default_values" would override the changes
     small = {name: value for name, value in config.items() if not name.startswith("_")}
     small |= {name: value[:stages] for name in BY_STAGE if isinstance(value := small[name], list | tuple)}
     return small | {
@@ -96,10 +96,10 @@ def config_of(config: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
 
 
 def origin(name: str, whole: Shape, shape: Shape) -> str:
-    """Which parameter, or module, of the whole UNet one of the smaller's is.
+    """Returns the name in the whole UNet of a parameter, or module, of the smaller one.
 
     Of a stage's pairs the first are kept; of an up stage's the first and the last, whose skip comes from the stage
-    outside it. Stages go from the inside.
+    outside it. Stages are removed from the inside.
     """
     part, *rest = name.split(".")
     if part != "up_blocks":
@@ -112,18 +112,18 @@ def origin(name: str, whole: Shape, shape: Shape) -> str:
 
 
 def fresh(unet: nn.Module, shape: Shape, seed: int | None = None) -> nn.Module:
-    """A UNet of a shape, float32, with random weights, drawn from `seed` where it is given."""
+    """Returns a UNet of a shape, float32, with random weights, drawn from `seed` if it is given."""
     if seed is not None:
         torch.manual_seed(seed)
     return type(unet).from_config(config_of(unet.config, shape))
 
 
 def pruned(unet: nn.Module, shape: Shape, seed: int | None = None) -> nn.Module:
-    """The UNet cut down to a shape, float32: every weight a copy of its own.
+    """Returns the UNet pruned to a shape, float32, with copies of its weights.
 
-    Where the innermost stage was dropped and is of another width than the next (never in Stable Diffusion 1 and 2),
-    the first block on the way up has another input: of its input channels those of the skip are kept, the others
-    begin with nothing to say.
+    If the innermost stage was removed and has another width than the next (never in Stable Diffusion 1 and 2), the
+    first block on the way up has another input: of its input channels those of the skip are kept, and the weights of
+    the others start at zero.
     """
     whole, small = Shape.of(unet), fresh(unet, shape, seed)
     theirs = unet.state_dict()
@@ -134,7 +134,7 @@ def pruned(unet: nn.Module, shape: Shape, seed: int | None = None) -> nn.Module:
 
 
 def _kept(own: Tensor, theirs: Tensor, hidden: int) -> Tensor:
-    """A parameter of the whole UNet as the smaller one takes it; of an entrance, (hidden, skip) channels are dim 1 of
+    """Fits a parameter of the whole UNet to the smaller one; in that first block, (hidden, skip) channels are dim 1 of
     a convolution's weight and dim 0 of a norm's."""
     if own.shape == theirs.shape:
         return theirs

@@ -1,4 +1,4 @@
-"""Fewer blocks, then fewer steps: BK-SDM (Kim et al. 2023), and the smaller pipeline distilled by LCM or LADD.
+"""Fewer blocks, then fewer steps: BK-SDM (Kim et al. 2023), then LCM or LADD applied to the smaller pipeline.
 
 stepdistill baselines run prune_then_steps --quick
 stepdistill baselines run prune_then_steps --size small tiny --distiller lcm --steps 1 2 4 8
@@ -32,33 +32,33 @@ from stepdistill.training.run import distil
 if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
 
-AFTER = ("size", "distiller", "lcm", "ladd", "step_updates", "steps", "plain_steps")  # flags of what follows a pruning
-CHAIN = {"lcm": ("lcm",), "ladd": ("lcm", "ladd")}  # so short an adversarial run has to begin with something
+AFTER = ("size", "distiller", "lcm", "ladd", "step_updates", "steps", "plain_steps")  # flags of what follows pruning
+CHAIN = {"lcm": ("lcm",), "ladd": ("lcm", "ladd")}  # an adversarial run this short needs a distilled start
 
 
 @dataclass(frozen=True)
 class PruneThenStepsConfig(BKSDMConfig):
     """Flags of `prune_then_steps`.
 
-    Stable Diffusion 1.5: train_scripts/configs/baselines/sd15_prune_then_steps.yaml.
+    For Stable Diffusion 1.5: train_scripts/configs/baselines/sd15_prune_then_steps.yaml.
     """
 
     out: Path = Path("out/prune-then-steps")
-    """Folder for all that the run makes. Run the same command again to resume."""
+    """Output folder. Run the same command again to resume."""
     size: tuple[Size, ...] = ("small", "tiny")
-    """See bk_sdm; all are on one plot."""
+    """See bk_sdm; all sizes are on one plot."""
     distiller: Literal["lcm", "ladd"] = "lcm"
-    """What takes the steps out; ladd begins with the student of lcm."""
+    """Step distillation method; ladd starts from the student of lcm."""
     lcm: Path | None = None
-    """YAML of train_lcm_lora.py's flags; those that ship for the embedded teacher where not given."""
+    """YAML of train_lcm_lora.py's flags; by default those shipped for the embedded teacher."""
     ladd: Path | None = None
-    """The same of train_ladd.py's."""
+    """The same for train_ladd.py."""
     step_updates: int = 500
-    """Updates of each step distillation, of teacher, control and student alike."""
+    """Updates of each step distillation, for teacher, control and student alike."""
     steps: tuple[int, ...] = (1, 2, 4, 8)
-    """Step counts that the distilled are measured at."""
+    """Step counts at which distilled pipelines are measured."""
     plain_steps: tuple[int, ...] = (4, 8, 16)
-    """Step counts that the undistilled are measured at."""
+    """Step counts at which undistilled pipelines are measured."""
 
     QUICK: ClassVar[Mapping[str, object]] = {
         **BKSDMConfig.QUICK, "size": ("tiny",), "max_train_steps": 4, "step_updates": 2, "pictures": 8, "steps": (1, 4),
@@ -87,7 +87,7 @@ class PruneThenStepsConfig(BKSDMConfig):
             self.pruning(size, self.data).check_teacher(teacher)
 
     def pruning(self, size: Size, data: str) -> BKSDMConfig:
-        """The flags by which one size is made."""
+        """The flags of the pruning to one size."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(BKSDMConfig)}
         return BKSDMConfig(
             **own | {"out": self.out / f"prune-{size}", "size": size, "data": data, "limit": None, "pictures": 0}
@@ -99,7 +99,7 @@ class PruneThenStepsConfig(BKSDMConfig):
         """The flags of a step distillation.
 
         Args:
-            name: lcm or ladd. start: what a student of ladd begins with.
+            name: lcm or ladd. start: the student that ladd starts from.
 
         Raises:
             InputError: there are none for this teacher.
@@ -110,7 +110,7 @@ class PruneThenStepsConfig(BKSDMConfig):
             "teacher": teacher, "data": data, "out": out, "seed": seed, "max_train_steps": self.step_updates,
             "half": self.half,
         }  # fmt: skip
-        if name == "ladd":  # the blocks it names may be gone: four of those that are left
+        if name == "ladd":  # the blocks it names may have been removed: four of those left
             changes |= {"start": start, "blocks": ()}
         if file is None and self.teacher != "avatars":
             raise InputError(
@@ -122,7 +122,7 @@ class PruneThenStepsConfig(BKSDMConfig):
 
     def run(self) -> Results:
         """Prunes, distils the steps of teacher, control and student, and measures all: <out>/pareto.png shows quality
-        by latency, <out>/bench/report.html everything."""
+        against latency, <out>/bench/report.html everything."""
         self.check()
         data = self._data()
         results = Results("prune_then_steps", f"fd_{self._decides}", False, f"{self.pictures:,} pictures")
@@ -138,7 +138,7 @@ class PruneThenStepsConfig(BKSDMConfig):
         return results
 
     def _few(self, row: Row, pruning: BKSDMConfig) -> Row:
-        """What becomes of a network in fewer steps; all steps of both are on the plot."""
+        """Distils a network's steps and returns its row; all step counts, before and after, are on the plot."""
         if row.role == "teacher":
             name, path, out = "teacher", self.teacher, "steps-teacher-0"
         else:
@@ -157,7 +157,7 @@ class PruneThenStepsConfig(BKSDMConfig):
         )
 
     def fewer_steps(self, path: str, data: str, out: Path, seed: int) -> tuple[Path, float]:
-        """Distils the steps of a pipeline; the student, a pipeline without an adapter to slow it, and the seconds."""
+        """Distils the steps of a pipeline; returns the student, a pipeline with the adapter fused, and the seconds."""
         lora, fused = None, out / "fused"
         for name in CHAIN[self.distiller]:
             lora = distil(self.settings(name, path, data, out / name, lora, seed))
@@ -172,7 +172,7 @@ class PruneThenStepsConfig(BKSDMConfig):
         return 4 if 4 in self.steps else max(self.steps)
 
     def _data(self) -> str:
-        """The data, encoded once for all trainings where there is a limit to them."""
+        """The data, encoded once for all trainings if there is a limit on them."""
         if self.limit is None or self.dry_run or (Path(self.samples) / "manifest.json").is_file():
             return self.samples
         make_cache(
@@ -183,7 +183,7 @@ class PruneThenStepsConfig(BKSDMConfig):
         return str(self.out / "data")
 
     def _drawn(self, spec: ModelSpec, steps: tuple[int, ...]) -> dict[int, dict[str, float]]:
-        """The figures of a pipeline by the number of steps."""
+        """The figures of a pipeline by step count."""
         if not steps:
             return {}
         found = pictures(
@@ -192,7 +192,7 @@ class PruneThenStepsConfig(BKSDMConfig):
         return {n: found[spec.name, n] for n in steps}
 
     def _plot(self) -> None:
-        """The benchmark's page, and its plot of quality by latency."""
+        """Writes the benchmark's report, and its plot of quality against latency."""
         from stepdistill.evaluation.report import write_report
 
         bench = self.out / "bench"

@@ -1,4 +1,4 @@
-"""Li et al. (2023), *SnapFusion*: a UNet without the blocks it can spare, taught to take one step for two.
+"""Li et al. (2023), *SnapFusion*: a UNet without the blocks it can spare, trained to take one step for two.
 
 stepdistill baselines run snapfusion --quick
 stepdistill baselines run snapfusion --saving 0.2 --steps 8
@@ -41,11 +41,11 @@ class CFGAware(Lesson):
     """L = L_dstl + gamma L_ori (equation 11), at the times of `steps` steps.
 
     L_dstl is max(SNR, 1) |x0 - x0~|², x0~ where the teacher's two DDIM steps go (equation 9). In a share `guided_share`
-    of the updates, evenly spread, teacher and student are both guided, by a scale drawn from `guidance` for each sample
-    (equation 10); in the others neither is. L_ori is the loss that diffusion models are trained with.
+    of the updates, evenly spread, teacher and student are both guided, with a scale drawn from `guidance` for each
+    sample (equation 10); in the others neither is. L_ori is the usual training loss of diffusion models.
 
     Args:
-        steps: of the student. original_weight: gamma; with `balanced`, L_ori is brought to the size of L_dstl before.
+        steps: of the student. original_weight: gamma; with `balanced`, L_ori is first scaled to the size of L_dstl.
     """
 
     steps: int
@@ -91,27 +91,27 @@ class CFGAware(Lesson):
 class SnapFusionConfig(ArchitectureConfig):
     """Flags of `snapfusion`.
 
-    Stable Diffusion 1.5, as the paper: train_scripts/configs/baselines/sd15_snapfusion.yaml.
+    For Stable Diffusion 1.5, as in the paper: train_scripts/configs/baselines/sd15_snapfusion.yaml.
     """
 
     out: Path = Path("out/snapfusion")
-    """Folder for all that the run makes. Run the same command again to resume."""
+    """Output folder. Run the same command again to resume."""
     saving: float = 0.25
-    """Share of the milliseconds of a call that is saved by leaving blocks out; 0 leaves none out."""
+    """Share of the milliseconds of a call to save by removing blocks; 0 removes none."""
     judged: int = 64
-    """Held-out samples that blocks are judged by."""
+    """Held-out samples on which blocks are judged."""
     steps: int = 8
-    """Of the student; its teacher takes twice as many."""
+    """Step count of the student; its teacher takes twice as many."""
     cfg_range: tuple[float, float] = (2.0, 14.0)
-    """Teacher and student are guided by a scale between these."""
+    """Range of the guidance scale of teacher and student."""
     cfg_probability: float = 0.1
-    """Share of the updates in which they are."""
+    """Share of the updates in which they are guided."""
     original_weight: float = 0.2
-    """gamma: of the loss that diffusion models are trained with. The control has it alone, with weight 1."""
+    """gamma, the weight of the usual diffusion loss. It is the control's only loss, with weight 1."""
     balanced: bool = True
-    """Bring that loss to the size of the distillation's before it is weighted."""
+    """Scale that loss to the size of the distillation loss before weighting it."""
     learning_rate: float = 1e-4
-    """At the plateau: less than where blocks that matter are gone."""
+    """Peak learning rate: lower than if blocks that matter were removed."""
 
     QUICK: ClassVar[Mapping[str, object]] = {
         "limit": 128, "held_out": 32, "judged": 16, "pictures": 0, "max_train_steps": 6, "batch_size": 4,
@@ -135,8 +135,8 @@ class SnapFusionConfig(ArchitectureConfig):
             raise InputError(f"cfg_range: got {got}; allowed: 1 or more, rising; the paper's is 2 to 14")
 
     def run(self) -> Results:
-        """Chooses the blocks, then a control and a student for each seed, each a pipeline in <out>/ROLE-SEED/export.
-        What blocks are worth is in <out>/blocks.json."""
+        """Chooses the blocks, then trains a control and a student for each seed, each exported as a pipeline to
+        <out>/ROLE-SEED/export. The costs of removals are in <out>/blocks.json."""
         self.check()
         teacher = self.open_teacher()
         like = teacher.denoiser
@@ -162,7 +162,7 @@ class SnapFusionConfig(ArchitectureConfig):
         return contest.run({"control": Untaught(self.caption_dropout), "student": taught})
 
     def efficient(self, teacher: Teacher, held: Samples) -> Shape:
-        """The shape without the blocks that can be spared, as it was first chosen."""
+        """The shape without the blocks that can be spared, as chosen when the run first started."""
         from accelerate import PartialState
 
         like, whole = teacher.denoiser, Shape.of(teacher.denoiser.backbone)
@@ -173,7 +173,7 @@ class SnapFusionConfig(ArchitectureConfig):
         def measure(shape: Shape) -> blocks.Cost:
             bar.update()
             unet = pruned(like.backbone, shape).eval()
-            fastest = call_times(like, unet, judged, repeats=40)[0]  # what else goes on can only add to it
+            fastest = call_times(like, unet, judged, repeats=40)[0]  # other load can only add to it
             return blocks.Cost(fastest, held_out(like, unet, judged)["distance_to_teacher"])
 
         settings = {"teacher": self.teacher, "data": self.samples, "saving": self.saving, "judged": judged.count}

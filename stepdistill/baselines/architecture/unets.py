@@ -1,4 +1,4 @@
-"""What the losses of a diffusion model's architecture are given: samples, and both UNets as denoisers."""
+"""Inputs of the losses for a diffusion model's architecture: samples, and both UNets as denoisers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stepdistill.training.roles import plain
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples of a cache, from `first` on, `count` of them: `x0`, `cond.NAME` and `uncond.NAME`, each (B, ...)."""
+    """`count` samples of a cache, starting at `first`: `x0`, `cond.NAME` and `uncond.NAME`, each (B, ...)."""
 
     cache: LatentCache
     first: int
@@ -33,7 +33,7 @@ class Samples:
         return self.count
 
     def batch(self, indices: list[int]) -> dict[str, Tensor]:
-        """The samples at these places."""
+        """Returns the samples at these indices."""
         x0, cond = self.cache.batch([self.first + i for i in indices])
         uncond = expand(self.cache.uncond, len(indices))
         named = {"cond": cond, "uncond": uncond}
@@ -41,7 +41,7 @@ class Samples:
 
     @property
     def captions(self) -> list[str]:
-        """One for each sample."""
+        """The captions, one per sample."""
         return self.cache.captions[self.first : self.first + self.count]
 
 
@@ -49,7 +49,7 @@ class UNets(Pupils):
     """A student UNet and its teacher; a control has none.
 
     Args:
-        like: the teacher: what says how either is called, and what its output means.
+        like: the teacher, which defines how both are called and what their output means.
     """
 
     def __init__(self, like: Denoiser, student: nn.Module, *, alone: bool = False) -> None:
@@ -57,32 +57,32 @@ class UNets(Pupils):
         self._like = like
 
     def denoiser(self, role: Literal["teacher", "student"]) -> Denoiser:
-        """One of the two, as the trainer wrapped it, behind the one call signature."""
+        """One of the two, as wrapped by the trainer, behind the common call signature."""
         return around(self._like, getattr(self, role))
 
 
 def around(like: Denoiser, backbone: nn.Module) -> Denoiser:
-    """A denoiser as another one, around another backbone."""
+    """Returns a copy of a denoiser around another backbone."""
     twin = plain(like)
     twin.backbone = backbone
     return twin
 
 
 def conditions(batch: Batch, kind: Literal["cond", "uncond"]) -> Cond:
-    """The conditions of a batch, or those that guidance moves away from."""
+    """The conditions of a batch, or the unconditional ones that guidance moves away from."""
     prefix = f"{kind}."
     return {name.removeprefix(prefix): v for name, v in batch.items.items() if name.startswith(prefix)}
 
 
 def dropped(batch: Batch, share: float) -> Cond:
-    """The conditions of a batch, in a share of the samples the unconditional ones, so that guidance goes on to work."""
+    """The conditions of a batch, unconditional in a share of the samples, so that guidance keeps working."""
     cond, uncond = (conditions(batch, kind) for kind in ("cond", "uncond"))
     gone = batch.draws.uniform() < share
     return {k: torch.where(gone.reshape(-1, *(1,) * (v.ndim - 1)), uncond[k], v) for k, v in cond.items()}
 
 
 def noised(x0: Tensor, draws: Draws, schedule: Schedule, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
-    """x_t at times drawn evenly, the times (B,), and what a network of this kind is to answer there, as x_t."""
+    """x_t at uniformly drawn times, the times (B,), and the target of this prediction type, shaped like x_t."""
     t = uniform(schedule)(draws)
     eps = draws.normal(*x0.shape[1:]).to(x0.dtype)
     p, q = row(kind, t, schedule)
@@ -90,14 +90,14 @@ def noised(x0: Tensor, draws: Draws, schedule: Schedule, kind: Kind) -> tuple[Te
 
 
 def task_loss(student: Denoiser, batch: Batch, caption_dropout: float) -> Tensor:
-    """|y - y*|², the mean square error against the data's answer, at times drawn evenly."""
+    """|y - y*|², the mean squared error against the target from the data, at uniformly drawn times."""
     x_t, t, target = noised(batch["x0"], batch.draws, student.schedule, student.kind)
     return masked_mean((student.raw(x_t, t, dropped(batch, caption_dropout)) - target).square())
 
 
 @dataclass(frozen=True)
 class Untaught(Lesson):
-    """The loss that a diffusion model is trained with, and nothing of a teacher: a control's."""
+    """The usual training loss of a diffusion model, without a teacher: a control's."""
 
     caption_dropout: float
 

@@ -1,4 +1,4 @@
-"""Pictures with a class: CIFAR-10, a folder of folders, or the embedded set by some of its attributes."""
+"""Images with classes: CIFAR-10, a folder with a subfolder for each class, or the embedded set by its attributes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 
-PAD = 4  # pixels that a training picture is moved by at most, each way
+PAD = 4  # pixels; the largest shift of a training image, each way
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """N pictures and their classes.
+    """N images and their classes.
 
     Attributes:
         pixels: (N, 3, S, S) uint8. labels: (N,) int64. classes: their names.
-        flip: whether a picture's mirror image is of the same class.
+        flip: whether mirroring an image keeps its class.
     """
 
     pixels: Tensor
@@ -34,20 +34,20 @@ class Labelled:
         return len(self.labels)
 
     def batch(self, indices: list[int]) -> dict[str, Tensor]:
-        """Pictures and labels at these places; `view` makes training views of them, on the device."""
+        """Returns images and labels at these indices; `view` augments them, on the device."""
         return {"pixels": self.pixels[indices], "labels": self.labels[indices]}
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """(B, 3, S, S) uint8 to about unit variance: [-2, 2]."""
+    """Maps (B, 3, S, S) uint8 to [-2, 2], about unit variance."""
     return pixels.float() / 63.75 - 2
 
 
 def view(pixels: Tensor, draws: Draws, flip: bool) -> Tensor:
-    """A training view of each picture, as He et al. (2016) have it: moved by up to 4 pixels, and mirrored or not.
+    """Augments each image as in He et al. (2016): shifted by up to 4 pixels, and mirrored or not.
 
     Args:
-        pixels: (B, 3, S, S) uint8. Edges are repeated.
+        pixels: (B, 3, S, S) uint8. Edges are replicated.
     """
     side = pixels.shape[-1]
     padded = torch.nn.functional.pad(normalise(pixels), (PAD,) * 4, mode="replicate")
@@ -63,16 +63,16 @@ def view(pixels: Tensor, draws: Draws, flip: bool) -> Tensor:
 def open_labelled(
     spec: str, split: str, *, label: Sequence[str], limit: int | None, test: Path | None = None, seed: int = 0
 ) -> Labelled:
-    """The pictures of a split.
+    """Opens the images of a split.
 
     Args:
-        spec: "avatars"; "cifar10" (through torchvision, downloaded to data/); or a folder whose folders are classes.
-        split: train or test. label: attributes of the embedded set that make up a class. limit: pictures at most,
-            drawn by `seed`: a folder's are in order of class.
-        test: of a folder, where its test pictures are; `<folder>/test` beside `<folder>/train` where not given.
+        spec: "avatars"; "cifar10" (through torchvision, downloaded to data/); or a folder whose subfolders are classes.
+        split: train or test. label: attributes of the embedded set whose combination is the class.
+        limit: images at most, drawn with `seed`, since a folder's are sorted by class.
+        test: for a folder, the folder of its test images; by default `<folder>/test`, beside `<folder>/train`.
 
     Raises:
-        InputError: there is no such data, or all pictures are of one class.
+        InputError: the data do not exist, or all images are of one class.
     """
     if spec == "avatars":
         found = _avatars(split, label)

@@ -1,4 +1,4 @@
-"""Hinton et al. (2015), *Distilling the Knowledge in a Neural Network*: a classifier learns another's softened answers.
+"""Hinton et al. (2015), *Distilling the Knowledge in a Neural Network*: a classifier learns another's softened outputs.
 
 stepdistill baselines run hinton --quick
 stepdistill baselines sweep hinton                # the temperatures 1, 2, 4, 8 and 16
@@ -29,7 +29,7 @@ from stepdistill.methods.base import Clock, Loss
 
 @dataclass(frozen=True)
 class Hinton(Lesson):
-    """soft_weight T² KL(teacher_T ‖ student_T) + hard_weight cross-entropy; the control has the latter alone."""
+    """soft_weight T² KL(teacher_T ‖ student_T) + hard_weight cross-entropy; the control uses only the latter."""
 
     temperature: float
     soft_weight: float
@@ -54,43 +54,43 @@ class HintonConfig(BaselineConfig):
     """Flags of `hinton`."""
 
     out: Path = Path("out/hinton")
-    """Folder for all that the run makes. Run the same command again to resume."""
+    """Output folder. Run the same command again to resume."""
     data: str = "avatars"
-    """avatars, cifar10, or a folder of folders, a class each."""
+    """avatars, cifar10, or a folder with a subfolder for each class."""
     test: Path | None = None
-    """Of a folder: where its test pictures are, if not in its folder test/."""
+    """For a data folder: the folder of test images, if it is not the subfolder test/."""
     label: tuple[str, ...] = ("left hair color", "right hair color")
-    """Of the embedded set: the attributes that make up a class."""
+    """For the embedded set: the attributes whose combination is the class."""
     limit: int | None = None
-    """Training pictures, at most; None for all. A teacher that has few learns them by heart, and then has little to
-    tell."""
+    """Training images at most; None for all. A teacher trained on few of them memorises them, and then has little to
+    teach."""
     teacher: str = "resnet20"
-    """A network: resnet8, resnet20, ... as for CIFAR, torchvision's names, timm:NAME."""
+    """A network: resnet8, resnet20, ... as for CIFAR, a torchvision name, or timm:NAME."""
     student: str = "resnet8"
-    """The same."""
+    """A network, named in the same way."""
     temperature: float = 4.0
-    """T: answers are softened by it."""
+    """T, the temperature that softens the outputs of both."""
     soft_weight: float = 0.9
-    """Of T² times the divergence from the teacher's softened answers."""
+    """Weight of T² times the divergence from the teacher's softened outputs."""
     hard_weight: float = 0.1
-    """Of the cross-entropy with the labels. The control has it alone, with weight 1."""
+    """Weight of the cross-entropy with the labels. It is the control's only loss, with weight 1."""
     teacher_steps: int = 2000
     """Updates of the teacher."""
 
     max_train_steps: int = 800
     """Updates of student and control."""
     batch_size: int = 64
-    """Pictures an update."""
+    """Images per process in one forward."""
     learning_rate: float = 2e-3
-    """At the plateau."""
+    """Peak learning rate."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate goes on after the warm-up."""
+    """Learning rate schedule after the warm-up."""
     lr_warmup: int = 50
     """Updates over which the learning rate rises."""
     weight_decay: float = 0.05
-    """Decoupled, as AdamW has it."""
+    """Decoupled weight decay, as in AdamW."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of student and control."""
+    """Seeds of student and control, one pair for each."""
 
     QUICK: ClassVar[Mapping[str, object]] = {
         "limit": 1000, "teacher_steps": 120, "max_train_steps": 60, "seeds": (0,)
@@ -111,7 +111,7 @@ class HintonConfig(BaselineConfig):
         self.require("limit", least=2, fix="None is all")
 
     def run(self) -> Results:
-        """Teacher once; a control and a student for each seed; accuracy on the test split."""
+        """Trains the teacher once, and a control and a student for each seed; measures accuracy on the test split."""
         self.check()
         data = partial(open_labelled, self.data, label=self.label, test=self.test, seed=self.seed)
         train, held = data("train", limit=self.limit), data("test", limit=None)
@@ -121,7 +121,7 @@ class HintonConfig(BaselineConfig):
         results = Results("hinton", "accuracy", True, f"{len(held):,} test pictures, {classes} classes")
 
         plain = Hinton(self.temperature, 0.0, 1.0, train.flip)
-        build(self.student, classes, side, seed=0)  # a name that is wrong is told before anything is trained
+        build(self.student, classes, side, seed=0)  # reports a wrong name before anything is trained
         teacher = build(self.teacher, classes, side, seed=self.seed)
         config = self.part("teacher", max_train_steps=self.teacher_steps)
         results.rows.append(_row("teacher", self.teacher, teacher, learn(plain, Pupils(teacher), train, config), held))
@@ -144,7 +144,7 @@ def _row(role: str, name: str, network: nn.Module, seconds: float, held: Labelle
 
 @torch.no_grad()
 def measure(network: nn.Module, held: Labelled, batch: int = 250) -> dict[str, float]:
-    """Accuracy, mean negative log-likelihood in nats, and the median milliseconds that one picture takes alone."""
+    """Accuracy, mean negative log-likelihood in nats, and median latency of a single image in milliseconds."""
     device = next(network.parameters()).device
     right, nll = 0, 0.0
     for start in range(0, len(held), batch):

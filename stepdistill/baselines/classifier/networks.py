@@ -1,8 +1,8 @@
-"""Classifiers by name: CIFAR's residual networks, torchvision's with a small picture's stem, and all of timm's.
+"""Classifiers by name: CIFAR's residual networks, torchvision's with a stem for small images, and all of timm's.
 
 resnet8, resnet20, resnet32, resnet56, ...    He et al. 2016, section 4.2: 6n + 2 layers of 16, 32 and 64 channels
-resnet18, resnet34, resnet50, ...             torchvision's; for pictures up to 64 pixels a 3x3 stem and no pooling
-timm:NAME                                     as timm makes it
+resnet18, resnet34, resnet50, ...             torchvision's; for images up to 64 pixels with a 3x3 stem and no pooling
+timm:NAME                                     as timm builds it
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock
 
 from stepdistill.errors import InputError
 
-SMALL = 64  # pixels, up to which a stem that takes a quarter of them would leave too little
+SMALL = 64  # pixels; up to this size the usual stem, which downsamples by 4, would leave too few
 
 
 class CifarResNet(nn.Module):
@@ -48,7 +48,7 @@ class CifarResNet(nn.Module):
 
 
 class PaddedShortcut(nn.Module):
-    """Every other pixel, and channels of zeros behind those there are. No parameters."""
+    """Subsamples by 2 and appends channels of zeros; has no parameters."""
 
     def __init__(self, more: int) -> None:
         super().__init__()
@@ -59,13 +59,13 @@ class PaddedShortcut(nn.Module):
 
 
 def build(name: str, classes: int, side: int, *, seed: int) -> nn.Module:
-    """A classifier with random weights.
+    """Builds a classifier with random weights.
 
     Args:
-        name: see above. classes: of its logits. side: of the pictures, in pixels. seed: of the weights.
+        name: see above. classes: of its logits. side: of the images, in pixels. seed: of the weights.
 
     Raises:
-        InputError: no such network.
+        InputError: there is no such network.
     """
     torch.manual_seed(seed)
     depth = re.fullmatch(r"resnet(\d+)", name)

@@ -1,4 +1,4 @@
-"""Language models distilled; `losses` holds the divergences, and each method is a file."""
+"""Distillation of language models; `losses` holds the divergences, and each method is a file."""
 
 from __future__ import annotations
 

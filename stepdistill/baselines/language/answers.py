@@ -1,4 +1,4 @@
-"""What a teacher says to prompts that come without completions (sequence-level distillation, Kim and Rush 2016)."""
+"""A teacher's answers to prompts without completions (sequence-level distillation, Kim and Rush 2016)."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from stepdistill.baselines.language.traces import answer, sample_all, unopened
 from stepdistill.errors import InputError
 from stepdistill.training.processes import on_cpu
 
-TOGETHER = 16  # prompts that are answered at once
+TOGETHER = 16  # prompts that are answered in one batch
 
 
 def answered(pairs: Sequence[Pair], teacher: Decoder, file: Path, *, new: int, seed: int) -> list[Pair]:
-    """Prompts with what the teacher says to them, drawn at temperature 1: what a control learns, and what is measured.
-    Pairs that have completions stay as they are.
+    """Completes prompts with the teacher's answers, sampled at temperature 1: the control trains on them, and they are
+    measured. Pairs that have completions are returned unchanged.
 
     Args:
-        file: that keeps what is said. new: tokens at most.
+        file: keeps the answers. new: tokens at most.
 
     Raises:
-        InputError: some have completions and some have not, the teacher has not learnt to speak yet, or the file is of
-            other prompts.
+        InputError: only some have completions, the teacher is a tiny model, which is not trained yet, or the file is
+            of other prompts.
     """
     without = sum(pair.completion is None for pair in pairs)
     if not without:

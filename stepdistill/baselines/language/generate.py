@@ -1,4 +1,4 @@
-"""What language models say by themselves, drawn with the samples' own random numbers."""
+"""Sampling from language models, with the samples' own random numbers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from stepdistill.draws import Draws, mix
 
 @dataclass(frozen=True)
 class Spoken:
-    """Prompts with what was said after them, as rows of Tokens: the prompt does not count, nor does anything behind the
-    first end of text; that itself does.
+    """Prompts with generated continuations, as rows of Tokens: the prompt does not count, nor does anything after the
+    first end of text, which itself counts.
 
     Attributes:
         ids: (B, S) int64. attention, counts: (B, S) bool.
@@ -29,7 +29,7 @@ class Spoken:
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Within, the network has no dropout."""
+    """Context in which the network is in evaluation mode, without dropout."""
     was = network.training
     network.eval()
     try:
@@ -43,14 +43,14 @@ def sample(
     voices: Sequence[tuple[nn.Module, float]], prompt: Tensor, attention: Tensor, draws: Draws, *, new: int, eos: int,
     pad: int, temperature: float = 1.0,
 ) -> Spoken:  # fmt: skip
-    """Continues prompts by tokens drawn from Σ weight p(· | text so far), the mean of what the voices say.
+    """Continues prompts with tokens sampled from Σ weight p(· | text so far), the voices' mixture.
 
     MiniLLM's mixture is [(teacher, 0.2), (student, 0.8)]; a student alone is [(student, 1.0)].
 
     Args:
         voices: causal language models of one vocabulary, with weights that sum to 1.
-        prompt: (B, P), padded on the left. attention: (B, P). draws: each row takes `new` numbers of its own.
-        new: tokens at most. eos: the token that ends a text. pad: what stands behind it. temperature: of each voice.
+        prompt: (B, P), padded on the left. attention: (B, P). draws: each row takes `new` numbers.
+        new: tokens at most. eos: the token that ends a text. pad: the token after it. temperature: of each voice.
     """
     uniform = torch.stack([draws.uniform() for _ in range(new)], 1).double()
     ids, seen = prompt, attention.bool()
@@ -83,12 +83,12 @@ def sample(
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """The token at which the summed probabilities pass u: (B, V) and (B,) to (B,). One of probability 0 never is."""
+    """The token at which the cumulative probability passes u: (B, V) and (B,) to (B,); never one of probability 0."""
     sums = probs.double().cumsum(-1)
     places = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)
     return places.squeeze(-1).clamp(max=probs.shape[-1] - 1)
 
 
 def coin(seed: int, update: int) -> float:
-    """A number in [0, 1) that belongs to an update, the same on all processes and for all its batches."""
+    """A number in [0, 1) determined by seed and update, the same on all processes and for all its batches."""
     return Draws([mix(seed, ~update)]).uniform().item()

@@ -1,6 +1,6 @@
-"""GKD, Agarwal et al. (2024), *On-Policy Distillation of Language Models*: the student is corrected by its teacher on
-what it says itself, in a share λ of the updates, and on the text in the others, by a generalised Jensen-Shannon
-divergence. Its mean is over the tokens that were said, ends of text included.
+"""GKD, Agarwal et al. (2024), *On-Policy Distillation of Language Models*: the teacher corrects the student on the
+student's own text in a share λ of the updates, and on the corpus in the others, with a generalised Jensen-Shannon
+divergence. Its mean is over the generated tokens, ends of text included.
 
 stepdistill baselines run gkd --quick
 stepdistill baselines sweep gkd --over lmbda=0,0.5,1
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GKD(Lesson):
-    """D_β(teacher, student) on the student's own text with probability λ, else on the batch's; no gradient goes through
-    what was drawn.
+    """D_β(teacher, student) on the student's own text with probability λ, else on the batch's; no gradient passes
+    through sampling.
 
     Attributes:
-        lmbda: λ; 1 is on-policy. beta: see losses.generalized_jsd. temperature: of what the student says, not of D.
-        prompt: tokens of a sample that the student goes on from. eos, pad: tokens. seed: of the choice.
+        lmbda: λ; 1 is on-policy. beta: see losses.generalized_jsd. temperature: of sampling, not of D.
+        prompt: tokens of a sample that the student continues. eos, pad: tokens. seed: of the choice.
     """
 
     lmbda: float
@@ -69,21 +69,21 @@ class GKDConfig(DecoderConfig):
     """Flags of `gkd`.
 
     Full recipes: --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-0.5B-Instruct --data prompts.jsonl --block
-    768 --prompt 256 --learning-rate 1e-5 --mixed-precision bf16, where prompts without completions are answered by the
+    768 --prompt 256 --learning-rate 1e-5 --mixed-precision bf16, with prompts without completions answered by the
     teacher first, for the control; or --teacher openai-community/gpt2-medium --student openai-community/gpt2 --data
     wikitext.
     """
 
     out: Path = Path("out/gkd")
-    """Folder for all that the run makes. Run the same command again to resume."""
+    """Output folder. Run the same command again to resume."""
     lmbda: float = 0.5
     """λ: the share of updates on the student's own text; 1 is on-policy, 0 the text alone."""
     beta: float = 0.5
     """β: 0 is KL(teacher || student), 1 is KL(student || teacher)."""
     temperature: float = 1.0
-    """Of what the student says."""
+    """Sampling temperature of the student."""
     trainer: Literal["own", "trl"] = "own"
-    """trl's GKDTrainer instead of the loop here, from the extra `trl`; it resumes from its last checkpoint."""
+    """own: this package's loop. trl: its GKDTrainer, from the extra `trl`, which resumes from its last checkpoint."""
 
     NAME: ClassVar[str] = "gkd"
     QUICK: ClassVar[Mapping[str, object]] = QUICK

@@ -1,9 +1,9 @@
-"""GKD by trl's GKDTrainer, on the same samples, from the same student.
+"""GKD with trl's GKDTrainer, on the same samples, from the same initial student.
 
-Its `lmbda` is λ in the sense of the paper and of this package, the share of updates on the student's own text (its code
-draws `random() <= lmbda`; texts that have it the other way round are wrong), so it is passed on as it is. It draws its
-own random numbers, one choice a batch and process. Where the student speaks it still divides by the tokens of the text,
-which were counted before; the loop here divides by those that were said.
+Its `lmbda` is λ as in the paper and in this package, the share of updates on the student's own text (its code tests
+`random() <= lmbda`; texts that state the reverse are wrong), so it is passed on unchanged. It draws its own random
+numbers, one choice per batch and process. If the student generates, it still divides by the number of tokens of the
+text, counted beforehand; the loop here divides by the number of generated tokens.
 
 Its checkpoints are <out>/checkpoints/checkpoint-N, each with the seconds up to it.
 """
@@ -39,7 +39,7 @@ from stepdistill.training import folder
 from stepdistill.training.processes import on_cpu
 from stepdistill.training.trackers import Metrics
 
-with warnings.catch_warnings():  # that it is experimental
+with warnings.catch_warnings():  # trl warns that it is experimental
     warnings.simplefilter("ignore")
     from trl.experimental.gkd import GKDConfig as Settings
     from trl.experimental.gkd import GKDTrainer
@@ -49,12 +49,12 @@ if TYPE_CHECKING:
 
     from stepdistill.baselines.language.gkd import GKDConfig
 
-IGNORED = -100  # trl's label of what does not count
+IGNORED = -100  # trl's label of tokens that do not count
 
 
 def teach(config: GKDConfig, teacher: Decoder, student: PreTrainedModel, data: Tokens) -> float:
-    """Trains the student in place, from trl's last checkpoint where there is one; returns the seconds that it took, by
-    earlier runs of the command too.
+    """Trains the student in place, from trl's last checkpoint if there is one; returns the seconds of training, earlier
+    runs of the command included.
 
     Raises:
         InputError: the folder holds another run.
@@ -73,7 +73,7 @@ def teach(config: GKDConfig, teacher: Decoder, student: PreTrainedModel, data: T
         trainer.add_callback(record)
         with closing(record.metrics):
             trainer.train(resume_from_checkpoint=last)
-        for network in (student, teacher.network):  # measured in full precision, as where weights are only loaded
+        for network in (student, teacher.network):  # measured in full precision, as if weights were only loaded
             unwrap(network)
         if state.is_main_process:
             with replacing(weights) as path:
@@ -88,7 +88,7 @@ def teach(config: GKDConfig, teacher: Decoder, student: PreTrainedModel, data: T
 
 @contextmanager
 def placed(network: nn.Module) -> Iterator[None]:
-    """Within, a language model that is given a mask and no places takes those of `positions`."""
+    """Context in which a language model called without position_ids gets those of `positions`."""
 
     def hook(module: nn.Module, args: tuple, given: dict) -> tuple[tuple, dict]:
         if given.get("position_ids") is None:
@@ -103,19 +103,19 @@ def placed(network: nn.Module) -> Iterator[None]:
 
 
 class Trainer(GKDTrainer):
-    """trl's, with places that count from the first token attended to, and one loss for either text in its logs."""
+    """trl's, with positions counted from the first attended token, and a loss for each kind of text in its logs."""
 
     def __init__(self, *args: object, **settings: object) -> None:
         super().__init__(*args, **settings)
-        self.losses: dict[str, list[Tensor]] = {}  # since the last line, by whose text they are of
+        self.losses: dict[str, list[Tensor]] = {}  # since the last line, by kind of text
 
     def compute_loss(self, model: nn.Module, *args: object, **settings: object) -> Tensor:
-        """See GKDTrainer; of padded prompts, learnt places are wrong without theirs."""
+        """See GKDTrainer; without position_ids, learnt positions are wrong for padded prompts."""
         with placed(self.accelerator.unwrap_model(model)), placed(self.accelerator.unwrap_model(self.teacher_model)):
             return super().compute_loss(model, *args, **settings)
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Tensor | None = None) -> Tensor:
-        """See GKDTrainer, which puts what the student says in the place of the text."""
+        """See GKDTrainer, which replaces the text by the student's."""
         text = inputs["input_ids"]
         loss = super().training_step(model, inputs, num_items_in_batch)
         name = "jsd_text" if inputs["input_ids"] is text else "jsd_own"
@@ -124,10 +124,10 @@ class Trainer(GKDTrainer):
 
 
 class Record(TrainerCallback):
-    """Writes a trainer's lines of metrics.jsonl, and with each checkpoint the seconds up to it.
+    """Writes a trainer's lines of metrics.jsonl, and the seconds so far with each checkpoint.
 
     Args:
-        last: the checkpoint that training goes on from.
+        last: the checkpoint that training resumes from, if any.
     """
 
     def __init__(self, trainer: Trainer, config: GKDConfig, last: str | None) -> None:
@@ -139,15 +139,15 @@ class Record(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """So far, earlier runs included."""
+        """Seconds so far, earlier runs included."""
         return round(self.before + time.time() - self.started, 1)
 
     def on_step_end(self, args: Settings, state, control, **_: object) -> None:
-        """The last update has a line, too."""
+        """Has the last update logged, too."""
         control.should_log = control.should_log or state.global_step >= state.max_steps
 
     def on_log(self, args: Settings, state, control, logs: dict[str, float], **_: object) -> None:
-        """A line; the last of a training, which is of times alone, is none."""
+        """Writes a line; the last log of a training, which holds only timings, is skipped."""
         if "loss" not in logs:
             return
         terms = {name: torch.stack(values).mean().item() for name, values in self.trainer.losses.items()}
@@ -157,14 +157,14 @@ class Record(TrainerCallback):
         self.metrics.log(state.global_step, terms | more)
 
     def on_save(self, args: Settings, state, control, **_: object) -> None:
-        """The seconds, beside the weights."""
+        """Writes the seconds beside the weights."""
         if state.is_world_process_zero:
             path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "seconds.json"
             files.write(path, json.dumps(self.seconds))
 
 
 def make_trainer(config: GKDConfig, teacher: Decoder, student: PreTrainedModel, data: Tokens) -> Trainer:
-    """trl's trainer with these settings."""
+    """Returns trl's trainer with these settings."""
     settings = Settings(
         output_dir=str(config.out / "checkpoints"), lmbda=config.lmbda, beta=config.beta,
         temperature=config.temperature, max_new_tokens=config.block - config.prompt, max_length=config.block,
@@ -180,7 +180,7 @@ def make_trainer(config: GKDConfig, teacher: Decoder, student: PreTrainedModel, 
     )  # fmt: skip
     tokenizer = copy.deepcopy(teacher.tokenizer)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # for generation alone: what counts is said by masks
+        tokenizer.pad_token = tokenizer.eos_token  # for generation only: masks define what counts
 
     def collate(rows: list[dict]) -> dict[str, Tensor]:
         return as_trl(data, [row["place"] for row in rows])
@@ -188,14 +188,14 @@ def make_trainer(config: GKDConfig, teacher: Decoder, student: PreTrainedModel, 
     places = Dataset.from_dict({"place": range(len(data))})
     trainer = Trainer(student, teacher.network, settings, data_collator=collate, train_dataset=places,
                       processing_class=tokenizer)  # fmt: skip
-    # its accelerator is told of no trackers, as transformers has its own; Metrics has ours
+    # transformers passes its accelerator no trackers, having its own; Metrics needs them there
     trainer.accelerator.project_configuration.set_directories(str(config.out))
     trainer.accelerator.log_with = filter_trackers(list(config.trackers), config.out)
     return trainer
 
 
 def as_trl(data: Tokens, indices: list[int]) -> dict[str, Tensor]:
-    """Samples in trl's names; labels are the tokens that count, unshifted, as its loss shifts them."""
+    """Samples under trl's names; labels are the tokens that count, unshifted, as its loss shifts them."""
     rows = data.batch(indices)
     return {
         "input_ids": rows["ids"],

@@ -1,4 +1,4 @@
-"""What of a decoder matters least, told from its activations (Muralidharan et al. 2024, section 2.2)."""
+"""Importance of a decoder's parts, estimated from activations (Muralidharan et al. 2024, section 2.2)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shares:
-    """How much of each goes, from 0 to below 1."""
+    """The share of each kind of part to prune, from 0 to below 1."""
 
     layers: float = 0.0
     heads: float = 0.0
@@ -31,10 +31,10 @@ class Shares:
 
     @classmethod
     def read(cls, spec: str) -> Shares:
-        """`prune:layers=0.2,neurons=0.25`, any of the four.
+        """Parses `prune:layers=0.2,neurons=0.25`, with any of the four.
 
         Raises:
-            InputError: another name, no number, or a share that is out of range.
+            InputError: an unknown name, no number, or a share that is out of range.
         """
         shares = {}
         for pair in spec.removeprefix("prune:").split(","):
@@ -53,7 +53,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class Importance:
-    """Of L layers (L,), H channels (H,), the heads (L, heads) and the MLPs' neurons (L, neurons): more matters more."""
+    """Importance of L layers (L,), H channels (H,), heads (L, heads) and MLP neurons (L, neurons); higher is more."""
 
     layers: Tensor
     heads: Tensor
@@ -63,7 +63,7 @@ class Importance:
 
 @dataclass(frozen=True)
 class Kept:
-    """The places that stay, ascending; heads and neurons by the layers that stay."""
+    """The indices that stay, ascending; heads and neurons for each layer that stays."""
 
     layers: Tensor
     heads: Tensor
@@ -73,11 +73,11 @@ class Kept:
 
 @torch.no_grad()
 def importance(network: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]]) -> Importance:
-    """From a few batches (ids, mask), each (B, S): the mean over a sequence, and of these the L2 norm over sequences,
-    which the authors found best.
+    """Computes importance on a few batches (ids, mask), each (B, S): the mean over a sequence, then the L2 norm over
+    sequences, which the authors found best; the sum for layers.
 
-    A channel counts by |what norms give out|, over all of them; a head by the norm of what it sends on; a neuron by
-    |its activation|; a layer by 1 - cos(what goes in, what comes out).
+    It is |output| of all norms for a channel, the norm of its part of the output projection's input for a head,
+    |activation| for a neuron, and 1 - cos(input, output) for a layer.
     """
     kind, config = family(network.config), network.config
     layers = [f"{kind.layers}.{i}" for i in range(config.num_hidden_layers)]
@@ -106,7 +106,7 @@ def importance(network: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Over a sequence: (B, S, ...) and (B, S) to (B, ...)."""
+    """Weighted mean over a sequence: (B, S, ...) and (B, S) to (B, ...)."""
     values = wide(values)
     return torch.einsum("bs...,bs->b...", values, weights.to(values))
 
@@ -125,11 +125,11 @@ def _by_head(size: int, weights: Tensor, module: nn.Module, inputs: tuple, out: 
 
 
 def choose(found: Importance, config: PretrainedConfig, shares: Shares) -> Kept:
-    """What stays when these shares go. Heads that share keys and values are ranked against each other only, so that
-    every group keeps as many; as many channels stay as the heads that stay divide.
+    """Chooses what stays when these shares are pruned. Heads that share keys and values are ranked only against each
+    other, so that every group keeps as many; the channels that stay are a multiple of the heads that stay.
 
     Raises:
-        InputError: nothing of a kind would stay, or the network's class has no place for what stays.
+        InputError: nothing of a kind would stay, or the network's class cannot represent what stays.
     """
     shared, size = shares_keys(config), head_size(config)
     heads = found.heads.unflatten(1, (config.num_key_value_heads if shared else 1, -1))
@@ -151,7 +151,7 @@ def choose(found: Importance, config: PretrainedConfig, shares: Shares) -> Kept:
 
 
 def _largest(values: Tensor, share: float, what: str, of: int = 1) -> Tensor:
-    """Places, ascending, of what stays along the last axis, a multiple of `of` of them."""
+    """Indices, ascending, of what stays along the last axis; their number is a multiple of `of`."""
     stay = round(values.shape[-1] * (1 - share) / of) * of
     if stay < 1:
         raise InputError(

@@ -1,7 +1,7 @@
-"""Texts with a class, and an encoder that tells it.
+"""Texts with classes, and an encoder that predicts them.
 
-avatars              captions of the embedded set; the class is what --label says of the picture, or that it is unsaid
-FILE.tsv             a class, a tab and a text a line; a tenth is held out where --task-test names none
+avatars              captions of the embedded set; the class is the value of --label, "unsaid" if not mentioned
+FILE.tsv             a class, a tab and a text per line; a tenth is held out unless --task-test names a file
 owner/name:config    a `datasets` name, with columns "label" and "text" or "sentence", splits train and validation
 """
 
@@ -50,10 +50,10 @@ class Labelled:
         return self.lines.batch(indices) | {"labels": self.labels[indices]}
 
     def spread(self, count: int | None) -> Labelled:
-        """So many of the texts, evenly from the first to the last, as files may be sorted by class; None for all.
+        """Returns `count` evenly spaced texts, from first to last, as files may be sorted by class; None for all.
 
         Raises:
-            InputError: there are fewer, or what is left has one class.
+            InputError: there are fewer, or those returned would have one class.
         """
         if count is None:
             return self
@@ -67,10 +67,10 @@ class Labelled:
 
 
 class Classifier(nn.Module):
-    """An encoder, and a linear map of the mean over the tokens it attends to.
+    """An encoder with a linear head on the mean over attended tokens.
 
     Args:
-        body: of transformers, without a head. classes: of the logits.
+        body: a transformers encoder without a head. classes: of the logits.
     """
 
     def __init__(self, body: PreTrainedModel, classes: int) -> None:
@@ -78,7 +78,7 @@ class Classifier(nn.Module):
         self.body, self.head = body, nn.Linear(body.config.hidden_size, classes)
 
     def forward(self, ids: Tensor, attention: Tensor) -> Tensor:
-        """(B, S) tokens, and those attended to, to logits (B, classes)."""
+        """(B, S) tokens and attention mask to logits (B, classes)."""
         hidden = self.body(input_ids=ids, attention_mask=attention.long()).last_hidden_state
         weights = attention[..., None].to(hidden)
         return self.head((hidden * weights).sum(1) / weights.sum(1))
@@ -86,7 +86,7 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Classify(Lesson):
-    """Cross-entropy with the classes: how teachers are trained for a task, and controls."""
+    """Cross-entropy with the classes: the loss of task teachers and controls."""
 
     def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
         """The mean over the texts."""
@@ -99,15 +99,15 @@ def open_task(
     spec: str, tokenizer: PreTrainedTokenizerBase, length: int, *, label: str, limit: int | None, held_out: int,
     test: str | None = None, seed: int = 0,
 ) -> tuple[Labelled, Labelled]:  # fmt: skip
-    """Training and held-out texts.
+    """Opens the training and held-out texts of a task.
 
     Args:
         spec: see above. length: tokens of a text; longer ones are cut. label: an attribute of the embedded set.
-        limit, held_out: texts of either at most. test: of a file, the one that is held out.
-        seed: of what is drawn where not all are taken: a file's lines may be in order of class.
+        limit, held_out: texts of each at most. test: for a file, the held-out file.
+        seed: of the draw if not all are taken, as a file's lines may be sorted by class.
 
     Raises:
-        InputError: there is no such task, or what is trained on has one class.
+        InputError: there is no such task, the training texts have one class, or held-out texts have others.
     """
     if spec == "avatars":
         train, held = (_captions(split, label) for split in ("train", "test"))
@@ -165,7 +165,7 @@ def _dataset(spec: str, split: str) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def told_class(network: Classifier, held: Labelled, batch: int = 64) -> dict[str, float]:
-    """`nll`, nats a text, and `accuracy`."""
+    """`nll`, nats per text, and `accuracy`."""
     device = next(network.parameters()).device
     nll, right = 0.0, 0
     for first in range(0, len(held), batch):

@@ -1,5 +1,5 @@
-"""What TinyBERT learns (Jiao et al. 2020, section 3.1): embeddings, hidden states, and attention scores before their
-softmax, which no network of transformers returns; and its teacher's answers.
+"""TinyBERT's losses (Jiao et al. 2020, section 3.1): on embeddings, hidden states, attention scores before the softmax,
+which no transformers network returns, and the teacher's outputs.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from stepdistill.methods.base import Clock, Loss
 
 @dataclass(frozen=True)
 class Seen:
-    """What a call of an encoder of L layers left.
+    """Activations of a call of an encoder with L layers.
 
     Attributes:
-        hidden: L + 1 tensors (B, S, D): embeddings, and what each layer gives. scores: L tensors (B, heads, S, S).
+        hidden: L + 1 tensors (B, S, D): embeddings, and the output of each layer. scores: L tensors (B, heads, S, S).
     """
 
     hidden: list[Tensor]
@@ -28,11 +28,11 @@ class Seen:
 
 
 def look(body: nn.Module, call: nn.Module, ids: Tensor, attention: Tensor) -> Seen:
-    """Calls an encoder and keeps what its layers did.
+    """Calls an encoder and returns the activations of its layers.
 
     Args:
-        body: an encoder of transformers, built as BERT is. call: the same, as the trainer wrapped it.
-        ids, attention: (B, S), tokens and those attended to.
+        body: a transformers encoder with the structure of BERT. call: the same, as wrapped by the trainer.
+        ids, attention: (B, S), tokens and attention mask.
     """
     count, heads = body.config.num_hidden_layers, body.config.num_attention_heads
     layers = [f"encoder.layer.{i}" for i in range(count)]
@@ -50,10 +50,10 @@ def scores(query: Tensor, key: Tensor, heads: int) -> Tensor:
 
 
 def layer_map(student: int, teacher: int) -> list[int]:
-    """g(m) for m = 0, the embeddings, to the student's last layer: k m, where the teacher has k times the layers.
+    """g(m) for m = 0, the embeddings, to the student's last layer: k m, if the teacher has k times the layers.
 
     Raises:
-        ValueError: it has not.
+        ValueError: its layers are not a multiple of the student's.
     """
     if student < 1 or teacher % student:
         raise ValueError(f"layers: got {student} of a student and {teacher} of its teacher; allowed: divisors of those")
@@ -61,24 +61,24 @@ def layer_map(student: int, teacher: int) -> list[int]:
 
 
 def hidden_loss(student: Tensor, teacher: Tensor, attention: Tensor) -> Tensor:
-    """Mean squared difference of (B, S, D) over what is attended to."""
+    """Mean squared difference of (B, S, D) over attended tokens."""
     return masked_mean((wide(student) - wide(teacher)).square().mean(-1), attention)
 
 
 def attention_loss(student: Tensor, teacher: Tensor, attention: Tensor) -> Tensor:
-    """Mean squared difference of scores (B, heads, S, S), where both tokens are attended to."""
+    """Mean squared difference of scores (B, heads, S, S), over pairs of attended tokens."""
     pairs = attention[:, :, None] & attention[:, None, :]
     return masked_mean((wide(student) - wide(teacher)).square().mean(1), pairs)
 
 
 def prediction_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """-Σ p log q of logits (B, classes), p the teacher's and q the student's softmax at the temperature: the mean."""
+    """Mean of -Σ p log q for logits (B, classes), p the teacher's and q the student's softmax at the temperature."""
     p, q = (wide(x) / temperature for x in (teacher, student))
     return masked_mean(-(p.softmax(-1) * q.log_softmax(-1)).sum(-1))
 
 
 class Projections(nn.Module):
-    """W_e and W_h: embeddings and hidden states of the student, made as wide as the teacher's. W_h serves all layers.
+    """W_e and W_h, which map the student's embeddings and hidden states to the teacher's width; layers share W_h.
 
     Args:
         student, teacher: their widths.
@@ -89,7 +89,7 @@ class Projections(nn.Module):
         self.embeddings, self.hidden = (nn.Linear(student, teacher, bias=False) for _ in range(2))
 
     def forward(self, hidden: list[Tensor]) -> list[Tensor]:
-        """Embeddings, and what each layer gives."""
+        """Projects the embeddings and each layer's output."""
         first, *rest = map(wide, hidden)
         return [self.embeddings(first), *map(self.hidden, rest)]
 
@@ -98,11 +98,11 @@ class Projections(nn.Module):
 class Layers(Lesson):
     """Σ over the student's layers m: embeddings (m = 0), hidden states and attention against the teacher's g(m).
 
-    Projections are trained by the same forward, in a phase of their own.
+    The projections are trained with the same forward, in a separate phase.
     """
 
     def phases(self, clock: Clock) -> tuple[str, ...]:
-        """The student, then what makes it as wide as its teacher."""
+        """The student, then the projections."""
         return ("student", "projections")
 
     def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
@@ -129,7 +129,7 @@ class Layers(Lesson):
 
 @dataclass(frozen=True)
 class Answers(Lesson):
-    """The teacher's softened answers to the task."""
+    """The teacher's softened outputs on the task."""
 
     temperature: float
 

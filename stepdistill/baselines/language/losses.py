@@ -1,14 +1,14 @@
-"""Divergences between what a teacher T and a student S say comes next: the mean over the tokens that count, in nats.
+"""Divergences between next-token distributions of teacher T and student S: means over the tokens that count, in nats.
 
 forward_kl         KL(T ‖ S)
 reverse_kl         KL(S ‖ T)
 generalized_jsd    β KL(T ‖ M) + (1 - β) KL(S ‖ M), M = β T + (1 - β) S          GKD, Agarwal et al. 2024, equation 1
 skew_kl            KL(T ‖ α T + (1 - α) S)                                       DistiLLM, Ko et al. 2024, equation 3
 skew_reverse_kl    KL(S ‖ (1 - α) T + α S)
-contrastive_pair   skew_kl on the teacher's answers + skew_reverse_kl on its own   DistiLLM-2, Ko et al. 2025
+contrastive_pair   skew_kl on the teacher's answers + skew_reverse_kl on S's own   DistiLLM-2, Ko et al. 2025
 
-Logits are (B, S, V) and the mask (B, S): what stands at a place speaks of the token that the mask is of, so shift
-first (`shift`). Both are divided by the temperature; no factor makes up for it. float32, or float64 where it is given.
+Logits are (B, S, V) and the mask (B, S): the logits at a position predict the token that the mask there is of, so shift
+first (`shift`). Logits are divided by the temperature; no factor compensates. Computed in float32, or float64 if given.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stepdistill.baselines.reduce import masked_mean, wide
 
 
 def shift(logits: Tensor, ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Puts what is said of a token beside that token: the logits of place s speak of token s + 1.
+    """Aligns logits with the tokens that they predict: the logits at position s predict token s + 1.
 
     Args:
         logits: (B, S, V). ids: (B, S). counts: (B, S), the tokens whose prediction counts.
@@ -41,13 +41,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """KL(T ‖ S): the student has to cover all that the teacher says."""
+    """KL(T ‖ S): the student has to cover everything that the teacher considers likely."""
     s, t = _log_probs(student_logits, temperature), _log_probs(teacher_logits, temperature)
     return masked_mean(kl(t, s), mask)
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """KL(S ‖ T): the student must not say what the teacher does not."""
+    """KL(S ‖ T): the student must not generate what the teacher considers unlikely."""
     s, t = _log_probs(student_logits, temperature), _log_probs(teacher_logits, temperature)
     return masked_mean(kl(s, t), mask)
 
@@ -58,7 +58,7 @@ def generalized_jsd(
     """β KL(T ‖ M) + (1 - β) KL(S ‖ M) with M = β T + (1 - β) S.
 
     As β goes to 0 or 1 this goes to 0, and, divided by β or 1 - β, to KL(T ‖ S) or KL(S ‖ T): at the ends themselves
-    it is these, as in trl.
+    these are returned, as in trl.
 
     Raises:
         ValueError: β is not in [0, 1].
@@ -76,7 +76,7 @@ def generalized_jsd(
 def skew_kl(
     student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, alpha: float = 0.1, temperature: float = 1.0
 ) -> Tensor:
-    """KL(T ‖ α T + (1 - α) S): finite wherever the student says nothing, at most -log α."""
+    """KL(T ‖ α T + (1 - α) S): finite even if the student assigns no probability, at most -log α."""
     s, t = _log_probs(student_logits, temperature), _log_probs(teacher_logits, temperature)
     return masked_mean(kl(t, log_mixture(t, s, alpha)), mask)
 
@@ -92,10 +92,10 @@ def skew_reverse_kl(
 def contrastive_pair(
     on_teachers: tuple[Tensor, Tensor, Tensor], on_students: tuple[Tensor, Tensor, Tensor], *, alpha: float = 0.1
 ) -> Tensor:
-    """skew_kl on answers of the teacher + skew_reverse_kl on answers of the student.
+    """skew_kl on the teacher's answers + skew_reverse_kl on the student's.
 
     Args:
-        on_teachers, on_students: student's logits, teacher's logits and mask on either's answers.
+        on_teachers, on_students: the student's logits, the teacher's logits and the mask, on the answers of each.
     """
     return skew_kl(*on_teachers, alpha=alpha) + skew_reverse_kl(*on_students, alpha=alpha)
 

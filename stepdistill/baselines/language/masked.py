@@ -1,4 +1,4 @@
-"""Masked language modelling (Devlin et al. 2019, section 3.1): lines of text, what of them is hidden, and the loss."""
+"""Masked language modelling (Devlin et al. 2019, section 3.1): lines of text, their masking, and the loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stepdistill.methods.base import Clock, Loss
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHOWN = 0.8  # of the hidden tokens that are shown as a mask; half of the others as any token, half as they are
+SHOWN = 0.8  # of masked tokens that become the mask token; half of the rest become any token, half stay
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Lines:
         return len(self.ids)
 
     def batch(self, indices: list[int]) -> dict[str, Tensor]:
-        """The pieces at these places, cut to the longest of them."""
+        """Returns the pieces at these indices, cut to the longest of them."""
         attention = self.attention[indices]
         longest = int(attention.sum(1).max())
         return {"ids": self.ids[indices, :longest], "attention": attention[:, :longest]}
@@ -41,11 +41,11 @@ class Lines:
 
 @dataclass(frozen=True)
 class Masking:
-    """What is hidden from an encoder.
+    """How an encoder's input is masked.
 
     Attributes:
-        rate: of the tokens that are not special, those that are to be told. length: tokens of the longest piece.
-        mask: the token that hides. special: tokens that are never hidden. vocabulary: how many tokens there are.
+        rate: share of the tokens, special ones aside, that are masked. length: tokens of the longest piece.
+        mask: the mask token. special: tokens that are never masked. vocabulary: its size.
     """
 
     rate: float
@@ -56,11 +56,11 @@ class Masking:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, vocabulary: int, length: int, rate: float) -> Masking:
-        """That of a tokenizer."""
+        """The masking for a tokenizer."""
         return cls(rate, length, tokenizer.mask_token_id, tuple(sorted(tokenizer.all_special_ids)), vocabulary)
 
     def __call__(self, ids: Tensor, attention: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """The tokens as they are shown, and which of them are to be told: (B, S) both, S up to `length`."""
+        """The masked input, and which tokens are to be predicted: both (B, S), S up to `length`."""
         size = ids.shape[1]
         chance, fate = (draws.uniform(self.length)[:, :size] for _ in range(2))
         other = draws.integers(self.vocabulary, self.length)[:, :size]
@@ -72,12 +72,12 @@ class Masking:
 
 @dataclass(frozen=True)
 class MaskedModelling(Lesson):
-    """-log p(what is hidden | what is shown): how teachers without a head are trained, and controls."""
+    """-log p(masked tokens | masked input): the loss of teachers without a head, and of controls."""
 
     masking: Masking
 
     def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
-        """The mean over the hidden tokens."""
+        """The mean over the masked tokens."""
         shown, told = self.masking(batch["ids"], batch["attention"], batch.draws)
         _, logits = models.student(shown, batch["attention"], told)
         value = masked_mean(nn.functional.cross_entropy(wide(logits), batch["ids"][told], reduction="none"))
@@ -85,13 +85,13 @@ class MaskedModelling(Lesson):
 
 
 def cut_lines(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None) -> Lines:
-    """Each line of the texts, cut into pieces of `length` tokens with the special ones around them.
+    """Cuts each line of the texts into pieces of `length` tokens, the special ones around them included.
 
     Args:
         limit: pieces at most.
 
     Raises:
-        InputError: there is no line with words in it.
+        InputError: no line has words in it.
     """
     pieces: list[list[int]] = []
     for line in (line for text in texts for line in text.splitlines() if line.strip()):
@@ -103,7 +103,7 @@ def cut_lines(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: 
 
 
 def surround(pieces: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, length: int) -> Lines:
-    """Pieces of at most length - 2 tokens between cls and sep, padded on the right to `length`.
+    """Puts pieces of at most length - 2 tokens between cls and sep, padded on the right to `length`.
 
     Raises:
         InputError: there are none.
@@ -120,7 +120,7 @@ def surround(pieces: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
 
 @torch.no_grad()
 def told_right(network: MaskedLM, held: Lines, masking: Masking, batch: int = 32) -> dict[str, float]:
-    """`masked_nll`, nats a hidden token, and `masked_accuracy`; what is hidden is the same for every network."""
+    """`masked_nll`, nats per masked token, and `masked_accuracy`; the masking is the same for every network."""
     device = next(network.parameters()).device
     nll, right, count = 0.0, 0, 0
     for first in range(0, len(held), batch):

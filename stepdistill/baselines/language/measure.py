@@ -1,4 +1,4 @@
-"""What a language model is measured by: negative log-likelihood a token, perplexity, and texts to look at."""
+"""Measurements of a language model: negative log-likelihood per token, perplexity, and generated texts."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ NOTE = (
     "nll: nats a token of the held-out text; own_kl: KL(student || teacher), nats a token, over what each says itself "
     "after held-out prompts; what they say is in generations.md"
 )
-SPEAK = 0x5A17  # the stream of random numbers that held-out prompts are continued by
+SPEAK = 0x5A17  # the stream of random numbers for continuing held-out prompts
 
 
 @torch.no_grad()
 def perplexity(
     network: nn.Module, ids: Tensor, *, window: int = 1024, stride: int = 512, batch: int = 4, first: Sequence[int] = ()
 ) -> dict[str, float]:
-    """`nll`, nats a token, and `perplexity`, its exponential, of one text at a fixed stride.
+    """`nll`, nats per token, and `perplexity`, its exponential, of one text at a fixed stride.
 
-    Windows begin `stride` tokens apart; of each, only what the one before did not have is scored, so that every token
-    but the first is scored once, behind at least window - stride others where there are as many.
+    Windows start `stride` tokens apart; each scores only the tokens that the one before did not have, so that every
+    token but the first is scored once, after at least window - stride others if there are as many.
 
     Args:
         ids: (N,), N > 1. window: tokens seen at once. stride: 1 to window - 1: a window's first token is never scored.
-        first: tokens before each window, that are seen besides; see data.begin.
+        first: tokens before each window, seen in addition; see tokens.begin.
     """
     if not 1 <= stride < window:
         raise ValueError(f"stride: got {stride}; allowed: 1 to {window - 1}, below the window")
@@ -72,7 +72,7 @@ def with_perplexity(nll: float) -> dict[str, float]:
 
 @torch.no_grad()
 def mean_nll(network: nn.Module, data: Tokens, batch: int = 8) -> float:
-    """Nats a token, over the tokens that count."""
+    """Nats per token, over the tokens that count."""
     device = next(network.parameters()).device
     total, n = 0.0, 0
     for at in range(0, len(data), batch):
@@ -91,7 +91,7 @@ def token_nll(network: nn.Module, ids: Tensor, attention: Tensor) -> Tensor:
 
 
 def go_on(network: nn.Module, teacher: Decoder, held: Tokens, seed: int) -> Spoken:
-    """What a network says after held-out prompts; of one seed all networks draw the same numbers."""
+    """A network's continuations of held-out prompts; with the same seed, all networks draw the same numbers."""
     device = next(network.parameters()).device
     prompt, attention = (x[:, : held.prompt].to(device) for x in (held.ids, held.attention))
     draws, new = Draws.at(seed ^ SPEAK, 0, len(held), device), held.ids.shape[1] - held.prompt
@@ -100,19 +100,19 @@ def go_on(network: nn.Module, teacher: Decoder, held: Tokens, seed: int) -> Spok
 
 @torch.no_grad()
 def own_kl(network: nn.Module, teacher: nn.Module, spoken: Spoken) -> float:
-    """KL(network || teacher), nats a token, over what the network itself said."""
+    """KL(network || teacher), nats per token, over the text that the network itself generated."""
     said, answers = (logits(model, spoken.ids, spoken.attention) for model in (network, teacher))
     said, _, mask = losses.shift(said, spoken.ids, spoken.counts)
     return losses.reverse_kl(said, answers[:, :-1], mask).item()
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor, kept: Tensor) -> list[str]:
-    """The texts of rows of tokens, of those that are kept."""
+    """The texts of rows of tokens, of which only those in `kept` are decoded."""
     return [tokenizer.decode(row[mask].tolist()) for row, mask in zip(ids, kept.bool(), strict=True)]
 
 
 def write_generations(file: Path, prompts: Sequence[str], said: Mapping[str, Sequence[str]]) -> None:
-    """Writes the prompts, and beneath each what each network says after it."""
+    """Writes the prompts, each followed by every network's continuation."""
     lines = ["# What each says after the same prompts, drawn by the same random numbers", ""]
     for i, prompt in enumerate(prompts):
         lines += [f"## {i + 1}", "", f"> {_line(prompt)}", ""]

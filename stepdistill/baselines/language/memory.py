@@ -1,6 +1,6 @@
-"""What on-policy training remembers between updates, as buffers of a network beside the student: checkpoints keep them.
+"""State of on-policy training between updates, as buffers of a module beside the student, so that checkpoints keep it.
 
-Several processes remember the same, each what all have said, so that one checkpoint serves all.
+All processes keep the same state, gathered from all of them, so that one checkpoint serves all.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from stepdistill.baselines.language.generate import Spoken
 from stepdistill.draws import Draws
 
-RISE = 0.1  # of the validation loss, that raises the threshold; and what it is raised by
+RISE = 0.1  # rise of the validation loss at which the threshold is raised, and by how much
 
 
 class Replay(nn.Module):
-    """The last `capacity` rows that the student said, and how often it is to speak.
+    """The last `capacity` rows that the student generated, and the share of updates on its own text.
 
     Args:
-        capacity: rows. length: tokens of a row. threshold: the share of updates on its own text, to begin with.
+        capacity: rows. length: tokens of a row. threshold: the initial share.
     """
 
     def __init__(self, capacity: int, length: int, threshold: float) -> None:
@@ -26,18 +26,18 @@ class Replay(nn.Module):
         self.register_buffer("ids", torch.zeros(capacity, length, dtype=torch.int64))
         self.register_buffer("attention", torch.zeros(capacity, length, dtype=torch.bool))
         self.register_buffer("counts", torch.zeros(capacity, length, dtype=torch.bool))
-        self.register_buffer("said", torch.tensor(0))  # rows, those that were overwritten too
+        self.register_buffer("said", torch.tensor(0))  # rows, overwritten ones included
         self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float64))
         self.register_buffer("lowest", torch.tensor(torch.inf, dtype=torch.float64))
-        self.register_buffer("looked", torch.tensor(-1))  # the update of the last look
+        self.register_buffer("looked", torch.tensor(-1))  # the update of the last call of `look`
 
     @property
     def filled(self) -> int:
-        """Rows that there are."""
+        """The number of rows held."""
         return min(self.said.item(), len(self.ids))
 
     def keep(self, spoken: Spoken) -> None:
-        """Takes in what all processes' students said, the oldest rows going first."""
+        """Stores the rows generated on all processes, overwriting the oldest."""
         from accelerate.utils import gather
 
         rows = [gather(x) for x in (spoken.ids, spoken.attention, spoken.counts)]
@@ -47,15 +47,15 @@ class Replay(nn.Module):
         self.said += len(rows[0])
 
     def recall(self, draws: Draws) -> Spoken:
-        """A row for each of these samples."""
+        """A random row for each of these samples."""
         places = draws.integers(self.filled)
         return Spoken(self.ids[places], self.attention[places], self.counts[places])
 
     def look(self, loss: float, update: int) -> None:
-        """Raises the threshold where the validation loss is RISE above the lowest since it was raised last.
+        """Raises the threshold if the validation loss is RISE above its lowest value since the threshold last rose.
 
-        The authors compare with the loss before training, of students that were fine-tuned first; of one that was not,
-        that is never reached again, and the student would never speak.
+        The authors compare with the loss before training, of students that were fine-tuned first. One that was not
+        never returns to that loss, and would never train on its own text.
         """
         self.looked.fill_(update)
         if loss >= self.lowest.item() + RISE:
@@ -66,7 +66,7 @@ class Replay(nn.Module):
 
 
 class Rollouts(nn.Module):
-    """An update's texts, said by the mixture, and how likely teacher and student held their tokens.
+    """An update's texts, sampled from the mixture, and their tokens' log-likelihoods by teacher and student.
 
     Args:
         rows: samples of an update, over all batches and processes. length: tokens of a row.
@@ -78,11 +78,11 @@ class Rollouts(nn.Module):
         self.register_buffer("attention", torch.zeros(rows, length, dtype=torch.bool))
         self.register_buffer("counts", torch.zeros(rows, length, dtype=torch.bool))
         self.register_buffer("log_p", torch.zeros(rows, length - 1))  # of the teacher
-        self.register_buffer("log_q", torch.zeros(rows, length - 1))  # of the student that said them
+        self.register_buffer("log_q", torch.zeros(rows, length - 1))  # of the student, when they were sampled
         self.register_buffer("seen", torch.tensor(0))  # samples of the run
 
     def next(self, count: int, new: Spoken | None, log_p: Tensor | None, log_q: Tensor | None) -> dict[str, Tensor]:
-        """This process's `count` rows of the run's next batch, which take the place of the last ones where given."""
+        """This process's `count` rows of the run's next batch; new ones, if given, replace the stored ones."""
         from accelerate import PartialState
         from accelerate.utils import gather
 

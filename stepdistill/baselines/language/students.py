@@ -1,9 +1,9 @@
 """Students made from a teacher that is a causal language model.
 
-layers:6           six of the teacher's layers, evenly from its first to its last, and all around them
-layers:0,2,5       these
+layers:6           six of the teacher's layers, evenly spaced from first to last, and everything around them
+layers:0,2,5       these layers
 config:num_hidden_layers=2,hidden_size=64,...    the teacher's configuration with changes, random weights
-and all that a teacher may be
+and any model that a teacher may be
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 def make_student(spec: str, teacher: Decoder, *, seed: int = 0) -> PreTrainedModel:
-    """The student that `spec` names, with the teacher's vocabulary; see match_vocabulary for when that is cut.
+    """The student that `spec` names, with the teacher's vocabulary; match_vocabulary may cut both.
 
     Raises:
-        InputError: no such layers or settings, or another vocabulary or tokenizer than the teacher's.
+        InputError: there are no such layers or settings, or vocabulary or tokenizer differ from the teacher's.
     """
     kind, _, said = spec.partition(":")
     if kind == "layers":
@@ -42,22 +42,22 @@ def make_student(spec: str, teacher: Decoder, *, seed: int = 0) -> PreTrainedMod
 
 
 def without_dropout(network: nn.Module) -> nn.Module:
-    """The same network, that answers in training as it does in evaluation."""
+    """Sets a network's dropout to 0, in place, so that it computes the same in training as in evaluation."""
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):  # a Llama's, which is no module
+        if isinstance(getattr(module, "attention_dropout", None), float):  # a Llama's, which is not a module
             module.attention_dropout = 0.0
     return network
 
 
 def count_layers(network: PreTrainedModel) -> int:
-    """How many decoder layers there are."""
+    """The number of decoder layers."""
     return network.config.num_hidden_layers
 
 
 def copy_layers(network: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
-    """A model of these layers alone, in this order, and of all that is around them; its weights are its own copies."""
+    """Returns a model of these layers only, in this order, and of everything around them; its weights are copies."""
     config = plain(network.config)
     config.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None):
@@ -86,12 +86,12 @@ def layers_name(network: PreTrainedModel) -> str:
 
 
 def evenly(n: int, count: int) -> list[int]:
-    """n of `count` places, evenly from the first to the last; the first alone where n is 1."""
+    """n of `count` indices, evenly spaced from the first to the last; only the first if n is 1."""
     return [round(i * (count - 1) / max(n - 1, 1)) for i in range(n)]
 
 
 def plain(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy without what only says how the teacher's file was packed."""
+    """A copy without the settings that describe only how the teacher's file was quantised."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -135,7 +135,7 @@ def _changed(config: PretrainedConfig, said: str, seed: int) -> PreTrainedModel:
     try:
         student = AutoModelForCausalLM.from_config(config).float().eval()
         with torch.no_grad():
-            student(torch.zeros(1, 2, dtype=torch.int64))  # some settings only then do not fit
+            student(torch.zeros(1, 2, dtype=torch.int64))  # some mismatches only show here
         return student
     except (ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:100]

@@ -1,8 +1,8 @@
-"""The texts that language models learn from and are measured on, from wherever they are.
+"""The texts that language models are trained and measured on, from any source.
 
-avatars              the captions of the embedded set, a text each
-FILE.txt             one text; its last tenth is held out where --test names none
-FILE.jsonl           a text a line ("text"), or a prompt and its completion ("prompt", "completion"), or prompts alone
+avatars              the captions of the embedded set, one text each
+FILE.txt             one text; its last tenth is held out unless --test names a file
+FILE.jsonl           a text per line ("text"), or a prompt and its completion ("prompt", "completion"), or prompts alone
 wikitext             WikiText-2, through `datasets`
 owner/name:config    any other `datasets` name, with a column "text"
 """
@@ -20,23 +20,23 @@ from stepdistill.errors import InputError
 
 KINDS = "avatars, a .txt or .jsonl file, wikitext, or a datasets name (owner/name:config)"
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
-HELD_OUT = 0.1  # of a file that has no test file beside it
+HELD_OUT = 0.1  # of a file without a separate test file
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and what comes after it; None where a teacher is yet to say that."""
+    """A prompt and its completion; None if a teacher has yet to generate it."""
 
     prompt: str
     completion: str | None
 
 
 def open_texts(spec: str, split: str, *, test: str | None = None) -> list[str] | list[Pair]:
-    """The texts, or pairs, of a split.
+    """Opens the texts, or pairs, of a split.
 
     Args:
-        spec: see above. split: train or test. test: of a file, the one that is held out.
+        spec: see above. split: train or test. test: for a file, the held-out file.
 
     Raises:
         InputError: there is no such text, or it is empty.
@@ -62,18 +62,18 @@ def open_texts(spec: str, split: str, *, test: str | None = None) -> list[str] |
 
 
 def joined(texts: Sequence[str | Pair]) -> list[str]:
-    """Texts, of pairs the prompt and its completion, if it has one, in one."""
+    """Texts as strings; of a pair, the prompt followed by its completion, if it has one."""
     return [f"{text.prompt}{text.completion or ''}" if isinstance(text, Pair) else text for text in texts]
 
 
 def read_file(path: Path, parse: Callable[[str], T], flag: str, allowed: str) -> T:
-    """What `parse` makes of a text file.
+    """Returns what `parse` makes of a text file's content.
 
     Args:
-        flag, allowed: for the message.
+        flag, allowed: for the error message.
 
     Raises:
-        InputError: it cannot be read, or `parse` does not take what is in it.
+        InputError: it cannot be read, or `parse` rejects its content.
     """
     try:
         return parse(path.read_text(encoding="utf-8"))
@@ -83,7 +83,7 @@ def read_file(path: Path, parse: Callable[[str], T], flag: str, allowed: str) ->
 
 
 def read_table(spec: str, split: str, flag: str, allowed: str):
-    """A split of a `datasets` name, or name:configuration.
+    """Loads a split of a `datasets` name, or name:configuration.
 
     Raises:
         InputError: it could not be loaded.
@@ -93,13 +93,13 @@ def read_table(spec: str, split: str, flag: str, allowed: str):
     name, _, config = spec.partition(":")
     try:
         return load_dataset(name, config or None, split=split)
-    except Exception as error:  # what it raises differs by what is missing
+    except Exception as error:  # the type depends on what is missing
         reason = " ".join(str(error).split())[:80]
         raise InputError(f"{flag}: got {spec}, which could not be loaded ({reason}); allowed: {allowed}") from error
 
 
 def held_apart(rows: list[T]) -> tuple[list[T], list[T]]:
-    """All but the last tenth, and that."""
+    """Splits rows into all but the last tenth, and the last tenth."""
     place = round(len(rows) * (1 - HELD_OUT))
     return rows[:place], rows[place:]
 
@@ -109,7 +109,7 @@ def _parse(path: Path, text: str) -> list[str] | list[Pair]:
 
 
 def _cut(texts: list[str] | list[Pair], split: str) -> list[str] | list[Pair]:
-    """The part of one file's texts that is this split's; one text alone is cut at the end of a line."""
+    """The part of a file's texts that belongs to this split; a single text is cut at the end of a line."""
     if len(texts) == 1 and isinstance(texts[0], str):
         text = texts[0]
         place = text.find("\n", round(len(text) * (1 - HELD_OUT))) + 1 or len(text)
@@ -126,7 +126,7 @@ def _row(row: dict) -> str | Pair:
 
 
 def _said(text: str | Pair) -> str:
-    """What is learnt of a text, or of a pair: of a prompt alone, what is said to it."""
+    """The part of a text or pair that must not be empty: the completion; the prompt, if that is to be generated."""
     if isinstance(text, str):
         return text
     return text.prompt if text.completion is None else text.completion

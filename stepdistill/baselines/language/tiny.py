@@ -1,4 +1,4 @@
-"""Random language models of half a million parameters, small enough to be trained first while one waits."""
+"""Random language models of half a million parameters, small enough to be trained at the start of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 VOCABULARY = 512  # tokens at most
 END = "<|endoftext|>"
-READ = 1_000_000  # characters of the text that the tokenizer is made from
+READ = 1_000_000  # characters of text that the tokenizer is trained on
 
 
 def build(spec: str, texts: Sequence[str], *, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -38,7 +38,7 @@ def build(spec: str, texts: Sequence[str], *, seed: int) -> tuple[PreTrainedMode
 
 
 def train_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of a text, as GPT-2's: any text can be said in it, and its one special token ends texts.
+    """Trains a byte-level BPE as GPT-2's: it can encode any text, and its one special token ends texts.
 
     Args:
         size: of the vocabulary, at most.

@@ -1,5 +1,5 @@
-"""Jiao et al. (2020), *TinyBERT*: a smaller and narrower encoder follows its teacher layer by layer, on any text first,
-then on a task, of which it learns the teacher's answers last.
+"""Jiao et al. (2020), *TinyBERT*: a smaller and narrower encoder follows its teacher layer by layer, first on any text,
+then on a task, and finally learns the teacher's answers to that task.
 
 stepdistill baselines run tinybert --quick
 """
@@ -33,67 +33,67 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class TinyBertConfig(BaselineConfig):
     """Flags of `tinybert`. For BERT itself: train_scripts/configs/baselines/tinybert_bert.yaml. The paper's third part,
-    more task texts from masked words, is not here; what it is for, texts whose class nobody told, is `labelled`."""
+    task texts augmented by masked words, is omitted; `labelled` serves its purpose, texts without a known class."""
 
     out: Path = Path("out/tinybert")
-    """Folder for all that the run makes. Run the same command again to resume."""
+    """Output folder. Run the same command again to resume."""
     teacher: str = "tiny"
     """An encoder: tiny, minilm, or a folder or hub id of a BERT or RoBERTa."""
     teacher_steps: int = 1000
-    """Updates by which a tiny teacher is trained to tell masked tokens first; others come trained."""
+    """Updates by which a tiny teacher first learns to predict masked tokens; others come pretrained."""
     teacher_learning_rate: float = 3e-3
-    """Of these."""
+    """Peak learning rate of these."""
     data: str = "avatars"
     """Text of the first stage: avatars (captions), a .txt or .jsonl file, wikitext, or a `datasets` name."""
     limit: int | None = 4000
-    """Pieces of it at most; None for all."""
+    """Pieces of that text at most; None for all."""
     length: int = 64
     """Tokens of a piece of text, special ones included."""
 
     task: str = "avatars"
-    """Of the second stage: avatars, a .tsv file of class and text, or a `datasets` name with label and text."""
+    """Task of the second stage: avatars, a .tsv file of class and text, or a `datasets` name with label and text."""
     task_test: str | None = None
-    """Of a file: the one that is held out, where it is not a tenth of it."""
+    """For a .tsv file: the held-out file; by default a tenth of it."""
     task_limit: int | None = 1000
     """Training texts of the task at most; None for all."""
     labelled: int | None = None
-    """Of these, those whose class is told, spread evenly over them; None for all. Teacher and control learn from these
-    alone, the student from the teacher on all."""
+    """Of these, the number with a known class, spread evenly; None for all. Teacher and control learn from these only,
+    the student from the teacher on all."""
     label: str = "right clothes"
-    """Of the embedded set: the attribute that is the class."""
+    """For the embedded set: the attribute that is the class."""
     held_out: int = 1000
-    """Held-out texts of the task, at most."""
+    """Held-out texts of the task at most."""
     task_steps: int = 300
     """Updates of the teacher on the task."""
     task_learning_rate: float = 1e-3
-    """Of these; a tenth and less for a real encoder."""
+    """Peak learning rate of these; a tenth or less for a real encoder."""
 
     layers: int = 2
-    """Of the student; the teacher has a multiple of them."""
+    """Layers of the student; the teacher has a multiple of them."""
     width: int = 32
-    """Of the student's hidden states; a multiple of the teacher's heads."""
+    """Width of the student's hidden states; a multiple of the teacher's heads."""
     intermediate: int = 64
-    """Of the student's feed-forward layers."""
+    """Width of the student's feed-forward layers."""
     general_steps: int = 1000
-    """Updates of the first stage, on text. The control tells masked tokens in them."""
+    """Updates of the first stage, on text. The control predicts masked tokens in them."""
     intermediate_steps: int = 500
-    """Updates of the second stage's first part: layers, on the task's texts. The control is told classes in these and
+    """Updates of the second stage's first part: layers, on the task's texts. The control learns classes in these and
     all that follow."""
     temperature: float = 1.0
-    """Of the answers in the second stage's second part."""
+    """Temperature of the answers in the second stage's second part."""
 
     max_train_steps: int = 300
     """Updates of the second stage's second part: the teacher's answers."""
     batch_size: int = 32
-    """Texts an update."""
+    """Texts per process in one forward."""
     learning_rate: float = 1e-3
-    """At the plateau, of each stage."""
+    """Peak learning rate of each stage."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
-    """How the learning rate goes on after the warm-up."""
+    """Learning rate schedule after the warm-up."""
     lr_warmup: int = 20
     """Updates over which the learning rate rises."""
     weight_decay: float = 0.01
-    """Decoupled, as AdamW has it."""
+    """Decoupled weight decay, as in AdamW."""
 
     QUICK: ClassVar[Mapping[str, object]] = {
         "limit": 1000, "task_limit": 300, "teacher_steps": 250, "task_steps": 60, "general_steps": 60,
@@ -118,7 +118,7 @@ class TinyBertConfig(BaselineConfig):
         self.require("length", least=4)
 
     def run(self) -> Results:
-        """The teacher, and the teacher of the task; then a control and a student for each seed, stage by stage."""
+        """Trains the teacher and its task classifier; then a control and a student for each seed, stage by stage."""
         from accelerate import PartialState
 
         from stepdistill.training.processes import on_cpu
@@ -165,7 +165,7 @@ class TinyBertConfig(BaselineConfig):
     def _control(
         self, teacher: PreTrainedModel, masking: Masking, text: Lines, known: Labelled, seed: int
     ) -> tuple[Classifier, float]:
-        """As large as the student and trained as long: on masked tokens of the text, then on the task's classes."""
+        """As large as the student and trained for as long: on masked tokens of the text, then on the task's classes."""
         small = self._small(teacher, seed)
         control = Classifier(small.base_model, len(known.classes))
         part = self.part(f"control-{seed}/text", seed=seed, max_train_steps=self.general_steps)
@@ -177,7 +177,7 @@ class TinyBertConfig(BaselineConfig):
     def _student(
         self, teacher: PreTrainedModel, tutor: Classifier, text: Lines, task: Labelled, seed: int
     ) -> tuple[Classifier, float]:
-        """The teacher's layers on text, those of the task's teacher on its texts, and the latter's answers."""
+        """Trained on the teacher's layers on text, then on the classifier's layers and on its answers on the task."""
         student = Classifier(self._small(teacher, seed).base_model, len(task.classes))
         beside = {"projections": Projections(self.width, teacher.config.hidden_size)}
         part = self.part(f"student-{seed}/text", seed=seed, max_train_steps=self.general_steps)
@@ -191,7 +191,7 @@ class TinyBertConfig(BaselineConfig):
         """A student with random weights and a head for masked tokens.
 
         Raises:
-            InputError: the teacher has not a multiple of its layers, or its heads do not divide its width.
+            InputError: its layers do not divide the teacher's, or the teacher's heads do not divide its width.
         """
         config = plain(teacher.config)
         count, heads = config.num_hidden_layers, config.num_attention_heads

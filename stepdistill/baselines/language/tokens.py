@@ -1,4 +1,4 @@
-"""Texts as tokens: packed to blocks, or prompts with completions; what counts is said by a mask, never by a token."""
+"""Texts as tokens: packed into blocks, or prompts with completions; a mask, never a token, says what counts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stepdistill.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PIECE = 1 << 18  # characters that are tokenised at once: what the tokenizer remembers of each is 200 times as large
+PIECE = 1 << 18  # characters tokenised at once: the tokenizer keeps 200 times as much memory for each
 _CUT = re.compile(r"(?<=\S)(?= )")
 
 
@@ -29,7 +29,7 @@ class Tokens:
     Attributes:
         ids: (N, S) int64. attention: (N, S) bool, False for padding.
         counts: (N, S) bool: the tokens whose prediction is trained and measured. A row's first token never is.
-        prompt: columns that generation begins with.
+        prompt: columns that generation starts from.
     """
 
     ids: Tensor
@@ -49,16 +49,16 @@ class Tokens:
 
 
 def begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What a tokenizer itself puts before a text: Llama 3's <|begin_of_text|>; of GPT-2 and Qwen2 nothing. A model that
-    was always shown it expects it."""
+    """The tokens that a tokenizer puts before a text: Llama 3's <|begin_of_text|>; none for GPT-2 and Qwen2. A model
+    that was always given them expects them."""
     first = tokenizer("").input_ids[:1]
     return first if first == [tokenizer.bos_token_id] else []
 
 
 def ask(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """A prompt as a model is given it: in its chat template where it has one.
+    """A prompt as it is passed to a model: in its chat template if it has one.
 
-    Only prompts go through templates: several strip the reasoning from what an assistant says.
+    Only prompts go through templates: several strip the reasoning from an assistant's reply.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         return prompt
@@ -67,13 +67,13 @@ def ask(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, asked: str) -> list[int]:
-    """The tokens of a prompt, behind those of `begin`, which its chat template may have written already."""
+    """The tokens of a prompt, after those of `begin`, which its chat template may already contain."""
     first, ids = begin(tokenizer), tokenizer(asked, add_special_tokens=False, verbose=False).input_ids
     return ids if ids[: len(first)] == first else first + ids
 
 
 def stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> Tensor:
-    """All texts as one row of tokens (N,), the end-of-text token behind each, and nothing before.
+    """All texts as one row of tokens (N,), with the end-of-text token after each, and nothing before.
 
     Args:
         limit: tokens at most; the rest is not tokenised.
@@ -89,11 +89,11 @@ def stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int 
 def pack(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block: int, *, prompt: int, limit: int | None = None
 ) -> Tokens:
-    """Texts one behind the other, cut into blocks without padding, each behind the tokens of `begin`; what is left at
-    the end is dropped.
+    """Concatenates texts and cuts them into blocks without padding, each after the tokens of `begin`; the remainder is
+    dropped.
 
     Args:
-        block: S. prompt: tokens of a block that generation begins with. limit: blocks at most.
+        block: S. prompt: tokens of a block that generation starts from. limit: blocks at most.
 
     Raises:
         InputError: there is less than one block.
@@ -114,9 +114,9 @@ def pair_up(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, *, prompt
     """Prompts, padded on the left, and completions with their end of text, padded on the right; the latter count.
 
     Args:
-        pairs: prompts as they are given to a model, see `ask`.
-        prompt: columns of prompt: of a longer one, its last tokens are kept, and those of `begin`.
-        completion: columns of completion, end included: a longer one is cut, and has none.
+        pairs: prompts as they are passed to a model, see `ask`.
+        prompt: columns of prompt: of a longer one, the last tokens are kept, and those of `begin`.
+        completion: columns of completion, end of text included: a longer one is cut, and has no end.
 
     Raises:
         InputError: there are none.
@@ -148,8 +148,8 @@ def _tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterato
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """A text in pieces, each of PIECE characters and what is left of a word. All but the first begin with a space that
-    follows something: there byte-level tokenizers (GPT-2, Llama 3, Qwen2) cut anyway, and the tokens are those of the
+    """Splits a text into pieces of PIECE characters and the rest of a word. All but the first start with a space after
+    a non-space, where byte-level tokenizers (GPT-2, Llama 3, Qwen2) split anyway, so that the tokens are those of the
     whole text."""
     first = 0
     while first < len(text):

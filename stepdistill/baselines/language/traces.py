@@ -1,4 +1,4 @@
-"""Reasoning that is kept because its answer is right: sampled, verified, each once (DeepSeek-AI 2025, *DeepSeek-R1*,
+"""Reasoning that is kept if its answer is right: sampled, verified, deduplicated (DeepSeek-AI 2025, *DeepSeek-R1*,
 sections 2.3.3 and 2.4).
 """
 
@@ -21,32 +21,32 @@ from stepdistill.baselines.language.tokens import ask, prompt_ids
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 
-GREEDY = 1e-3  # the temperature at which held-out problems are answered: the likeliest token, as good as always
+GREEDY = 1e-3  # temperature for held-out problems: in effect, the likeliest token is always taken
 
 
 @dataclass(frozen=True)
 class Said:
-    """An answer with its reasoning, as it was sampled; `ended` where it came to its end of text within the limit."""
+    """A sampled answer with its reasoning; `ended` if it reached its end of text within the limit."""
 
     text: str
     ended: bool
 
 
 def opened(asked: str, text: str) -> str:
-    """A text with the mark that opens its reasoning, where its template had put it at the end of the prompt already."""
+    """Adds the mark that opens reasoning to a text, if the template had put it at the end of the prompt."""
     return f"{OPEN}\n{text}" if asked.rstrip().endswith(OPEN) else text
 
 
 def unopened(asked: str, text: str) -> str:
-    """A text without that mark, where the template of who is to learn it puts it at the end of the prompt."""
+    """Removes that mark from a text, if the template of the model that learns it puts it at the end of the prompt."""
     return text.removeprefix(OPEN).removeprefix("\n") if asked.rstrip().endswith(OPEN) else text
 
 
 def keep(problem: Problem, said: Sequence[Said], most: int) -> tuple[list[str], Counter[str]]:
-    """Of what was said to a problem, what is worth learning: ended, right, with reasoning, each once, the first `most`.
+    """Selects the answers worth learning: ended, right, with reasoning, without duplicates, the first `most`.
 
     Returns:
-        these texts, and how many of the others fell to what.
+        their texts, and the number of the others by reason.
     """
     kept: dict[str, str] = {}
     fell: Counter[str] = Counter()
@@ -71,14 +71,14 @@ def sample_all(
     file: Path, problems: Sequence[Problem], say: Callable[[int, Sequence[Problem]], list[list[Said]]], together: int,
     settings: dict,
 ) -> list[list[Said]]:  # fmt: skip
-    """What a teacher says to each problem: from the file as far as it goes; what is new is written there.
+    """A teacher's answers to each problem: read from the file as far as it goes; new ones are appended.
 
     Args:
-        say: given the place of the first and some problems, a list of texts for each. together: problems at once.
-        settings: all that what is said depends on.
+        say: takes the first problem's index and some problems; returns a list of answers for each. together: problems
+            in one batch. settings: everything that the answers depend on.
 
     Raises:
-        InputError: the file is of other settings.
+        InputError: the file was written with other settings.
     """
     head, *lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else [""]
     if head and json.loads(head) != settings:
@@ -104,7 +104,7 @@ def sample_all(
 def answer(
     one: Decoder, first: int, problems: Sequence[Problem], *, samples: int, new: int, temperature: float, seed: int
 ) -> list[list[Said]]:
-    """`samples` texts to each problem, of `new` tokens at most; `first` is the place of the first in the run."""
+    """`samples` answers to each problem, of `new` tokens at most; `first` is the index of the first in the run."""
     device = next(one.network.parameters()).device
     asked = [ask(one.tokenizer, problem.prompt) for problem in problems]
     rows = [ids for text in asked for ids in [prompt_ids(one.tokenizer, text)] * samples]
@@ -125,7 +125,7 @@ def answer(
 
 
 def solved(one: Decoder, held: Sequence[Problem], new: int, together: int) -> dict[str, float]:
-    """`accuracy`, and the share of texts that `ended` within the limit, of the likeliest answers."""
+    """`accuracy`, and the share that `ended` within the limit, of the likeliest answers."""
     count = Counter()
     for first in range(0, len(held), together):
         part = held[first : first + together]

@@ -1,4 +1,4 @@
-"""Two models of one tokenizer: divergences compare what both say of the same tokens, place by place."""
+"""Two models with one tokenizer: divergences compare their logits of the same tokens, index by index."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 def match_vocabulary(teacher: Decoder, student: Decoder) -> None:
-    """Makes two vocabularies the same where they differ by rows behind the tokenizer's last token alone, as those of
-    Qwen2.5-7B and -0.5B do: such rows fill up a matrix and are never said, so both networks lose theirs.
+    """Makes two vocabularies equal if they differ only in rows behind the tokenizer's last token, as those of
+    Qwen2.5-7B and -0.5B do: such rows pad a matrix and are never used, so both networks lose theirs.
 
     Raises:
-        InputError: the tokenizers differ, or a network has no place for some of their tokens.
+        InputError: the tokenizers differ, or a network has no rows for some of their tokens.
     """
     tokens = teacher.tokenizer.get_vocab()
     if tokens != student.tokenizer.get_vocab():
