@@ -1,9 +1,9 @@
-"""Arrays kept in a file with a hash of their bytes.
+"""Arrays in a safetensors file with a hash of their bytes.
 
     arrays.save(file, {"mean": mean}, count="20000")
     tensors, facts = arrays.load(file)
 
-A damaged file is known for what it is, and what it held is made again.
+The hash reveals a damaged file, so that callers can compute its contents again.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ HASH = "sha256"
 
 
 def save(file: str | Path, tensors: Mapping[str, Tensor], **facts: str) -> None:
-    """Writes a safetensors file, whole or not at all."""
+    """Writes tensors, and facts as metadata, to a safetensors file, atomically."""
     from safetensors.torch import save_file
 
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")  # two benchmarks may make the same
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")  # two benchmarks may write the same file
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(tensors, partial, metadata=facts | {HASH: _hash(tensors)})
@@ -38,17 +38,17 @@ def save(file: str | Path, tensors: Mapping[str, Tensor], **facts: str) -> None:
 
 
 def load(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads what `save` wrote: the tensors, and the facts. A file without a hash is taken as it is.
+    """Returns the tensors and facts that `save` wrote. A file without a hash is not verified.
 
     Raises:
-        InputError: the file is damaged, or something else.
+        InputError: the file is damaged, or not a safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, "pt") as saved:
             facts = dict(saved.metadata() or {})
-            tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118, it is no mapping
+            tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118, not a mapping
         if facts.get(HASH, own := _hash(tensors)) != own:
             raise ValueError("its hash is another")
     except (SafetensorError, OSError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""Attribute accuracy: does the picture show what the prompt names? Read by linear probes on the scorer's embedding.
+"""Attribute accuracy: whether an image shows what its prompt names, judged by linear probes on the scorer's embedding.
 
-A prompt that names red clothes and no hat asks two questions; the accuracy is the share of all questions of all prompts
-that are answered rightly. What a prompt leaves open is not asked.
+A prompt that names red clothes and no hat poses two questions; the accuracy is the share of correct answers over the
+questions of all prompts. Attributes that a prompt does not mention are not judged.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from stepdistill.errors import InputError
 
 @dataclass(frozen=True)
 class Probes:
-    """One linear classifier an attribute.
+    """One linear classifier per attribute.
 
     Attributes:
         classes: attribute -> its classes, in the order of the logits.
@@ -32,7 +32,7 @@ class Probes:
     biases: Mapping[str, Tensor]
 
     def read(self, embedding: Tensor) -> dict[str, list[str]]:
-        """The class of every attribute of each picture: unit embeddings (B, D) -> attribute -> B classes."""
+        """Predicts each image's class of every attribute: unit-length embeddings (B, D) -> attribute -> B classes."""
         embedding = embedding.float().cpu()
         found = {}
         for name, classes in self.classes.items():
@@ -43,10 +43,10 @@ class Probes:
     def judge(
         self, embedding: Tensor, attributes: Sequence[Mapping[str, str]], mentioned: Sequence[Sequence[str]]
     ) -> Tensor:
-        """(B, attributes) int8: 1 for a right answer, 0 for a wrong one, -1 where the prompt leaves it open.
+        """Returns (B, attributes) int8: 1 if correct, 0 if wrong, -1 if the prompt does not mention the attribute.
 
         Args:
-            embedding: (B, D) unit length. attributes: the truth of each picture. mentioned: what each prompt names.
+            embedding: (B, D), unit length. attributes: each image's true classes. mentioned: what each prompt names.
 
         Raises:
             InputError: a prompt names an attribute that has no probe.
@@ -63,10 +63,10 @@ class Probes:
 
 
 def load_probes(folder: str | Path) -> Probes:
-    """The probes in a scorer's folder: probes.json names the classes, probes.safetensors has the weights.
+    """Loads the probes in a scorer's folder: the classes from probes.json, the weights from probes.safetensors.
 
     Raises:
-        InputError: a file is missing, or the two do not fit.
+        InputError: a file is missing or broken, or the two do not match.
     """
     folder = Path(folder)
     try:

@@ -1,7 +1,7 @@
-"""The work of a benchmark: each model loaded, its pictures drawn or read, looked at, timed, and put into a row.
+"""Runs a benchmark: loads each model, generates or reads its images, measures and times them, and writes the rows.
 
-`suite.evaluate` is the way in. Where several processes were launched, each draws and looks at its share of the batches,
-and the main one makes the figures and writes.
+`suite.evaluate` is the entry point. If several processes were launched, each generates and processes its share of the
+batches, and the main process computes the figures and writes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from stepdistill.files import unwritable
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell that could not be measured, and why, in a line."""
+    """A cell that could not be measured, and the reason in one line."""
 
     model: str
     steps: int | None
@@ -43,11 +43,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class Look:
-    """Pictures to be looked at.
+    """A set of images to measure.
 
     Attributes:
-        measured: what looks. draw: (first, count) to a batch. n, batch: how many there are, and at a time.
-        cell: where they are kept, if so.
+        measured: the pass that receives them. draw: (first, count) -> batch. n, batch: number of images, in all and per
+            batch. cell: where they are stored; None if they are not.
     """
 
     measured: Pass
@@ -58,10 +58,10 @@ class Look:
 
 
 class Bench:
-    """One run: its book of rows, and what was found on the way.
+    """One benchmark run: its rows and its failures.
 
     Args:
-        seeds: of the pictures' noise, a row for each. The first one's model is timed.
+        seeds: noise seeds of the images, one row each. Models are timed at the first seed only.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Bench:
         self.book.prompts(list((tools.prompts.prompts or [])[: settings.grid]))
 
     def real(self) -> None:
-        """The floor of real pictures, where they are not those that are compared with."""
+        """Measures the floor of real images, unless they are the reference itself."""
         content = dict(self.tools.content)
         held_out = "reference" not in content or content["reference"] != content.get("prompts")
         if self.settings.floor and self.tools.prompts.pictures is not None and held_out:
@@ -100,7 +100,7 @@ class Bench:
         self._cell(row, [Look(Pass(self.tools), draw, self.protocol.n, batch)])
 
     def model(self, name: str, model: Any, steps: Sequence[int], weight: int) -> None:
-        """All cells of one model. Whatever goes wrong with it, the others are still measured."""
+        """Measures all cells of one model. If it fails, the other models are still measured."""
         spec = model if isinstance(model, ModelSpec) else ModelSpec(getattr(model, "name_or_path", "") or name, name)
         self.bar.set_description(f"{name}: loading")
         try:
@@ -136,14 +136,14 @@ class Bench:
             self.bar.update(self.protocol.n * (2 * count + weight) - (self.bar.n - before))
 
     def _loaded(self, spec: ModelSpec, pipeline: Any) -> tuple[generate.Sampler, str]:
-        """A model that can draw, and the hash of its weights.
+        """Returns a model's sampler and the hash of its weights.
 
         Args:
-            pipeline: one that was handed over; None for that of the SPEC.
+            pipeline: one that was passed as an object; None to load the SPEC's.
 
         Raises:
-            InputError: it is not there, does not load, draws pictures of another size than the protocol compares, or
-                needs prompts where there are none.
+            InputError: the model is missing, does not load, generates images of another size than the protocol
+                compares, or needs prompts but there are none.
         """
         if pipeline is None:
             pipeline = load(spec, device=self.settings.device, sampler=self.protocol.sampler)
@@ -160,11 +160,11 @@ class Bench:
     def _model_cell(
         self, row: dict[str, Any], series: Mapping[int, generate.Series], setup: str | None, unit: int
     ) -> None:
-        """A cell that is drawn, or read where it was drawn before. A pipeline that was handed over as an object, which
-        has no `setup`, is always drawn: what it does is not in its weights and settings alone.
+        """Measures a cell; images that were generated before are read. Those of a pipeline passed as an object, which
+        has no `setup`, are always generated: its weights and settings alone do not determine them.
 
         Args:
-            series: by how many pictures of a prompt they have.
+            series: by the number of images per prompt.
         """
         name = records.grid_name(self.facts | row).removesuffix(".png")
         looks, cells = [], {}
@@ -178,18 +178,18 @@ class Bench:
                 looks.append(Look(Pass(self.tools, each), draw, own.n, own.batch, cell))
             sampler = series[1].sampler
             self._cell(row, looks, sampler if sampler.seed == self.seeds[0] else None)
-        self.team.gather(None)  # none of the processes holds its cells any more
+        self.team.gather(None)  # from here on no process holds its cells
         if self.team.main:
             for part, cell in cells.items():
                 self.store.finish(part, cell)
 
     def _several(self) -> list[type[Metric]]:
-        """The metrics that see several pictures of a prompt."""
+        """The metrics that need several images per prompt."""
         listed = [METRICS[name] for name in self.tools.metrics if self.tools.prompts.prompts is not None]
         return [metric for metric in listed if metric.each > 1 and metric.fits(self.tools)]
 
     def _drawer(self, series: generate.Series, steps: int, cell: Cell | None, unit: int) -> Callable[[int, int], Drawn]:
-        """What gives a batch of a series, read where it was drawn before."""
+        """Returns a function that generates a batch of a series, or reads it if it was generated before."""
 
         def draw(first: int, count: int) -> Drawn:
             drawn = cell.read(first, count) if cell else None
@@ -203,7 +203,7 @@ class Bench:
         return draw
 
     def _key(self, row: Mapping[str, Any], series: generate.Series, setup: str | None) -> dict[str, Any]:
-        """All that a picture's bits depend on."""
+        """Everything that determines an image bit for bit."""
         sampler = series.sampler
         told = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler) if f.name != "pipeline"}
         libraries = {name: self.facts["versions"].get(name) for name in LIBRARIES}
@@ -225,11 +225,11 @@ class Bench:
             self._fail(title, 0, error)
 
     def _cell(self, row: dict[str, Any], looks: Sequence[Look], sampler: generate.Sampler | None = None) -> None:
-        """Has this process's share of the pictures looked at, and the main process make the row. Of a row that is there
-        already, times that were taken otherwise than is asked for are taken anew, and nothing is drawn.
+        """Measures this process's share of the images; the main process makes the row. If the row exists already,
+        nothing is generated, and it is timed again only if its times were taken with other settings than requested.
 
         Args:
-            sampler: is timed, where times are asked for.
+            sampler: timed if times are requested.
         """
         row = self.facts | row
         how = timing.asked(self.settings, row["dtype"]) if sampler else None
@@ -247,10 +247,10 @@ class Bench:
         self.rows.append(self.team.tell(row))
 
     def _look(self, look: Look) -> tuple[list[Tensor], int]:
-        """Has all batches looked at; the main process then has what all of them kept.
+        """Feeds all batches to the metrics; the main process then holds what every process kept.
 
         Returns:
-            Pictures for the grid, and the network's evaluations, of all processes.
+            Images for the grid, and the number of network evaluations, of all processes.
         """
         batch, evaluations = look.batch, 0
         shown: dict[int, Tensor] = {}
@@ -282,7 +282,7 @@ class Bench:
         return self.book.add(row)
 
     def _timed(self, sampler: generate.Sampler | None, row: Mapping[str, Any], how: dict[str, Any] | None) -> dict:
-        """The times of a row; none where none are asked for, or they fail: what was drawn is worth keeping."""
+        """Returns a row's times; none if not requested, or if timing fails: the figures are worth keeping without."""
         if how is None:
             return {}
         prompts = list(self.tools.prompts.prompts or [])[:64]
@@ -293,12 +293,12 @@ class Bench:
             return {}
 
     def _fail(self, name: str, steps: int | None, error: Exception) -> None:
-        """Notes what could not be measured; a disk that is full or closed is no model's fault, and ends the run."""
+        """Records what could not be measured. A full or unwritable disk is not the model's fault and ends the run."""
         if unwritable(error):
             raise error
         self._note(name, steps, error)
 
     def _note(self, name: str, steps: int | None, error: Exception) -> None:
         failure = Failure(name, steps, reason(error)[:300])
-        if failure not in self.failed:  # a model that differs by the number of steps comes in several parts
+        if failure not in self.failed:  # a model whose SPEC depends on the step count is loaded in several parts
             self.failed.append(failure)

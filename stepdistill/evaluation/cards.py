@@ -1,4 +1,4 @@
-"""Puts a benchmark's figures into the model cards of the students it measured."""
+"""Writes a benchmark's figures into the model cards of the students it measured."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ SHOWN = ("steps", "NFE", "seeds", "FD", "CLIP", "attributes", "ms", "guidance", 
 
 
 def write_cards(rows: Sequence[Row], folder: Path | None = None) -> list[Path]:
-    """Writes a table of student and teacher into the card of each export folder among the rows' models.
+    """Writes a table of student and teacher into the model card of each export folder among the rows' models.
 
-    A chain's students of several steps are exports of their own, with figures of their own.
+    The students of a progressive chain are separate exports, each with its own figures.
 
     Args:
-        folder: that the rows are of, where it is known.
+        folder: the benchmark folder that the rows come from, if known.
 
     Returns:
-        The folders whose cards have changed.
+        The folders whose cards changed.
     """
     found = cells(rows, folder)
     written = []

@@ -1,6 +1,6 @@
-"""Published models, ready to be measured: benchmarks/models.yaml. `--model @sdxl-turbo` is one of them.
+"""Published models, ready to be measured: benchmarks/models.yaml, used as `--model @sdxl-turbo`.
 
-ready("sdxl-lightning")        # its SPEC, what changes with the number of steps, and where that is written
+ready("sdxl-lightning")        # its SPEC, what each step count adds to it, and the source
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Ready:
     """A published model and how its authors sample it.
 
     Attributes:
-        name: after the @. spec: a SPEC. steps: the step counts it is for, and what each adds to the SPEC.
-        method: of the paper. teacher: the id of what it was distilled from; None for a teacher.
-        source: where all this is written. note: what a reader should know.
+        name: as written after the @. spec: a SPEC. steps: the intended step counts, and what each adds to the SPEC.
+        method: the distillation method. teacher: id of the model it was distilled from; None for a teacher.
+        source: where these settings are published. note: remarks for the reader.
     """
 
     name: str
@@ -39,10 +39,10 @@ class Ready:
 
 @lru_cache(maxsize=1)
 def catalogue() -> dict[str, Ready]:
-    """All of them, by name.
+    """Returns all ready models by name.
 
     Raises:
-        InputError: an entry that is none.
+        InputError: an entry is malformed.
     """
     file = shipped.places("models.yaml")[0]
     return {name: _read(name, entry, file) for name, entry in read_yaml(file, "ready models").items()}
@@ -60,10 +60,10 @@ def _read(name: str, entry: Any, file: Path) -> Ready:
 
 
 def ready(name: str) -> Ready:
-    """One by name.
+    """Returns a ready model by name.
 
     Raises:
-        InputError: there is none; the nearest is named.
+        InputError: there is none of that name; the message suggests the closest.
     """
     if name not in catalogue():
         near = difflib.get_close_matches(name, catalogue(), 1)
@@ -73,7 +73,7 @@ def ready(name: str) -> Ready:
 
 
 def listed() -> str:
-    """The catalogue as text, a model a paragraph."""
+    """Returns the catalogue as text, one paragraph per model."""
     lines = []
     for entry in catalogue().values():
         steps = " ".join(map(str, entry.steps))

@@ -1,4 +1,4 @@
-"""A benchmark's rows as cells: seeds pooled, every figure with its interval; rows of two protocols are told apart.
+"""A benchmark's rows as cells: seeds pooled, every figure with its interval; mixed protocols are rejected.
 
 found = cells(read_folder("out/bench"), folder)
 found[0].figures["fd"]        # Measured(value, low, high, n, of, seeds)
@@ -22,16 +22,16 @@ from stepdistill.evaluation.sound import sound
 
 Row = dict[str, Any]
 BETTER = {figure: way for metric in METRICS.values() for figure, way in metric.better.items()}
-MAIN = ("fd", "clip_score", "attribute_accuracy")  # the figures that come first, and were there before `metrics`
+MAIN = ("fd", "clip_score", "attribute_accuracy")  # shown first; rows older than `metrics` have only these
 AVERAGED = ("fd", "clip_score", "attribute_accuracy", "nfe")
-ATTRIBUTE = "attribute:"  # before the name of one, as a figure
+ATTRIBUTE = "attribute:"  # prefix of the figures of single attributes
 
 
 def of_run(folder: str | Path) -> Path:
-    """The folder that holds results.jsonl: a benchmark's, or the bench/ in a demo's.
+    """Returns the folder that holds results.jsonl: a benchmark's, or bench/ within a demo's.
 
     Raises:
-        InputError: neither does.
+        InputError: neither holds one.
     """
     for place in (Path(folder), Path(folder) / "bench"):
         if (place / "results.jsonl").is_file():
@@ -42,10 +42,10 @@ def of_run(folder: str | Path) -> Path:
 
 
 def read_folder(folder: str | Path) -> list[Row]:
-    """The rows of a benchmark's folder, or of a demo's.
+    """Reads the rows of a benchmark's or a demo's folder.
 
     Raises:
-        InputError: it holds no results, broken ones, or rows of several protocols.
+        InputError: the folder holds no results, broken ones, or rows of several protocols.
     """
     file = of_run(folder) / "results.jsonl"
     rows = [sound(row, f"{file} line {number}") for number, row in enumerate(read_rows(file), 1)]
@@ -61,8 +61,8 @@ class Measured:
     """A figure of a cell.
 
     Attributes:
-        value, low, high: it and its 95 % interval; rows made before all figures had one may have none.
-        n, of: over how many units, and of what kind. seeds: the mean of how many it is.
+        value, low, high: the value and its 95 % interval, which old rows may lack.
+        n, of: number and kind of the units measured. seeds: number of seeds averaged.
     """
 
     value: float
@@ -74,17 +74,17 @@ class Measured:
 
     @classmethod
     def by(cls, figure: Figure, seeds: int = 1) -> Measured:
-        """From a figure."""
+        """Builds it from a `Figure`."""
         return cls(figure.value, *figure.interval(), len(figure.influence), figure.unit, seeds)
 
     @property
     def half(self) -> float | None:
-        """Half the interval's width."""
+        """Half the interval's width; None if there is no interval."""
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
 
 def measured(row: Row) -> dict[str, Measured]:
-    """The figures of a row by name, of a row without `metrics` too."""
+    """Returns a row's figures by name; also for old rows without `metrics`."""
     if row.get("metrics"):
         known = [field.name for field in fields(Measured)]
         return {name: Measured(**{k: f[k] for k in known if k in f}) for name, f in row["metrics"].items()}
@@ -97,10 +97,10 @@ def measured(row: Row) -> dict[str, Measured]:
 
 @dataclass(frozen=True)
 class Cell:
-    """A model at a number of steps: a row, or the mean of its rows where there are several seeds.
+    """A model at one step count: a row, or the mean of the rows of several seeds.
 
     Attributes:
-        row: with the means. rows: as they were measured. folder: that they are of.
+        row: a row with the means. rows: as measured. folder: the benchmark folder they come from.
     """
 
     model: str
@@ -116,26 +116,26 @@ class Cell:
 
     @cached_property
     def figures(self) -> dict[str, Measured]:
-        """Every figure by name."""
+        """All figures by name."""
         return measured(self.row)
 
     @property
     def seeds(self) -> int:
-        """How many."""
+        """The number of seeds."""
         return len({row.get("seed") for row in self.rows})
 
     @property
     def latency(self) -> float | None:
-        """Median milliseconds of a whole picture."""
+        """Median milliseconds per image, from prompt to pixels."""
         timing = self.row.get("latency_ms")
         return timing["total_p50"] / timing.get("batch", 1) if timing else None
 
 
 def cells(rows: Sequence[Row], folder: Path | None = None) -> list[Cell]:
-    """One cell for each model and step count, models in order of first appearance.
+    """Returns one cell per model and step count, models in order of first appearance.
 
-    Of a seed that was measured again under one name, with other weights or timing say, the newest row counts, and seeds
-    of another model than the newest row's are left out. Times are the newest of any seed's.
+    If a seed was measured again under the same name, for example with other weights or timing, its newest row counts.
+    Seeds whose figures depend on something else than the newest row's are left out. Times are the newest of any seed.
     """
     models = list(dict.fromkeys(row["model"] for row in rows))
     newest: dict[tuple[str, int, int | None], Row] = {}
@@ -162,7 +162,7 @@ def cells(rows: Sequence[Row], folder: Path | None = None) -> list[Cell]:
 
 
 def read_run(folder: str | Path) -> list[Cell]:
-    """The cells of a benchmark's folder, or of a demo's.
+    """Reads the cells of a benchmark's or a demo's folder.
 
     Raises:
         InputError: see `read_folder`.
@@ -176,7 +176,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _over_seeds(rows: Sequence[Row], folder: Path | None) -> dict[str, Measured]:
-    """The figures of rows of one cell, a row a seed: pooled by what each unit did to them, where that was kept."""
+    """The figures of one cell from its rows, one per seed: pooled by the units' influences if these were stored."""
     told = [measured(row) for row in rows]
     if len(rows) == 1:
         return told[0]
@@ -193,7 +193,7 @@ def _over_seeds(rows: Sequence[Row], folder: Path | None) -> dict[str, Measured]
 
 
 def _by_intervals(figures: Sequence[Measured]) -> Measured:
-    """The mean over seeds, as wide as one of them and by what they differ beyond that: they may share all of it."""
+    """The mean over seeds. Its interval is as wide as one seed's, whose error all may share, plus the excess spread."""
     values, halves = ([getattr(f, name) for f in figures] for name in ("value", "half"))
     mean, one = sum(values) / len(values), replace(figures[0], seeds=len(figures))
     if None in halves:
@@ -204,11 +204,11 @@ def _by_intervals(figures: Sequence[Measured]) -> Measured:
 
 
 def floors(found: Sequence[Cell]) -> list[Cell]:
-    """Real pictures and reconstructions: what no model can be expected to beat."""
+    """The cells of real images and reconstructions, which no model can be expected to beat."""
     return [cell for cell in found if cell.steps == 0]
 
 
 def names(found: Sequence[Cell]) -> list[str]:
-    """The figures that any cell has, the main ones first; those of single attributes are apart."""
+    """The names of all figures that any cell has, the main ones first, without those of single attributes."""
     present = dict.fromkeys(n for cell in found for n in cell.figures if not n.startswith(ATTRIBUTE))
     return [n for n in MAIN if n in present] + [n for n in present if n not in MAIN]

@@ -1,10 +1,10 @@
-"""CLIP score: how well a picture fits its prompt, by any open_clip model, from the hub or a local folder.
+"""CLIP score: how well an image matches its prompt, by any open_clip model from the hub or a local folder.
 
     model = load_clip("ViT-B-32", pretrained="openai")    # or "avatars", "local-dir:FOLDER", "hf-hub:owner/name"
     clip_scores(model.images(images), model.texts(prompts))   # (B,) in 0..100
 
-The score is 100 max(cos, 0), for each picture, then averaged (Hessel et al. 2021, with MLPerf's factor). torchmetrics
-clamps the mean instead; the two differ where single pictures fall below zero.
+The score is 100 max(cos, 0) per image, then averaged (Hessel et al. 2021, with MLPerf's factor). torchmetrics clamps
+the mean instead; the two differ if single images have a negative cosine.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ LOCAL = "local-dir:"
 
 @dataclass(frozen=True)
 class ClipModel:
-    """A frozen pair of towers.
+    """A frozen image tower and text tower.
 
     Attributes:
         title: the name that scores are reported under.
-        model: open_clip's. tokenizer: prompts -> ids. transform: a PIL picture -> (3, H, W), open_clip's own.
-        size: (height, width) the image tower takes. mean, std: of its pixels in [0, 1].
-        prefix: put before each prompt, as "A photo depicts ". scale: of the score.
-        frame: pictures are brought to before the tower's own transform, in place of the protocol's; None for those
-            that come so.
-        folder: where probes may lie; None for a hub model.
-        setup: hash of how pictures are brought to the tower, and of a local model's configuration.
+        model: open_clip's. tokenizer: prompts -> ids. transform: open_clip's preprocessing, PIL image -> (3, H, W).
+        size: (height, width) of the image tower's input. mean, std: its normalisation of pixels in [0, 1].
+        prefix: prepended to each prompt, such as "A photo depicts ". scale: factor of the score.
+        frame: applied to images before the tower's own transform, instead of the protocol's frame; None if the
+            protocol's applies.
+        folder: the model's folder, which may hold probes; None for a hub model.
+        setup: hash of the image preprocessing, and of a local model's configuration.
     """
 
     title: str
@@ -60,15 +60,15 @@ class ClipModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the towers are."""
+        """The towers' device."""
         return next(self.model.parameters()).device
 
     @torch.no_grad()
     def images(self, images: Tensor) -> Tensor:
-        """Unit-length embeddings (B, D) float32 of pictures (B, 3, H, W) uint8.
+        """Computes unit-length embeddings (B, D) float32 of images (B, 3, H, W) uint8.
 
-        Pictures of another size go through open_clip's own transform, as its users have them, side by side in threads:
-        torchvision's of a whole batch is up to two of 255 levels off Pillow's.
+        Images of another size go through open_clip's own transform, one by one in threads: torchvision's resize of a
+        batch differs from Pillow's by up to two of 255 levels.
         """
         if self.frame is not None:
             images = self.frame.batch(images)
@@ -79,34 +79,34 @@ class ClipModel:
             from PIL import Image
 
             pictures = images.permute(0, 2, 3, 1).cpu().numpy()
-            with ThreadPoolExecutor() as pool:  # Pillow lets go of Python's lock while it resizes
+            with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it resizes
                 framed = pool.map(lambda picture: self.transform(Image.fromarray(picture)), pictures)
                 pixels = torch.stack(list(framed)).to(self.device)
         return nn.functional.normalize(self.model.encode_image(pixels).float(), dim=-1)
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Tensor:
-        """Unit-length embeddings (B, D) float32 of prompts."""
+        """Computes unit-length embeddings (B, D) float32 of prompts."""
         ids = self.tokenizer([self.prefix + prompt for prompt in prompts]).to(self.device)
         return nn.functional.normalize(self.model.encode_text(ids).float(), dim=-1)
 
 
 def clip_scores(images: Tensor, texts: Tensor, scale: float = 100.0) -> Tensor:
-    """scale max(cos, 0) of unit-length embeddings, pair by pair: (B, D), (B, D) -> (B,)."""
+    """Computes scale max(cos, 0) of pairs of unit-length embeddings: (B, D), (B, D) -> (B,)."""
     return scale * (images * texts).sum(-1).clamp_min(0)
 
 
 def load_clip(
     name: str, *, pretrained: str | None = None, prefix: str = "", device: torch.device | str = "cpu"
 ) -> ClipModel:
-    """An open_clip model.
+    """Loads an open_clip model.
 
     Args:
         name: "avatars" (the embedded scorer), "local-dir:FOLDER", "hf-hub:owner/name", or an open_clip name such as
             ViT-B-32, which needs `pretrained`, such as openai.
 
     Raises:
-        InputError: no such model, or weights that cannot be had.
+        InputError: the model is unknown, or its weights cannot be loaded.
     """
     import open_clip
 
@@ -131,7 +131,7 @@ def load_clip(
         if not pretrained:
             tags = ", ".join([*open_clip.list_pretrained_tags_by_model(name)[:4], "a file of weights"])
             raise InputError(f"CLIP model {name}: got no `pretrained`, so it would be random; allowed: {tags}")
-    # OpenAI's weights were trained with another activation than open_clip's models of the same name have by now.
+    # OpenAI's weights were trained with QuickGELU, which open_clip's models of the same name do not use.
     quick = bool((open_clip.get_pretrained_cfg(name, pretrained or "") or {}).get("quick_gelu"))
     try:
         with _quiet():
@@ -139,7 +139,7 @@ def load_clip(
                 source, pretrained=pretrained, device=device, force_quick_gelu=quick
             )
             tokenizer = open_clip.get_tokenizer(source)
-    except Exception as error:  # the hub, files and configurations each raise their own kinds
+    except Exception as error:  # the hub, files and configurations raise different types
         reason = " ".join(str(error).split())[:160]
         told = f"{name} with {pretrained}" if pretrained else name
         raise InputError(
@@ -178,7 +178,7 @@ def _setup(visual: nn.Module, folder: Path | None) -> str:
 
 @contextlib.contextmanager
 def _quiet():
-    """open_clip logs what it loads and what it cannot, which would break into a progress bar; it raises that too."""
+    """Suppresses open_clip's logging, which would break into a progress bar; its errors are raised all the same."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

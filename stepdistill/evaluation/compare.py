@@ -1,9 +1,9 @@
-"""Two models of one protocol, figure by figure: the difference, its 95 % interval, and better, worse or equal.
+"""Compares two models under one protocol, figure by figure: difference, 95 % interval, and better, worse or equal.
 
     for cell_a, cell_b in pairs(read_run("out/new"), read_run("out/old")):
-        compare(cell_a, cell_b)          # a Comparison for each figure that both have
+        compare(cell_a, cell_b)          # a Comparison per figure that both have
 
-Pictures of the same prompts and noise are compared one by one: what is hard for both models cancels, and the interval
+Images of the same prompts and noise are compared one by one: difficulty common to both models cancels, and the interval
 is narrower than two separate ones would suggest.
 """
 
@@ -20,7 +20,7 @@ from stepdistill.evaluation.figures import Difference, Figure, Ratio, gap, log_r
 from stepdistill.evaluation.records import check_same_protocol
 from stepdistill.evaluation.seeds import alike, figures_of, pooled
 
-Pairs = dict[str, list[tuple[Figure, Figure]]]  # figures of two cells by name, a pair a seed that both have
+Pairs = dict[str, list[tuple[Figure, Figure]]]  # figures of two cells by name, a pair per seed that both have
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Comparison:
     """A figure of two cells.
 
     Attributes:
-        name: of the figure. cell_a, cell_b: whose. a, b: what they have. gap: a - b.
+        name: the figure's. cell_a, cell_b: the cells. a, b: their values. gap: a - b.
     """
 
     name: str
@@ -40,8 +40,8 @@ class Comparison:
 
     @property
     def word(self) -> str:
-        """What a is against b: better, worse, or equal (within the interval); higher or lower where neither is known
-        to be better."""
+        """The verdict on a against b: better, worse, or equal (within the interval); higher or lower if the figure has
+        no preferred direction."""
         if self.gap.equal:
             return "equal"
         above = self.gap.value > 0
@@ -51,7 +51,7 @@ class Comparison:
         return "better" if above == (way == "higher") else "worse"
 
     def row(self) -> dict[str, Any]:
-        """For JSON."""
+        """The comparison as a JSON object."""
         return {
             "metric": self.name, "steps_a": self.cell_a.steps, "steps_b": self.cell_b.steps,
             "a": self.a.value, "b": self.b.value, "difference": self.gap.value, "low": self.gap.low,
@@ -61,7 +61,7 @@ class Comparison:
 
 
 def compare(a: Cell, b: Cell, only: Sequence[str] = ()) -> list[Comparison]:
-    """Each figure that both cells have with an interval, or those named in `only`; single attributes only by name.
+    """Compares each figure that both cells have with an interval, or those in `only`; single attributes only by name.
 
     Raises:
         InputError: the cells are of different protocols, or an influence file is damaged.
@@ -80,10 +80,10 @@ def compare(a: Cell, b: Cell, only: Sequence[str] = ()) -> list[Comparison]:
 
 
 def ratio(a: Cell, b: Cell, name: str) -> Ratio | None:
-    """How many times b's figure a's is, of figures above 0.
+    """Returns the ratio of a's figure to b's; None unless both are above 0.
 
-    Its interval is that of the logarithm by the delta method: picture by picture where both drew from the same noise,
-    else from the intervals of the two.
+    Its interval is that of the logarithm by the delta method: image by image if both were generated from the same
+    noise, else from the two intervals.
     """
     one, other = a.figures.get(name), b.figures.get(name)
     if one is None or other is None or min(one.value, other.value) <= 0:
@@ -99,12 +99,12 @@ def ratio(a: Cell, b: Cell, name: str) -> Ratio | None:
 
 
 def _apart(a: Measured, b: Measured) -> Difference:
-    """Of figures that share no noise: their errors add as squares."""
+    """The difference of figures that share no noise: their errors add in quadrature."""
     return Difference.of(a.value - b.value, math.hypot(a.half, b.half), paired=False)
 
 
 def _paired(name: str, a: Cell, b: Cell, both: Sequence[tuple[Figure, Figure]]) -> Comparison:
-    """Of figures of the same units: the differences of each seed are pooled."""
+    """The comparison of figures over the same units: the differences of the seeds are pooled."""
     ours, theirs = (pooled(side) for side in zip(*both, strict=True))
     between = pooled([gap(one, other) for one, other in both])
     told = (Measured.by(side, len(both)) for side in (ours, theirs))
@@ -112,7 +112,7 @@ def _paired(name: str, a: Cell, b: Cell, both: Sequence[tuple[Figure, Figure]]) 
 
 
 def _of_seeds(a: Cell, b: Cell) -> Pairs:
-    """Those figures whose influences both cells keep for the same units at the same seeds."""
+    """Returns the figures whose influences both cells store for the same units at the same seeds."""
     rows_a, rows_b = ({row["seed"]: row for row in cell.rows if row.get("seed") is not None} for cell in (a, b))
     kept = [
         (figures_of(a.folder, rows_a[seed]), figures_of(b.folder, rows_b[seed])) for seed in rows_a if seed in rows_b
@@ -129,14 +129,14 @@ def pairs(
     found_a: Sequence[Cell], found_b: Sequence[Cell], model_a: str | None = None, model_b: str | None = None,
     steps_a: int | None = None, steps_b: int | None = None,
 ) -> list[tuple[Cell, Cell]]:  # fmt: skip
-    """The cells of two runs that belong together: a model each, at the step counts that both have.
+    """Pairs the cells of two runs: one model of each, at the step counts that both have.
 
     Args:
-        model_a, model_b: where a run has several; of the same name in both where only one is given.
-        steps_a, steps_b: one step count of each, which need not be the same.
+        model_a, model_b: needed if a run has several models; if only one is given, it names the model in both runs.
+        steps_a, steps_b: one step count of each, which may differ; if only one is given, it applies to both.
 
     Raises:
-        InputError: a name or step count that is not there, several models to choose from, or nothing in common.
+        InputError: a name or step count does not exist, a model must be chosen, or the runs share no step count.
     """
     ours, theirs = _models(found_a), _models(found_b)
     if model_b is None and model_a in theirs and found_a is not found_b:

@@ -1,9 +1,9 @@
-"""Image features for distances between sets of pictures: one extractor a name, its weights pinned by hash.
+"""Image features for distances between sets of images: one extractor per name, its weights pinned by hash.
 
     extractor = load_extractor("efficientnet_lite2")
     extractor(images)      # uint8 (B, 3, H, W) -> (B, 1280) float32
 
-A distance is reported under its extractor's own title: FD-EfficientNet-Lite2 is not FID, and only Inception's is.
+A distance is reported under its extractor's title: only Inception's is FID; FD-EfficientNet-Lite2 is not.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from stepdistill.methods.feature_networks import LITE2_SHA256, FeatureNetwork, l
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256_PREFIX = "6726825d"
-INCEPTION_PLACE = "STEPDISTILL_INCEPTION"  # names a file of weights to use in place of the published ones
+INCEPTION_PLACE = "STEPDISTILL_INCEPTION"  # environment variable: a weights file to use instead of the published one
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A frozen network that turns pictures into features.
+    """A frozen network that maps images to features.
 
     Attributes:
-        name: the key it is asked for by. title: the name that figures are reported under.
+        name: its key in EXTRACTORS. title: the name that figures are reported under.
         net: (B, 3, size, size) float32 in [0, 255] -> (B, dim).
-        dim: length of a feature. size: pixels it works at. resize: how pictures get there.
-        weights: hash of the weights, which statistics are keyed by.
+        dim: feature dimension. size: input size in pixels. resize: how images are brought to that size.
+        weights: hash of the weights; cached statistics are keyed by it.
     """
 
     name: str
@@ -48,23 +48,23 @@ class Extractor:
 
     @property
     def identity(self) -> str:
-        """One line that fixes every number that comes out: weights, resize and size."""
+        """Everything that determines the features, in one line: weights, resize and size."""
         return f"{self.name}:{self.weights}:{self.resize}@{self.size}"
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The network's device."""
         return next(self.net.parameters()).device
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features (B, dim) float32 of pictures (B, 3, H, W) uint8, on the network's device."""
+        """Computes features (B, dim) float32 of images (B, 3, H, W) uint8."""
         pixels = resize(check_images(images).to(self.device), self.size, self.resize)
         return self.net(pixels).float()
 
 
 class Scaled(nn.Module):
-    """(pixels - mean) / std before the network, and only then the network. Pixels in [0, 255]."""
+    """Applies the network to (pixels - mean) / std. Pixels are in [0, 255]."""
 
     def __init__(self, net: nn.Module, mean: float, std: float) -> None:
         super().__init__()
@@ -75,19 +75,19 @@ class Scaled(nn.Module):
 
 
 def best_to_be_had() -> str:
-    """inception, which FID is made with, where its weights are here or can be fetched; else efficientnet_lite2."""
+    """Returns inception, FID's network, if its weights are present or can be downloaded; else efficientnet_lite2."""
     try:
         inception_file()
     except InputError:
-        return "inception" if os.environ.get(INCEPTION_PLACE) else "efficientnet_lite2"  # who names a file wants it
+        return "inception" if os.environ.get(INCEPTION_PLACE) else "efficientnet_lite2"  # a named file is not ignored
     return "inception"
 
 
 def inception_file() -> Path:
-    """Inception's weights: the file that STEPDISTILL_INCEPTION names, else torch.hub's, fetched where it is not there.
+    """Returns Inception's weights file: the one STEPDISTILL_INCEPTION names, else torch.hub's, downloaded if missing.
 
     Raises:
-        InputError: they cannot be had.
+        InputError: the file does not exist or cannot be downloaded.
     """
     if named := os.environ.get(INCEPTION_PLACE):
         if not (file := Path(named).expanduser()).is_file():
@@ -103,7 +103,7 @@ def inception_file() -> Path:
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(file), INCEPTION_SHA256_PREFIX, progress=False)
-    except Exception as error:  # no torch-fidelity, no network, a wrong hash: all mean the same to the user
+    except Exception as error:  # no torch-fidelity, no network, or a wrong hash: the fix is the same
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InputError(
             f"extractor inception: its weights could not be had ({reason}); put {INCEPTION_FILE} into {file.parent}, "
@@ -113,9 +113,9 @@ def inception_file() -> Path:
 
 
 def _inception(size: int | None, resize: str | None) -> Extractor:
-    """torch-fidelity's Inception without the resize inside it. Other weights than FID's go under a name of their own.
+    """torch-fidelity's Inception without its internal resize. Other weights than FID's get a title of their own.
 
-    Pixels are scaled as the tool does that the resize is named after: 2 x / 255 - 1 in pytorch-fid, (x - 128) / 128 in
+    Pixels are scaled as in the tool that the resize is named after: 2 x / 255 - 1 in pytorch-fid, (x - 128) / 128 in
     the others.
     """
     file = inception_file()
@@ -125,13 +125,13 @@ def _inception(size: int | None, resize: str | None) -> Extractor:
     published = digest.startswith(INCEPTION_SHA256_PREFIX)
     if not published and not os.environ.get(INCEPTION_PLACE):
         raise InputError(f"extractor inception: {file} has SHA-256 {digest[:16]}; delete it and it is downloaded again")
-    # torch-fidelity would unpickle the file; what it is given here has been through weights_only.
+    # torch-fidelity would unpickle the file, so it is given a copy that was loaded with weights_only.
     clean = io.BytesIO()
     try:
         torch.save(torch.load(file, map_location="cpu", weights_only=True), clean)
         clean.seek(0)
         whole = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], clean)
-    except Exception as error:  # no checkpoint, one that wants to run code, other layers
+    except Exception as error:  # not a checkpoint, one that would run code, or other layers
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InputError(f"extractor inception: got {file}, which holds no such weights ({reason})") from error
     layers = [layer for name, layer in whole.named_children() if name != "fc"]
@@ -142,7 +142,7 @@ def _inception(size: int | None, resize: str | None) -> Extractor:
 
 
 def _folded(layer: nn.Module) -> nn.Module:
-    """A layer with each batch norm in the convolution before it: a pass less over every map."""
+    """Folds each batch norm of a layer into the convolution before it, saving a pass over every feature map."""
     layer.eval()
     for block in layer.modules():
         if isinstance(getattr(block, "bn", None), nn.BatchNorm2d):
@@ -172,7 +172,7 @@ def _efficientnet_lite2(size: int | None, resize: str | None) -> Extractor:
     return Extractor("efficientnet_lite2", title, net, 1280, size or 260, resize or "bilinear", LITE2_SHA256)
 
 
-# (size, resize) -> the extractor; None is the network's own
+# (size, resize) -> the extractor; None means the network's default
 EXTRACTORS: dict[str, Callable[[int | None, str | None], Extractor]] = {
     "efficientnet_lite2": _efficientnet_lite2,
     "inception": _inception,
@@ -183,15 +183,15 @@ EXTRACTORS: dict[str, Callable[[int | None, str | None], Extractor]] = {
 def load_extractor(
     name: str, *, size: int | None = None, resize: str | None = None, device: torch.device | str = "cpu"
 ) -> Extractor:
-    """An extractor by name.
+    """Loads an extractor by name.
 
     Args:
-        name: of EXTRACTORS; the weights of inception and dinov2_vits14 are fetched where they are not here.
-        size: pixels to work at; the network's own where not given.
-        resize: how pictures get there (see `resize.RESIZES`); the network's usual one where not given.
+        name: a key of EXTRACTORS; the weights of inception and dinov2_vits14 are downloaded if missing.
+        size: input size in pixels; by default the network's own.
+        resize: how images are brought to that size (see `resize.RESIZES`); by default the network's usual one.
 
     Raises:
-        InputError: an unknown name, weights that cannot be had, or whose hash is not the pinned one.
+        InputError: the name is unknown, or the weights are unavailable or do not have the pinned hash.
     """
     if name not in EXTRACTORS:
         raise InputError(f"extractor: got {name!r}; allowed: {', '.join(EXTRACTORS)}")

@@ -1,13 +1,13 @@
-"""A measured figure, how far it can be trusted, and whether two of them differ.
+"""A measured figure, its confidence interval, and whether two figures differ.
 
     figure = Figure(value, influence)
-    figure.interval()                         # where it would fall for other pictures of the same model, as many
-    difference(student, teacher, paired=True) # the gap and its interval: of the same seeds, pair by pair
+    figure.interval()                         # 95 %, for as many other images of the same model
+    difference(student, teacher, paired=True) # the difference and its interval: same seeds, pair by pair
 
-Every interval is about other pictures of the same model at the same n, against the same real pictures, whatever the
-metric. Each figure knows how far each of its units, a picture say, moved it, and all intervals follow from that one
-vector (the jackknife: Quenouille 1956, Tukey 1958; by derivatives: Jaeckel 1972, Efron 1982), as does that of a
-difference: what both models owe to a prompt that is hard for both cancels.
+For every metric, the interval is for other images of the same model, at the same n and against the same real images.
+Each figure stores the influence of each of its units, such as an image, and all intervals follow from that vector (the
+jackknife: Quenouille 1956, Tukey 1958; by derivatives: Jaeckel 1972, Efron 1982), as does that of a difference, in
+which difficulty common to both models cancels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Z = 1.959964  # of 95 %
+Z = 1.959964  # quantile of the two-sided 95 % interval
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Figure:
     """A metric's value over N units.
 
     Attributes:
-        value: what is reported.
-        influence: (N,) float64, mean 0: counting unit i once more moves the value by influence_i / N. Of a mean it is
-            the values less their mean.
-        unit: what is counted: pictures drawn, or prompts.
-        trials: of a share, how often yes or no was asked at least; None where the figure is no share.
-        bend: what besides chance the value may be off by, with its sign; two figures of the same n share some of it.
-        apart: half the width of what its seeds differ by beyond chance (see `seeds.pooled`).
+        value: the reported value.
+        influence: (N,) float64, mean 0: counting unit i once more moves the value by influence_i / N. For a mean, the
+            values minus their mean.
+        unit: what the units are: generated images ("pictures"), or prompts.
+        trials: for a share, a lower bound on its number of yes-or-no trials; None if the figure is not a share.
+        bend: signed systematic error that the value may have; figures at the same n share part of it.
+        apart: half-width due to differences between seeds beyond chance (see `seeds.pooled`).
     """
 
     value: float
@@ -44,13 +44,13 @@ class Figure:
 
     @classmethod
     def mean(cls, values: Tensor, unit: str = "pictures") -> Figure:
-        """The mean of (N,) values."""
+        """Returns the mean of (N,) values as a figure."""
         values = values.to(torch.float64)
         return cls(values.mean().item(), values - values.mean(), unit)
 
     @classmethod
     def share(cls, held: Tensor) -> Figure:
-        """The share of (N,) pictures of which something is true."""
+        """Returns the share of (N,) images for which `held` is true as a figure."""
         held = held.to(torch.float64)
         return cls(held.mean().item(), held - held.mean(), trials=len(held))
 
@@ -62,21 +62,21 @@ class Figure:
 
     @property
     def half(self) -> float:
-        """Half the width of the 95 % interval, of what is no share."""
+        """Half the width of the 95 % interval of a figure that is not a share."""
         return math.hypot(Z * self.error, self.bend, self.apart)
 
     def interval(self) -> tuple[float, float]:
-        """The ends of the 95 % interval; within 0 and 1 of a share."""
+        """Returns the ends of the 95 % interval; for a share they lie within 0 and 1."""
         if self.trials is not None:
             return score_interval(self.value, self.half / Z, self.trials)
         return self.value - self.half, self.value + self.half
 
 
 def score_interval(share: float, error: float, trials: int) -> tuple[float, float]:
-    """Wilson's interval (1927) of a share in as many independent trials as its standard error amounts to.
+    """Returns Wilson's interval (1927) of a share, for as many independent trials as its standard error corresponds to.
 
-    Of N independent trials these are N. A share of none or all has no error to go by, and takes `trials`; any other is
-    known no better than by one of these.
+    For N independent trials that is N. A share of 0 or 1 has no standard error, and `trials` is used; for any other the
+    standard error is taken to be at least one trial's worth, 1 / `trials`.
     """
     spread = share * (1 - share)
     n = max(trials, 1 + spread * trials**2)
@@ -88,7 +88,7 @@ def score_interval(share: float, error: float, trials: int) -> tuple[float, floa
 
 @dataclass(frozen=True)
 class Difference:
-    """What one figure is above another: value, and the ends of its 95 % interval."""
+    """The difference of two figures: its value, and the ends of its 95 % interval."""
 
     value: float
     low: float
@@ -97,18 +97,18 @@ class Difference:
 
     @classmethod
     def of(cls, value: float, half: float, *, paired: bool) -> Difference:
-        """From half the interval's width."""
+        """Builds it from half the interval's width."""
         return cls(value, value - half, value + half, paired)
 
     @property
     def equal(self) -> bool:
-        """Whether the interval holds 0, so that the two are not told apart."""
+        """Whether the interval contains 0, so that the two cannot be distinguished."""
         return self.low <= 0 <= self.high
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """One figure over another, and the ends of its 95 % interval, None where an interval of theirs is not known."""
+    """The ratio of two figures, and the ends of its 95 % interval; None if either figure has no interval."""
 
     value: float
     low: float | None = None
@@ -116,17 +116,17 @@ class Ratio:
 
     @classmethod
     def of(cls, value: float, half: float | None) -> Ratio:
-        """From half the width of the logarithm's interval."""
+        """Builds it from half the width of the logarithm's interval."""
         return cls(value) if half is None else cls(value, value * math.exp(-half), value * math.exp(half))
 
     @property
     def inverse(self) -> Ratio:
-        """The other figure over this one."""
+        """The ratio of the second figure to the first."""
         return Ratio(1 / self.value, *(None if end is None else 1 / end for end in (self.high, self.low)))
 
 
 def difference(a: Figure, b: Figure, *, paired: bool) -> Difference:
-    """a - b with its interval.
+    """Returns a - b with its interval.
 
     Args:
         paired: unit i of both is the same prompt and the same noise.
@@ -136,11 +136,11 @@ def difference(a: Figure, b: Figure, *, paired: bool) -> Difference:
 
 
 def gap(a: Figure, b: Figure) -> Figure:
-    """a - b of the same units."""
+    """Returns a - b of figures over the same units."""
     return Figure(a.value - b.value, a.influence.double() - b.influence.double(), a.unit, bend=a.bend - b.bend)
 
 
 def log_ratio(a: Figure, b: Figure) -> Figure:
-    """log(a / b) of the same units, both above 0: by the delta method each influence counts by 1 / its value."""
+    """Returns log(a / b), for figures above 0 over the same units: the delta method divides influences by values."""
     influence = a.influence.double() / a.value - b.influence.double() / b.value
     return Figure(math.log(a.value / b.value), influence, a.unit, bend=a.bend / a.value - b.bend / b.value)

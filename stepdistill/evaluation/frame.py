@@ -1,16 +1,16 @@
-"""What of a picture is looked at: a protocol brings every picture, real or drawn, to one side in one way.
+"""Framing: a protocol brings every image, real or generated, to the same size in the same way.
 
     frame = Frame(256, "square", "lanczos")       # DMD2's, for COCO
-    frame(picture)                                # a PIL picture
+    frame(picture)                                # a PIL image
     frame.batch(pictures)                         # uint8 (B, 3, H, W) -> (B, 3, 256, 256)
 
-It comes before the extractor's own resize: a model of 512 pixels that is measured at 256 goes through both.
+It precedes the extractor's own resize: images of 512 pixels that are measured at 256 go through both.
 
 | fit | how |
 |---|---|
 | cover | the shorter side to `size`, then the centre (torchvision's Resize and CenterCrop: SANA on MJHQ) |
 | square | the largest centred square, then to `size` (DMD2 on COCO) |
-| crop | the centre, pixel by pixel (DMD2's patches); a picture too small for it is brought to `size` whole |
+| crop | the centre, without a resize (DMD2's patches); an image too small for it is resized to `size` whole |
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ FILTERS = {name: InterpolationMode[name.upper()] for name in ("lanczos", "bicubi
 
 @dataclass(frozen=True)
 class Frame:
-    """Pictures of `size` pixels a side.
+    """Brings images to `size` pixels a side.
 
     Attributes:
-        fit: one of FITS. filter: of Pillow's, one of FILTERS.
+        fit: one of FITS. filter: a Pillow filter, one of FILTERS.
 
     Raises:
-        InputError: another fit, filter or size.
+        InputError: the fit, filter or size is not allowed.
     """
 
     size: int
@@ -53,7 +53,7 @@ class Frame:
             raise InputError(f"frame size: got {self.size!r}; allowed: 1 or more pixels")
 
     def __call__(self, picture: Image.Image) -> Image.Image:
-        """An RGB picture in its frame."""
+        """Returns an RGB image in this frame."""
         short, whole = min(picture.size), [self.size, self.size]
         if self.fit == "cover":
             return functional.center_crop(self._resized(picture, [self.size]), whole)
@@ -62,12 +62,12 @@ class Frame:
         return functional.center_crop(picture, whole) if short >= self.size else self._resized(picture, whole)
 
     def batch(self, pictures: Tensor) -> Tensor:
-        """Pictures uint8 (B, 3, H, W) in their frame, uint8 (B, 3, size, size)."""
+        """Returns images (B, 3, H, W) uint8 in this frame, (B, 3, size, size) uint8."""
         if tuple(check_images(pictures).shape[-2:]) == (self.size, self.size):
             return pictures
         framed = [self(Image.fromarray(p)) for p in pictures.permute(0, 2, 3, 1).cpu().numpy()]
         return torch.from_numpy(np.stack([np.asarray(picture) for picture in framed])).permute(0, 3, 1, 2)
 
     def _resized(self, picture: Image.Image, size: list[int]) -> Image.Image:
-        """By Pillow, to (height, width), or with its shorter side to the one size there is, as torchvision rounds."""
+        """Resizes with Pillow: to (height, width), or given one size, the shorter side to it, as torchvision rounds."""
         return functional.resize(picture, size, FILTERS[self.filter])

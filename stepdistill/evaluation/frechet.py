@@ -1,4 +1,4 @@
-"""The Frechet distance between two sets of features, from moments in float64 that stream and merge.
+"""The Frechet distance between two sets of features, from float64 moments that can be accumulated and merged.
 
     moments = Moments.empty(1280)
     for features in batches: moments = moments + Moments.of(features)
@@ -6,7 +6,7 @@
 
 FD = |m - m_r|^2 + tr(S + S_r - 2 (S_r^1/2 S S_r^1/2)^1/2)          (Dowson & Landau 1982; Heusel et al. 2017, eq. 6)
 
-The root's trace is the sum of the roots of eigenvalues of a symmetric matrix: no general matrix root is needed.
+The root's trace is the sum of the roots of a symmetric matrix's eigenvalues: no general matrix root is needed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stepdistill.evaluation.figures import Figure
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Count, mean and scatter of features. `a + b` is the moments of both sets (Chan et al. 1979).
+    """Count, mean and scatter of features. `a + b` gives the moments of the union (Chan et al. 1979).
 
     Attributes:
         count: n. mean: (D,) float64. scatter: (D, D) float64, the sum of (x - mean)(x - mean)^T.
@@ -41,10 +41,10 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
-        """The moments of features (N, D).
+        """Computes the moments of features (N, D).
 
         Raises:
-            InputError: a feature is not finite, or the shape is another.
+            InputError: a feature is not finite, or the shape is not (N, D).
         """
         x = _finite(features)
         mean = x.mean(0)
@@ -61,10 +61,10 @@ class Moments:
 
     @cached_property
     def covariance(self) -> Tensor:
-        """(D, D), unbiased.
+        """The unbiased covariance (D, D).
 
         Raises:
-            InputError: fewer than two features.
+            InputError: there are fewer than two features.
         """
         if self.count < 2:
             raise InputError(f"features for a covariance: got {self.count}; allowed: 2 or more")
@@ -72,16 +72,16 @@ class Moments:
 
     @cached_property
     def root(self) -> Tensor:
-        """(D, D), the symmetric square root of the covariance."""
+        """The symmetric square root (D, D) of the covariance."""
         values, vectors = torch.linalg.eigh(self.covariance)
         return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
 def frechet_distance(moments: Moments, reference: Moments) -> float:
-    """The Frechet distance of two sets, never negative.
+    """Computes the Frechet distance between two sets, clamped at 0.
 
     Raises:
-        InputError: features of different lengths, or a set of fewer than two.
+        InputError: the features have different lengths, or a set has fewer than two.
     """
     root = _checked(reference, len(moments.mean)).root
     values = torch.linalg.eigvalsh(root @ moments.covariance @ root)
@@ -91,13 +91,13 @@ def frechet_distance(moments: Moments, reference: Moments) -> float:
 
 
 def frechet_figure(features: Tensor, reference: Moments) -> Figure:
-    """The distance of features (N, D) to a reference, with what each of them does to it.
+    """Computes the distance of features (N, D) to a reference, with the influence of each of them.
 
-    By the infinitesimal jackknife (Jaeckel 1972; Efron 1982), the bootstrap's limit: sample i moves the distance by
+    By the infinitesimal jackknife (Jaeckel 1972; Efron 1982), the bootstrap's limit, sample i moves the distance by
     IF_i / N, IF_i = 2 (m - m_r).z_i + |z_i|^2 - tr S - (z_i^T T z_i - tr T S), where z_i = x_i - m and
-    T = S_r^1/2 (S_r^1/2 S S_r^1/2)^-1/2 S_r^1/2 is the optimal transport. It costs one eigendecomposition where
-    resampling costs one a resample. It is about the estimate at this N: the bias of the distance, which falls as 1/N,
-    is not in it, nor the reference's own spread.
+    T = S_r^1/2 (S_r^1/2 S S_r^1/2)^-1/2 S_r^1/2 is the optimal transport. This takes one eigendecomposition,
+    resampling one per resample. The interval is for the estimate at this N: it covers neither the distance's bias,
+    which falls as 1/N, nor the reference's own sampling error.
     """
     x = _finite(features)
     return _figure(x, x @ _checked(reference, x.shape[1]).root, reference)
@@ -137,6 +137,6 @@ def _figure(x: Tensor, rooted: Tensor, reference: Moments) -> Figure:
         carried = (a @ vectors).square() @ inverse
     gap, lengths = mean - reference.mean, z_i.square().sum(1)
     distance = gap.square().sum() + lengths.sum() / (n - 1) + reference.covariance.trace() - 2 * roots.sum()
-    # tr S and tr T S are the means of their own terms, so centring takes them away.
+    # tr S and tr T S are the means of their own terms, so centring removes them.
     influence = 2 * z_i @ gap + lengths - (n - 1) * carried
     return Figure(max(0.0, distance.item()), influence - influence.mean())

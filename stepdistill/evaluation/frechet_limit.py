@@ -1,4 +1,4 @@
-"""FD_inf: the Frechet distance that endlessly many pictures would have, from subsets of those there are.
+"""FD_inf: the Frechet distance at infinitely many images, extrapolated from subsets of those available.
 
 whole = frechet_figure(features, reference)
 frechet_limit(features, reference, whole)
@@ -17,27 +17,27 @@ from stepdistill.errors import InputError
 from stepdistill.evaluation.figures import Figure
 from stepdistill.evaluation.frechet import Moments, frechet_figure
 
-GROUPS = 5  # of pictures, of which none, one and two are left out
-PER_FEATURE = 1.5  # pictures for each feature that it needs
+GROUPS = 5  # of images, of which none, one and two are left out
+PER_FEATURE = 1.5  # images needed per feature dimension
 
 
 def frechet_limit(features: Tensor, reference: Moments, whole: Figure | None = None, seed: int = 0) -> Figure:
-    """FD_inf, the distance that endlessly many pictures would have: read at 1 / n = 0 off a curve through the distances
-    of subsets (Chong and Forsyth 2020, section 3).
+    """Computes FD_inf, the distance at infinitely many images: a curve through the distances of subsets, extrapolated
+    to 1 / n = 0 (Chong and Forsyth 2020, section 3).
 
-    The distance of n pictures is above that of all by b / n + c / n^2 + ... Of small subsets, as of the paper's line,
-    the second term is not small. So the subsets are large, the curve is a parabola, and subsets are balanced: the
-    pictures fall into fifths, seeded, and distances are means over all sets that leave none, one and two of them out
-    (the jackknife of second order: Schucany, Gray and Owen 1971). `bend` is what the parabola has above the line
-    through the first two: where n is not far above the length of the features they part, and the interval widens by
-    that. The influence is the whole's, for the terms in 1 / n have next to none. The bias that the reference's own
-    number brings stays.
+    The distance at n images exceeds the limit by b / n + c / n^2 + ... For small subsets, such as those of the paper's
+    line, the second term is not small. So the subsets here are large, the curve is a parabola, and the subsets are
+    balanced: images are divided into fifths at random (seeded), and distances are means over all sets that leave none,
+    one and two fifths out (the second-order jackknife: Schucany, Gray and Owen 1971). `bend` is the parabola's excess
+    over the line through the first two points: they diverge if n is not far above the feature dimension, and the
+    interval widens by it. The influence is that of the whole set, as the terms in 1 / n have hardly any. The bias due
+    to the reference's own size remains.
 
     Args:
-        whole: `frechet_figure` of the same, where it is known.
+        whole: `frechet_figure` of the same images, if already computed.
 
     Raises:
-        InputError: fewer than 1.5 pictures a feature, or than two in a fifth.
+        InputError: there are fewer than 1.5 images per feature dimension, or fewer than two per fifth.
     """
     whole = whole or frechet_figure(features, reference)
     n, dim = features.shape
@@ -59,7 +59,7 @@ def frechet_limit(features: Tensor, reference: Moments, whole: Figure | None = N
 
 @dataclass(frozen=True)
 class _Sums:
-    """Sums over pictures z (n, D) and a = z S_r^1/2, from which the distance of any union of sets is had."""
+    """Sums over images z (n, D) and a = z S_r^1/2, from which the distance of any union of sets follows."""
 
     count: int
     z: Tensor
@@ -76,7 +76,7 @@ class _Sums:
         return _Sums(*(one + another for one, another in pairs))
 
     def distance(self, reference: Moments, shift: Tensor) -> float:
-        """To the reference. shift: what was taken off the features."""
+        """Computes the distance to the reference. shift: what was subtracted from the features."""
         n, mean = self.count, self.z / self.count
         carried = mean @ reference.root
         values = torch.linalg.eigvalsh((self.products - n * torch.outer(carried, carried)) / (n - 1))

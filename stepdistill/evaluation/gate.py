@@ -1,4 +1,4 @@
-"""A gate: bounds that a model's figures must keep, for use in CI; in a YAML file or from flags.
+"""A gate: bounds that a model's figures must meet, for use in CI; from a YAML file or from flags.
 
 gate = load_gate("mlperf-sdxl")              # benchmarks/gates/mlperf-sdxl.yaml, or a path to a file
 judgements = judge(cells, gate)              # all(j.met for j in judgements)
@@ -20,12 +20,12 @@ from stepdistill.evaluation.summary import calls, digits, percent
 from stepdistill.typed import read_yaml
 
 SHORT = {"clip": "clip_score", "attributes": "attribute_accuracy"}
-LATENCY = "ms"  # median of a whole picture, which is bounded like a figure; it has calls and a quantile for an interval
+LATENCY = "ms"  # median per image, bounded like a figure; shown with p90 and number of calls, not an interval
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What a figure must keep to: low <= value <= high."""
+    """A bound on a figure: low <= value <= high."""
 
     figure: str
     low: float = -math.inf
@@ -44,12 +44,12 @@ class Bound:
 
 @dataclass(frozen=True)
 class Gate:
-    """Bounds, and what they are for.
+    """Bounds, and the cells they apply to.
 
     Attributes:
-        bounds: all of them must be kept. steps: the step counts they are for; all where none.
-        rows: what each row must say of itself, by field: bounds of one protocol mean nothing in another.
-        description: for people.
+        bounds: all must be met. steps: the step counts they apply to; all if empty.
+        rows: the value that each row must have, by field: bounds of one protocol mean nothing under another.
+        description: for the reader.
     """
 
     bounds: tuple[Bound, ...] = ()
@@ -60,7 +60,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A bound, and what a cell has."""
+    """A bound applied to a cell's figure."""
 
     cell: Cell
     bound: Bound
@@ -68,12 +68,12 @@ class Judgement:
 
     @property
     def met(self) -> bool:
-        """Whether the value, not its whole interval, keeps the bound; NaN never does."""
+        """Whether the value, not its whole interval, meets the bound; NaN never does."""
         return self.bound.low <= self.figure.value <= self.bound.high
 
     def __str__(self) -> str:
         name, found = self.bound.figure, self.figure
-        places = digits(name, [self.cell]) + 2 * percent(name)  # shares are not shown in percent here
+        places = digits(name, [self.cell]) + 2 * percent(name)  # shares are shown as fractions here
         ends = ""
         if name == LATENCY:
             ends = calls(self.cell)
@@ -85,10 +85,10 @@ class Judgement:
 
 
 def load_gate(name: str | Path) -> Gate:
-    """A gate by the name it ships under, or from a .yaml file.
+    """Loads a gate by the name it ships under, or from a .yaml file.
 
     Raises:
-        InputError: no such gate, no YAML, or unknown or unreadable fields.
+        InputError: there is no such gate, the file is not YAML, or a field is unknown or malformed.
     """
     file = shipped.found("gates", name)
     if not file.is_file():
@@ -116,10 +116,10 @@ def load_gate(name: str | Path) -> Gate:
 
 
 def judge(found: Sequence[Cell], gate: Gate, model: str | None = None) -> list[Judgement]:
-    """Every bound of a gate on every cell it is for.
+    """Applies every bound of a gate to every cell it is for.
 
     Raises:
-        InputError: no bounds, no such cell, a figure that was not measured, or rows that are not what the gate is for.
+        InputError: there are no bounds or no such cell, a figure was not measured, or a row does not match the gate's.
     """
     if not gate.bounds:
         raise InputError("gate: got no bounds; allowed: --max-fd, --min-clip, --max NAME=VALUE, ...; give one")

@@ -1,7 +1,7 @@
-"""Pictures from a plain diffusers pipeline, each with noise of its own, so every model and step count starts alike.
+"""Images from a plain diffusers pipeline, each with its own noise, the same for every model and step count.
 
-Picture i of a run is drawn from a generator seeded by (seed, i): its initial latents, and its later noise where a
-scheduler adds any, do not depend on the batch, the model, or what was drawn before.
+Image i of a run is generated with a generator seeded by (seed, i): its initial latents, and the noise that a scheduler
+may add later, do not depend on the batch, the model, or what was generated before.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.evaluation.places import drawn_size
 
-# What encode_prompt returns, for the pipelines whose text is encoded once for all step counts.
+# What encode_prompt returns, for pipelines whose prompts are encoded once for all step counts.
 ENCODED = {
     "StableDiffusionPipeline": ("prompt_embeds", "negative_prompt_embeds"),
     "StableDiffusionXLPipeline": (
         "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
     ),
 }  # fmt: skip
-EMBEDDINGS_LIMIT = 1 << 30  # bytes of prompt embeddings kept from one step count to the next
+EMBEDDINGS_LIMIT = 1 << 30  # bytes of prompt embeddings kept between step counts
 
 
 @lru_cache(maxsize=16)
 def accepted(kind: type) -> frozenset[str]:
-    """The arguments that a class of pipelines is called with."""
+    """The arguments that a pipeline class accepts in its call."""
     return frozenset(inspect.signature(kind.__call__).parameters)
 
 
 def backbone(pipeline) -> torch.nn.Module:
-    """The network that is called at every step."""
+    """Returns the network that is called at every step."""
     module = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
     if module is None:
         raise InputError(
@@ -48,15 +48,15 @@ def backbone(pipeline) -> torch.nn.Module:
 
 
 def told_guidance(pipeline) -> bool:
-    """Whether the backbone takes its guidance as an input (LCM's w, Flux-dev's scale): it is never run twice for it."""
+    """Whether the backbone is guidance-conditioned (LCM's w, Flux-dev's scale) and never needs a second forward."""
     config = backbone(pipeline).config
     return config.get("time_cond_proj_dim") is not None or bool(config.get("guidance_embeds"))
 
 
 def takes_guidance(pipeline) -> bool:
-    """Whether a guidance scale changes what a pipeline draws.
+    """Whether a guidance scale changes what a pipeline generates.
 
-    Where it has a true_cfg_scale besides (Flux), guidance_scale is an input of the network or, of schnell's, nothing.
+    If it also has a true_cfg_scale (Flux), guidance_scale is an input of the network, or without effect (schnell).
     """
     known = accepted(type(pipeline))
     return "guidance_scale" in known and ("true_cfg_scale" not in known or told_guidance(pipeline))
@@ -64,12 +64,12 @@ def takes_guidance(pipeline) -> bool:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A pipeline and what does not change from call to call.
+    """A pipeline and the arguments that do not change between calls.
 
     Attributes:
-        pipeline: plain diffusers. guidance: 1.0 is none. seed: of the run. even: ask a flow for even `sigmas`.
-        call: more arguments of the pipeline's call (see `models.call_of`). negative: the prompt that guidance leads
-            away from, of pipelines that take one.
+        pipeline: plain diffusers. guidance: scale, 1.0 means none. seed: the run's. even: pass evenly spaced `sigmas`.
+        call: further arguments of the pipeline's call (see `models.call_of`). negative: the negative prompt, for
+            pipelines that take one.
     """
 
     pipeline: Any
@@ -86,7 +86,7 @@ class Sampler:
 
     @property
     def side(self) -> int | None:
-        """Of its pictures, in pixels; None where the pipeline does not say."""
+        """Side of its images in pixels; None if the pipeline does not specify it."""
         return self.call.get("height") or drawn_size(self.pipeline)
 
     @property
@@ -96,7 +96,7 @@ class Sampler:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """The arguments that stand for the prompts: embeddings where they can be made once, else the prompts."""
+        """Returns the call's arguments for the prompts: embeddings if they can be made once, else the prompts."""
         if not self.takes_prompts:
             return {}
         names = ENCODED.get(type(self.pipeline).__name__)
@@ -114,13 +114,13 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, condition: dict[str, Any], *, first: int, count: int, steps: int) -> Tensor:
-        """Pictures number `first` to `first + count - 1`, uint8 (count, 3, H, W) on the CPU.
+        """Generates images number `first` to `first + count - 1`, uint8 (count, 3, H, W) on the CPU.
 
         Args:
             condition: from `encode`, or {"prompt": [...]}.
 
         Raises:
-            InputError: the model gave NaN.
+            InputError: the model returned NaN.
         """
         known = accepted(type(self.pipeline))
         options: dict[str, Any] = {"generator": Draws.at(self.seed, first, count).generators, "output_type": "pt"}
@@ -138,11 +138,11 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A batch as it was drawn.
+    """A generated batch.
 
     Attributes:
-        pictures: (B, 3, H, W) uint8. evaluations: pictures that went through the denoiser for it, guidance's second
-            half counted.
+        pictures: (B, 3, H, W) uint8. evaluations: samples that went through the denoiser for it, including guidance's
+            second half.
     """
 
     pictures: Tensor
@@ -151,12 +151,12 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Series:
-    """The batches of a model at all its numbers of steps; what stands for a prompt is made once for all of them.
+    """The batches of a model at all its step counts; prompts are encoded once for all of them.
 
     Attributes:
-        sampler: draws. prompts: of all pictures, None where there are none. n: pictures. batch: drawn at a time.
-        each: pictures of a prompt, in a row. offset: the number of the first picture, which its noise goes by.
-        encoded: what stands for the prompts of a batch, by its first picture, once it was made.
+        sampler: generates. prompts: one per image; None if there are none. n: number of images. batch: batch size.
+        each: consecutive images per prompt. offset: number of the first image, which determines its noise.
+        encoded: the encoded prompts of each batch so far, by the batch's first image.
     """
 
     sampler: Sampler
@@ -168,10 +168,10 @@ class Series:
     encoded: dict[int, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     def draw(self, steps: int, first: int, count: int) -> Drawn:
-        """Pictures number `first` to `first + count - 1`.
+        """Generates images number `first` to `first + count - 1`.
 
         Raises:
-            InputError: the model gave NaN.
+            InputError: the model returned NaN.
         """
         condition, evaluations = self._condition(first, count), []
         hook = backbone(self.sampler.pipeline).register_forward_pre_hook(
@@ -184,12 +184,12 @@ class Series:
         return Drawn(pictures, sum(evaluations))
 
     def several(self, each: int, prompts: int | None = None) -> Series:
-        """`each` pictures of every prompt, or of the first few, all with noise that this series has not."""
+        """Returns a series of `each` images per prompt, for the first `prompts` or all prompts, with other noise."""
         asked = [prompt for prompt in self.prompts[:prompts] for _ in range(each)]
         return Series(self.sampler, asked, len(asked), self.batch, each, self.offset + self.n)
 
     def seeded(self, seed: int) -> Series:
-        """The same pictures from the noise of another seed; what stands for the prompts is shared."""
+        """Returns the same series with the noise of another seed; the encoded prompts are shared."""
         return replace(self, sampler=replace(self.sampler, seed=seed))
 
     def _condition(self, first: int, count: int) -> dict[str, Any]:
@@ -204,16 +204,16 @@ class Series:
 
 
 def evaluated(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """How many pictures a call of a denoiser is of."""
+    """Returns the batch size of a denoiser call."""
     return len(args[0] if args else kwargs.get("sample", kwargs.get("hidden_states")))
 
 
 def step_options(pipeline, steps: int, call: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that say how many steps a pipeline takes, and `call`.
+    """Returns the arguments that set a pipeline's number of steps, and `call`.
 
-    Pictures are drawn at the size they are asked for, not at the nearest of a list and resized, and for the prompt as
-    it is: PixArt rewrites it where Beautiful Soup is installed. SANA-Sprint has a time for the second of two steps, and
-    refuses it for other numbers.
+    Images are generated at the requested size, not at the nearest of a list and resized, and from the unchanged prompt:
+    PixArt rewrites it if Beautiful Soup is installed. SANA-Sprint has a default time for the second of two steps, and
+    rejects it for other step counts.
     """
     known = accepted(type(pipeline))
     options = {"num_inference_steps": steps} | dict(call)
@@ -224,9 +224,9 @@ def step_options(pipeline, steps: int, call: Mapping[str, Any]) -> dict[str, Any
 
 
 def to_uint8(images: Any) -> Tensor:
-    """What a pipeline returns, in [0, 1] as a tensor (B, 3, H, W) or an array (B, H, W, 3), to uint8 on the CPU.
+    """Converts a pipeline's output in [0, 1], a tensor (B, 3, H, W) or an array (B, H, W, 3), to uint8 on the CPU.
 
-    It is contiguous, as pictures read from files are: convolutions of other layouts round otherwise.
+    The result is contiguous, like images read from files: convolutions round differently in other memory layouts.
 
     Raises:
         InputError: a value is not finite.
@@ -242,7 +242,7 @@ def to_uint8(images: Any) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(pipeline, images: Tensor) -> Tensor:
-    """Pictures through the pipeline's autoencoder and back: (B, 3, H, W) uint8 both ways."""
+    """Encodes and decodes images with the pipeline's autoencoder: (B, 3, H, W) uint8 in and out."""
     with whole(pipeline.vae) as vae:
         pixels = (images.to(vae.device) / 127.5 - 1).to(vae.dtype)
         encoded = vae.encode(pixels)

@@ -1,4 +1,4 @@
-"""What a figure depends on, as a hash: the weights of networks."""
+"""Hashes of what a figure depends on: the weights of networks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def of_module(module: torch.nn.Module) -> str:
-    """The SHA-256, in hex, of every weight of a network, with its name, type and shape."""
+    """Returns the SHA-256, in hex, of all entries of a network's state_dict, with their names, dtypes and shapes."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,6 +1,6 @@
-"""Folders that processes write in: a live one holds its own; what a killed one left is held by none and can be cleared.
+"""Locks on folders that processes write to: a running one holds its own; what a killed one left is free to be cleared.
 
-A hold is a shared lock on the folder itself (flock): it goes with the folder where that is renamed, and ends with the
+A hold is a shared lock on the folder itself (flock): it follows the folder if that is renamed, and ends with the
 process.
 """
 
@@ -19,10 +19,10 @@ except ImportError:  # Windows
 
 
 def hold(folder: Path) -> int | None:
-    """Makes a folder, where it is not there, and holds it until `release`.
+    """Creates a folder if necessary, and holds it until `release`. Returns the handle; None on Windows.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be created.
     """
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -33,19 +33,19 @@ def hold(folder: Path) -> int | None:
             fcntl.flock(handle, fcntl.LOCK_SH)
         if _is(handle, folder):
             return handle
-        os.close(handle)  # it was cleared before it was held
+        os.close(handle)  # the folder was cleared before it was locked
 
 
 def release(handle: int | None) -> None:
-    """Lets a folder go."""
+    """Releases a folder."""
     if handle is not None:
         os.close(handle)
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[bool | None]:
-    """Whether no process holds a folder, this one neither; within, none can. None where that cannot be known, since
-    the file system has no such locks."""
+    """Yields whether no process, this one included, holds a folder; if so, none can until exit. Yields None if this is
+    unknown because the file system has no such locks."""
     handle, free = None, None
     try:
         if fcntl is not None:
@@ -63,7 +63,7 @@ def alone(folder: Path) -> Iterator[bool | None]:
 
 
 def _is(handle: int, folder: Path) -> bool:
-    """Whether what was opened is still what lies there."""
+    """Whether the opened folder is still the one at this path."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(folder))
     except FileNotFoundError:

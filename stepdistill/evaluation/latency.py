@@ -1,10 +1,11 @@
-"""How long a picture takes, stage by stage, read inside the plain pipeline's own calls, and how often the network ran.
+"""Latency per image, stage by stage, measured inside the plain pipeline's own calls, and network evaluations.
 
     timing = measure(sampler, prompts, steps=4, batch=1)
     timing.text, timing.denoiser_step, timing.decode, timing.total_p50, timing.total_p90      # ms for the batch
 
-Wall clock on a CPU; on a GPU the stages by CUDA events and the whole by the wall clock, synchronised at both ends. With
-`compiled` the network is compiled for the timing alone, and the first call, which compiles, is told apart.
+On a CPU all times are wall-clock; on a GPU stages are timed by CUDA events and the whole call by the wall clock,
+synchronised at both ends. With `compiled` the network is compiled for timing only; the first call, which compiles, is
+reported separately.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ import torch
 from stepdistill.errors import InputError
 from stepdistill.evaluation.generate import Sampler, backbone, evaluated
 
-REPEATS, SECONDS = 10, 20.0  # timed calls where nobody says how many, and the time they may take altogether
+REPEATS, SECONDS = 10, 20.0  # default number of timed calls, and limit on their total time
 
 
 class Stages:
-    """Times the text encoders, every call of the denoiser, and the decoder, while it is entered.
+    """Context manager that times the text encoders, every call of the denoiser, and the decoder.
 
     Attributes:
-        evaluations: pictures that went through the denoiser, guidance's second half counted: divided by the pictures
-            drawn, it is the NFE.
+        evaluations: samples that went through the denoiser, including guidance's second half; divided by the number of
+            generated images, it is the NFE.
     """
 
     def __init__(self, pipeline) -> None:
@@ -85,7 +86,7 @@ class Stages:
         self._undo.clear()
 
     def milliseconds(self) -> dict[str, list[float]]:
-        """stage -> the duration of each call since it was last asked."""
+        """Returns stage -> the duration of each call since this was last called."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         found: dict[str, list[float]] = {}
@@ -98,15 +99,15 @@ class Stages:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds for one batch; medians where no quantile is named.
+    """Milliseconds for one batch; medians unless a quantile is named.
 
     Attributes:
-        text: all text encoders, guidance's empty prompt included. denoiser_step: one call of the network.
+        text: all text encoders, including guidance's empty prompt. denoiser_step: one call of the network.
         decode: latents to pixels. total_p50, total_p90, total_p99: prompt to pixels.
-        quantiles: stage -> (p50, p90, p99), of calls of the network for denoiser_step, of whole calls for the others.
-        first: the first call, before any that was timed, compilation included. nfe: network evaluations a picture.
-        batch, repeats: what was timed, how often. clock: wall or cuda events. compiled: the network was.
-        pipeline_memory_mb: the most that the pipeline's weights and its calls took of a GPU; None on a CPU.
+        quantiles: stage -> (p50, p90, p99), over network calls for denoiser_step, over whole calls for the others.
+        first: the warm-up call before the timed ones, compilation included. nfe: network evaluations per image.
+        batch, repeats: batch size, number of timed calls. clock: wall or cuda events. compiled: whether compiled.
+        pipeline_memory_mb: peak GPU memory of the pipeline's weights and calls; None on a CPU.
     """
 
     text: float
@@ -146,8 +147,8 @@ def measure(
     """Times whole calls of the pipeline, text encoding included.
 
     Args:
-        prompts: taken in turn. warmup: calls before the first timed one. repeats: timed calls; fewer, but at least
-            three, where they take longer than `seconds` altogether. compiled: compile the network for the while.
+        prompts: repeated to fill the batch. warmup: calls before the first timed one. repeats: timed calls; fewer, but
+            at least three, if they exceed `seconds` in total. compiled: compile the network for these calls.
     """
     if batch < 1 or repeats < 1:
         raise InputError(f"latency: got batch={batch}, repeats={repeats}; allowed: 1 or more")
@@ -155,7 +156,7 @@ def measure(
     condition = {"prompt": chosen} if sampler.takes_prompts else {}
 
     def once() -> float:
-        start = time.perf_counter()  # the call returns pictures on the CPU, so it is synchronised at both ends
+        start = time.perf_counter()  # the call returns images on the CPU, so it is synchronised at both ends
         sampler(condition, first=0, count=batch, steps=steps)
         return 1000 * (time.perf_counter() - start)
 
@@ -186,9 +187,9 @@ def measure(
 
 @contextmanager
 def compiled_network(network: torch.nn.Module) -> Iterator[None]:
-    """Within, a network's forward is compiled, for each shape anew; its hooks stay outside, where clocks are read."""
-    before = network.__dict__.get("forward")  # that which offloading puts there, say
-    torch._dynamo.reset()  # it compiles a function eight times at most, and then runs it as it is without a word
+    """Context in which a network's forward is compiled, anew per shape; its hooks, which read the clock, are not."""
+    before = network.__dict__.get("forward")  # such as the one that offloading installs
+    torch._dynamo.reset()  # dynamo compiles a function at most eight times, then silently runs it in eager mode
     network.forward = torch.compile(network.forward, dynamic=False)
     try:
         yield
@@ -201,22 +202,22 @@ def compiled_network(network: torch.nn.Module) -> Iterator[None]:
 
 
 def channels_last(pipeline) -> None:
-    """Lays the weights of a pipeline's UNet or transformer, and of its autoencoder, out with the channels last."""
+    """Converts a pipeline's UNet or transformer, and its autoencoder, to the channels_last memory format."""
     for part in (backbone(pipeline), getattr(pipeline, "vae", None)):
         if part is not None:
             part.to(memory_format=torch.channels_last)
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """The q-quantile, linear between order statistics."""
+    """Returns the q-quantile, interpolated linearly between order statistics."""
     return float(torch.quantile(torch.tensor(values, dtype=torch.float64), q))
 
 
 class PipelineMemory:
-    """The most of a GPU's memory that a pipeline takes: its weights, and what its calls need.
+    """Peak GPU memory of a pipeline: its weights, and what its calls need.
 
-    What else lies there when it is made, as extractors do and models that are still held, is taken off. On a CPU a
-    process's memory says little of one pipeline, and nothing is read.
+    What else is allocated when this is created, such as extractors and other models, is subtracted. On a CPU nothing is
+    measured: a process's memory there says little about one pipeline.
     """
 
     def __init__(self, pipeline) -> None:
@@ -226,19 +227,19 @@ class PipelineMemory:
             self.others = torch.cuda.memory_allocated(self.device) - resident(pipeline, self.device)
 
     def reset(self) -> None:
-        """Forgets the peaks of before."""
+        """Resets the peak."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def read(self) -> float | None:
-        """Megabytes (2^20 bytes); None on a CPU."""
+        """Returns the peak in megabytes (2^20 bytes); None on a CPU."""
         if self.device.type != "cuda":
             return None
         return round((torch.cuda.max_memory_allocated(self.device) - self.others) / 2**20, 1)
 
 
 def resident(pipeline, device: torch.device) -> int:
-    """Bytes of a pipeline's weights and buffers on a device; what parts share counts once."""
+    """Returns the bytes of a pipeline's weights and buffers on a device; shared storage counts once."""
     modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     tensors = [t for module in modules for t in (*module.parameters(), *module.buffers()) if t.device == device]
     storages = [t.untyped_storage() for t in tensors]

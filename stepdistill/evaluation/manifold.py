@@ -1,10 +1,11 @@
-"""Precision, recall, density and coverage: which pictures lie where the others of their kind lie.
+"""Precision, recall, density and coverage: which images lie in the neighbourhoods of the other set's.
 
     prdc_figures(features, real, radii(real))
 
-Around every sample is a ball that reaches to its k-th nearest neighbour of the same set. Precision is the share of
-pictures inside the ball of any real one, recall the share of real ones inside that of any picture (Kynkaanniemi et al.
-2019, eq. 1-2); density counts the balls, coverage the real balls that hold a picture (Naeem et al. 2020, eq. 3-4).
+Around every sample is a ball that reaches to its k-th nearest neighbour in the same set. Precision is the share of
+generated images inside the ball of any real one, recall the share of real images inside the ball of any generated one
+(Kynkaanniemi et al. 2019, eq. 1-2); density counts the real balls that an image is in, coverage is the share of real
+balls that contain an image (Naeem et al. 2020, eq. 3-4).
 """
 
 from __future__ import annotations
@@ -16,25 +17,25 @@ from stepdistill.errors import InputError
 from stepdistill.evaluation.figures import Figure
 from stepdistill.evaluation.kernel import blocks, squared_distances
 
-K_PRECISION_RECALL = 3  # as Kynkaanniemi et al. and torch-fidelity have it
-K_DENSITY_COVERAGE = 5  # as Naeem et al. have it
-LARGEST = max(K_PRECISION_RECALL + 1, K_DENSITY_COVERAGE)  # a ball whose neighbour is left out reaches to the next
+K_PRECISION_RECALL = 3  # as in Kynkaanniemi et al. and torch-fidelity
+K_DENSITY_COVERAGE = 5  # as in Naeem et al.
+LARGEST = max(K_PRECISION_RECALL + 1, K_DENSITY_COVERAGE)  # without its k-th neighbour a ball reaches to the next
 
 
 def radii(x: Tensor) -> Tensor:
-    """(N, LARGEST) squared distances of samples (N, D) to their 1st, 2nd, ... nearest neighbour but themselves.
+    """Computes the squared distances (N, LARGEST) of samples (N, D) to their 1st, 2nd, ... nearest neighbour.
 
     Raises:
-        InputError: too few samples.
+        InputError: there are too few samples.
     """
     return neighbours(x)[0]
 
 
 def neighbours(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`radii`, and which samples these neighbours are, (N, LARGEST) each.
+    """Computes `radii`, and the indices of these neighbours, (N, LARGEST) each.
 
     Raises:
-        InputError: too few samples.
+        InputError: there are too few samples.
     """
     if len(x) <= LARGEST:
         raise InputError(f"pictures for precision and coverage: got {len(x)}; allowed: {LARGEST + 1} or more")
@@ -49,16 +50,16 @@ def neighbours(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def prdc_figures(features: Tensor, real: Tensor, real_radii: Tensor) -> dict[str, Figure]:
-    """The four figures of features (N, D) against those of real pictures (M, D), whose `radii` are (M, LARGEST).
+    """Computes the four figures of features (N, D) against those of real images (M, D), whose `radii` are (M, LARGEST).
 
-    The real pictures are held. So precision and density are means over independent pictures. Recall and coverage hang
-    on all pictures at once, and what one does to them is what they lose without it (the jackknife: Quenouille 1956,
-    Tukey 1958), exactly: without it balls of recall that it bounded reach further. A bootstrap would draw pictures
-    twice, which makes balls of no width. The jackknife's error is never too small on average (Efron and Stein 1981);
-    of these two it is up to twice the truth.
+    The real images are fixed, so precision and density are means over independent images. Recall and coverage depend on
+    all images at once; the influence of one is what they lose if it is left out (the jackknife: Quenouille 1956, Tukey
+    1958), computed exactly: without it, recall's balls that it bounded reach further. A bootstrap would draw images
+    twice, which gives balls of zero radius. The jackknife's error is never too small on average (Efron and Stein 1981);
+    for these two it is up to twice the true one.
 
     Raises:
-        InputError: too few samples.
+        InputError: there are too few samples.
     """
     near, dense = (real_radii[:, k - 1] for k in (K_PRECISION_RECALL, K_DENSITY_COVERAGE))
     own, bounds = neighbours(features)
@@ -85,30 +86,30 @@ def prdc_figures(features: Tensor, real: Tensor, real_radii: Tensor) -> dict[str
 
 
 class _Holders:
-    """Of each of M real pictures: by how many pictures it is held, and by which, where it is by one."""
+    """For each of M real images: the number of generated images that hold it, and which one if it is only one."""
 
     def __init__(self, size: int) -> None:
         self.count, self.by = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.long)
 
     def add(self, within: Tensor, first: int) -> None:
-        """Pictures number `first` and on, (B, M), whether they hold each."""
+        """Adds images from number `first` on: (B, M), whether each holds each real image."""
         count = within.sum(0)
         self.by = torch.where(count > 0, within.byte().argmax(0) + first, self.by)
         self.count += count
 
 
 def _lost(holders: _Holders, n: int, kept: Tensor | None = None) -> Tensor:
-    """(n,) how many real pictures are held no more without each picture; `kept` (M,) are held by another then."""
+    """(n,) minus the number of real images that only each image holds; without it, `kept` (M,) are held by another."""
     alone = holders.count == 1
     return -torch.bincount(holders.by[alone if kept is None else alone & ~kept], minlength=n)
 
 
 def _gains(holders: _Holders, shells: Tensor, bounds: Tensor) -> Tensor:
-    """(N,) by how many real pictures more are held without each picture.
+    """(N,) the change in the number of held real images if each image is left out.
 
     Args:
-        shells: (S, 2), picture and real picture that its ball holds if it reaches to one neighbour more.
-        bounds: (N, k), the neighbours whose absence has it do so.
+        shells: (S, 2), an image and a real image that its ball holds only if it reaches one neighbour further.
+        bounds: (N, k), the neighbours of each image whose absence makes its ball do so.
     """
     n, size = len(bounds), len(holders.count)
     picture, other = shells[holders.count[shells[:, 1]] <= 1].T
@@ -120,7 +121,7 @@ def _gains(holders: _Holders, shells: Tensor, bounds: Tensor) -> Tensor:
 
 
 def _share_of_real(holders: _Holders, n: int, gains: Tensor) -> Figure:
-    """The share of the real pictures that are held. gains: (n,) by how many it is more without each picture."""
+    """The share of real images that are held. gains: (n,) the change in their number if each image is left out."""
     size = len(holders.count)
     influence = -(n - 1) * gains.double() / size
     share = (holders.count > 0).double().mean().item()

@@ -1,6 +1,6 @@
-"""One pass over the pictures feeds every metric: features for the distance, embeddings for CLIP score and attributes.
+"""One pass over the images feeds every metric: features for the distance, embeddings for CLIP score and attributes.
 
-What is measured of them is in `measures/`, a file each.
+The metrics are in `measures/`, one file each.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from stepdistill.evaluation.sets import EvalSet, open_set
 from stepdistill.evaluation.statistics import Origin, are_statistics, framed, keep, kept, read_statistics
 from stepdistill.files import sha256
 
-FOREIGN = "foreign: of which pictures, extractor and resize cannot be seen"  # what rows say of others' statistics
+FOREIGN = "foreign: of which pictures, extractor and resize cannot be seen"  # recorded for statistics without origin
 
 
 @dataclass(frozen=True)
 class Instruments:
-    """What a protocol measures with, loaded.
+    """Everything that a protocol measures with, loaded.
 
     Attributes:
-        prompts: the set that is drawn. extractor: features. reference: moments of the real pictures.
-        clip: for the score, None where there is none. probes: of attributes, None where there are none.
-        content: hashes of all of it, for the protocol's own. metrics: names of `measures.METRICS`.
-        real: what else metrics ask of the real pictures, None where there are moments alone.
-        frame: how pictures are brought before all that looks at them. texts: CLIP's of prompts, once they were asked.
+        prompts: the set to generate. extractor: computes features. reference: moments of the real images.
+        clip: the scorer, or None. probes: for attributes, or None.
+        content: hashes of all of these, which enter the protocol's hash. metrics: names in `measures.METRICS`.
+        real: what else metrics need of the real images; None if only moments are available.
+        frame: applied to images before the networks, or None. texts: cached CLIP embeddings of prompts.
     """
 
     prompts: EvalSet
@@ -61,13 +61,13 @@ class Instruments:
 
 
 def statistics_name(extractor: Extractor, reference: EvalSet, count: int) -> str:
-    """The file of these moments, named by a hash of the extractor, its weights and resize, and the pictures."""
+    """Returns the file name of these moments: a hash of the extractor, its weights and resize, and the images."""
     key = hashlib.sha256(f"moments-1 {extractor.identity} {reference.key} {count}".encode()).hexdigest()[:16]
     return f"statistics-{key}.safetensors"
 
 
 def origin_of(extractor: Extractor, reference: EvalSet, count: int) -> Origin:
-    """What the statistics of a set's first `count` pictures say of themselves."""
+    """Returns the origin recorded with the statistics of a set's first `count` images."""
     return Origin(extractor.identity, framed(reference.size), reference.key, count)
 
 
@@ -75,11 +75,11 @@ def reference_statistics(
     extractor: Extractor, reference: EvalSet, *, count: int | None = None, batch: int = 64, folder: Path | None = None,
     progress: Progress = lambda done, total: None, known: RealPictures | None = None,
 ) -> Moments:  # fmt: skip
-    """The moments of a reference set's first `count` pictures: those that ship, those in the cache, or made now.
+    """Returns the moments of a reference set's first `count` images: shipped, cached, or computed now.
 
     Args:
-        folder: to keep them in; the cache where not given. progress: told how many are done.
-        known: of the same set, where something else needs the features of some of them too.
+        folder: where they are stored; by default the cache. progress: called with (images just done, total).
+        known: real images of the same set whose features are needed anyway, to be reused.
     """
     count = count or reference.count
     name = statistics_name(extractor, reference, count)
@@ -110,10 +110,11 @@ def reference_statistics(
 def prepare(
     protocol: Protocol, *, device: str = "cpu", batch: int = 64, progress: Progress = lambda done, total: None
 ) -> Instruments:
-    """Loads what a protocol names.
+    """Loads the instruments that a protocol names.
 
     Raises:
-        InputError: fewer prompts than pictures, or a set, extractor or scorer that cannot be had.
+        InputError: there are fewer prompts than images, too few images for a metric, or a set, extractor or scorer is
+            not available.
     """
     protocol = with_data(protocol, None, None)
     size = protocol.frame or protocol.size
@@ -141,7 +142,7 @@ def prepare(
         clip = load_clip(scorer.model, pretrained=scorer.pretrained, prefix=scorer.prefix, device=device)
         clip = dataclasses.replace(clip, scale=scorer.scale, frame=scorer.frame)
         content["scorer"] = hashes.of_module(clip.model)
-        if scorer.model != "avatars":  # which ships
+        if scorer.model != "avatars":  # whose setup ships with the package
             content["scorer setup"] = clip.setup
         if prompts.attributes is not None and clip.folder and (clip.folder / "probes.json").is_file():
             probes = load_probes(clip.folder)
@@ -189,13 +190,13 @@ def prepare(
 
 
 class Pass:
-    """Takes pictures batch by batch; `figures` gives what the protocol's metrics make of them all.
+    """Receives images batch by batch; `figures` then computes the protocol's metrics over all of them.
 
     Attributes:
-        kept: of each batch, by the number of its first picture. Other processes' parts are added to it.
+        kept: what metrics keep of each batch, by the number of its first image. Other processes' parts are merged in.
 
     Args:
-        each: feeds the metrics that see so many pictures of a prompt.
+        each: images per prompt; feeds the metrics that need this many.
     """
 
     def __init__(self, instruments: Instruments, each: int = 1) -> None:
@@ -205,13 +206,13 @@ class Pass:
         self.kept: dict[int, dict[str, Tensor]] = {}
 
     def add(self, first: int, pictures: Tensor) -> None:
-        """Pictures (B, 3, H, W) uint8, number `first` and on of the set."""
+        """Adds images (B, 3, H, W) uint8, from number `first` of the set on."""
         view = View(self.tools, first, pictures)
         seen = {metric.keeps: metric.see for metric in self.metrics}
         self.kept[first] = {keeps: see(view).cpu() for keeps, see in seen.items()}
 
     def figures(self) -> dict[str, Figure]:
-        """Every figure by name, in whatever order the batches came."""
+        """Computes all figures by name, independently of the order in which batches were added."""
         parts = [self.kept[first] for first in sorted(self.kept)]
         whole = {metric.keeps: torch.cat([part[metric.keeps] for part in parts]) for metric in self.metrics}
         found: dict[str, Figure] = {}
@@ -221,7 +222,7 @@ class Pass:
 
 
 def row_of(found: Mapping[str, Figure], tools: Instruments) -> dict[str, Any]:
-    """The metric columns of a row: the main figures by themselves, all of them with their intervals in `metrics`."""
+    """Returns a row's metric columns: the main figures as columns, and all figures with intervals in `metrics`."""
     score, share = found.get("clip_score"), found.get("attribute_accuracy")
     row: dict[str, Any] = {"fd": None, "fd_low": None, "fd_high": None}
     if "fd" in found:
@@ -237,7 +238,7 @@ def row_of(found: Mapping[str, Figure], tools: Instruments) -> dict[str, Any]:
 
 
 def _told(figure: Figure) -> dict[str, Any]:
-    """A figure for JSON: with its interval, number of units, and what pooling and comparing it takes besides these."""
+    """Returns a figure as JSON: its interval, number of units, and what pooling and comparing it needs besides."""
     low, high = figure.interval()
     told = {"value": round(figure.value, 6), "low": round(low, 6), "high": round(high, 6)}
     told |= {"n": len(figure.influence), "of": figure.unit}

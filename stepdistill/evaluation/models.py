@@ -1,4 +1,4 @@
-"""The plain diffusers pipeline of a SPEC, with its LoRA and scheduler, and how it is to be called.
+"""The plain diffusers pipeline of a SPEC, with its LoRA and scheduler, and the arguments to call it with.
 
 spec = parse("base,lora=out/student,scheduler=lcm")
 pipeline = load(spec)
@@ -25,13 +25,13 @@ from stepdistill.evaluation.spec import ModelSpec
 
 
 def load(spec: ModelSpec, *, device: str = "cpu", sampler: SamplerSpec | None = None):
-    """The plain diffusers pipeline of a SPEC, with its LoRA and scheduler.
+    """Loads the plain diffusers pipeline of a SPEC, with its LoRA and scheduler.
 
     Args:
-        sampler: a protocol's, for a pipeline whose SPEC names no scheduler, and that is not a student of its own.
+        sampler: the protocol's, used if the SPEC names no scheduler or spacing and the model is not a student.
 
     Raises:
-        InputError: the pipeline or LoRA is not there, cannot be reached, or does not fit.
+        InputError: the pipeline or LoRA is missing, cannot be downloaded, or does not fit.
     """
     import torch
 
@@ -39,7 +39,7 @@ def load(spec: ModelSpec, *, device: str = "cpu", sampler: SamplerSpec | None = 
 
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}[spec.dtype]
     pipeline = open_pipeline(spec.path, variant=spec.variant, revision=spec.revision, dtype=dtype)
-    for name in ("safety_checker", "watermark"):  # what is measured is what the model draws
+    for name in ("safety_checker", "watermark"):  # the model itself is measured
         if getattr(pipeline, name, None) is not None:
             setattr(pipeline, name, None)
     if "prompt" not in accepted(type(pipeline)) and backbone(pipeline).config.get("num_class_embeds"):
@@ -68,10 +68,10 @@ def _of_protocol(pipeline, spec: ModelSpec, sampler: SamplerSpec):
 
 
 def call_of(spec: ModelSpec, pipeline) -> dict[str, Any]:
-    """What a pipeline is called with besides prompt, steps and guidance.
+    """Returns the arguments of a pipeline's call besides prompt, steps and guidance.
 
     Raises:
-        InputError: it does not take that.
+        InputError: the pipeline does not take one of them.
     """
     wanted = {
         "size": {"height": spec.size, "width": spec.size} if spec.size else {},
@@ -110,14 +110,14 @@ def _load_lora(pipeline, lora: str) -> None:
 
 
 def guidance_of(spec: ModelSpec, pipeline, default: float | None = None) -> float:
-    """What a model is guided with.
+    """Returns a model's guidance scale.
 
-    None, where it takes none. The SPEC's guidance, where it says one. Of a student that is told its guidance (LCM's
-    w), the middle of the range it was trained on, then `default`, the protocol's. Of other students, ours and
-    consistency models, none. Else `default`, then the pipeline's own.
+    It is 1 (none) if the pipeline takes none, else the SPEC's if given. For a guidance-conditioned student (LCM's w) it
+    is the middle of its training range, if recorded; for other students, stepdistill's and consistency models, it is 1.
+    Otherwise it is `default` (the protocol's) if given, else the pipeline's own.
 
     Raises:
-        InputError: the SPEC says one, and the pipeline takes none.
+        InputError: the SPEC sets one, but the pipeline takes none.
     """
     if not takes_guidance(pipeline):
         if spec.guidance not in (None, 1.0):
@@ -137,11 +137,11 @@ def guidance_of(spec: ModelSpec, pipeline, default: float | None = None) -> floa
 
 
 def even_of(spec: ModelSpec, pipeline) -> bool:
-    """Whether a model is sampled at even sigmas: as the SPEC says, else as its export's record does. Never where it
-    names the times.
+    """Whether a model is sampled at evenly spaced sigmas: as in the SPEC, else as in its export's record; never if the
+    SPEC sets timesteps.
 
     Raises:
-        InputError: the SPEC asks for them, and the pipeline or its scheduler takes none, or it names the times too.
+        InputError: the SPEC requests them, but the pipeline or its scheduler takes none, or it sets timesteps too.
     """
     from stepdistill.denoiser.families import takes_sigmas
 
@@ -157,7 +157,7 @@ def even_of(spec: ModelSpec, pipeline) -> bool:
 
 
 def fingerprint(pipeline) -> str:
-    """16 hex digits of every weight, LoRA setting and scheduler setting: a row's model, whatever its path is called."""
+    """Returns 16 hex digits that identify a model by weights, LoRA and scheduler settings, whatever its path."""
     import torch
 
     digest = hashlib.sha256(type(pipeline).__name__.encode())
@@ -175,14 +175,14 @@ def fingerprint(pipeline) -> str:
 
 
 def _scalings(module, adapter: str, usual: float) -> dict[str, float]:
-    """By layer, what a LoRA is scaled by where it is not alpha / r: alphas of single layers, rsLoRA, a weight."""
+    """Returns LoRA scalings that differ from alpha / r, by layer: alphas of single layers, rsLoRA, or a weight."""
     held = {name: getattr(layer, "scaling", None) for name, layer in module.named_modules()}
     own = {name: scaling[adapter] for name, scaling in held.items() if isinstance(scaling, dict) and adapter in scaling}
     return {name: value for name, value in own.items() if value != usual}
 
 
 def told(spec: ModelSpec, sampler: Sampler) -> dict[str, Any]:
-    """What a row says of its model and of how it is sampled."""
+    """Returns a row's fields about the model and how it is sampled."""
     pipeline, record = sampler.pipeline, training_record(spec)
     student = record.get("teacher") or told_guidance(pipeline)
     made = "lora" if spec.lora else "student" if student else "teacher"
@@ -197,7 +197,7 @@ def told(spec: ModelSpec, sampler: Sampler) -> dict[str, Any]:
 
 
 def training_record(spec: ModelSpec) -> dict[str, Any]:
-    """What an export, or the catalogue, says of its making: method, teacher, train_seconds. Else empty."""
+    """Returns method, teacher and train_seconds from the export or the catalogue; empty if there is no record."""
     if spec.ready:
         return {"method": ready(spec.ready).method, "teacher": ready(spec.ready).teacher, "train_seconds": None}
     record = _record(spec)
@@ -205,7 +205,7 @@ def training_record(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _record(spec: ModelSpec) -> dict[str, Any]:
-    """The config.json of the LoRA's folder, of a pipeline's without one; of a kohya file, the one in its header."""
+    """Returns the config.json of the LoRA's folder, else of the pipeline's; for a kohya file, the one in its header."""
     if spec.lora and Path(spec.lora).is_file():
         from stepdistill.export.kohya import kohya_record
 
