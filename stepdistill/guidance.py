@@ -52,7 +52,7 @@ def guided(
     *,
     kind: Kind = "x0",
 ) -> Tensor:
-    """Computes the guided prediction at (x_t, t): one forward on a batch of 2B, guided raw, converted once.
+    """The guided prediction at (x_t, t): one forward on a batch of 2B, guidance on the raw output, one conversion.
 
     Args:
         x_t: (B, ...). t: a float, () or (B,). cond, uncond: conditions of batch size B.

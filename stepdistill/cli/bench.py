@@ -68,7 +68,7 @@ class Config:
     channels_last: bool = False
     """Use the channels-last memory format for the weights of UNets and autoencoders."""
     compile: bool = False
-    """Time the compiled network; the first call, which compiles, is reported apart. Images are generated uncompiled."""
+    """Time the compiled network, its first, compiling call reported separately; images are generated uncompiled."""
     latency_batch: int = 1
     """Images per call of a second timing, in addition to that of one image; 1 omits it."""
     latency_repeats: int | None = None

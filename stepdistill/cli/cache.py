@@ -36,7 +36,7 @@ class Config:
     resolution: int | None = None
     """Side of the images in pixels; default: the teacher's own."""
     limit: int | None = None
-    """Use only this number of samples, from the first."""
+    """Number of samples to use, from the first; default: all."""
     half: bool = False
     """Store latents and text in float16, in half the disk space."""
     steps: int = 50

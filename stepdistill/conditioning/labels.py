@@ -24,7 +24,7 @@ class LabelConditioner:
 
     @classmethod
     def of(cls, pipeline) -> LabelConditioner:
-        """Builds that of a pixel pipeline: as many classes as its network embeds, without a null label."""
+        """Builds the conditioner of a pixel pipeline: all classes that its network embeds, without a null label."""
         return cls(pipeline.unet.config.num_class_embeds or 0)
 
     def encode(self, prompts: Sequence[str], *, size: tuple[int, int] | None = None) -> Cond:

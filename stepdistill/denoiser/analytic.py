@@ -7,7 +7,7 @@ sigma², and by Bayes' rule
     x0  = sum_k r_k [mu_k + alpha S_k² (x_t - alpha mu_k) / V_k]
     eps = sum_k r_k [sigma (x_t - alpha mu_k) / V_k],    score = -eps / sigma.
 
-It has the interface of every Denoiser. All arithmetic is float64.
+It implements the Denoiser interface. All arithmetic is in float64.
 """
 
 from __future__ import annotations

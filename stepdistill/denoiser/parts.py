@@ -21,7 +21,7 @@ FILES = {
     "FeatureExtractor": (("preprocessor_config.json",),),
     "": (("config.json",),),
 }
-LEAST = 0.5  # share of an encoder's words that its tokenizer must know: encoders are padded by a few per cent
+LEAST = 0.5  # least share of an encoder's vocabulary that its tokenizer has: encoders are padded by a few per cent
 
 
 def check_folder(folder: Path, without: Iterable[str] = ()) -> None:
