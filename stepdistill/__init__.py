@@ -1,12 +1,12 @@
-"""stepdistill: turns a diffusion or flow pipeline of 25-50 steps into one of 1-8, and measures what it cost.
+"""stepdistill: distils a diffusion or flow pipeline of 25-50 steps into one of 1-8, and measures what that costs.
 
-The public names, each imported when first used:
+The public names, each imported on first use:
 
     schedules, prediction, timegrid, solvers, guidance    the core
-    convert                                               any prediction kind to any other
+    convert                                               converts between prediction types
     load_teacher, Teacher, methods, Trainer, TrainConfig  distillation
     sample, evaluate                                      sampling and measurement
-    baselines                                             what step distillation grew out of
+    baselines                                             classifier, language-model and architecture distillation
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Random numbers that belong to a sample, not to a process.
+"""Random numbers that depend on the sample, not on the process.
 
-Each training sample has a counter: its place in the run. All noise, times and guidance weights of that sample come
-from a generator seeded by (seed, counter), so a resumed run, or one spread over other processes, draws the same numbers
-and there is no random state to save.
+Each training sample has a counter, its position in the run. All noise, times and guidance weights of that sample come
+from a generator seeded with (seed, counter), so a resumed run, or one on another number of processes, draws the same
+numbers, and there is no RNG state to save.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _MASK = (1 << 63) - 1
 
 
 def mix(seed: int, counter: int) -> int:
-    """One 63-bit seed from two integers (the finalizer of SplitMix64, Steele et al. 2014)."""
+    """Combines two integers into a 63-bit seed (the finalizer of SplitMix64, Steele et al. 2014)."""
     z = (seed * 0x9E3779B97F4A7C15 + counter * 0xD1B54A32D192ED03 + 0x8CB92BA72F3D8DD7) & ((1 << 64) - 1)
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & ((1 << 64) - 1)
@@ -25,8 +25,8 @@ class Draws:
     """Per-sample random numbers for a batch of B samples.
 
     Args:
-        seeds: one integer for each sample.
-        device: where the drawn tensors go. The numbers are made on the CPU, so they do not depend on the device.
+        seeds: one integer per sample.
+        device: of the returned tensors. The numbers are generated on the CPU, so they do not depend on it.
     """
 
     def __init__(self, seeds: list[int], device: torch.device | str = "cpu") -> None:
@@ -35,7 +35,7 @@ class Draws:
 
     @classmethod
     def at(cls, seed: int, first: int, count: int, device: torch.device | str = "cpu") -> Draws:
-        """Draws for the samples numbered `first` to `first + count - 1` of the run with this seed."""
+        """Returns the draws of samples `first` to `first + count - 1` of the run with this seed."""
         return cls([mix(seed, first + i) for i in range(count)], device)
 
     def __len__(self) -> int:

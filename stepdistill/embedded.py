@@ -1,4 +1,4 @@
-"""Where the embedded teachers, data and scorer lie: beside the package in a wheel, in `assets/` of a checkout."""
+"""Finds the embedded teachers, data and scorer: inside the package in a wheel, in `assets/` in a checkout."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from pathlib import Path
 
 from stepdistill.errors import InputError
 
-TEACHERS = {"avatars": "teacher", "avatars-flow": "flow-teacher"}  # what they are called, and their folders
+TEACHERS = {"avatars": "teacher", "avatars-flow": "flow-teacher"}  # name: folder
 NAMES = ("avatars", "scorer", *TEACHERS.values())
 
 
 def path(name: str) -> Path:
-    """The folder of an embedded asset: `avatars`, `scorer`, `teacher` or `flow-teacher`.
+    """Returns the folder of an embedded asset: `avatars`, `scorer`, `teacher` or `flow-teacher`.
 
     Raises:
-        InputError: the name is none of these, or the installation lacks the folder.
+        InputError: an unknown name, or the installation lacks the folder.
     """
     if name not in NAMES:
         raise InputError(f"embedded asset: got {name!r}; allowed: {', '.join(NAMES)}")
@@ -28,10 +28,10 @@ def path(name: str) -> Path:
 
 
 def data_for(teacher: str, data: str | None) -> str:
-    """What --data says; where it is not given, the set that an embedded teacher was made of.
+    """Returns the value of --data; by default, the dataset that the embedded teachers were trained on.
 
     Raises:
-        InputError: it is not given, for another teacher.
+        InputError: --data is missing and the teacher is not embedded.
     """
     if data is None and teacher not in TEACHERS:
         raise InputError(

@@ -1,5 +1,5 @@
-"""The one error a user can cause: a single line that says what was got, what is allowed and how to mend it."""
+"""The error for invalid input: a single line that states what was given, what is allowed and how to fix it."""
 
 
 class InputError(ValueError):
-    """Bad input. The message is one line: what was got, what is allowed, the fix. Commands print it and exit 2."""
+    """Invalid input. The message is one line: what was given, what is allowed, the fix. Commands exit with code 2."""

@@ -1,10 +1,10 @@
-"""Reads what a network thinks on the way: the token maps of chosen blocks, from any backbone.
+"""Reads intermediate features of any backbone: the token maps of selected blocks.
 
     maps = read(denoiser, x_t, t, cond, ["transformer_blocks.3", "transformer_blocks.7"])
 
-A block is a submodule by its name. What it returns is told apart by shape: a picture's features (B, C, h, w), a token
-sequence (B, N, C), one vector (B, C), or a tuple in which an MMDiT block keeps the text's tokens and the picture's, of
-which the picture's are taken.
+A block is a submodule, given by name. Its output is recognised by shape: an image's feature map (B, C, h, w), a token
+sequence (B, N, C), one vector (B, C), or an MMDiT block's tuple of text and image tokens, of which the image tokens are
+used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stepdistill.denoiser.base import Cond, Denoiser
 from stepdistill.errors import InputError
 from stepdistill.schedules import Time
 
-# where the blocks of each kind of backbone are, the first that is found
+# block names by type of backbone; the first pattern that matches is used
 BLOCKS = (
     r"(transformer_blocks|single_transformer_blocks)\.\d+",  # MMDiT, DiT and linear DiT
     r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+",  # UNet with attention
@@ -31,10 +31,10 @@ TEXT_FIRST = {"JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransf
 
 
 def blocks_of(backbone: nn.Module) -> list[str]:
-    """The names of the blocks of a backbone, in the order they are called.
+    """Returns the names of a backbone's blocks in call order.
 
     Raises:
-        InputError: there is none that is known.
+        InputError: no name matches a known pattern.
     """
     names = [name for name, _ in backbone.named_modules()]
     for pattern in BLOCKS:
@@ -48,10 +48,10 @@ def blocks_of(backbone: nn.Module) -> list[str]:
 
 
 def check_blocks(backbone: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """The names, if all are submodules; four blocks spread evenly over the depth where none is given.
+    """Returns `names` if all are submodules or, if it is empty, up to four blocks spread evenly over the depth.
 
     Raises:
-        InputError: one names no submodule of this backbone, or none is given and its blocks are not known.
+        InputError: a name is no submodule of this backbone, or none is given and its blocks are not known.
     """
     if not names:
         known = blocks_of(backbone)
@@ -68,13 +68,13 @@ def check_blocks(backbone: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
 
 @torch.no_grad()
 def check_pictures(denoiser: Denoiser, cond: Cond, names: Sequence[str]) -> None:
-    """Checks that blocks return maps of the picture, and not of the text or the time: that these grow with it.
+    """Checks that blocks return image features, not text or time features: that these grow with the image.
 
     Args:
-        cond: of batch 1. names: of submodules.
+        cond: of batch size 1. names: of submodules.
 
     Raises:
-        InputError: one is never called, as a list of blocks is not, or returns something else.
+        InputError: a block is never called (a list of blocks, for example) or returns something else.
     """
     channels, *_, height, width = denoiser.sample_shape
     sizes: list[dict[str, int]] = []
@@ -94,21 +94,21 @@ def check_pictures(denoiser: Denoiser, cond: Cond, names: Sequence[str]) -> None
 
 
 def listening(backbone: nn.Module, names: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
-    """Within, each call of the backbone leaves the token maps (B, N, C) of these blocks in the dictionary."""
+    """Context in which each call of the backbone stores the token maps (B, N, C) of these blocks in the dictionary."""
     return hooks.listening(backbone, names, lambda module, inputs, output: tokens(module, output))
 
 
 def tokens(block: nn.Module, output: object) -> Tensor:
-    """The picture's tokens (B, N, C) in what a block returned.
+    """Returns the image tokens (B, N, C) of a block's output.
 
     Raises:
-        InputError: it is of another shape.
+        InputError: an unsupported shape, or no tensor.
     """
     if isinstance(output, tuple | list):
-        own = {kind.__name__ for kind in type(block).__mro__}  # what divides a network puts a class above
+        own = {kind.__name__ for kind in type(block).__mro__}  # sharding replaces a block's class by a subclass
         output = output[1] if own & TEXT_FIRST else output[0]
     elif not isinstance(output, Tensor):
-        output = getattr(output, "sample", None)  # of a Transformer2DModelOutput
+        output = getattr(output, "sample", None)  # a Transformer2DModelOutput
     if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
         got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else "no tensor"
         raise InputError(
@@ -121,12 +121,12 @@ def tokens(block: nn.Module, output: object) -> Tensor:
 
 
 def read(denoiser: Denoiser, x_t: Tensor, t: Time, cond: Cond | None, blocks: Sequence[str]) -> list[Tensor]:
-    """One forward of the denoiser's backbone; the token maps (B, N, C) of the blocks, in float32 and in their order.
+    """Runs the backbone once; returns the token maps (B, N, C) of the blocks, in order, at least float32.
 
     Args:
-        x_t: (B, ...). t: a float, () or (B,). cond: of batch B.
+        x_t: (B, ...). t: a float, () or (B,). cond: of batch size B.
     """
-    # a compiled network would not notice the hooks
+    # a compiled network would not call the hooks
     with listening(denoiser.backbone, blocks) as heard, torch.compiler.set_stance("force_eager"):
         denoiser.raw(x_t, t, cond)
     return [heard[name].to(torch.promote_types(heard[name].dtype, torch.float32)) for name in blocks]

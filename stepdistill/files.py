@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, and what a full disk says."""
+"""Atomic writes of files and folders, and detection of full disks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FULL = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota excee
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether an error says that the disk, or the user's share of it, is full. safetensors' says so in words only."""
+    """Whether an error means a full disk or an exhausted quota; safetensors reports these only in the message."""
     return getattr(error, "errno", None) in FULL or any(words in str(error) for words in FULL.values())
 
 
 def unwritable(error: BaseException) -> bool:
-    """Whether an error says that nothing can be written here: a full disk, or one that is closed to the user."""
+    """Whether an error means that nothing can be written here: a full disk, or no permission to write."""
     return disk_full(error) or (isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS))
 
 
@@ -35,7 +35,7 @@ def sha256(path: str | Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
+    """Waits until a file, or the entries of a folder, are on the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -45,10 +45,10 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(final: Path) -> Iterator[Path]:
-    """A folder to write in; on leaving without an error it takes the place of `final`.
+    """Yields a temporary folder, which replaces `final` on exit without an error.
 
     Raises:
-        InputError: the disk is full. What was at `final` is still there.
+        InputError: the disk is full. The previous content of `final` is kept.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     beside = final.with_name(f".{final.name}.new")
@@ -78,7 +78,7 @@ def replacing(final: Path) -> Iterator[Path]:
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all: what was there stays until the new one is on the disk."""
+    """Writes a small file atomically: the previous content stays until the new one is on the disk."""
     beside = path.with_name(f".{path.name}.new")
     beside.write_text(text, encoding="utf-8")
     sync(beside)

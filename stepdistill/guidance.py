@@ -1,8 +1,8 @@
-"""Classifier-free guidance in one forward (Ho & Salimans 2022, in Imagen's scale: 1 is none).
+"""Classifier-free guidance in one forward (Ho & Salimans 2022, on Imagen's scale: 1 means none).
 
     y = y_uncond + scale (y_cond - y_uncond)
 
-The weights sum to one and conversions are affine in y, so guiding the raw output and converting once is the same as
+The weights sum to one and conversions are affine in y, so guiding the raw output and converting once is equivalent to
 guiding x0 or eps.
 """
 
@@ -25,7 +25,7 @@ Cond = dict[str, Tensor]
 
 
 def stack(cond: Cond | None, uncond: Cond | None) -> Cond:
-    """Both conditions as one of batch 2B. They must hold the same keys, entries of equal shape.
+    """Concatenates two conditions to one of batch size 2B. Their keys and shapes must be the same.
 
     Raises:
         InputError: a condition is missing, or their keys or shapes differ.
@@ -52,16 +52,16 @@ def guided(
     *,
     kind: Kind = "x0",
 ) -> Tensor:
-    """The guided prediction at (x_t, t): one forward of 2B, guided raw, converted once.
+    """The guided prediction at (x_t, t): one forward on a batch of 2B, guidance on the raw output, one conversion.
 
     Args:
-        x_t: (B, ...). t: a float, () or (B,). cond, uncond: conditions of batch B.
-        scale: a float or (B,). The float 1.0 is a plain forward of batch B, and needs no `uncond`; nor does a network
-            that is told its guidance, which is called once with it.
-        kind: the kind returned.
+        x_t: (B, ...). t: a float, () or (B,). cond, uncond: conditions of batch size B.
+        scale: a float or (B,). The float 1.0 means a plain forward on a batch of B, without `uncond`. A
+            guidance-conditioned network needs no `uncond` either: it is called once with the scale as an input.
+        kind: prediction type of the result.
 
     Returns:
-        (B, ...), float32 (float64 as x_t).
+        (B, ...), float32 (float64 if x_t is).
 
     Raises:
         InputError: a scale other than 1.0 without both conditions, or conditions that differ in keys or shapes.
@@ -82,5 +82,5 @@ def guided(
 def bind(
     denoiser: Denoiser, cond: Cond | None = None, uncond: Cond | None = None, scale: float | Tensor = 1.0
 ) -> Denoise:
-    """The denoiser with its conditions and guidance fixed, as the solvers want it: denoise(x_t, t) -> x0."""
+    """Binds a denoiser to its conditions and guidance scale, as solvers require: denoise(x_t, t) -> x0."""
     return Denoise(lambda x_t, t: guided(denoiser, x_t, t, cond, uncond, scale), denoiser.schedule)

@@ -1,8 +1,8 @@
-"""What modules of a network take in and give out, while it is called.
+"""Captures the inputs and outputs of a network's modules during a call.
 
 with listening(network, ["layer2", "layer3"]) as heard:
     network(x)
-heard["layer2"]          # what layer2 returned
+heard["layer2"]          # the output of layer2
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 
 def output(module: nn.Module, inputs: tuple, out: object) -> object:
-    """What a module returned; of a tuple, the first."""
+    """Returns a module's output; of a tuple, the first element."""
     return out[0] if isinstance(out, tuple) else out
 
 
 def first_input(module: nn.Module, inputs: tuple, out: object) -> object:
-    """What a module was called with first."""
+    """Returns a module's first positional input."""
     return inputs[0]
 
 
@@ -30,10 +30,10 @@ def first_input(module: nn.Module, inputs: tuple, out: object) -> object:
 def listening(
     network: nn.Module, names: Sequence[str], keep: Callable[[nn.Module, tuple, object], T] = output
 ) -> Iterator[dict[str, T]]:
-    """Within, each call of the network leaves what `keep` makes of these modules in the dictionary, by name.
+    """Context in which each call of the network stores the result of `keep` for these modules, by name.
 
     Args:
-        names: of submodules. keep: of (module, its positional inputs, its output).
+        names: of submodules. keep: called with (module, its positional inputs, its output).
     """
     heard: dict[str, T] = {}
 

@@ -1,13 +1,13 @@
-"""What a network predicts, and one formula that converts any kind to any other.
+"""Prediction types, and one formula that converts any type to any other.
 
-Each kind is a row (p, q), y = p x0 + q eps:
+Each type (`Kind`) is a row (p, q) with y = p x0 + q eps:
 
     x0   (1, 0)
     eps  (0, 1)
     v    (-sigma, alpha)                    Salimans & Ho 2022, appendix D
     flow (d alpha/dt, d sigma/dt)           Lipman et al. 2022; eps - x0 on RectifiedFlow
 
-With x_t = alpha x0 + sigma eps, the pair (x_t, y) is a linear system in (x0, eps) of determinant
+With x_t = alpha x0 + sigma eps, the pair (x_t, y) is a linear system in (x0, eps) with determinant
 delta = alpha q - sigma p. Solving it and taking the row (p', q') gives
 
     y' = [(p' q - q' p) x_t + (q' alpha - p' sigma) y] / delta.
@@ -28,13 +28,13 @@ KINDS: tuple[str, ...] = get_args(Kind)
 
 
 def check_kind(kind: str) -> None:
-    """Raises InputError where `kind` is not one of KINDS."""
+    """Raises InputError if `kind` is not one of KINDS."""
     if kind not in KINDS:
         raise InputError(f"prediction kind: got {kind!r}; allowed: {', '.join(KINDS)}")
 
 
 def row(kind: Kind, t: Time, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """(p, q) of y = p x0 + q eps, float64, each of t's shape."""
+    """Returns (p, q) of y = p x0 + q eps, float64, each of t's shape."""
     alpha, sigma = schedule.coeffs(t)
     if kind == "v":
         return -sigma, alpha
@@ -49,14 +49,14 @@ def convert(y: Tensor, x_t: Tensor, t: Time, schedule: Schedule, *, src: Kind, d
 
     Args:
         y, x_t: (B, ...).
-        t: a float, () or (B,), in the schedule's own unit.
+        t: a float, () or (B,), in the schedule's unit.
 
     Returns:
         (B, ...) in the dtype of x_t, at least float32. Coefficients are float64.
 
     Raises:
-        InputError: an unknown kind; or delta = 0, where y and x_t say the same thing and `dst` cannot be known (eps
-            where alpha = 0, x0 where sigma = 0). Seen for Python floats and CPU tensors; elsewhere the result is inf.
+        InputError: an unknown kind; or delta = 0, where y and x_t do not determine `dst` (src eps at alpha = 0, src x0
+            at sigma = 0). Checked for Python floats and CPU tensors; elsewhere the result is not finite.
     """
     check_kind(src)
     check_kind(dst)

@@ -1,4 +1,4 @@
-"""Guided sampling outside a pipeline: what paints for a cache of prompts, and is held against diffusers."""
+"""Guided sampling outside a pipeline: generates the images of prompt-only caches, and is checked against diffusers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sample(
     solver: str = "ddim",
     guidance: float = 1.0,
 ) -> Tensor:
-    """Guided sampling of the probability-flow ODE on the pipeline's own grid; trailing (Lin et al. 2023) on AlphaBar.
+    """Samples the guided probability-flow ODE on the pipeline's time grid; trailing (Lin et al. 2023) on AlphaBar.
 
     Args:
         x_T: (B, C, H, W) noise at the schedule's noisy end: unit normal, times sigma_max on EDM.

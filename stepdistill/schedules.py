@@ -1,7 +1,7 @@
 """Noise schedules: every process is x_t = alpha(t) x0 + sigma(t) eps, with noise growing in t.
 
-A schedule knows its two coefficients and their inverse, and nothing of networks, grids or solvers. All coefficients are
-float64, have the shape and device of t, and need no device-to-host copy.
+A schedule defines its two coefficients and their inverse, independently of networks, grids and solvers. Coefficients
+are float64, have the shape and device of t, and need no device-to-host copy.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ Time = Tensor | float
 
 
 def visible(value: Tensor) -> bool:
-    """True where a tensor may be looked at in Python: on the CPU and not under torch.compile (no device sync)."""
+    """Whether a tensor may be read in Python without a device sync: on the CPU and not under torch.compile."""
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
-    """The dtype arithmetic on x is done in: float32, or float64 where x is float64."""
+    """Returns the dtype for arithmetic on x: float32, or float64 if x is float64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def match(coefficient: Tensor, x: Tensor) -> Tensor:
-    """A coefficient, () or (B,), shaped to multiply x (B, ...), in the working dtype of x."""
+    """Reshapes a coefficient, () or (B,), to multiply x (B, ...), in the working dtype of x."""
     coefficient = coefficient.to(working_dtype(x))
     if coefficient.ndim == 0:  # a scalar on the CPU multiplies a tensor on any device without a copy
         return coefficient
@@ -36,8 +36,8 @@ def match(coefficient: Tensor, x: Tensor) -> Tensor:
 
 
 def from_noise(schedule: Schedule, eps: Tensor, t: Time) -> Tensor:
-    """What sampling begins with at the noisiest t: unit noise (B, ...), on EDM as large as x_t is of data of unit
-    variance. On a flow that begins just below 1 it is unit noise too, as in diffusers."""
+    """Scales noise (B, ...) to the start of sampling at the noisiest t: unit noise, on EDM the standard deviation of
+    x_t for data of unit variance. On a flow that starts just below 1 it is unit noise too, as in diffusers."""
     return match(torch.hypot(*schedule.coeffs(t)).clamp(min=1), eps) * eps
 
 
@@ -66,7 +66,7 @@ class Schedule(ABC):
     def _time_at(self, log_snr_half: Tensor) -> Tensor: ...
 
     def _time(self, t: Time) -> Tensor:
-        """t as float64; a value outside [t_min, t_max] is an error where it can be seen without a device sync."""
+        """Returns t as float64; raises on values outside [t_min, t_max] if they can be read without a device sync."""
         t = torch.as_tensor(t, dtype=torch.float64)
         if visible(t):
             slack = 1e-5 * (self.t_max - self.t_min)
@@ -95,12 +95,12 @@ class Schedule(ABC):
         return alpha.log() - sigma.log()
 
     def time_at(self, log_snr_half: Time) -> Tensor:
-        """The t at which log(alpha/sigma) takes this value, float64, clamped to [t_min, t_max]."""
+        """Returns the t at which log(alpha/sigma) has this value, float64, clamped to [t_min, t_max]."""
         value = torch.as_tensor(log_snr_half, dtype=torch.float64)
         return self._time_at(value).clamp(self.t_min, self.t_max)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Time) -> Tensor:
-        """x_t = alpha(t) x0 + sigma(t) eps for x0, eps (B, ...) and t () or (B,); float32, or float64 as x0."""
+        """x_t = alpha(t) x0 + sigma(t) eps for x0, eps (B, ...) and t () or (B,); float32, or float64 if x0 is."""
         alpha, sigma = self.coeffs(t)
         dtype = working_dtype(x0)
         return match(alpha, x0) * x0.to(dtype) + match(sigma, x0) * eps.to(dtype)
@@ -134,7 +134,7 @@ class AlphaBar(Schedule):
 
     @classmethod
     def from_scheduler(cls, scheduler) -> AlphaBar:
-        """The process of a diffusers scheduler with betas; honours `rescale_betas_zero_snr`.
+        """Builds the process of a diffusers scheduler with betas; honours `rescale_betas_zero_snr`.
 
         Raises:
             InputError: the scheduler has no `alphas_cumprod` (flow matching: use RectifiedFlow()).
@@ -157,7 +157,7 @@ class AlphaBar(Schedule):
         return self._tables[device]
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """alpha_bar at both ends of the segment that holds t, and how far along it t lies."""
+        """Returns alpha_bar at both ends of the segment that contains t, and the fraction of it at which t lies."""
         table = self._table(t.device)
         left = t.floor().clamp(-1, self.t_max - 1)
         index = left.long() + 1

@@ -1,11 +1,11 @@
-"""Solvers of the probability-flow ODE: pure steps from t to s < t, each named by its paper.
+"""Solvers of the probability-flow ODE: pure steps from t to s < t.
 
     ddim      x_s = alpha_s x0 + sigma_s eps           Song et al. 2021; also flow-Euler and EDM-Euler
     heun      averages the slope at both ends          Karras et al. 2022, algorithm 1
     dpmpp_2m  extrapolates x0 from the last step       Lu et al. 2022b, algorithm 2
 
-A step is called as `ddim(denoise, x_t, t, s) -> x_s`. Nothing is kept between calls: the multistep's memory goes in and
-comes out of `dpmpp_2m.advance(denoise, x_t, t, s, history) -> (x_s, history)`, and `integrate` carries it along.
+A step is called as `ddim(denoise, x_t, t, s) -> x_s`. Solvers hold no state: the multistep's history is an input and an
+output of `dpmpp_2m.advance(denoise, x_t, t, s, history) -> (x_s, history)`, and `integrate` passes it on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stepdistill.schedules import Schedule, Time, match, visible, working_dtype
 
 @dataclass(frozen=True)
 class Denoise:
-    """A denoiser bound to its conditions: `denoise(x_t, t) -> x0`, and the schedule that gives t its meaning."""
+    """A denoiser bound to its conditions: `denoise(x_t, t) -> x0`, with the schedule that defines t."""
 
     fn: Callable[[Tensor, Time], Tensor]
     schedule: Schedule
@@ -34,7 +34,7 @@ class Denoise:
 
 
 class History(NamedTuple):
-    """What the last step saw: its time and its denoised sample."""
+    """Time and denoised sample of the last step."""
 
     t: Time
     x0: Tensor
@@ -46,9 +46,9 @@ Advance = Callable[[Denoise, Tensor, Time, Time, History | None], tuple[Tensor, 
 
 @dataclass(frozen=True)
 class Solver:
-    """A step with its declared order of accuracy and its number of network calls.
+    """A step with its order of accuracy and its number of network evaluations.
 
-    `solver(denoise, x_t, t, s)` is x_s with no memory of earlier steps; `solver.advance` takes and returns the memory.
+    `solver(denoise, x_t, t, s)` returns x_s without a history; `solver.advance` takes and returns the history.
     """
 
     name: str
@@ -61,16 +61,16 @@ class Solver:
 
 
 def _fail(needs: str, where: Tensor, t: Time, schedule: Schedule, fix: str) -> None:
-    """Raises where a needed condition does not hold, if that can be seen without a device sync."""
+    """Raises InputError if the condition `where` does not hold and this can be read without a device sync."""
     if visible(where) and not where.all():
         got = torch.as_tensor(t, dtype=torch.float64).expand(where.shape)[~where].flatten()[0].item()
         raise InputError(f"{needs}, got t={got:g} on {schedule}; {fix}")
 
 
 def ddim_step(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Time, s: Time) -> Tensor:
-    """One DDIM step by algebra alone: x_s = alpha_s x0 + sigma_s eps, with eps = (x_t - alpha_t x0) / sigma_t.
+    """One DDIM step from a given x0: x_s = alpha_s x0 + sigma_s eps, with eps = (x_t - alpha_t x0) / sigma_t.
 
-    Exact when x0 does not change between t and s. With k = sigma_s / sigma_t, x_s = k x_t + (alpha_s - k alpha_t) x0.
+    Exact if x0 is constant between t and s. With k = sigma_s / sigma_t, x_s = k x_t + (alpha_s - k alpha_t) x0.
 
     Args:
         x_t, x0: (B, ...). t, s: floats, () or (B,).
@@ -79,7 +79,7 @@ def ddim_step(schedule: Schedule, x_t: Tensor, x0: Tensor, t: Time, s: Time) -> 
         (B, ...) in the dtype of x_t, at least float32; coefficients float64.
 
     Raises:
-        InputError: sigma(t) = 0, seen for Python floats and CPU tensors.
+        InputError: sigma(t) = 0, checked for Python floats and CPU tensors.
     """
     alpha_t, sigma_t = schedule.coeffs(t)
     alpha_s, sigma_s = schedule.coeffs(s)
@@ -108,7 +108,7 @@ def _heun(denoise: Denoise, x_t: Tensor, t: Time, s: Time, history: History | No
     _fail("heun needs alpha(t) > 0", delta_t > 0, t, schedule, f"start below {schedule.t_max:g} or use ddim")
     x0_t = denoise(x_t, t)
     x_ddim = ddim_step(schedule, x_t, x0_t, t, s)
-    if visible(sigma_s) and not sigma_s.any():  # a landing on the clean end: y there is unknown, DDIM's step is taken
+    if visible(sigma_s) and not sigma_s.any():  # at the clean end y is unknown: DDIM's step is used
         return x_ddim, None
     x0_s = denoise(x_ddim, s)
     dtype = working_dtype(x_t)
@@ -125,7 +125,7 @@ def _heun(denoise: Denoise, x_t: Tensor, t: Time, s: Time, history: History | No
 def _dpmpp_2m(denoise: Denoise, x_t: Tensor, t: Time, s: Time, history: History | None) -> tuple[Tensor, History]:
     """x_s = ddim_step(D), D = x0 + (h / 2 h_last) (x0 - x0_last), h the step in lambda = log(alpha/sigma).
 
-    The first step, and one from or to an infinite lambda, is DDIM.
+    The first step is DDIM, and so is a step to an infinite lambda or after a step from one.
     """
     schedule = denoise.schedule
     x0 = denoise(x_t, t)
@@ -146,7 +146,7 @@ SOLVERS = {solver.name: solver for solver in (ddim, heun, dpmpp_2m)}
 
 
 def get(name: str) -> Solver:
-    """The solver of this name; InputError where there is none."""
+    """Returns the solver of this name; raises InputError if there is none."""
     if name not in SOLVERS:
         raise InputError(f"solver: got {name!r}; allowed: {', '.join(SOLVERS)}")
     return SOLVERS[name]
@@ -159,12 +159,12 @@ def integrate(
     times: Tensor,
     callback: Callable[[int, Tensor, float], None] | None = None,
 ) -> Tensor:
-    """Walks x down a grid of times.
+    """Integrates x along a grid of times.
 
     Args:
         step: a Solver, or any function (denoise, x_t, t, s) -> x_s.
         x: (B, ...) at times[0].
-        times: (n + 1,), falling, as `timegrid.inference_times` gives.
+        times: (n + 1,), decreasing, as `timegrid.inference_times` returns.
         callback: called after each step as callback(index, x_s, s).
 
     Returns:

@@ -1,6 +1,6 @@
-"""Which times: grids for sampling, and laws that training times are drawn from.
+"""Time grids for sampling, and the distributions (`Law`) of training times.
 
-A resolution shift (SD3, Flux) is a move in log-SNR, so it belongs here and works on every schedule:
+A resolution shift (SD3, Flux) is a shift in log-SNR, so it is defined here and works on every schedule:
 shift(t) is the time at which log(alpha/sigma) is lower by log(shift). On RectifiedFlow that is
 shift t / (1 + (shift - 1) t) (Esser et al. 2024, equation 23).
 """
@@ -23,7 +23,7 @@ Law = Callable[[Draws], Tensor]
 
 
 def shifted(schedule: Schedule, t: Tensor | float, shift: float) -> Tensor:
-    """t moved to `shift` times the noise-to-signal ratio sigma/alpha: more of the grid at high noise for shift > 1.
+    """Moves t to `shift` times its noise-to-signal ratio sigma/alpha; shift > 1 puts more of a grid at high noise.
 
     Returns:
         float64, the shape of t, clamped to the schedule's range.
@@ -37,13 +37,13 @@ def shifted(schedule: Schedule, t: Tensor | float, shift: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Grid:
-    """How a pipeline spaces the times it visits: see `inference_times`."""
+    """Spacing and shift of the times a pipeline visits; see `inference_times`."""
 
     spacing: str | None = None
     shift: float = 1.0
 
     def times(self, schedule: Schedule, steps: int) -> Tensor:
-        """(steps + 1,) float64 on the CPU, falling to the clean end."""
+        """Returns (steps + 1,) float64 on the CPU, decreasing to the clean end."""
         return inference_times(schedule, steps, spacing=self.spacing, shift=self.shift)
 
 
@@ -57,28 +57,28 @@ def inference_times(
     clean_end: bool = True,
     rho: float = 7.0,
 ) -> Tensor:
-    """The times a sampler of `steps` steps visits.
+    """Returns the times that a sampler of `steps` steps visits.
 
     On AlphaBar, `trailing`, `leading` and `linspace` are the integer timesteps of diffusers' DDIMScheduler (Lin et al.
     2023, table 2); at one step the latter two start at the clean end, as there: prefer trailing. Elsewhere `trailing`
-    is even in t from t_max to t_min; on RectifiedFlow `linspace` is FlowMatchEulerDiscreteScheduler's own grid, from 1
-    to 1/1000 and then 0. `karras` (Karras et al. 2022, equation 5) and `logsnr` (its limit of large rho)
-    are even in (sigma/alpha)^(1/rho) and in log(sigma/alpha).
+    is uniform in t from t_max to t_min; on RectifiedFlow `linspace` is FlowMatchEulerDiscreteScheduler's default grid,
+    from 1 to 1/1000 and then 0. `karras` (Karras et al. 2022, equation 5) and `logsnr` (its limit for large rho) are
+    uniform in (sigma/alpha)^(1/rho) and in log(sigma/alpha).
 
     Args:
         steps: 1 or more; at most N on AlphaBar.
-        spacing: one of SPACINGS; None is karras on EDM and trailing elsewhere.
-        shift: resolution shift, 1.0 is none.
+        spacing: one of SPACINGS; None means karras on EDM and trailing elsewhere.
+        shift: resolution shift; 1.0 means none.
         steps_offset: added to the `leading` timesteps of AlphaBar, as `DDIMScheduler.steps_offset`.
-        clean_end: where the last step lands: the clean end (t = -1 on AlphaBar, `set_alpha_to_one`), or False for the
-            smallest noise in the table (t = 0), AlphaBar only.
+        clean_end: whether the last step ends at the clean end (t = -1 on AlphaBar, `set_alpha_to_one`); False, for
+            AlphaBar only, means the smallest noise in the table (t = 0).
         rho: the exponent of `karras`.
 
     Returns:
-        (steps + 1,) float64 on the CPU, falling; the last entry is where the last step lands.
+        (steps + 1,) float64 on the CPU, decreasing; the last step ends at the last entry.
 
     Raises:
-        InputError: steps or spacing not allowed on this schedule, or a shift that makes times coincide.
+        InputError: steps or spacing that this schedule does not support, or a shift that makes times coincide.
     """
     spacing = spacing or ("karras" if isinstance(schedule, EDM) else "trailing")
     if spacing not in SPACINGS:
@@ -131,7 +131,7 @@ def _continuous(schedule: Schedule, steps: int, spacing: str, shift: float) -> T
 
 
 def _even_in_noise(schedule: Schedule, steps: int, rho: float) -> Tensor:
-    """From the largest sigma/alpha to the smallest, evenly in its (1/rho)-th power or, for rho = inf, its logarithm."""
+    """Times from the largest sigma/alpha to the smallest, uniform in its (1/rho)-th power, for rho = inf in its log."""
     first = schedule.sigma_min if isinstance(schedule, EDM) else 0.0
     ends = -schedule.log_snr_half(torch.tensor([schedule.t_max, first], dtype=torch.float64))
     if not ends.isfinite().all():
@@ -149,7 +149,7 @@ def _even_in_noise(schedule: Schedule, steps: int, rho: float) -> Tensor:
 
 
 def uniform(schedule: Schedule) -> Law:
-    """Every time alike: the integers 0 to N-1 on AlphaBar (Ho et al. 2020), (t_min, t_max] elsewhere.
+    """The uniform distribution over the integers 0 to N-1 on AlphaBar (Ho et al. 2020), over (t_min, t_max] elsewhere.
 
     Returns:
         A law: law(draws) -> (B,) float64.
@@ -174,7 +174,7 @@ def logit_normal(schedule: Schedule, m: float = 0.0, s: float = 1.0) -> Law:
 
 
 def discrete(times: Sequence[float] | Tensor) -> Law:
-    """One of these times, each alike.
+    """The uniform distribution over these times.
 
     Returns:
         A law: law(draws) -> (B,) float64.

@@ -1,9 +1,9 @@
-"""A YAML file as a dataclass: every field is known, stands there once, and is of its kind.
+"""Parses a YAML file into a dataclass; every field must be known, unique and of its declared type.
 
     protocol = built(Protocol, read_yaml("mine.yaml", "protocol"), "mine.yaml")
 
-A field's kind is its annotation: int, float, bool, str, Path, Literal, tuple[X, ...] or [X, X], another dataclass,
-and any of these or None. A whole number does for a float, and nothing else does for anything else.
+A field's type is its annotation: int, float, bool, str, Path, Literal, tuple[X, ...] or [X, X], another dataclass,
+and any of these or None. A whole number is accepted for a float; otherwise types must match.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ POWER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")  # a number that Y
 
 
 def read_yaml(file: Path, what: str) -> Any:
-    """What a YAML file holds.
+    """Returns the content of a YAML file.
 
     Raises:
-        InputError: it cannot be read, is no YAML in UTF-8, or has a name twice, of which YAML would keep the last.
+        InputError: it cannot be read, is not YAML in UTF-8, or repeats a name, of which YAML would keep the last.
     """
     import yaml
 
@@ -44,7 +44,7 @@ def read_yaml(file: Path, what: str) -> Any:
         return yaml.load(file.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise InputError(f"{what}: got {file} ({error.strerror}); allowed: a YAML file; check the path") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates and numbers of nonsense are ValueErrors
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # invalid dates and numbers are ValueErrors
         mark = getattr(error, "problem_mark", None)
         said = getattr(error, "problem", None) or next(iter(str(error).splitlines()), "") or type(error).__name__
         line = f" in line {mark.line + 1}" if mark else ""
@@ -55,13 +55,13 @@ def read_yaml(file: Path, what: str) -> Any:
 
 
 def built(kind: type[T], told: Any, where: str) -> T:
-    """A dataclass from what a YAML file says.
+    """Builds a dataclass from the content of a YAML file.
 
     Args:
-        where: for the errors.
+        where: location, for error messages.
 
     Raises:
-        InputError: a field is unknown, missing or of another kind, or the dataclass does not take its value.
+        InputError: a field is unknown, missing or of another type, or the dataclass rejects its value.
     """
     known = {field.name: field for field in dataclasses.fields(kind)}
     if not isinstance(told, dict):
@@ -83,7 +83,7 @@ def built(kind: type[T], told: Any, where: str) -> T:
 
 
 def _value(kind: Any, value: Any, where: str, name: str) -> Any:
-    """The value, if it is of that kind; a mapping becomes its dataclass, a list a tuple, a float's whole number one."""
+    """Returns the value if its type matches; converts a mapping to its dataclass, a list to a tuple, int to float."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if value is None and types.NoneType in options:
         return None
@@ -120,6 +120,6 @@ def _choice(options: tuple, value: Any, where: str, name: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value in one short line, with its kind where that is not seen."""
+    """Formats a value as one short line."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else text[:57] + "..."

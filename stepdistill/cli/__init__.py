@@ -1,4 +1,4 @@
-"""The `stepdistill` command: finds the sub-command, reads its flags, runs it. Each sub-command is one file here."""
+"""The `stepdistill` command: finds the sub-command, parses its flags, runs it. Each sub-command is one file here."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ owner/name/file.safetensors is a file on the hub. @sdxl-turbo is ready: stepdist
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line, without the program's name.
+    """Runs a command line, given without the program's name.
 
     Returns:
-        The exit code: 0; 1 for a gate that is shut; 2 for what was refused or failed; 130 for Ctrl-C.
+        The exit code: 0; 1 for a failed gate; 2 for rejected input or a failure; 130 for Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -78,7 +78,7 @@ def _command(name: str, argv: list[str]) -> int | None:
             ) from error
         raise InputError(f"command {name}: not in this version ({__version__}); take a newer stepdistill") from error
     try:
-        if not hasattr(module, "Config"):  # has words of its own behind it
+        if not hasattr(module, "Config"):  # it parses its own arguments
             return module.main(argv)
         return module.main(parse(module.Config, argv, prog=f"stepdistill {name}", description=module.__doc__))
     except SystemExit as stop:  # --help

@@ -1,4 +1,4 @@
-"""What every command shares: flags from a frozen dataclass, and bad input that ends in one line and exit code 2."""
+"""Shared by all commands: flags from a frozen dataclass; invalid input ends in one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ T = TypeVar("T")
 def guard(command: Callable[[], int | None]) -> int:
     """Runs a command; returns its exit code.
 
-    2, with one line on stderr, for an InputError and for a disk that is full or closed; 130 for Ctrl-C.
+    2, with one line on stderr, for an InputError and for a full or unwritable disk; 130 for Ctrl-C.
     """
     try:
         return command() or 0
     except InputError as error:
         return _refuse(error)
-    except BrokenPipeError:  # the reader, head say, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
@@ -52,10 +52,10 @@ def parse(
     config: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None, description: str | None = None,
     default: T | None = None,
 ) -> T:  # fmt: skip
-    """Flags to a `config`, unset ones from `default` where it is given. --help prints and exits 0.
+    """Parses flags into a `config`; unset ones come from `default` if it is given. --help prints and exits 0.
 
     Raises:
-        InputError: an unknown flag, or a value of the wrong kind, in one line.
+        InputError: an unknown flag, or a value of the wrong type, in one line.
     """
     import tyro
 
@@ -71,7 +71,7 @@ def parse(
 
 
 def _one_line(box: str, prog: str) -> str:
-    """tyro's framed message without its frame, its title and its pointer to the help."""
+    """Returns tyro's framed message without its frame, title and pointer to the help."""
     inside = []
     for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines():
         text = line.strip("│ ").strip()

@@ -26,7 +26,7 @@ VERBS = ("list", "run", "sweep", "eval")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs `stepdistill baselines` with these words behind it."""
+    """Runs `stepdistill baselines` with these arguments."""
     verb, rest = (argv[0], list(argv[1:])) if argv else ("list", [])
     if {"-h", "--help"} & {verb, *rest[:1]}:
         print(
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def list_all() -> None:
-    """Every baseline in a line."""
+    """Prints all baselines, one per line."""
     from rich.console import Console
     from rich.table import Table
 
@@ -59,28 +59,28 @@ def list_all() -> None:
 
 
 def flags(name: str, argv: Sequence[str]) -> BaselineConfig:
-    """The flags of a baseline; with --quick, its small numbers where nothing else is said."""
+    """Parses the flags of a baseline; --quick replaces the defaults by its small values."""
     kind = get(name).config
     small = kind(quick=True, **kind.QUICK) if "--quick" in argv else None
     return parse_training(kind, get(name).config.__doc__, list(argv), default=small)
 
 
 def finish(config: BaselineConfig) -> dict:
-    """Runs a baseline, prints its table, writes results.json; returns what is in it, nothing after a dry run."""
+    """Runs a baseline, prints its table, writes results.json; returns its content, or {} for a dry run."""
     out, record = Path(config.out), config.record()
     found = config.run()
     if config.dry_run:
         return {}
     file = found.write(out, record)
-    files.write(out / "run.json", json.dumps(record, indent=2) + "\n")  # of a run that was taken: for `eval`
+    files.write(out / "run.json", json.dumps(record, indent=2) + "\n")  # of a complete run, for `eval`
     results.show(results.read(out))
     print(f"results: {file}")
     return results.read(out)
 
 
 def sweep(name: str, argv: Sequence[str]) -> None:
-    """Runs a baseline once for each value of one flag, `--over flag=a,b,c`, and puts the rows side by side. What the
-    flag does not change, say the teacher, is trained in the first run, and the others have links to it."""
+    """Runs a baseline once per value of one flag, `--over flag=a,b,c`, and tabulates the rows. What the flag does not
+    affect, such as the teacher, is trained in the first run and linked by the others."""
     from stepdistill.baselines.sweep import take_over, write_sweep
 
     argv = list(argv)
@@ -118,7 +118,7 @@ def _value(text: str) -> object:
 
 
 def measure(out: Path) -> None:
-    """Measures a finished run anew, from its weights."""
+    """Measures a finished run again, from its weights."""
     kind = get(results.read(out)["method"]).config
     config = dataclasses.replace(from_yaml(out / "run.json", kind), out=out)
     for name in kind.DRAWN:

@@ -5,13 +5,13 @@
 
     stepdistill bench --model @sdxl --model @sdxl-turbo --protocol coco30k-256 --prompts FILE.txt --reference val2014
 
-The first is on the embedded pictures of 32 pixels, the second on your own: IMAGES is a folder with metadata.jsonl, as
-for training. The third is of published models, by a published protocol, on your copy of its data. Every model sees the
-same prompts and the same seeds. Rows go to results.jsonl as they are made: the same command takes up an interrupted run
-where it stopped, and measures only what is new. report.md and report.html come at the end. Several GPUs share the work:
+The first command uses the embedded images of 32 pixels, the second your own: IMAGES is a folder with metadata.jsonl, as
+for training. The third measures published models under a published protocol, on your copy of its data. All models get
+the same prompts and seeds. Rows are written to results.jsonl as they are measured: the same command resumes an
+interrupted run and measures only what is new. report.md and report.html follow at the end. Several GPUs share the work:
 accelerate launch --multi_gpu --num_processes 8 -m stepdistill bench ...
 
-`stepdistill bench compare` gives the verdict on two models, `stepdistill bench gate` holds figures against bounds.
+`stepdistill bench compare` compares two models, `stepdistill bench gate` checks figures against bounds.
 """
 
 from __future__ import annotations
@@ -38,55 +38,55 @@ class Config:
     """Flags of `stepdistill bench`."""
 
     model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A model, as SPEC or NAME=SPEC; once for each. A SPEC is path[,lora=DIR][,scheduler=..][,guidance=..], or a ready
-    one, @sdxl-turbo; see stepdistill --help."""
+    """A model, as SPEC or NAME=SPEC; repeat for more. A SPEC is path[,lora=DIR][,scheduler=..][,guidance=..], or a
+    ready model such as @sdxl-turbo; see stepdistill --help."""
     list_models: bool = False
-    """List the ready models, and stop."""
+    """List the ready models, and exit."""
     data: Path | None = None
-    """Folder of your own pictures with captions (metadata.jsonl, or a .txt beside each): prompts and reference."""
+    """Folder of your own images with captions (metadata.jsonl, or a .txt next to each): prompts and reference."""
     protocol: str | None = None
-    """A protocol by name, or a .yaml file; imagefolder with --data, else avatars-2k, where not given."""
+    """A protocol by name, or a .yaml file; default: imagefolder with --data, else avatars-2k."""
     prompts: Path | None = None
-    """Text file of prompts, a line each, for a protocol that leaves them to you."""
+    """Text file of prompts, one per line, for a protocol that does not include them."""
     reference: Path | None = None
-    """Folder of real pictures, or their statistics (.npz, .safetensors), for a protocol that leaves them to you."""
+    """Folder of real images, or their statistics (.npz, .safetensors), for a protocol that does not include them."""
     steps: tuple[int, ...] = ()
-    """Step counts; where not given, a ready model's own, else the protocol's, else 1 2 4 8 50."""
+    """Step counts; default: a ready model's own, else the protocol's, else 1 2 4 8 50."""
     out: Path = Path("out/bench")
     """Folder for results.jsonl, the grids and the report."""
     n: int | None = None
-    """Pictures a cell, in place of the protocol's; thousands give steady figures, and only equal n compare."""
+    """Images per cell, in place of the protocol's; thousands give stable figures, and only equal n are comparable."""
     seed: Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--seeds",))] = ()
-    """Seed of the pictures' noise, in place of the protocol's; of several, each model has a row for each, and tables
+    """Seed of the images' noise, in place of the protocol's; with several, each model has a row per seed, and tables
     show their mean."""
     batch: int | None = None
-    """Pictures drawn at a time; where not given 64, of pictures above 256 pixels fewer: 16 of 512, 4 of 1024."""
+    """Images per batch; default: 64 up to 256 pixels, fewer above: 16 at 512, 4 at 1024."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
-    """Of the weights, for models whose SPEC says none."""
+    """Dtype of the weights, for models whose SPEC sets none."""
     channels_last: bool = False
-    """Lay the weights of UNets and autoencoders out channels last."""
+    """Use the channels-last memory format for the weights of UNets and autoencoders."""
     compile: bool = False
-    """Time the network compiled; the first call, which compiles, is told apart. Pictures are drawn without."""
+    """Time the compiled network, its first, compiling call reported separately; images are generated uncompiled."""
     latency_batch: int = 1
-    """Pictures a call of a second timing, beside that of one; 1 leaves it out."""
+    """Images per call of a second timing, in addition to that of one image; 1 omits it."""
     latency_repeats: int | None = None
-    """Timed calls; 0 leaves latency out. Where not given 10, or fewer, at least 3, where they take more than 20 s."""
+    """Timed calls; 0 omits latency. Default: 10, or fewer, at least 3, if they take more than 20 s."""
     keep_pictures: bool = True
-    """Keep drawn pictures in the cache, of cells up to 2 GiB or as STEPDISTILL_PICTURES_GIB says, so that they are not
-    drawn again for other metrics. Others are kept only until their cell is measured."""
+    """Keep generated images in the cache, for cells up to 2 GiB or STEPDISTILL_PICTURES_GIB, so that they are not
+    generated again for other metrics. Others are kept only until their cell is measured."""
     floor: bool = True
-    """Measure real pictures that were held out, where there are some, and the autoencoder's reconstructions too."""
+    """Also measure held-out real images, if there are any, and the autoencoder's reconstructions."""
     card: bool = False
     """Write the figures into the model cards of export folders among the models."""
     dry_run: bool = False
-    """Say what would be measured, and stop."""
+    """Print what would be measured, and exit."""
 
 
 def main(config: Config) -> int:
-    """Runs the benchmark; 2 where a cell failed. What can be wrong is looked for before anything is measured: a model
-    that is not there is told at once, and the others are measured."""
+    """Runs the benchmark; returns 2 if a cell failed. Inputs are checked before anything is measured: a missing model
+    is reported at once, and the others are measured."""
     from stepdistill import files
     from stepdistill.evaluation import places, records, spec, suite
     from stepdistill.evaluation.processes import speaks
@@ -148,17 +148,17 @@ def main(config: Config) -> int:
     if line := results.store.line():
         print(line)
     for failure in results.failed:
-        if failure.steps is not None or failure.model not in absent:  # those were told at once
+        if failure.steps is not None or failure.model not in absent:  # those were reported at once
             at = f" at {failure.steps} steps" if failure.steps else ""
             print(f"failed: {failure.model}{at}: {failure.reason}", file=sys.stderr)
     return 2 if results.failed else 0
 
 
 def protocol_of(config: Config, models: dict[str, ModelSpec]) -> Protocol:
-    """The protocol of a command line, on the user's own pictures where it names some.
+    """Returns the protocol of a command line, on the user's own images if it names some.
 
     Raises:
-        InputError: there is none, it does not go with --data, or its pictures are of another size than the models'.
+        InputError: no such protocol, it does not support --data, or its image size differs from the models'.
     """
     from stepdistill.evaluation import features, places, protocols
 
@@ -183,10 +183,10 @@ def protocol_of(config: Config, models: dict[str, ModelSpec]) -> Protocol:
 
 
 def common_size(models: dict[str, ModelSpec], remote: bool) -> int | None:
-    """Side in pixels of what the models draw; None where none of them says, and the hub is not asked.
+    """Returns the side in pixels of the models' images; None if no model states it and the hub is not queried.
 
     Raises:
-        InputError: they draw several sizes, or the hub is asked and none says.
+        InputError: their sizes differ, or the hub is queried and no model states one.
     """
     from stepdistill.evaluation import places
 
@@ -214,10 +214,10 @@ def takes_prompts(model: ModelSpec) -> bool:
 
 
 def device_of(name: str) -> str:
-    """cpu or cuda, from what was asked for.
+    """Resolves a device name; auto is cuda if there is a GPU, else cpu.
 
     Raises:
-        InputError: a GPU is asked for where there is none, or the name is no device.
+        InputError: a GPU is requested but there is none, or the name is no device.
     """
     import torch
 

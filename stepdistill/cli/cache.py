@@ -1,9 +1,9 @@
-"""Encodes pictures and captions once: latents and text embeddings, for any number of training runs.
+"""Encodes images and captions once: latents and text embeddings, for any number of training runs.
 
     stepdistill cache --teacher avatars --data avatars --out out/cache
-    stepdistill cache --teacher FOLDER --data prompts.txt --out out/cache --guidance 7.5      # the teacher paints
+    stepdistill cache --teacher FOLDER --data prompts.txt --out out/cache --guidance 7.5      # generates images
 
-Give the folder to a training script as --data. A build that was cut off goes on where it stopped.
+Pass the folder to a training script as --data. An interrupted build resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ class Config:
     out: Path
     """Folder of the cache."""
     data: str | None = None
-    """Image folder with metadata.jsonl, `datasets` name, webdataset shards, prompts (.txt), or "avatars"; may be left
-    out for an embedded teacher alone."""
+    """Image folder with metadata.jsonl, `datasets` name, webdataset shards, prompts (.txt), or "avatars"; optional for
+    an embedded teacher."""
     teacher: str = "avatars"
     """Pipeline folder, hub id, or an embedded teacher: "avatars" or "avatars-flow"."""
     variant: str | None = None
-    """Of the teacher's weight files, as fp16."""
+    """Variant of the teacher's weight files, such as fp16."""
     revision: str | None = None
-    """Of the teacher's hub repository."""
+    """Revision of the teacher's hub repository."""
     resolution: int | None = None
-    """Side of the pictures in pixels; the teacher's own where not given."""
+    """Side of the images in pixels; default: the teacher's own."""
     limit: int | None = None
-    """The first so many samples only."""
+    """Number of samples to use, from the first; default: all."""
     half: bool = False
-    """Keep latents and text in float16: half the disk."""
+    """Store latents and text in float16, in half the disk space."""
     steps: int = 50
-    """For prompts: DDIM steps of the teacher's paintings."""
+    """For prompts: DDIM steps of the teacher's images."""
     guidance: float = 2.0
-    """For prompts: guidance scale of the teacher's paintings; 1 is none."""
+    """For prompts: guidance scale of the teacher's images; 1 means none."""
     seed: int = 0
     """For prompts: seed of the noise."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """For prompts: what the teacher paints in."""
+    """For prompts: precision in which the teacher generates."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     dry_run: bool = False
-    """Say what would be encoded, and stop."""
+    """Print what would be encoded, and exit."""
 
 
 def main(config: Config) -> int:
-    """Builds the cache and says what it holds."""
+    """Builds the cache and prints what it holds."""
     if not config.guidance >= 1:
         raise InputError(f"guidance: got {config.guidance:g}; allowed: 1 (none) or more; try 2")
     if config.steps < 1:

@@ -1,12 +1,12 @@
-"""The verdict on two models of one protocol: each figure's difference A - B, its 95 % interval, better, worse or equal.
+"""Compares two models under one protocol: each figure's A - B, its 95 % interval, and better, worse or equal.
 
     stepdistill bench compare out/new out/old                                  # one model each
-    stepdistill bench compare out/new out/old --model-a student                # of that name in both
+    stepdistill bench compare out/new out/old --model-a student                # of this name in both
     stepdistill bench compare out/bench --model-a student --model-b teacher    # two models of one run
     stepdistill bench compare out/bench --model-a student --steps-a 4 --model-b teacher --steps-b 50
 
-Where both were drawn from the same noise, pictures are compared one by one, from the influences that a run keeps in
-units/; else by the intervals of the rows. Rows of two protocols are refused, and what differs is named.
+If both used the same noise, they are compared image by image, from the influences that a run stores in units/; else by
+the intervals of the rows. Rows of different protocols are rejected, and the difference is named.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ class Config:
     a: tyro.conf.Positional[Path]
     """Folder of a run of `stepdistill bench` or `stepdistill demo`."""
     b: tyro.conf.Positional[Path | None] = None
-    """The folder it is held against; A again where not given, for two models of one run."""
+    """The folder to compare with; default: A, for two models of one run."""
     model_a: str | None = None
-    """A's model, where it has several."""
+    """A's model, if it has several."""
     model_b: str | None = None
-    """B's model, where it has several."""
+    """B's model, if it has several."""
     steps_a: int | None = None
-    """A's step count; where not given, all that both have are compared."""
+    """A's step count; default: all that both have."""
     steps_b: int | None = None
-    """B's step count, which may be another."""
+    """B's step count, which may differ from A's."""
     metric: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A figure to compare; once for each; all of them where not given."""
+    """A figure to compare; repeat for more; default: all."""
     json: bool = False
-    """Print JSON in place of the table."""
+    """Print JSON instead of the table."""
 
 
 def main(config: Config) -> None:
-    """Prints the verdict."""
+    """Prints the comparison."""
     from stepdistill.evaluation.cells import read_run
     from stepdistill.evaluation.compare import compare, pairs
 
@@ -69,7 +69,7 @@ def main(config: Config) -> None:
 
 
 def as_json(config: Config, found: list[Comparison]) -> dict:
-    """Everything the table says."""
+    """Returns everything that the table shows."""
     first = found[0]
     sides = {side: {"folder": str(folder), "model": cell.model, "seeds": seeds_of(cell)} for side, folder, cell in
              (("a", config.a, first.cell_a), ("b", config.b or config.a, first.cell_b))}  # fmt: skip
@@ -79,12 +79,12 @@ def as_json(config: Config, found: list[Comparison]) -> dict:
 
 
 def seeds_of(cell) -> list[int]:
-    """The seeds of a cell's pictures."""
+    """Returns the seeds of a cell's images."""
     return sorted({row["seed"] for row in cell.rows if row.get("seed") is not None})
 
 
 def print_comparisons(config: Config, found: list[Comparison]) -> None:
-    """A line a figure, on the terminal."""
+    """Prints a table on the terminal, one line per figure."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

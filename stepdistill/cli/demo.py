@@ -1,9 +1,9 @@
-"""The main job on the embedded default: distil the teacher by every method, measure all, write the report.
+"""Distils the embedded teacher by every method, measures all models, and writes the report.
 
     stepdistill demo                 # every method, then the report
-    stepdistill demo --quick         # the same, for a taste
+    stepdistill demo --quick         # the same, shortened
 
-Nothing is downloaded. The same command again goes on where it was cut.
+Nothing is downloaded. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ class Config:
     """Flags of `stepdistill demo`."""
 
     out: Path | None = None
-    """Folder for students, figures and the report; out/demo, or out/demo-quick, where not given."""
+    """Folder for students, figures and the report; default: out/demo, or out/demo-quick with --quick."""
     quick: bool = False
-    """Train for less and measure fewer pictures."""
+    """Train for fewer updates and measure fewer images."""
     methods: tuple[str, ...] = ("lcm", "progressive", "add", "ladd")
-    """Which families to distil with."""
+    """The methods to distil with."""
     seed: int = 0
-    """Seed of everything drawn."""
+    """Seed of all random numbers."""
     dry_run: bool = False
-    """Say what would be trained and measured, and stop."""
+    """Print what would be trained and measured, and exit."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much a demo does: pictures to train on, what is shorter than in the settings that ship, pictures a cell."""
+    """Size of a demo: images to train on, changes to the shipped settings, images per cell."""
 
     pictures: int
     changes: dict[str, dict[str, Any]]
@@ -53,7 +53,7 @@ FULL = Size(
             "rank": 32,
             "head_start": 40,
             "learning_rate": 2e-4,
-            "discriminator_learning_rate": 3e-2,  # in so few updates the discriminator has to hurry
+            "discriminator_learning_rate": 3e-2,  # high, because the updates are few
         },
     },
     measured=300,
@@ -69,7 +69,7 @@ QUICK = Size(
     measured=48,
 )
 FEW, MANY = (1, 2, 4), (50,)
-METRICS = ("fd", "kid", "prdc", "clip", "attributes")  # those that so few pictures tell something of
+METRICS = ("fd", "kid", "prdc", "clip", "attributes")  # those that are informative with so few images
 
 
 def main(config: Config) -> None:
@@ -86,14 +86,14 @@ def main(config: Config) -> None:
         return
     data = encode(out / "data", size.pictures)
     students: dict[str, dict[int, Path]] = {}
-    for method in sorted(config.methods, key=list(FULL.changes).index):  # lcm first: others begin with its student
+    for method in sorted(config.methods, key=list(FULL.changes).index):  # lcm first: others start from its student
         students[method] = train(method, out, data, size, config.seed, students.get("lcm"))
     measure(students, out, size, config.seed)
     (out / "demo.json").write_text(json.dumps(dataclasses.asdict(config), default=str, indent=2) + "\n")
 
 
 def encode(out: Path, pictures: int) -> Path:
-    """The cache that all methods learn from."""
+    """Builds the cache that all methods train on."""
     from stepdistill.data.cache import make_cache
     from stepdistill.denoiser.load import load_teacher
 
@@ -104,8 +104,8 @@ def encode(out: Path, pictures: int) -> Path:
 def train(
     method: str, out: Path, data: Path, size: Size, seed: int, lcm: dict[int, Path] | None
 ) -> dict[int, Path]:  # fmt: skip
-    """Distils the embedded teacher by the settings that ship, for less long; the export folder for each number of
-    steps. The adversarial methods begin with the student of `lcm`, where there is one."""
+    """Distils the embedded teacher with the shipped settings, shortened; returns the export folder of each step count.
+    The adversarial methods start from the student of `lcm`, if there is one."""
     from stepdistill.training.plans import run, shipped
 
     changes = {"out": out / method, "data": str(data), "seed": seed, "validate_every": 0, **size.changes[method]}
@@ -117,7 +117,7 @@ def train(
 
 
 def measure(students: dict[str, dict[int, Path]], out: Path, size: Size, seed: int) -> None:
-    """Benchmarks teacher and students, writes the report and the figures of the students' cards."""
+    """Benchmarks teacher and students; writes the report and the figures in the students' model cards."""
     from stepdistill.evaluation.cards import write_cards
     from stepdistill.evaluation.cells import read_folder
     from stepdistill.evaluation.protocols import load_protocol

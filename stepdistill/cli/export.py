@@ -3,7 +3,7 @@
     stepdistill export out/student --format kohya       # one .safetensors for ComfyUI, A1111, InvokeAI
     stepdistill export out/student --format fused       # a whole pipeline folder, no adapter to load
 
-The folder is a training run's, or its `export`. What is written is never written over something else.
+The folder is that of a training run, or its `export`. Existing files are never overwritten.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Config:
     format: Annotated[Literal["diffusers", "kohya", "fused"], tyro.conf.arg(name="format")] = "diffusers"
     """diffusers: a folder for load_lora_weights; kohya: one file; fused: a whole pipeline folder."""
     out: Path | None = None
-    """Where to; beside the folder, with the format in its name, where not given."""
+    """Output path; default: next to the folder, with the format in its name."""
     teacher: str | None = None
-    """The pipeline the student was trained from; what its config.json says where not given."""
+    """The pipeline the student was trained from; default: the one in its config.json."""
 
 
 def main(config: Config) -> int:
-    """Writes the student in another format and says where."""
+    """Writes the student in another format and prints the path."""
     folder = find_export(config.folder)
     whole = (folder / "model_index.json").is_file()
     if whole and config.format != "diffusers":
@@ -59,7 +59,7 @@ def main(config: Config) -> int:
     from stepdistill.files import replacing
 
     if not whole:
-        read_lora(folder)  # it is whole, with rank and alpha
+        read_lora(folder)  # checks that it is complete, with rank and alpha
     with replacing(out) as new:
         shutil.copytree(folder, new, dirs_exist_ok=True)
     print(out)
@@ -67,7 +67,7 @@ def main(config: Config) -> int:
 
 
 def find_export(folder: Path) -> Path:
-    """The export folder meant by a run's folder or its own path.
+    """Returns the export folder, given a run's folder or the export itself.
 
     Raises:
         InputError: there is none.
@@ -93,7 +93,7 @@ def beside(folder: Path, form: str) -> Path:
 
 
 def teacher_of(folder: Path) -> str:
-    """The teacher an export names.
+    """Returns the teacher named by an export's config.json.
 
     Raises:
         InputError: it names none.

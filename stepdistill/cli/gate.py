@@ -1,11 +1,11 @@
-"""Holds a benchmark's figures against bounds: exit code 0 where all are met, 1 where one is missed. Made for CI.
+"""Checks a benchmark's figures against bounds: exit code 0 if all are met, 1 if one is missed. Meant for CI.
 
     stepdistill bench gate out/bench --model student --steps 4 --max-fd 90 --min-clip 39
     stepdistill bench gate out/bench --max kid=0.01 --window clip_score=31.69,31.81 --max ms=100
     stepdistill bench gate out/bench --gate mlperf-sdxl
 
-The value is judged; its interval is printed beside it. A NAME is any figure of the rows' `metrics`, or ms, the median
-of a whole picture. Bad input ends with 2, as everywhere.
+The value is checked; its interval is printed next to it. A NAME is any figure of the rows' `metrics`, or ms, the median
+latency of an image. Invalid input exits with 2, as in all commands.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ class Config:
     folder: tyro.conf.Positional[Path]
     """A folder that `stepdistill bench` or `stepdistill demo` wrote."""
     model: str | None = None
-    """The model that is judged; all of them where not given."""
+    """The model to check; default: all."""
     steps: tuple[int, ...] = ()
-    """Its step counts; the gate file's, else all that were measured, where not given."""
+    """Its step counts; default: the gate file's, else all that were measured."""
     max_fd: float | None = None
-    """The Frechet distance is at most this."""
+    """Upper bound of the Frechet distance."""
     min_clip: float | None = None
-    """The CLIP score is at least this."""
+    """Lower bound of the CLIP score."""
     max: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME=VALUE: the figure is at most this; once for each."""
+    """NAME=VALUE: upper bound of a figure; repeat for more."""
     min: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME=VALUE: the figure is at least this; once for each."""
+    """NAME=VALUE: lower bound of a figure; repeat for more."""
     window: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME=LOW,HIGH: the figure is within; once for each."""
+    """NAME=LOW,HIGH: lower and upper bound of a figure; repeat for more."""
     gate: str | None = None
-    """A gate that ships, as mlperf-sdxl, or a .yaml file of bounds, beside those of the flags."""
+    """A shipped gate, such as mlperf-sdxl, or a .yaml file of bounds, in addition to those of the flags."""
 
 
 def main(config: Config) -> int:
-    """Prints a line a bound; 1 where one is missed."""
+    """Prints one line per bound; returns 1 if one is missed."""
     from stepdistill.evaluation.cells import read_run
     from stepdistill.evaluation.gate import judge
 
@@ -60,10 +60,10 @@ def main(config: Config) -> int:
 
 
 def gate_of(config: Config) -> Gate:
-    """The bounds of a command line and of its gate file.
+    """Returns the bounds of a command line and of its gate file.
 
     Raises:
-        InputError: a bound that is not NAME=VALUE, or a broken file.
+        InputError: a malformed bound or gate file.
     """
     from stepdistill.evaluation.gate import Bound, Gate, load_gate
 
@@ -80,10 +80,10 @@ def gate_of(config: Config) -> Gate:
 
 
 def bound_of(flag: str, text: str) -> Bound:
-    """A bound from NAME=VALUE, or NAME=LOW,HIGH of a window.
+    """Parses a bound from NAME=VALUE, or NAME=LOW,HIGH for a window.
 
     Raises:
-        InputError: it is something else.
+        InputError: any other form.
     """
     from stepdistill.evaluation.gate import Bound
 

@@ -17,13 +17,13 @@ class Config:
     """Flags of `stepdistill report`."""
 
     folder: tyro.conf.Positional[Path]
-    """A folder that `stepdistill bench` or `stepdistill demo` wrote: it, or its bench/, holds results.jsonl."""
+    """A folder written by `stepdistill bench` or `stepdistill demo`; it or its bench/ holds results.jsonl."""
     title: str | None = None
-    """Heading of the page; by what was measured where not given."""
+    """Heading of the page; default: derived from what was measured."""
 
 
 def main(config: Config) -> None:
-    """Writes the report and says where it is."""
+    """Writes the report and prints its path."""
     from stepdistill.evaluation.cells import of_run, read_folder
     from stepdistill.evaluation.report import write_report
     from stepdistill.evaluation.summary import print_table

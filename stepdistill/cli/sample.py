@@ -1,9 +1,9 @@
-"""Draws a grid of pictures: a row for each prompt, a column for each noise.
+"""Generates a grid of images: one row per prompt, one column per noise sample.
 
     stepdistill sample --model avatars,lora=out/student --prompt "a red hat" --steps 4 --out grid.png
 
 The model is a SPEC: path[,lora=DIR][,scheduler=lcm][,guidance=1.5]; see stepdistill --help. The same seed gives each
-column the same noise whatever the model, so grids of two models can be laid side by side.
+column the same noise for any model, so that grids of two models can be compared.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ class Config:
     model: str = "avatars"
     """SPEC of the model."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A prompt; once for each row."""
+    """A prompt; repeat for more rows."""
     prompts: Path | None = None
-    """A text file of prompts, one a line."""
+    """A text file of prompts, one per line."""
     steps: int | None = None
-    """Steps of the sampler; 4 where not given, or what a ready model is for."""
+    """Sampling steps; default: 4, or a ready model's own if it does not support 4."""
     count: int = 4
-    """Pictures for each prompt."""
+    """Images per prompt."""
     guidance: float | None = None
-    """Guidance scale; 1 is none. Where not given: the SPEC's, else a student's own, else the pipeline's."""
+    """Guidance scale; 1 means none. Default: the SPEC's, else a student's own, else the pipeline's."""
     seed: int = 0
     """Seed of the noise; column i has seed + i."""
     batch: int = 16
-    """Pictures drawn at a time."""
+    """Images per batch."""
     size: int | None = None
-    """Side of the pictures in pixels; the model's own where not given."""
+    """Side of the images in pixels; default: the model's own."""
     out: Path = Path("grid.png")
-    """The picture to write."""
+    """The image file to write."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     dry_run: bool = False
-    """Say what would be drawn, and stop."""
+    """Print what would be generated, and exit."""
 
 
 def main(config: Config) -> int:
-    """Draws the grid, writes it and its configuration, and says where."""
+    """Generates the grid, writes it and its configuration, and prints its path."""
     prompts = prompts_of(config)
     least = {"steps": 1 if config.steps is None else config.steps, "count": config.count, "batch": config.batch}
     for name, value in least.items():
@@ -98,7 +98,7 @@ def main(config: Config) -> int:
 
 
 def prompts_of(config: Config) -> list[str]:
-    """The prompts of a command line.
+    """Returns the prompts of a command line.
 
     Raises:
         InputError: there are none, or the file cannot be read.
@@ -118,9 +118,9 @@ def prompts_of(config: Config) -> list[str]:
 def draw(
     pipeline, prompts: list[str], config: Config, guidance: float, call: Mapping[str, Any] = MappingProxyType({})
 ) -> list:
-    """`config.count` pictures of each prompt, in order; picture i of any prompt starts from the noise of seed + i.
+    """Generates `config.count` images per prompt, in order; image i of a prompt starts from the noise of seed + i.
 
-    `call` is what else the pipeline is called with.
+    `call` holds further arguments of the pipeline.
     """
     import torch
     from tqdm import tqdm

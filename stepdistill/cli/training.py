@@ -1,4 +1,4 @@
-"""How training scripts read their flags: defaults, then the YAML file of --config, then the command line."""
+"""Flags of the training scripts: defaults, then the YAML file of --config, then the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ C = TypeVar("C", bound=LoopConfig)
 def parse_training(
     kind: type[C], description: str | None, argv: list[str] | None = None, default: C | None = None
 ) -> C:
-    """The configuration of a command line, unset flags from `default` where it is given. --help prints and exits 0.
+    """Parses a command line into a configuration; unset flags come from `default` if given. --help exits with 0.
 
     Raises:
         InputError: an unknown flag or YAML key, or a value out of range.

@@ -1,4 +1,4 @@
-"""Conditions: what a denoiser is told besides x_t and t, and how prompts become it."""
+"""Conditions: a denoiser's inputs besides x_t and t, and how prompts are turned into them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__ = ["Cond", "Conditioner", "concat", "expand", "from_pipeline", "stack", 
 
 
 def from_pipeline(pipeline) -> Conditioner:
-    """The conditioner of a diffusers pipeline: text for its family, or classes, or nothing, for a pixel model.
+    """Returns the conditioner of a diffusers pipeline: text for its family; classes or nothing for a pixel model.
 
     Raises:
-        InputError: a pipeline of another class.
+        InputError: an unsupported pipeline class.
     """
     from stepdistill.conditioning.clip_text import StableDiffusionConditioner, StableDiffusionXLConditioner
     from stepdistill.conditioning.labels import LabelConditioner

@@ -1,8 +1,8 @@
 """Conditions are dictionaries of tensors with canonical names; a conditioner makes them from prompts.
 
-text (B, S, D)      token states           text_mask (B, S)   which tokens count
+text (B, S, D)      token states           text_mask (B, S)   attention mask
 pooled (B, P)       pooled text            time_ids (B, 6)    SDXL's sizes and crops
-labels (B,)         classes                guidance (B,)      w of a w-conditioned student
+labels (B,)         classes                guidance (B,)      w of a guidance-conditioned student
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ class Conditioner(Protocol):
     """Turns prompts into conditions."""
 
     def encode(self, prompts: Sequence[str], *, size: tuple[int, int] | None = None) -> Cond:
-        """Conditions of the prompts, batch len(prompts); `size` is the picture's (height, width) in pixels."""
+        """Returns conditions of batch size len(prompts); `size` is the image's (height, width) in pixels."""
 
     def unconditional(self, n: int = 1, *, size: tuple[int, int] | None = None) -> Cond:
-        """The condition guidance moves away from, n times."""
+        """Returns the condition that guidance moves away from, n times."""
 
 
 def concat(a: Cond, b: Cond) -> Cond:
-    """Two batches one after the other.
+    """Concatenates two batches.
 
     Raises:
-        InputError: they do not hold the same entries.
+        InputError: their entries differ.
     """
     if a.keys() != b.keys():
         raise InputError(f"conditions: got {sorted(a)} and {sorted(b)}; allowed: the same entries; use one conditioner")
@@ -40,12 +40,12 @@ def concat(a: Cond, b: Cond) -> Cond:
 
 
 def take(cond: Cond, index: Tensor | slice) -> Cond:
-    """The conditions of some samples."""
+    """Selects the conditions of some samples."""
     return {key: value[index] for key, value in cond.items()}
 
 
 def to(cond: Cond, device: torch.device | str, dtype: torch.dtype | None = None) -> Cond:
-    """Moved to a device; floating-point entries cast to `dtype` where it is given."""
+    """Moves conditions to a device; casts floating-point entries to `dtype` if it is given."""
     return {
         key: value.to(device, dtype if value.is_floating_point() else None, non_blocking=True)
         for key, value in cond.items()
@@ -53,10 +53,10 @@ def to(cond: Cond, device: torch.device | str, dtype: torch.dtype | None = None)
 
 
 def expand(cond: Cond, n: int) -> Cond:
-    """A condition of batch 1 as one of batch n, without a copy."""
+    """Expands a condition of batch size 1 to n, without a copy."""
     return {key: value.expand(n, *value.shape[1:]) for key, value in cond.items()}
 
 
 def stack(conds: Sequence[Cond]) -> Cond:
-    """Conditions of single samples, without a batch dimension, as one batch."""
+    """Stacks conditions of single samples, without a batch dimension, into one batch."""
     return {key: torch.stack([cond[key] for cond in conds]) for key in conds[0]}

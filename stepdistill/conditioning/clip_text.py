@@ -11,7 +11,7 @@ from stepdistill.errors import InputError
 
 
 def device_of(encoder) -> torch.device:
-    """The device of a text encoder; InputError where the pipeline was loaded without one."""
+    """Returns the device of a text encoder; raises InputError if the pipeline was loaded without one."""
     if encoder is None:
         raise InputError(
             "text encoder: got a pipeline loaded without one; allowed: conditions from a cache; load the teacher with "
@@ -23,8 +23,8 @@ def device_of(encoder) -> torch.device:
 class StableDiffusionConditioner:
     """CLIP token states; unconditional is the encoded empty prompt (Rombach et al. 2022).
 
-    The network reads the tokens alone. CLIP's own summary, the state of the token that ends the prompt (Radford et al.
-    2021, section 2.4), is for discriminators: a mean over tokens would be one over padding, mostly.
+    The network uses only the tokens. CLIP's pooled text, the state of the end-of-text token (Radford et al. 2021,
+    section 2.4), is for discriminators: a mean over tokens would mostly be a mean over padding.
     """
 
     def __init__(self, pipeline) -> None:
@@ -48,10 +48,10 @@ class StableDiffusionConditioner:
 
 
 class StableDiffusionXLConditioner:
-    """Token states of both towers, pooled text and size conditioning (Podell et al. 2023, section 2.2).
+    """Token states of both text encoders, pooled text and size conditioning (Podell et al. 2023, section 2.2).
 
-    Unconditional is zeros where the pipeline says `force_zeros_for_empty_prompt`, as SDXL was trained; else the
-    encoded empty prompt.
+    Unconditional is zeros if the pipeline sets `force_zeros_for_empty_prompt`, as SDXL was trained; else the encoded
+    empty prompt.
     """
 
     def __init__(self, pipeline) -> None:
@@ -59,8 +59,8 @@ class StableDiffusionXLConditioner:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, size: tuple[int, int] | None = None) -> Cond:
-        """text (B, S, D), pooled (B, P), time_ids (B, 6) float32: original size, crop (0, 0), target size, all `size`;
-        the pipeline's own size where none is given."""
+        """text (B, S, D), pooled (B, P), time_ids (B, 6) float32: original size, crop (0, 0) and target size. Both
+        sizes are `size`; default: the pipeline's own."""
         device = device_of(self.pipeline.text_encoder_2)
         text, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False

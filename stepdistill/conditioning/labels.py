@@ -1,4 +1,4 @@
-"""Class labels in the place of text, for class-conditional pixel models; or no condition at all."""
+"""Class labels in place of text, for class-conditional pixel models; or no condition."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class LabelConditioner:
     """Prompts are class numbers, "0" to "classes - 1"; a model without classes has an empty condition.
 
     Args:
-        classes: how many there are; 0 for an unconditional model.
-        null_label: the entry that stands for no class, where the model was trained with one.
+        classes: number of classes; 0 for an unconditional model.
+        null_label: the label that means no class, if the model was trained with one.
     """
 
     def __init__(self, classes: int, null_label: int | None = None) -> None:
@@ -24,11 +24,11 @@ class LabelConditioner:
 
     @classmethod
     def of(cls, pipeline) -> LabelConditioner:
-        """That of a pixel pipeline: as many classes as its network embeds, none of them null."""
+        """Builds the conditioner of a pixel pipeline: all classes that its network embeds, without a null label."""
         return cls(pipeline.unet.config.num_class_embeds or 0)
 
     def encode(self, prompts: Sequence[str], *, size: tuple[int, int] | None = None) -> Cond:
-        """labels (B,) int64, or an empty condition where the model has no classes."""
+        """labels (B,) int64, or an empty condition if the model has no classes."""
         if not self.classes:
             return {}
         for prompt in prompts:

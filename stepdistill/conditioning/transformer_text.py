@@ -1,6 +1,6 @@
 """Text conditioning of SD3, Flux, PixArt and Sana, through the pipelines' own `encode_prompt`.
 
-Unconditional is the encoded empty prompt for all of them, as their pipelines have it.
+Unconditional is the encoded empty prompt for all of them, as in their pipelines.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from stepdistill.conditioning.clip_text import device_of
 
 
 class SD3Conditioner:
-    """Token states of two CLIP towers and T5, and pooled text (Esser et al. 2024, section 4)."""
+    """Token states of two CLIP text encoders and T5, and pooled text (Esser et al. 2024, section 4)."""
 
     def __init__(self, pipeline) -> None:
         self.pipeline = pipeline
@@ -44,10 +44,10 @@ class FluxConditioner(SD3Conditioner):
 
 
 class MaskedTextConditioner:
-    """Token states of T5 (PixArt) or Gemma (Sana), and which tokens count.
+    """Token states of T5 (PixArt) or Gemma (Sana), and their attention mask.
 
-    PixArt-Alpha at 1024 pixels is also told the picture's size and aspect ratio. Sana's instruction to the language
-    model is the one its pipeline gives by default; the empty prompt goes without, as there.
+    PixArt-Alpha at 1024 pixels is also conditioned on the image's size and aspect ratio. Sana's instruction to the
+    language model is its pipeline's default; the empty prompt is encoded without it, as in the pipeline.
     """
 
     def __init__(self, pipeline) -> None:
@@ -72,7 +72,7 @@ class MaskedTextConditioner:
         return cond
 
     def encode(self, prompts: Sequence[str], *, size: tuple[int, int] | None = None) -> Cond:
-        """text (B, S, D), text_mask (B, S); where the network asks, resolution (B, 2) and aspect_ratio (B, 1)."""
+        """text (B, S, D), text_mask (B, S); if the network needs them, resolution (B, 2) and aspect_ratio (B, 1)."""
         return self._encode(prompts, size, self.instruction)
 
     def unconditional(self, n: int = 1, *, size: tuple[int, int] | None = None) -> Cond:

@@ -1,1 +1,1 @@
-"""Data: where pictures and captions come from, and the cache of what a teacher makes of them."""
+"""Data: sources of images and captions, and the cache of their latents and conditions."""

@@ -1,4 +1,4 @@
-"""The embedded set: two pixel-art people to a picture, 32x32, with captions and exact attributes.
+"""The embedded set: 32x32 images of two pixel-art people each, with captions and exact attributes.
 
 Art by DiceBear (CC0), composed by assets/avatars/make/compose.py.
 """
@@ -21,13 +21,13 @@ SIZE = 32
 
 @dataclass(frozen=True)
 class AvatarSet:
-    """N pictures and what is said and known of them.
+    """N images with their captions and attributes.
 
     Attributes:
         images: (N, 32, 32, 3) uint8.
-        captions: N sentences, each naming some of the picture's attributes.
-        attributes: every attribute of each picture, name -> class.
-        mentioned: the names of the attributes that each caption names.
+        captions: N sentences, each naming some of the image's attributes.
+        attributes: all attributes of each image, name -> class.
+        mentioned: the names of the attributes in each caption.
     """
 
     images: np.ndarray
@@ -41,10 +41,10 @@ class AvatarSet:
 
 @lru_cache(maxsize=2)
 def load(split: str) -> AvatarSet:
-    """The `train` split (20,000 pictures) or the held-out `test` split (2,500).
+    """Loads the `train` split (20,000 images) or the held-out `test` split (2,500).
 
     Raises:
-        InputError: another split is asked for.
+        InputError: an unknown split.
     """
     if split not in ("train", "test"):
         raise InputError(f"split of the embedded set: got {split!r}; allowed: train, test")

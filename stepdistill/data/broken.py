@@ -1,4 +1,4 @@
-"""The pictures of a source that cannot be decoded: left out and counted, as long as they are few."""
+"""Images of a source that cannot be decoded: skipped and recorded, as long as they are few."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from stepdistill import files
 from stepdistill.data.sources import PictureError
 from stepdistill.errors import InputError
 
-SHARE = 0.01  # of all that may be broken; or one, where there are others
+SHARE = 0.01  # of all images that may be broken; or one, if there are others
 
 
 class BrokenList:
-    """A file of the broken pictures, a line each, which a build that goes on where it stopped goes on with.
+    """A file that lists the broken images, one per line; a resumed build continues it.
 
     Args:
-        file: {"sample": its number, "picture": its name, "reason": in a few words}; there once one is found.
-        count: of all pictures.
+        file: lines of {"sample": index, "picture": name, "reason": in a few words}; created when one is found.
+        count: number of all images.
     """
 
     def __init__(self, file: Path, count: int) -> None:
@@ -30,10 +30,10 @@ class BrokenList:
         return len(self._lines)
 
     def add(self, sample: int, error: PictureError) -> None:
-        """Notes one.
+        """Records one.
 
         Raises:
-            InputError: they are too many now.
+            InputError: more are broken than allowed.
         """
         if sample in self._lines:
             return
@@ -46,6 +46,6 @@ class BrokenList:
         files.write(self.file, "".join(line + "\n" for line in self._lines.values()))
 
     def told(self) -> str:
-        """What was left out, in a line."""
+        """Returns a one-line summary of what was left out."""
         name = self.file.name
         return f"left out {len(self)} of {self.count} pictures, which are broken; the cache's {name} names them"

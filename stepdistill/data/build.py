@@ -1,4 +1,4 @@
-"""Makes caches: which teacher, which data, and every shard by itself, so that a build goes on where it stopped."""
+"""Builds caches, keyed by teacher and data, shard by shard, so that an interrupted build can resume."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from stepdistill.errors import InputError
 from stepdistill.files import disk_full
 
 FORMAT = 4
-SHARD = 512  # samples, or distinct captions, to a file: what an interrupted build loses at most
-BATCH = 64  # pictures, captions or paintings to a forward, fewer where they are large
-PIXELS = BATCH * 256 * 256  # to a forward of the autoencoder
-GUIDANCE = 2.0  # that the teacher paints with, where nothing is said
+SHARD = 512  # samples, or distinct captions, per file: the most that an interrupted build loses
+BATCH = 64  # images or captions per forward, fewer if they are large
+PIXELS = BATCH * 256 * 256  # per forward of the autoencoder
+GUIDANCE = 2.0  # default for the images that the teacher generates
 HALVED = ("text", "pooled")
 
 
 def teacher_key(teacher: Teacher, *, painting: bool = False) -> str:
-    """Changes with what the teacher makes of pictures and captions.
+    """Returns a key that changes with the teacher's encoding of images and captions.
 
-    A hash of the weights and settings of autoencoder, text encoders and tokenizers; with `painting`, of the denoiser
-    and the scheduler too, its weights as bfloat16 rounds them: a run in it loads no others. Adapters do not count.
+    A hash of the weights and settings of autoencoder, text encoders and tokenizers; with `painting`, also of denoiser
+    and scheduler, the denoiser's weights rounded to bfloat16, as runs in bfloat16 load them. Adapters are excluded.
     """
     digest = hashlib.sha256(teacher.family.encode())
     for name, part in sorted(teacher.source.components.items()):
@@ -53,10 +53,10 @@ def teacher_key(teacher: Teacher, *, painting: bool = False) -> str:
 
 
 def picture_size(teacher: Teacher, resolution: int | None) -> tuple[int, int]:
-    """(height, width) in pixels that a resolution means for this teacher.
+    """Returns (height, width) in pixels for a resolution with this teacher.
 
     Raises:
-        InputError: it is not a multiple of the autoencoder's factor; a pixel model has one size only.
+        InputError: it is no multiple of the autoencoder's factor times the patch size, or not a pixel model's own.
     """
     height, width = teacher.image_size
     if resolution is None or resolution == height == width:
@@ -74,22 +74,22 @@ def picture_size(teacher: Teacher, resolution: int | None) -> tuple[int, int]:
 
 
 def without_silence(text: Tensor) -> Tensor:
-    """Token states (B, S, D) without the last tokens, where they are zeros throughout, as in the place of an absent T5;
-    one token is kept."""
+    """Drops trailing tokens of (B, S, D) that are zero in the whole batch, such as those that stand for an absent T5;
+    keeps at least one."""
     spoken = text.any(2).any(0).nonzero()
     return text[:, : int(spoken.max()) + 1 if len(spoken) else 1]
 
 
 class Plan:
-    """What is to be in a cache.
+    """The intended content of a cache.
 
     Args:
         size: (height, width) in pixels.
-        seed, steps, guidance, precision: how the teacher paints, where the source has no pictures; see `open_data`.
-        limit: the first so many samples only. half: latents and text in float16.
+        seed, steps, guidance, precision: how the teacher generates, if the source has no images; see `open_data`.
+        limit: use only the first `limit` samples. half: store latents and text in float16.
 
     Attributes:
-        key: changes when anything in the cache would.
+        key: changes if anything in the cache would.
     """
 
     def __init__(
@@ -114,17 +114,17 @@ class Plan:
         self.key = key_of(FORMAT, self.teacher_key, source.key, size, limit, half, *how)
 
     def build(self, folder: Path) -> Path:
-        """Writes the cache at `folder`, beside it first; nothing where it is there already.
+        """Writes the cache to a temporary folder, then renames it to `folder`; does nothing if `folder` is a cache.
 
         Raises:
-            InputError: the disk is full or cannot be written; or too many pictures are broken. What is done is kept.
+            InputError: the disk is full or not writable, or too many images are broken. Finished shards are kept.
         """
         from filelock import FileLock
 
         beside = folder.with_name(f".{folder.name}.{self.key}.building")
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_name(f".{folder.name}.lock")):  # of several processes, one builds
+            with FileLock(folder.with_name(f".{folder.name}.lock")):  # one process builds, the others wait
                 if not (folder / "manifest.json").is_file():
                     beside.mkdir(exist_ok=True)
                     self._write(beside)
@@ -164,7 +164,7 @@ class Plan:
                     names[kind].append(name)
         try:
             nothing = self.teacher.conditioner.unconditional(1, size=self.size)
-        except InputError:  # classes without a null label: there is no guidance
+        except InputError:  # classes without a null label: no guidance
             nothing = {}
         _save({k: v.cpu().contiguous() for k, v in nothing.items()}, folder / "unconditional.safetensors")
         (folder / "captions.json").write_text(json.dumps(captions))
@@ -216,7 +216,7 @@ class Plan:
         return self.teacher.sample_shape[0], *(side // self.teacher.factor for side in self.size)
 
     def _encode(self, indices: range) -> tuple[list[int], Tensor]:
-        """Those of some samples whose pictures are whole, and their latents."""
+        """Returns those of the samples whose images can be decoded, and their latents."""
         channels = 3 if self.teacher.vae is not None else self.teacher.sample_shape[0]
         pictures = {}
         for i in indices:
@@ -229,7 +229,7 @@ class Plan:
         return list(pictures), self.teacher.encode(torch.stack(list(pictures.values())).to(self._device))
 
     def _paint(self, indices: range) -> Tensor:
-        """The teacher's own guided samples for some captions, each from noise of its own."""
+        """Generates the teacher's guided samples for some captions, each from its own noise."""
         from stepdistill.sampling import sample
 
         captions = [self.captions[i] for i in indices]
@@ -244,7 +244,7 @@ class Plan:
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    """Writes beside and renames: a file of this name is whole."""
+    """Writes to a temporary file and renames it: a file of this name is complete."""
     beside = file.with_name(f"{file.name}.new")
     try:
         save_file(tensors, beside)

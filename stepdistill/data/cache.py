@@ -1,9 +1,9 @@
-"""Everything a frozen teacher says of the data, computed once: latents, and the conditions of each distinct caption.
+"""A frozen teacher's encoding of the data, computed once: latents, and the conditions of each distinct caption.
 
     stepdistill cache --teacher T --data D --out DIR
 
-A cache is a folder of safetensors shards with a manifest. It is built shard by shard in a folder beside and renamed
-when whole, so an interrupted build goes on where it stopped, and a cache that is there is whole.
+A cache is a folder of safetensors shards with a manifest. It is built shard by shard in a temporary folder and
+renamed when complete, so an interrupted build resumes where it stopped, and an existing cache is complete.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class LatentCache:
     """Latents and conditions, memory-mapped from a cache folder.
 
     Attributes:
-        captions: one for each sample.
-        uncond: the condition guidance moves away from, batch 1; empty where the teacher has none.
-        key: changes when anything in the cache does. manifest: how it was made.
+        captions: one per sample.
+        uncond: the condition that guidance moves away from, batch size 1; empty if the teacher has none.
+        key: changes if anything in the cache does. manifest: how it was built.
 
     Raises:
-        InputError: the folder is no cache, or one that is damaged.
+        InputError: the folder holds no cache, or a damaged one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -75,7 +75,7 @@ class LatentCache:
         return {"x0": x0[0], "cond": {key: value[0] for key, value in cond.items()}}
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Cond]:
-        """x0 (B, C, h, w) float32 and conditions of batch B."""
+        """Returns x0 (B, C, h, w) float32 and conditions of batch size B."""
         places = [(bisect.bisect_right(self._starts, i) - 1, i) for i in indices]
         x0 = torch.stack([self._latents[shard][i - self._starts[shard]] for shard, i in places])
         rows = [self._row[i] for i in indices]
@@ -83,7 +83,7 @@ class LatentCache:
         return x0.float(), _floats(cond)
 
     def _kept(self, name: str, row: int) -> Tensor:
-        """A condition of one caption; of text, with the silent tokens that were left out."""
+        """Returns a condition of one caption; text is padded with the zero tokens that were dropped."""
         value = self._conditions[name][row // SHARD][row % SHARD]
         missing = self._tokens - len(value) if name == "text" else 0
         return F.pad(value, (0, 0, 0, missing)) if missing else value
@@ -106,21 +106,21 @@ def open_data(
     half: bool = False,
     precision: torch.dtype | None = None,
 ) -> LatentCache:
-    """The cache of a `--data` value, built if it is not there yet.
+    """Opens the cache of a `--data` value, or builds it if there is none.
 
     Args:
-        spec: see `sources`; or a cache folder, which is opened as it is.
-        resolution: side of the pictures; the teacher's own where not given.
-        cache_dir: where caches are kept; $STEPDISTILL_CACHE or ~/.cache/stepdistill where not given.
-        seed, synthetic_steps, synthetic_guidance: how the teacher paints for a source of prompts; guidance 2 where it
-            is not given. One that is given must be that of a painted cache.
-        limit: the first so many samples only.
-        half: keep latents and text in float16, half the disk; a cache is taken as it is.
-        precision: that the teacher paints in, by autocast; None is float32.
+        spec: see `sources`; or a cache folder, which is opened unchanged.
+        resolution: side of the images in pixels; default: the teacher's own.
+        cache_dir: where caches are stored; default: $STEPDISTILL_CACHE or ~/.cache/stepdistill.
+        seed, synthetic_steps, synthetic_guidance: how the teacher generates images for a source of prompts; default
+            guidance 2. If given, guidance must equal that of a cache of generated images.
+        limit: use only the first `limit` samples.
+        half: store latents and text in float16, in half the disk space; ignored for an existing cache.
+        precision: autocast dtype in which the teacher generates; None means float32.
 
     Raises:
-        InputError: bad data (see `sources`), a resolution the autoencoder cannot take, or a cache of another teacher or
-            painted at another guidance.
+        InputError: invalid data (see `sources`), a resolution the autoencoder does not support, or a cache of another
+            teacher, size or guidance.
     """
     size = picture_size(teacher, resolution)
     if (Path(spec) / "manifest.json").is_file():
@@ -147,7 +147,7 @@ def make_cache(
     half: bool = False,
     precision: torch.dtype | None = None,
 ) -> LatentCache:
-    """Builds a cache at `out`, or opens the one that is there. Arguments as of `open_data`.
+    """Builds a cache at `out`, or opens the existing one. Arguments as in `open_data`.
 
     Raises:
         InputError: as `open_data`; or `out` holds something else.

@@ -1,9 +1,9 @@
-"""Where training pictures and captions come from: captions in a fixed order, and each one's picture when asked for.
+"""Sources of training data: captions in a fixed order, and the image of each on demand.
 
 avatars              the embedded set
-FOLDER               pictures with metadata.jsonl (file_name, text), or a .txt beside each picture
-FOLDER/{0..9}.tar    webdataset shards: a picture and a .txt or .json member for each key; wildcards too
-prompts.txt          a prompt a line and no pictures: the teacher paints them (data-free distillation)
+FOLDER               images with metadata.jsonl (file_name, text), or a .txt next to each image
+FOLDER/{0..9}.tar    webdataset shards: an image and a .txt or .json member per key; wildcards too
+prompts.txt          one prompt per line, no images: the teacher generates them (data-free distillation)
 owner/name           a `datasets` name, or a folder saved by `datasets`, with an image and a text column
 """
 
@@ -34,10 +34,10 @@ Picture = Image.Image | np.ndarray
 
 
 class PictureError(InputError):
-    """One picture of many that cannot be decoded; a file that cannot be read at all is no such one.
+    """An image that cannot be decoded; a file that cannot be read raises a plain InputError.
 
     Attributes:
-        name: of the picture. reason: in a few words.
+        name: of the image. reason: in a few words.
     """
 
     def __init__(self, name: str, error: Exception) -> None:
@@ -54,9 +54,9 @@ class Source:
 
     Attributes:
         name: for messages.
-        key: changes when the content does.
-        captions: one for each sample.
-        picture: picture(i) is the one of captions[i], or raises PictureError; None where there are captions only.
+        key: changes if the content does.
+        captions: one per sample.
+        picture: picture(i) returns the image of captions[i], or raises PictureError; None if there are only captions.
     """
 
     name: str
@@ -69,15 +69,15 @@ class Source:
 
 
 def key_of(*parts: object) -> str:
-    """A short hash of anything printable."""
+    """Returns a short hash of printable values."""
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
 def open_source(spec: str) -> Source:
-    """The source a `--data` value names.
+    """Opens the source that a `--data` value names.
 
     Raises:
-        InputError: it names nothing, or something empty, or pictures without captions.
+        InputError: it names nothing, an empty source, or images without captions.
     """
     spec = str(spec)
     path = Path(spec).expanduser()
@@ -119,7 +119,7 @@ def _folder(folder: Path) -> Source:
 
 
 def listed(metadata: Path) -> list[tuple[Path, str]]:
-    """The pictures and captions that metadata.jsonl lists. No name leads out of its folder."""
+    """Returns the images and captions that metadata.jsonl lists. Names outside its folder are rejected."""
     rows = []
     for number, line in enumerate(_text(metadata).splitlines(), 1):
         if not line.strip():
@@ -144,7 +144,7 @@ def listed(metadata: Path) -> list[tuple[Path, str]]:
 
 
 def beside_pictures(folder: Path) -> list[tuple[Path, str]]:
-    """Every picture below the folder with the .txt beside it."""
+    """Returns every image below the folder with the caption from the .txt next to it."""
     rows = []
     for file in sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and f.is_file()):
         caption = file.with_suffix(".txt")
@@ -158,9 +158,9 @@ def beside_pictures(folder: Path) -> list[tuple[Path, str]]:
 
 
 def _text(file: Path) -> str:
-    """What a text file says."""
+    """Returns the content of a text file."""
     try:
-        return file.read_text(encoding="utf-8-sig")  # a mark of byte order is no word
+        return file.read_text(encoding="utf-8-sig")  # drops a byte order mark
     except UnicodeDecodeError as error:
         byte = f"byte {error.start} is {error.object[error.start]:#04x}"
         raise InputError(f"text: got {file}, whose {byte}; allowed: UTF-8; save it as such") from error
@@ -179,7 +179,7 @@ def _prompts(path: Path) -> Source:
 
 
 def _shards(pattern: str) -> Source:
-    """Shards are indexed once, then read by place. Nothing is extracted; only pictures, .txt and .json are read."""
+    """Shards are indexed once, then read by offset. Nothing is extracted; only images, .txt and .json are read."""
     files = _expanded(pattern)
     samples: list[tuple[Path, int, int, str]] = []
     captions: list[str] = []
@@ -225,7 +225,7 @@ def _expanded(pattern: str) -> list[Path]:
 
 
 def _indexed(file: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """key -> extension -> (first byte, bytes) of the members that matter."""
+    """Returns key -> extension -> (offset, size in bytes) of images, .txt and .json."""
     index: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         with tarfile.open(file, "r:") as tar:
@@ -276,7 +276,7 @@ def _table(name: str) -> Source:
     try:
         table = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)
         table = table["train"] if isinstance(table, dict) else table
-    except Exception as error:  # datasets raises a dozen kinds; all mean that it cannot be had
+    except Exception as error:  # datasets raises a dozen types; all mean that loading failed
         reason = next(iter(str(error).splitlines()), "")[:100]
         raise InputError(
             f"--data: got {name}, which is no folder or file here and could not be loaded as a dataset ({reason}); "
@@ -303,13 +303,13 @@ def _table(name: str) -> Source:
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """The picture as its EXIF orientation says it is to be seen, RGB; of several frames the first.
+    """Returns the image in RGB, rotated by its EXIF orientation; of several frames the first.
 
-    Grey of 16 bits is brought to 8, where Pillow would cut off all above 255. Transparency is taken off, as FID's tools
-    do.
+    16-bit greyscale is scaled to 8 bits, where Pillow would clip all values above 255. Transparency is dropped, as
+    FID's tools do.
 
     Raises:
-        ValueError: its pixels are floating point numbers, of no known range.
+        ValueError: its pixels are floating point numbers, of unknown range.
     """
     picture = ImageOps.exif_transpose(picture)
     if picture.mode == "F":
@@ -320,7 +320,7 @@ def upright(picture: Image.Image) -> Image.Image:
 
 
 def open_picture(file: Path | io.BytesIO, name: str) -> Image.Image:
-    """A picture from a file, upright and RGB.
+    """Opens an image from a file, upright and RGB.
 
     Raises:
         PictureError: it cannot be decoded.
@@ -334,8 +334,8 @@ def _whole(opened: Callable[[], Image.Image], name: str) -> Image.Image:
         return upright(opened())
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's decoders raise a dozen kinds (struct.error, EOFError, ...); all mean the same
-        if getattr(error, "errno", None):  # the system's own: what holds the file is at fault, and may be well later
+    except Exception as error:  # Pillow's decoders raise a dozen types (struct.error, EOFError, ...); all mean the same
+        if getattr(error, "errno", None):  # an OS error: the storage failed, maybe temporarily, not the image
             reason = os.strerror(error.errno)
             raise InputError(
                 f"picture: got {name}, which cannot be read ({reason}); allowed: a file of yours; mend it"
@@ -344,7 +344,7 @@ def _whole(opened: Callable[[], Image.Image], name: str) -> Image.Image:
 
 
 def to_tensor(picture: Picture, size: tuple[int, int], channels: int = 3) -> Tensor:
-    """A picture resized (shorter side, Lanczos) and cropped in the centre: (channels, height, width) in [-1, 1]."""
+    """Resizes (shorter side, Lanczos) and centre-crops an image: (channels, height, width) in [-1, 1]."""
     if isinstance(picture, np.ndarray):
         picture = Image.fromarray(picture)
     if channels == 1:

@@ -1,4 +1,4 @@
-"""A closed-form teacher: data are a mixture of Gaussians, so the best denoiser and its ODE are known exactly.
+"""A closed-form teacher: data are a mixture of Gaussians, so the optimal denoiser and its ODE are known exactly.
 
 With component k of mean mu_k and standard deviation S_k, x_t given k is Normal(alpha mu_k, V_k), V_k = alpha² S_k² +
 sigma², and by Bayes' rule
@@ -7,7 +7,7 @@ sigma², and by Bayes' rule
     x0  = sum_k r_k [mu_k + alpha S_k² (x_t - alpha mu_k) / V_k]
     eps = sum_k r_k [sigma (x_t - alpha mu_k) / V_k],    score = -eps / sigma.
 
-It answers as any Denoiser does. All arithmetic is float64.
+It implements the Denoiser interface. All arithmetic is in float64.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ class GaussianMixtureDenoiser(Denoiser):
     Args:
         means: (K, *sample_shape).
         std: a float, (K,), or (K, *sample_shape): axis-aligned standard deviations.
-        weights: (K,) positive, normalised here; None is equal.
+        weights: (K,) positive, normalised here; None means equal.
         schedule: the process.
 
-    A condition {"labels": (B,)} selects one component for each sample; -1 is the whole mixture, as is no condition.
+    A condition {"labels": (B,)} selects one component per sample; -1, like no condition, means the whole mixture.
 
     Raises:
-        InputError: shapes that do not agree, a standard deviation or weight that is not positive.
+        InputError: inconsistent shapes, or a standard deviation or weight that is not positive.
     """
 
     def __init__(self, means: Tensor, std: Tensor | float, weights: Tensor | None, schedule: Schedule) -> None:
@@ -92,7 +92,7 @@ class GaussianMixtureDenoiser(Denoiser):
         self.register_buffer("weights", weights / weights.sum())
 
     def _apply(self, fn, recurse: bool = True) -> Denoiser:
-        """Moves devices and nothing else: a cast of the whole model leaves the truth in float64."""
+        """Moves devices only: casting the whole model leaves these buffers in float64."""
         buffers = {name: buffer for name, buffer in self.named_buffers(recurse=False)}
         super()._apply(fn, recurse)
         for name, buffer in buffers.items():
@@ -131,7 +131,7 @@ class GaussianMixtureDenoiser(Denoiser):
     def forward(
         self, x_t: Tensor, t: Time, cond: Cond | None = None, *, kind: Kind = "x0", t_end: Time | None = None
     ) -> Tensor:
-        """The exact prediction in the kind asked for, p x0 + q eps: nothing is divided by, the ends are exact too."""
+        """Computes the requested prediction, p x0 + q eps, without a division: it is exact at the ends too."""
         if t_end is not None:
             return self.raw(x_t, t, cond, t_end=t_end)
         check_kind(kind)
@@ -146,15 +146,15 @@ class GaussianMixtureDenoiser(Denoiser):
         return -(log_r.exp()[..., None] * offset / variance).sum(1).reshape(x_t.shape).to(working_dtype(x_t))
 
     def responsibilities(self, x_t: Tensor, t: Time, cond: Cond | None = None) -> Tensor:
-        """P(component | x_t), (B, K) float64. At t_min, which mode a sample belongs to."""
+        """P(component | x_t), (B, K) float64. At t_min they tell which mode a sample belongs to."""
         return self._log_posterior(*self._flat(x_t, t), cond)[0].exp()
 
     def flow(self, x_t: Tensor, t: Time, s: Time, cond: Cond | None = None, *, tolerance: float = 1e-10) -> Tensor:
-        """The probability-flow ODE's map from t to s, either way in time; (B, *sample_shape), dtype as `raw`.
+        """The probability-flow ODE's map from t to s, in either direction; (B, *sample_shape), dtype as `raw`.
 
-        One component: x_s = alpha_s mu + sqrt(V(s)/V(t)) (x_t - alpha_t mu), exactly. More: with rho = sqrt(alpha² +
-        sigma²) and phi = atan(sigma/alpha) every schedule is dx/dphi = v in x/rho (v at alpha = cos phi, sigma = sin
-        phi), which has no singular end; solved adaptively with an error per step below `tolerance`.
+        One component: x_s = alpha_s mu + sqrt(V(s)/V(t)) (x_t - alpha_t mu), exactly. Several: with rho = sqrt(alpha²
+        + sigma²) and phi = atan(sigma/alpha) every schedule is dx/dphi = v in x/rho (v at alpha = cos phi, sigma = sin
+        phi), singular at neither end; solved adaptively with an error per step below `tolerance`.
         """
         x, alpha_t, sigma_t = self._flat(x_t, t)
         alpha_s, sigma_s = self.schedule.coeffs(batch_times(s, x_t))
@@ -183,7 +183,7 @@ class GaussianMixtureDenoiser(Denoiser):
         return self.flow(x_t, t, self.schedule.t_min, cond, tolerance=tolerance)
 
     def sample(self, n: int, generator: torch.Generator | None = None, labels: Tensor | None = None) -> Tensor:
-        """Exact samples of the data, (n, *sample_shape) float32; `labels` (n,) names components, -1 draws one."""
+        """Exact samples of the data, (n, *sample_shape) float32; `labels` (n,) selects components, -1 draws one."""
         device = self.means.device
         index = torch.multinomial(self.weights.cpu(), n, replacement=True, generator=generator).to(device)
         if labels is not None:

@@ -1,4 +1,4 @@
-"""An autoencoder that half precision overflows, for the while in float32."""
+"""Temporary float32 for an autoencoder that overflows in half precision."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 @contextmanager
 def whole(vae) -> Iterator[Any]:
-    """The autoencoder; within in float32 where it is in half and its config says that this overflows (`force_upcast`:
-    SDXL's), as diffusers' own pipelines do."""
+    """Yields the autoencoder, in float32 inside the context if it is in half precision and its config marks that as
+    overflowing (`force_upcast`, as SDXL's does). diffusers' own pipelines do the same."""
     upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
     try:
         yield vae.float() if upcast else vae

@@ -1,7 +1,7 @@
-"""One call signature for every network: denoiser(x_t, t, cond, kind=...) -> float32 in the kind asked for.
+"""One call signature for every network: denoiser(x_t, t, cond, kind=...) -> float32 of that kind.
 
-A subclass says how its backbone is called (`evaluate`) and what its clock reads at t (`network_time`); the base does
-times, precision and conversion. A LoRA student and its teacher are one Denoiser with the adapter on or off.
+A subclass defines how its backbone is called (`evaluate`) and its timestep input at t (`network_time`); the base class
+handles times, precision and conversion. A LoRA student and its teacher are one Denoiser with the adapter on or off.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ Cond = dict[str, Tensor]
 
 
 def batch_times(t: Time, x: Tensor) -> Tensor:
-    """t, a float, () or (B,), as (B,) float64 on the device of x."""
+    """Expands t, a float, () or (B,), to (B,) float64 on the device of x."""
     if isinstance(t, Tensor):
         return t.to(device=x.device, dtype=torch.float64, non_blocking=True).expand(len(x))
     return torch.full((len(x),), t, dtype=torch.float64, device=x.device)
 
 
 class Denoiser(nn.Module):
-    """A backbone with the schedule and the prediction kind it was trained for.
+    """A backbone with the schedule and the prediction type it was trained for.
 
     Args:
         backbone: the network; None for a closed form.
-        schedule: the meaning of t.
+        schedule: defines the meaning of t.
         kind: what the backbone predicts.
 
     Attributes:
         sample_shape: (C, H, W) of one sample; set by the subclass.
-        needs: the names of the conditions it must be given.
-        takes_guidance: it is told the guidance weight as the condition `guidance` (B,), scale - 1, and so is guided in
-            one call.
-        classes: how many labels it is told one of, as the condition `labels` (B,); 0 where it is told none.
-        patch: sides of a sample are multiples of it.
+        needs: the names of the required conditions.
+        takes_guidance: whether it is guidance-conditioned: it takes the condition `guidance` (B,), scale - 1, and one
+            call returns the guided prediction.
+        classes: number of classes of the condition `labels` (B,); 0 if it takes none.
+        patch: patch size; the sides of a sample are multiples of it.
         grid: the times its pipeline visits.
     """
 
@@ -58,16 +58,16 @@ class Denoiser(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype of the weights; None where there are none."""
+        """The dtype of the weights; None if there are none."""
         weight = next((p for p in self.parameters() if p.is_floating_point()), None)
         return None if weight is None else weight.dtype
 
     def network_time(self, t: Tensor) -> Tensor:
-        """What the backbone's own clock reads at t (B,): the index itself on AlphaBar. Subclasses override."""
+        """Returns the backbone's timestep input at t (B,): the index itself on AlphaBar. Subclasses override."""
         return t
 
     def check(self, cond: Cond | None) -> Cond:
-        """The conditions, if all the network needs are there.
+        """Returns the conditions if all that the network needs are present.
 
         Raises:
             InputError: some are missing.
@@ -86,14 +86,14 @@ class Denoiser(nn.Module):
         raise NotImplementedError
 
     def raw(self, x_t: Tensor, t: Time, cond: Cond | None = None, *, t_end: Time | None = None) -> Tensor:
-        """The network's own output, of kind `self.kind`.
+        """Returns the network's own output, of kind `self.kind`.
 
         Args:
-            x_t: (B, ...). t: a float, () or (B,). cond: tensors of batch B.
-            t_end: where a two-time network is to land. Raises InputError on networks of one time.
+            x_t: (B, ...). t: a float, () or (B,). cond: tensors of batch size B.
+            t_end: end time of the step, for a two-time network. Networks of one time raise InputError.
 
         Returns:
-            (B, ...), float32 whatever the autocast (float64 where x_t is).
+            (B, ...), float32 regardless of autocast (float64 if x_t is).
         """
         if t_end is not None:
             raise InputError(f"t_end: got {t_end}; {type(self).__name__} takes one time; leave t_end out")
@@ -104,7 +104,7 @@ class Denoiser(nn.Module):
     def forward(
         self, x_t: Tensor, t: Time, cond: Cond | None = None, *, kind: Kind = "x0", t_end: Time | None = None
     ) -> Tensor:
-        """The prediction at (x_t, t) in the kind asked for: shapes and dtype as `raw`, converted in float32 with
+        """Returns the prediction at (x_t, t) as type `kind`: shapes and dtype as `raw`, converted in float32 with
         float64 coefficients.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The pipeline classes that can be teachers: which part is the network, and what wraps it."""
+"""Pipeline classes supported as teachers: which component is the network, and which denoiser wraps it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Family:
     """A pipeline class.
 
     Attributes:
-        backbone: the name of its network among the pipeline's components.
-        denoiser: what wraps it: denoiser(backbone, schedule, kind).
+        backbone: the name of the network among the pipeline's components.
+        denoiser: its wrapper, called as denoiser(backbone, schedule, kind).
         text: the components that `text=False` leaves out.
-        flow_spacing: how the pipeline asks a flow-matching scheduler for its times.
+        flow_spacing: the time spacing that the pipeline requests from a flow-matching scheduler.
     """
 
     backbone: str
@@ -55,10 +55,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(pipeline) -> Family:
-    """The family of a loaded pipeline, or of a class name.
+    """Returns the family of a loaded pipeline, or of a class name.
 
     Raises:
-        InputError: another class.
+        InputError: an unsupported class.
     """
     name = pipeline if isinstance(pipeline, str) else type(pipeline).__name__
     if name not in FAMILIES:
@@ -67,32 +67,32 @@ def family_of(pipeline) -> Family:
 
 
 def is_flow(scheduler) -> bool:
-    """Whether a diffusers scheduler walks the straight paths of a rectified flow."""
+    """Whether a diffusers scheduler follows the straight paths of a rectified flow."""
     config = scheduler.config
     return type(scheduler).__name__.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
 
 
 def takes_sigmas(pipeline, scheduler) -> bool:
-    """Whether a pipeline can be told at which noise its scheduler steps."""
+    """Whether a pipeline and its scheduler accept the noise levels to step at, as `sigmas`."""
     takers = (type(pipeline).__call__, scheduler.set_timesteps)
     return all("sigmas" in inspect.signature(taker).parameters for taker in takers)
 
 
 def needs_sigmas(pipeline, scheduler) -> bool:
-    """Whether it has to be told even ones: left alone it ends at 1/1000, and the last step is wasted (SD3, Sana)."""
+    """Whether a pipeline must be passed even sigmas: its default ends at 1/1000, which wastes a step (SD3, Sana)."""
     return takes_sigmas(pipeline, scheduler) and family_of(pipeline).flow_spacing == "linspace"
 
 
 def even_sigmas(steps: int) -> list[float]:
-    """From 1 down in equal parts, before any resolution shift, which the scheduler sees to."""
+    """Returns evenly spaced sigmas from 1 down, before any resolution shift, which the scheduler applies."""
     return [1 - i / steps for i in range(steps)]
 
 
 def process_of(scheduler, path: str) -> tuple[Schedule, Kind]:
-    """The process a network was trained on, and what it predicts, from its scheduler.
+    """Derives the process a network was trained on, and its prediction type, from its scheduler.
 
     Raises:
-        InputError: a prediction_type without a kind, or EDM's process, which no student of a pipeline is exported for.
+        InputError: an unsupported prediction_type, or EDM's process, for which no student can be exported.
     """
     if is_flow(scheduler):
         return RectifiedFlow(), "flow"
@@ -110,7 +110,7 @@ def process_of(scheduler, path: str) -> tuple[Schedule, Kind]:
 
 
 def grid_of(pipeline, denoiser: Denoiser) -> Grid:
-    """The times a few-step student's pipeline visits: a flow's spacing and resolution shift; else the default.
+    """Returns the time grid of a few-step student's pipeline: a flow's spacing and resolution shift; else the default.
 
     With `use_dynamic_shifting` log(shift) is linear in the number of patches (Flux).
     """

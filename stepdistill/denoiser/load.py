@@ -25,11 +25,11 @@ from stepdistill.errors import InputError
 
 @dataclass
 class Teacher:
-    """A pipeline seen as a denoiser, a conditioner and an autoencoder. All share the pipeline's own modules.
+    """A pipeline as a denoiser, a conditioner and an autoencoder. All share the pipeline's own modules.
 
     Attributes:
-        denoiser: the network behind the one call signature.
-        conditioner: prompts to conditions.
+        denoiser: the network, wrapped in the common call signature.
+        conditioner: maps prompts to conditions.
         source: the diffusers pipeline.
         path: where it was loaded from.
     """
@@ -56,21 +56,21 @@ class Teacher:
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """(C, H, W) of what the denoiser works on."""
+        """(C, H, W) of the denoiser's samples."""
         return self.denoiser.sample_shape
 
     @property
     def factor(self) -> int:
-        """Pixels to a latent along one side; 1 for a pixel model."""
+        """Pixels per latent along one side; 1 for a pixel model."""
         return self.source.vae_scale_factor if self.vae is not None else 1
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels of the pictures the denoiser was made for."""
+        """(height, width) in pixels of the images that the denoiser works at."""
         return self.sample_shape[1] * self.factor, self.sample_shape[2] * self.factor
 
     def pipeline(self):
-        """A plain diffusers pipeline around the same modules, with a scheduler of its own."""
+        """Returns a plain diffusers pipeline with the same modules and a copy of the scheduler."""
         parts = dict(self.source.components)
         parts["scheduler"] = copy.deepcopy(parts["scheduler"])
         options = {"requires_safety_checker": False} if self.family == "StableDiffusionPipeline" else {}
@@ -78,8 +78,8 @@ class Teacher:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] to scaled latents, the posterior's mean, float32; a pixel model's are the
-        pictures."""
+        """Encodes images (B, 3, H, W) in [-1, 1] to scaled latents, the posterior's mean, float32; a pixel model
+        returns the images."""
         if self.vae is None:
             return images
         with whole(self.vae) as vae:
@@ -90,11 +90,11 @@ class Teacher:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents to pictures (B, 3, H, W), about [-1, 1], float32."""
+        """Decodes scaled latents to images (B, 3, H, W), about [-1, 1], float32."""
         return self.paint(latents)
 
     def paint(self, latents: Tensor) -> Tensor:
-        """`decode` through which gradients reach the latents; an autoencoder that half overflows must be float32."""
+        """`decode` with gradients to the latents; an autoencoder that overflows in half precision must be float32."""
         if self.vae is None:
             return latents.float()
         gain, shift = self._affine(latents)
@@ -102,7 +102,7 @@ class Teacher:
             return vae.decode((latents.float() * gain + shift).to(vae.dtype), return_dict=False)[0].float()
 
     def _affine(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """gain and shift of: the autoencoder's own latents = gain * scaled latents + shift."""
+        """Returns gain and shift in: the autoencoder's own latents = gain * scaled latents + shift."""
         config = self.vae.config
         mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
         if mean is None or std is None:
@@ -111,21 +111,21 @@ class Teacher:
         return std / config.scaling_factor, mean
 
     def resize(self, size: tuple[int, int]) -> Teacher:
-        """Works at pictures of another (height, width) in pixels from now on."""
+        """Sets the (height, width) in pixels of the images to work at; returns the teacher."""
         height, width = (side // self.factor for side in size)
         self.denoiser.sample_shape = (self.sample_shape[0], height, width)
         self.denoiser.grid = grid_of(self.source, self.denoiser)
         return self
 
     def to(self, device: torch.device | str) -> Teacher:
-        """Moves every module."""
+        """Moves every module; returns the teacher."""
         self.source.to(device)
         return self
 
     @contextmanager
     def coders_on(self, device: torch.device | str) -> Iterator[None]:
-        """Within, text encoders and autoencoder are on a device; afterwards each where it was: on the CPU, where it
-        takes no room, if training does not need it."""
+        """Context in which text encoders and autoencoder are on a device; afterwards each is moved back: to the CPU,
+        where it takes no device memory, if training does not need it."""
         before = [(part, next(part.parameters()).device) for part in coders(self)]
         try:
             move_coders(self, device)
@@ -136,22 +136,22 @@ class Teacher:
 
 
 def coders(teacher: Teacher) -> list[torch.nn.Module]:
-    """All of a teacher but its denoiser: text encoders and autoencoder."""
+    """Returns all modules of a teacher except the denoiser: text encoders and autoencoder."""
     parts = teacher.source.components.values()
     return [part for part in parts if isinstance(part, torch.nn.Module) and part is not teacher.denoiser.backbone]
 
 
 def move_coders(teacher: Teacher, device: torch.device | str) -> None:
-    """Moves all of a teacher but its denoiser."""
+    """Moves all modules of a teacher except the denoiser to a device."""
     for part in coders(teacher):
         part.to(device)
 
 
 def find(path: str | Path) -> str:
-    """A pipeline folder or hub id as diffusers takes it; "avatars" and "avatars-flow" are the embedded teachers.
+    """Resolves a pipeline folder or hub id for diffusers; "avatars" and "avatars-flow" are the embedded teachers.
 
     Raises:
-        InputError: a folder that is no pipeline, or something that is neither a folder nor an owner/name.
+        InputError: a folder that holds no pipeline, or something that is neither a folder nor an owner/name.
     """
     path = str(path)
     if path in embedded.TEACHERS:
@@ -181,7 +181,7 @@ def _cannot_load(path: str, error: Exception) -> InputError:
 
 
 def _reachable(hub_id: str, revision: str | None) -> bool:
-    """True where the hub answers for this id; False without a network, where a cached copy may do."""
+    """Whether the hub answers for this id; False without a network, in which case a cached copy may suffice."""
     from huggingface_hub import model_info
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -189,16 +189,16 @@ def _reachable(hub_id: str, revision: str | None) -> bool:
         model_info(hub_id, revision=revision, timeout=10)
     except HfHubHTTPError:
         raise
-    except Exception:  # offline mode, or any of the network's own errors
+    except Exception:  # offline mode, or any network error
         return False
     return True
 
 
 def class_of(path: str | Path, revision: str | None = None) -> str:
-    """The name of the pipeline class, read without loading any weights.
+    """Returns the name of the pipeline class without loading any weights.
 
     Raises:
-        InputError: see `find`; or it cannot be read.
+        InputError: see `find`; or the index cannot be read.
     """
     from diffusers import DiffusionPipeline
 
@@ -209,7 +209,7 @@ def class_of(path: str | Path, revision: str | None = None) -> str:
             index = json.loads((Path(path) / "model_index.json").read_text())
         else:
             with quiet():
-                reachable = _reachable(path, revision)  # asked once: `load_config` would try for half a minute
+                reachable = _reachable(path, revision)  # checked once: `load_config` would retry for half a minute
                 index = DiffusionPipeline.load_config(path, revision=revision, local_files_only=not reachable)
         return str(index["_class_name"])
     except Exception as error:
@@ -225,14 +225,14 @@ def open_pipeline(
     dtype: torch.dtype | dict[str, torch.dtype] | None = None,
     text: bool = True,
 ):
-    """The diffusers pipeline in a folder or on the hub, from safetensors alone; "avatars" is an embedded teacher.
+    """Loads a diffusers pipeline from a folder or the hub, from safetensors only; "avatars" is an embedded teacher.
 
     Args:
-        dtype: of the weights, or of each part's by its name and of the "default"; float32 where it is not given.
-        text: False leaves the text encoders out, where conditions come from a cache.
+        dtype: of the weights, or a dictionary of dtypes by component and for the "default"; float32 by default.
+        text: False leaves the text encoders out, for conditions from a cache.
 
     Raises:
-        InputError: a folder that is no pipeline, one that is broken or lacks a part, or a hub id that cannot be reached
+        InputError: a folder that holds no pipeline, is broken or lacks a component, or a hub id that cannot be reached
             or does not exist.
     """
     from diffusers import DiffusionPipeline
@@ -250,7 +250,7 @@ def open_pipeline(
             pipeline = DiffusionPipeline.from_pretrained(path, **options, **dict.fromkeys(without))
     except (InputError, MemoryError):
         raise
-    except Exception as error:  # a dozen kinds from diffusers, transformers, safetensors and the hub; all mean the same
+    except Exception as error:  # diffusers, transformers, safetensors and the hub raise a dozen types
         raise _cannot_load(path, error) from error
     if random := made_up(said):
         raise InputError(
@@ -262,10 +262,10 @@ def open_pipeline(
 
 
 def as_teacher(pipeline, path: str) -> Teacher:
-    """A loaded pipeline as a teacher.
+    """Wraps a loaded pipeline as a teacher.
 
     Raises:
-        InputError: a pipeline class, or a prediction_type, without a denoiser here.
+        InputError: an unsupported pipeline class or prediction_type.
     """
     from stepdistill.conditioning import from_pipeline
 
@@ -292,16 +292,16 @@ def load_teacher(
     """Loads a teacher.
 
     Args:
-        path: a pipeline folder, a hub id, or "avatars" or "avatars-flow", the embedded ones.
-        variant: of the weight files, as "fp16". revision: of the hub repository.
-        dtype: of the weights; float32 where it is not given. backbone_dtype: of the denoiser's, if another.
+        path: a pipeline folder, a hub id, or an embedded teacher: "avatars" or "avatars-flow".
+        variant: of the weight files, such as "fp16". revision: of the hub repository.
+        dtype: of the weights, float32 by default. backbone_dtype: of the denoiser's weights, if different.
         text: False leaves the text encoders out; the conditioner then cannot encode.
 
     Returns:
         The teacher, frozen and in eval mode.
 
     Raises:
-        InputError: what is there is no pipeline, cannot be reached, or is of a class not supported.
+        InputError: the path holds no pipeline, cannot be reached, or is of an unsupported class.
     """
     family, types = family_of(class_of(path, revision)), dtype
     if backbone_dtype is not None:

@@ -1,7 +1,7 @@
-"""Whether a pipeline is whole: its folder holds each part that its index names, and its tokenizers know their words.
+"""Checks that a pipeline is complete: all components that its index names, and the vocabularies of its tokenizers.
 
-A part that is missing does not always stop the libraries: a CLIP tokenizer without its vocabulary has two tokens, and
-to a network trained with it every prompt is the same.
+The libraries do not always fail on a missing file: a CLIP tokenizer without its vocabulary has two tokens, and every
+prompt then looks the same to the network.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stepdistill.errors import InputError
 
-# what a part of a class whose name holds the word has in its folder; each a choice of sets of files
+# the files in a component's folder, by a word in its class name; each entry lists alternative sets
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("tokenizer.model",))
 FILES = {
     "Tokenizer": tuple(("tokenizer_config.json", *files) for files in VOCABULARIES),
@@ -21,17 +21,17 @@ FILES = {
     "FeatureExtractor": (("preprocessor_config.json",),),
     "": (("config.json",),),
 }
-LEAST = 0.5  # of an encoder's words that its tokenizer knows: encoders are padded to round numbers, by few per cent
+LEAST = 0.5  # least share of an encoder's vocabulary that its tokenizer has: encoders are padded by a few per cent
 
 
 def check_folder(folder: Path, without: Iterable[str] = ()) -> None:
     """Checks that a pipeline's folder holds what its model_index.json names.
 
     Args:
-        without: parts that will not be loaded.
+        without: components that will not be loaded.
 
     Raises:
-        InputError: the first that is missing.
+        InputError: a component is missing; the message names the first.
         OSError, ValueError: the index cannot be read.
     """
     for name, kind in _named(json.loads((folder / "model_index.json").read_text())):
@@ -49,17 +49,17 @@ def check_folder(folder: Path, without: Iterable[str] = ()) -> None:
 
 
 def _named(index: dict) -> Iterator[tuple[str, str]]:
-    """The parts of an index and their classes, but for those it says there are none of."""
+    """Yields the components of an index and their classes, except those that it marks as absent."""
     for name, value in index.items():
         if isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value):
             yield name, value[1]
 
 
 def check_words(pipeline, path: str) -> None:
-    """Checks that each tokenizer of a loaded pipeline fits the text encoder it goes before.
+    """Checks that each tokenizer of a loaded pipeline matches its text encoder.
 
     Raises:
-        InputError: it knows less than half of the encoder's words, or more than all.
+        InputError: its vocabulary is smaller than half of the encoder's, or larger than the encoder's.
     """
     for name, tokenizer in pipeline.components.items():
         encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"), None)

@@ -11,7 +11,7 @@ from stepdistill.schedules import Schedule
 
 
 class PixelDenoiser(Denoiser):
-    """A UNet on pixels. Condition: labels, where the network has a class embedding."""
+    """A UNet on pixels. Condition: labels, if the network has a class embedding."""
 
     def __init__(self, backbone: nn.Module, schedule: Schedule, kind: Kind) -> None:
         super().__init__(backbone, schedule, kind)
@@ -21,7 +21,7 @@ class PixelDenoiser(Denoiser):
         self.classes = backbone.config.num_class_embeds or 0  # the backbone may be wrapped later
 
     def evaluate(self, x_t: Tensor, clock: Tensor, cond: Cond | None) -> Tensor:
-        """The UNet's output, first half where it also predicts variances; x_t (B, C, H, W), clock (B,)."""
+        """Returns the UNet's output, the first half if it also predicts variances; x_t (B, C, H, W), clock (B,)."""
         labels = cond.get("labels") if cond else None
         if (labels is None) == bool(self.classes):
             got, allowed = ("no labels", "labels (B,)") if labels is None else ("labels", "no condition")

@@ -1,4 +1,4 @@
-"""Silence while a pipeline is loaded, and what would have been logged in it."""
+"""Suppresses and collects the libraries' log messages while a pipeline is loaded."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class _Listener(logging.Handler):
 
 @contextmanager
 def quiet() -> Iterator[list[str]]:
-    """Within, diffusers and transformers neither log, warn nor draw bars: what goes wrong is raised, and said once.
+    """Context in which diffusers and transformers print no logs, warnings or progress bars; errors are still raised.
 
     Yields:
-        What they would have logged, a text a warning.
+        The suppressed log messages, one string each.
     """
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
@@ -53,5 +53,5 @@ def quiet() -> Iterator[list[str]]:
 
 
 def made_up(said: list[str]) -> list[str]:
-    """The classes of networks that were given random values where their files hold none, by what was logged."""
+    """Returns, from the log messages, the classes of networks whose missing weights were initialised at random."""
     return [found[1] for text in said if (found := NEW.search(text))]

@@ -1,6 +1,6 @@
 """Transformer backbones: Stable Diffusion 3, Flux, PixArt and Sana.
 
-Each class says what its network is called with and what its clock reads; latents are (B, C, h, w) for all of them.
+Each class defines its network's inputs and its timestep input, `clock`; latents are (B, C, h, w) for all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from stepdistill.schedules import Schedule
 
 
 class Square(Denoiser):
-    """A network that knows the side of its latents and of its patches."""
+    """A network whose config gives the side of its latents and of its patches."""
 
     def __init__(self, backbone: nn.Module, schedule: Schedule, kind: Kind) -> None:
         super().__init__(backbone, schedule, kind)
@@ -48,7 +48,7 @@ class FluxDenoiser(Denoiser):
 
     The network works on 2 x 2 patches of the latents, which are packed and unpacked here.
 
-    The network has no size of its own: its pipeline's default is 128 x 128 latents.
+    The network has no fixed size; its pipeline's default is 128 x 128 latents.
     """
 
     patch = 2
@@ -105,7 +105,7 @@ class PixArtDenoiser(Square):
 
 
 class SanaDenoiser(Square):
-    """SanaTransformer2DModel (Xie et al. 2024): text and text_mask; the clock is 1000 t, times the network's scale."""
+    """SanaTransformer2DModel (Xie et al. 2024): text and text_mask; the clock is 1000 t times its `timestep_scale`."""
 
     needs = frozenset({"text", "text_mask"})
 
@@ -114,7 +114,7 @@ class SanaDenoiser(Square):
         self.scale = 1000 * backbone.config.timestep_scale  # the backbone may be wrapped later
 
     def network_time(self, t: Tensor) -> Tensor:
-        """1000 t, times `timestep_scale`."""
+        """1000 t times `timestep_scale`."""
         return self.scale * t
 
     def evaluate(self, x_t: Tensor, clock: Tensor, cond: Cond | None) -> Tensor:

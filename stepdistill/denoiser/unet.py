@@ -1,4 +1,4 @@
-"""UNet2DConditionModel: Stable Diffusion 1.x and 2.x, SDXL, and w-conditioned students of either."""
+"""UNet2DConditionModel: Stable Diffusion 1.x and 2.x, SDXL, and guidance-conditioned students of either."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from stepdistill.schedules import Schedule
 
 
 def guidance_embedding(w: Tensor, width: int) -> Tensor:
-    """Sinusoids of 1000 w, (B, width) float32: how a student is told its guidance weight (Luo et al. 2023, sec. 4.1).
+    """Sinusoids of 1000 w, (B, width) float32: the guidance input of a student (Luo et al. 2023, sec. 4.1).
 
     Args:
-        w: (B,), the guidance weight minus one.
+        w: (B,), the guidance scale minus one.
         width: even; `time_cond_proj_dim` of the network.
     """
     half = width // 2
@@ -28,7 +28,7 @@ def guidance_embedding(w: Tensor, width: int) -> Tensor:
 class UNetDenoiser(Denoiser):
     """A text-conditioned UNet.
 
-    Conditions: text (B, S, D); for SDXL also pooled (B, P) and time_ids (B, 6); where the network is w-conditioned
+    Conditions: text (B, S, D); for SDXL also pooled (B, P) and time_ids (B, 6); if the network is guidance-conditioned
     (`time_cond_proj_dim`), guidance (B,), the weight w = scale - 1.
     """
 
@@ -45,7 +45,7 @@ class UNetDenoiser(Denoiser):
         self.needs = frozenset({"text"} | added | ({"guidance"} if self.takes_guidance else set()))
 
     def evaluate(self, x_t: Tensor, clock: Tensor, cond: Cond | None) -> Tensor:
-        """The UNet's output, first half where it also predicts variances; x_t (B, C, H, W), clock (B,)."""
+        """Returns the UNet's output, the first half if it also predicts variances; x_t (B, C, H, W), clock (B,)."""
         cond = self.check(cond)
         added, embedding = None, None
         if self.sized:

@@ -1,4 +1,4 @@
-"""Loads a LoRA into a pipeline whole, or not at all; and its tensors, for a training that goes on from it."""
+"""Loads a LoRA into a pipeline, completely or not at all, and its tensors, for training that starts from it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from stepdistill.export.lora import LORA_FILE, PEFT_FILE
 
 
 def load_whole(pipeline, lora: str | Path, *, fuse: bool = False) -> int:
-    """Loads the LoRA of a folder, a .safetensors file or a hub id into a pipeline that has none; returns its tensors.
+    """Loads the LoRA of a folder, .safetensors file or hub id into a pipeline without one; returns its tensor count.
 
-    diffusers passes over tensors whose names it does not know, and says no word. So those that arrive are counted
-    against those of the file, once its own conversions have given them one name for each tensor: a kohya file's alphas
-    are settings, not tensors, and a text encoder's are counted like the denoiser's.
+    diffusers silently skips tensors whose names it does not know. The loaded tensors are therefore counted and compared
+    with those of the file after diffusers' conversion, which gives each tensor one name: a kohya file's alphas are
+    settings, not tensors, and a text encoder's tensors are counted like the denoiser's.
 
     Args:
-        fuse: fold it into the pipeline's weights, so that no adapter is left.
+        fuse: merge it into the pipeline's weights, so that no adapter is left.
 
     Raises:
-        InputError: the file cannot be read, does not fit the pipeline, or fits it in part.
+        InputError: the file cannot be read, does not fit the pipeline, or fits it only in part.
     """
     path = Path(lora)
     if (path / "adapter_config.json").is_file():
@@ -42,11 +42,11 @@ def load_whole(pipeline, lora: str | Path, *, fuse: bool = False) -> int:
     backbone = getattr(pipeline, "unet", None)
     fit = {"unet_config": backbone.config} if backbone is not None else {}
     try:
-        with quiet(), warnings.catch_warnings():  # what diffusers and peft would mutter is counted below
+        with quiet(), warnings.catch_warnings():  # what diffusers and peft would warn of is counted below
             warnings.simplefilter("ignore")
             stored = pipeline.lora_state_dict(**source, **fit, use_safetensors=True)
             pipeline.load_lora_weights(**source, use_safetensors=True)
-    except Exception as error:  # files, keys, shapes and the hub each raise their own kinds
+    except Exception as error:  # files, keys, shapes and the hub each raise their own types
         reason = " ".join(str(error).split())[:160]
         raise InputError(
             f"lora: got {lora}, which could not be loaded ({reason}); was it trained for this pipeline?"
@@ -67,7 +67,7 @@ def load_whole(pipeline, lora: str | Path, *, fuse: bool = False) -> int:
 
 
 def _load_with_peft(pipeline, folder: Path, fuse: bool) -> int:
-    """Loads a folder of peft's onto the pipeline's network, whose layers it wraps in place."""
+    """Loads a peft folder into the pipeline's network, whose layers peft wraps in place."""
     from peft import PeftModel
 
     part = "transformer" if getattr(pipeline, "transformer", None) is not None else "unet"
@@ -76,7 +76,7 @@ def _load_with_peft(pipeline, folder: Path, fuse: bool) -> int:
             held = len(file.keys())
         with quiet():
             adapted = PeftModel.from_pretrained(getattr(pipeline, part), str(folder))
-    except Exception as error:  # files, keys and shapes each raise their own kinds
+    except Exception as error:  # files, keys and shapes each raise their own types
         reason = " ".join(str(error).split())[:160]
         raise InputError(
             f"lora: got {folder}, which could not be loaded ({reason}); was it trained for this pipeline?"
@@ -90,16 +90,16 @@ def _load_with_peft(pipeline, folder: Path, fuse: bool) -> int:
 
 
 def count(pipeline) -> int:
-    """How many LoRA tensors the modules of a pipeline hold."""
+    """Returns the number of LoRA tensors in a pipeline's modules."""
     modules = [part for part in pipeline.components.values() if hasattr(part, "named_parameters")]
     return sum(".lora_" in name for module in modules for name, _ in module.named_parameters())
 
 
 def trained_weights(folder: Path, adapter: str = "default") -> dict[str, Tensor]:
-    """The tensors of an export's LoRA under the names of the network's own parameters, as training starts from.
+    """Returns the tensors of an export's LoRA under the network's parameter names, for training to start from.
 
     Raises:
-        InputError: the folder holds none that can be read.
+        InputError: the folder holds no readable LoRA.
     """
     file = next((file for name in (LORA_FILE, PEFT_FILE) if (file := Path(folder) / name).is_file()), None)
     if file is None:

@@ -1,4 +1,4 @@
-"""The model card of an export, and the place in it where measured figures go."""
+"""The model card of an export, and its section for measured figures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ pipe = DiffusionPipeline.from_pretrained("{out}", torch_dtype=torch.float32)
 {draw}
 ```"""
 
-# DDPMPipeline has no argument for a class, and refuses a network that needs one
+# DDPMPipeline has no argument for a class, and rejects a network that needs one
 DRAW_CLASS = """labels = torch.tensor([0])  # the class, 0 to {last}; the pipeline takes none: its steps, one by one
 x = torch.randn(1, {channels}, {height}, {width})
 pipe.scheduler.set_timesteps({steps})
@@ -50,7 +50,7 @@ image = pipe.numpy_to_pil((x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())
 
 
 def hub_id(teacher: str) -> bool:
-    """Whether this is an id of the hub, owner/name, and no path of this machine."""
+    """Whether this is a hub id, owner/name, and not a local path."""
     return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", teacher)) and not Path(teacher).exists()
 
 
@@ -73,15 +73,15 @@ def model_card(
     classes: int = 0,
     shape: tuple[int, ...] = (),
 ) -> str:
-    """Markdown with the hub's front matter: what it is, how to load it, how it was trained.
+    """Returns Markdown with the hub's front matter: what it is, how to load it, how it was trained.
 
     Args:
-        prompt: of the example; None for a pipeline that takes none, nor a guidance. what: it is, in a sentence.
-        guidance: the guidance_scale the student is used with; diffusers' own default would be 7.5.
-        steps: of the example. even: whether the pipeline has to be told even sigmas.
-        base: where diffusers loads the teacher from; `teacher` where not given.
-        peft_part: the network that peft puts a LoRA on, where the pipeline loads none.
-        classes: that the network is told one of. shape: (C, H, W) of a sample, then.
+        prompt: of the example; None for a pipeline that takes neither prompt nor guidance. what: it is, in a sentence.
+        guidance: the guidance_scale to sample the student with; diffusers' own default would be 7.5.
+        steps: of the example. even: whether the pipeline must be passed even sigmas.
+        base: where diffusers loads the teacher from; default: `teacher`.
+        peft_part: the network that peft adds the LoRA to, if the pipeline cannot load one.
+        classes: number of classes of a class-conditional network. shape: (C, H, W) of its samples.
     """
     tags = ["diffusers", "step-distillation", method, *(["lora"] if lora else [])]
     head = ["---", *([f"base_model: {teacher}"] if hub_id(teacher) else []), "library_name: diffusers", "tags:"]
@@ -123,7 +123,7 @@ Not measured yet: `stepdistill bench --card` measures and writes them here.
 
 
 def put_figures(folder: Path, text: str) -> bool:
-    """Replaces the figures in the card of an export folder; False where it has no card, or no place in it."""
+    """Replaces the figures in an export folder's card; returns False if it has no card, or no section for them."""
     card = Path(folder) / "README.md"
     old = card.read_text() if card.is_file() else ""
     before, start, rest = old.partition(FIGURES_START)

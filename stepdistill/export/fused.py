@@ -1,4 +1,4 @@
-"""A LoRA student folded into its teacher's weights: a whole pipeline folder that needs no adapter."""
+"""Fuses a LoRA student into its teacher's weights: a full pipeline folder that needs no adapter."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from stepdistill.files import replacing
 def save_fused(
     folder: Path, out: Path, *, teacher: str, variant: str | None = None, revision: str | None = None
 ) -> Path:
-    """Writes the pipeline W + (alpha / rank) B A for every adapted W, with the student's scheduler, record and card.
+    """Writes the pipeline, W + (alpha / rank) B A for every adapted W, with the student's scheduler, config and card.
 
     Args:
         folder: the export folder of a LoRA student. teacher: the pipeline it was trained from. variant,
-            revision: of it, see open_pipeline.
+            revision: of the teacher, see open_pipeline.
 
     Raises:
-        InputError: no LoRA there, one that is not of this teacher, or the disk is full.
+        InputError: there is no LoRA, it does not fit this teacher, or the disk is full.
     """
     import diffusers
 
     folder = Path(folder)
-    read_lora(folder)  # it is whole, with rank and alpha
+    read_lora(folder)  # checks that it is complete, with rank and alpha
     pipeline = open_pipeline(teacher, variant=variant, revision=revision)
     try:
         load_whole(pipeline, folder, fuse=True)
@@ -54,7 +54,7 @@ def save_fused(
 
 
 def fused_card(card: str, out: str) -> str:
-    """The card of a LoRA as that of the pipeline it was fused into, which loads by itself."""
+    """Turns the card of a LoRA into that of the fused pipeline, which loads without an adapter."""
     load = "pipe = DiffusionPipeline.from_pretrained("
     card = re.sub(rf"(?m)^{re.escape(load)}.*$", lambda _: f'{load}"{out}")', card)
     card = re.sub(r"(?m)^(from peft|pipe\.(load_lora_weights\(|scheduler = |\w+ = PeftModel)).*\n", "", card)

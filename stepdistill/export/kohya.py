@@ -1,7 +1,7 @@
-"""A LoRA export as one file under kohya's names, for ComfyUI, A1111, SD.Next, InvokeAI and sd-scripts.
+"""Converts a LoRA export to one file under kohya's names, for ComfyUI, A1111, SD.Next, InvokeAI and sd-scripts.
 
-The names are made by diffusers' own conversion; the alpha of each layer, which that conversion sets to the rank, is put
-back from the adapter's metadata.
+diffusers' own conversion makes the names; the alpha of each layer, which that conversion sets to the rank, is restored
+from the adapter's metadata.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ RECORD = "stepdistill"  # the run's record, in the header of a kohya file
 
 
 def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """The tensors and the adapter's configuration of an export.
+    """Returns the tensors and the adapter's configuration of an export.
 
     Raises:
-        InputError: there is no LoRA, it is broken, or it lacks the adapter's configuration.
+        InputError: there is no LoRA, it is damaged, or it lacks the adapter's configuration.
     """
     folder = Path(folder)
     file = next((folder / name for name in (LORA_FILE, PEFT_FILE) if (folder / name).is_file()), None)
@@ -36,7 +36,7 @@ def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
         )
     try:
         with safe_open(file, "pt") as stored:
-            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (it is no dictionary)
+            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dictionary)
             settings = json.loads((stored.metadata() or {}).get(METADATA, "{}"))
         if file.name == PEFT_FILE:
             own = json.loads((folder / "adapter_config.json").read_text())
@@ -53,7 +53,7 @@ def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
 
 
 def kohya_record(file: Path) -> dict[str, object]:
-    """The run's record in the header of a kohya file; empty where there is none."""
+    """Returns the run's record from the header of a kohya file; empty if there is none."""
     try:
         with safe_open(file, "pt") as stored:
             record = json.loads((stored.metadata() or {}).get(RECORD, "{}"))
@@ -63,11 +63,11 @@ def kohya_record(file: Path) -> dict[str, object]:
 
 
 def to_kohya(state: dict[str, Tensor], settings: dict[str, object]) -> dict[str, Tensor]:
-    """Tensors under kohya's names: lora_down and lora_up of each layer, and its alpha (scale = alpha / rank).
+    """Returns tensors under kohya's names: lora_down and lora_up of each layer, and its alpha (scale = alpha / rank).
 
     Args:
         state: `unet.<layer>.lora_A.weight` and `unet.<layer>.lora_B.weight`.
-        settings: the adapter's configuration; `alpha_pattern` names layers of another alpha.
+        settings: the adapter's configuration; `alpha_pattern` lists layers with another alpha.
     """
     from diffusers.utils import convert_state_dict_to_kohya
 
@@ -87,10 +87,10 @@ def to_kohya(state: dict[str, Tensor], settings: dict[str, object]) -> dict[str,
 
 
 def save_kohya(folder: Path, out: Path) -> Path:
-    """Writes the LoRA of an export folder as one .safetensors file under kohya's names, the run's record in its header.
+    """Writes the LoRA of an export folder as one .safetensors file under kohya's names, with the run's config.
 
     Raises:
-        InputError: see `read_lora`; or it is of a transformer, or the disk is full.
+        InputError: see `read_lora`; or the LoRA is of a transformer, or the disk is full.
     """
     state, settings = read_lora(folder)
     if not all(name.startswith("unet.") for name in state):

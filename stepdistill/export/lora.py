@@ -1,4 +1,4 @@
-"""Writes students that plain diffusers loads whole: a LoRA with its adapter's rank and alpha, or a full pipeline."""
+"""Writes students that load in plain diffusers: a LoRA with its rank and alpha, or a full pipeline."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def save_lora(
 ) -> Path:
     """Writes the adapter on the teacher's backbone to an export folder.
 
-    `pytorch_lora_weights.safetensors` holds every adapter tensor under diffusers' own names, and the adapter's
-    configuration, so that `load_lora_weights` restores rank and alpha. For a pipeline that loads no LoRA (PixArt, pixel
-    models) it is a folder that `peft.PeftModel.from_pretrained(pipe.transformer, out)` loads instead.
+    `pytorch_lora_weights.safetensors` holds all adapter tensors in diffusers' format, and the adapter's configuration,
+    so that `load_lora_weights` restores rank and alpha. For a pipeline that cannot load a LoRA (PixArt, pixel models) a
+    peft folder is written instead, for `peft.PeftModel.from_pretrained(pipe.transformer, out)`.
 
     Args:
         scheduler: a diffusers scheduler, written to `scheduler/`.
@@ -33,7 +33,7 @@ def save_lora(
 
     backbone = teacher.denoiser.backbone
     # peft's own names, lora_A and lora_B, throughout: `convert_state_dict_to_diffusers` renames the attention layers to
-    # lora.down and lora.up, and of such a mixture `load_lora_weights` drops the renamed ones without a word.
+    # lora.down and lora.up, and `load_lora_weights` silently drops the renamed ones of such a mixture.
     state = get_peft_model_state_dict(backbone, adapter_name=ADAPTER)
     trained = sum(".lora_" in name for name, _ in backbone.named_parameters())
     if len(state) != trained:
@@ -54,9 +54,9 @@ def save_lora(
 def save_pipeline(
     teacher: Teacher, backbone, out: Path, *, scheduler, config: dict, card: str, extra: dict[str, bytes] | None = None
 ) -> Path:
-    """Writes a whole pipeline folder with the student in the teacher's place.
+    """Writes a full pipeline folder with the student in place of the teacher.
 
-    A DDIMPipeline would put a DDIMScheduler in the place of the student's own; it is written as a DDPMPipeline.
+    A DDIMPipeline is written as a DDPMPipeline, since it would replace the student's scheduler by a DDIMScheduler.
     """
     from diffusers import DDIMPipeline, DDPMPipeline
 
