@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 
+import diffusers
 import numpy as np
 import pytest
 import tiny
@@ -297,6 +298,20 @@ def test_a_cell_that_fails_is_reported_and_the_other_steps_finish(protocol, tool
     results = run({"p": tiny.sd()}, protocol, tools, None, steps=(1, 2000))
     assert [f.steps for f in results.failed] == [2000] and "1000" in results.failed[0].reason
     assert [r["steps"] for r in results.rows] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("scheduler", ["LCMScheduler", "TCDScheduler"])
+def test_default_steps_beyond_a_schedulers_grid_are_left_out_and_named_ones_fail(protocol, tools, scheduler, capsys):
+    pipe = tiny.sd()
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, original_inference_steps=10)
+    shown = dataclasses.replace(QUIET, progress=True)
+    results = suite.evaluate({"s": pipe}, protocol, settings=shown, instruments=tools)
+    assert [r["steps"] for r in results.rows if r["steps"]] == [1, 2, 4, 8] and not results.failed
+    assert "s: not at 50 steps; its scheduler has 10" in capsys.readouterr().err
+    results = run({"s": pipe}, protocol, tools, None, steps=(2, 11))
+    assert [(f.steps, f.reason) for f in results.failed] == [
+        (11, "steps: got 11; allowed: 1 to 10, the time grid of its scheduler")
+    ]
 
 
 def test_a_disk_that_is_full_or_closed_ends_the_run_and_is_no_models_failure(protocol, tools, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from stepdistill.evaluation.metrics import Instruments, Pass, row_of
 from stepdistill.evaluation.models import call_of, even_of, fingerprint, guidance_of, load, told
 from stepdistill.evaluation.pictures import LIBRARIES, Cell, Store, setup_of
 from stepdistill.evaluation.processes import Processes, reason
+from stepdistill.evaluation.progress import say
 from stepdistill.evaluation.protocols import Protocol
 from stepdistill.evaluation.settings import Settings, room
 from stepdistill.evaluation.spec import ModelSpec
@@ -99,8 +100,13 @@ class Bench:
 
         self._cell(row, [Look(Pass(self.tools), draw, self.protocol.n, batch)])
 
-    def model(self, name: str, model: Any, steps: Sequence[int], weight: int) -> None:
-        """Measures all cells of one model. If it fails, the other models are still measured."""
+    def model(self, name: str, model: Any, steps: Sequence[int], weight: int, *, asked: bool) -> None:
+        """Measures all cells of one model. If it fails, the other models are still measured.
+
+        Args:
+            weight: network evaluations that the metrics of an image count for in the bar. asked: whether the user named
+                the step counts; default ones beyond a scheduler's time grid are left out, and that is reported.
+        """
         spec = model if isinstance(model, ModelSpec) else ModelSpec(getattr(model, "name_or_path", "") or name, name)
         self.bar.set_description(f"{name}: loading")
         try:
@@ -112,6 +118,13 @@ class Bench:
             return
         pipeline = sampler.pipeline
         batch = self.settings.batch_of(sampler.side)
+        most = None if spec.timesteps else generate.most_steps(pipeline)
+        if not asked and most and min(steps) <= most < max(steps):
+            beyond = [count for count in steps if count > most]
+            if self.settings.progress:
+                say(f"{name}: not at {' and '.join(map(str, beyond))} steps; its scheduler has {most}")
+            self.bar.update(self.protocol.n * len(self.seeds) * sum(2 * count + weight for count in beyond))
+            steps = [count for count in steps if count <= most]
         if (
             self.settings.floor
             and self.tools.prompts.pictures is not None
@@ -130,6 +143,8 @@ class Bench:
             before = self.bar.n
             seeded = {each: each_of.seeded(seed) for each, each_of in series.items()}
             try:
+                if most and count > most:
+                    raise InputError(f"steps: got {count}; allowed: 1 to {most}, the time grid of its scheduler")
                 self._model_cell(facts | {"steps": count, "seed": seed}, seeded, kept, 2 * count + weight)
             except Exception as error:
                 self._fail(name, count, error)

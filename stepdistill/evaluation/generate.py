@@ -53,6 +53,11 @@ def told_guidance(pipeline) -> bool:
     return config.get("time_cond_proj_dim") is not None or bool(config.get("guidance_embeds"))
 
 
+def most_steps(pipeline) -> int | None:
+    """Returns the size of the time grid that the scheduler picks its steps from (LCM's, TCD's); None if it has none."""
+    return pipeline.scheduler.config.get("original_inference_steps")
+
+
 def takes_guidance(pipeline) -> bool:
     """Whether a guidance scale changes what a pipeline generates.
 

@@ -103,7 +103,7 @@ def evaluate(
             bench = Bench(protocol, instruments, settings, command, place, bar, team, store, seeds)
         bench.real()
         for name, model, counts in plan:
-            bench.model(name, model, counts, weight)
+            bench.model(name, model, counts, weight, asked=steps is not None)
         troubles = team.gather((store.broken, store.why_not))
         if team.main and not bench.failed:  # a failed cell may be resumed
             store.clear()
