@@ -1,7 +1,7 @@
 """Frozen image networks, by name, whose features a discriminator judges.
 
     network = load_feature_network("dino_vits16")
-    maps, pooled = network(pictures)    # (B, 3, H, W) in [-1, 1] -> [(B, N, C), ...], (B, E); with gradients
+    maps, pooled = network(images)    # (B, 3, H, W) in [-1, 1] -> [(B, N, C), ...], (B, E); with gradients
 
 A student is optimised for what its feature network sees. FD-EfficientNet-Lite2 therefore flatters a student trained
 through EfficientNet-Lite2: train through another network, or evaluate with another extractor.

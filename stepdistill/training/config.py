@@ -75,8 +75,8 @@ class LoopConfig:
     """Gradients are clipped to this norm."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = field(default_factory=launcher_precision)
-    """Precision of the networks and of frozen weights. Losses, trained weights and optimizer stay float32. By default
-    that of `accelerate launch`."""
+    """Precision of the networks and of frozen weights. Losses, trained weights and optimizer stay float32.
+    Default: that of `accelerate launch`."""
     checkpoint_every: int = 500
     """Updates between checkpoints."""
     validate_every: int = 0
@@ -150,8 +150,8 @@ class PipelineConfig(LoopConfig):
     revision: str | None = None
     """Revision of the teacher's hub repository."""
     data: str | None = None
-    """Image folder with metadata.jsonl, `datasets` name, webdataset shards, cache folder, prompts (.txt), "avatars";
-    optional only for an embedded teacher."""
+    """Image folder with metadata.jsonl, `datasets` name, webdataset shards, cache folder, prompts (.txt) or "avatars".
+    Optional only for an embedded teacher."""
     resolution: int | None = None
     """Side of the images in pixels; by default the teacher's own."""
     half: bool = False

@@ -52,7 +52,7 @@ class Switch:
 
 
 def fold_pays(positions: int, channels_in: int, channels_out: int, rank: int, gradient: bool) -> bool:
-    """Whether folding takes fewer multiplications than the side path.
+    """Whether folding takes less work than the side path, counted in multiplications.
 
     Args:
         positions: outputs per channel, over the whole batch. channels_in: input channels times kernel size.

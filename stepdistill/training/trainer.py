@@ -123,7 +123,7 @@ class Trainer(Loop):
         return Batch(self._send({"": x0})[""], self._send(cond), expand(self.uncond, size), draws)
 
     def _send(self, cond: Cond) -> Cond:
-        """Moves a condition to the device, from pinned memory so that the copy is asynchronous."""
+        """Moves named tensors to the device, from pinned memory so that the copy is asynchronous."""
         if self.device.type == "cuda":
             cond = {key: value.pin_memory() for key, value in cond.items()}
         return to(cond, self.device)
