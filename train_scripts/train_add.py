@@ -1,9 +1,9 @@
-"""Distils a pipeline by adversarial diffusion distillation, ADD (Sauer et al. 2023): a LoRA, or every weight.
+"""Distils a pipeline by adversarial diffusion distillation, ADD (Sauer et al. 2023): a LoRA, or all weights.
 
     accelerate launch train_scripts/train_add.py --config train_scripts/configs/avatars_add_lora.yaml --out out/add
     accelerate launch train_scripts/train_add.py --config train_scripts/configs/sdxl_add_lora.yaml --data my/images
 
-The discriminator looks at decoded pictures through a frozen image network (--feature-network). The same command again
+The discriminator judges decoded images through a frozen image network (--feature-network). The same command again
 resumes. The export is in <out>/export.
 """
 

@@ -3,7 +3,7 @@
     accelerate launch train_scripts/train_baseline.py hinton --out out/hinton
     accelerate launch --num_processes 2 train_scripts/train_baseline.py hinton --quick
 
-What there is: stepdistill baselines list. The same command again resumes. The table is <out>/results.json.
+`stepdistill baselines list` names them. The same command again resumes. The table is <out>/results.json.
 """
 
 from __future__ import annotations

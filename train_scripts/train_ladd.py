@@ -1,10 +1,10 @@
-"""Distils a pipeline by latent adversarial diffusion distillation, LADD (Sauer et al. 2024): a LoRA, or every weight.
+"""Distils a pipeline by latent adversarial diffusion distillation, LADD (Sauer et al. 2024): a LoRA, or all weights.
 
     accelerate launch train_scripts/train_ladd.py --teacher avatars --data avatars --out out/ladd
     accelerate launch train_scripts/train_ladd.py --config train_scripts/configs/sd35_ladd_lora.yaml --data prompts.txt
 
-The discriminator looks at noised latents through the teacher (--blocks). Of prompts alone, the teacher paints the data
-first. The same command again resumes. The export is in <out>/export.
+The discriminator judges noised latents through the teacher (--blocks). Given only prompts, the teacher first generates
+the data. The same command again resumes. The export is in <out>/export.
 """
 
 from __future__ import annotations

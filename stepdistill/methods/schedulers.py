@@ -30,19 +30,19 @@ def lcm_scheduler(teacher: Teacher, *, solver_steps: int, timestep_scaling: floa
 
 
 def ddim_scheduler(teacher: Teacher, *, kind: Kind, steps: int):
-    """A diffusers scheduler whose `steps` steps are DDIM's, from the noisy end to the clean one, evenly spaced.
+    """A diffusers scheduler that takes `steps` evenly spaced DDIM steps from the noisy end to the clean one.
 
-    DDIMScheduler with trailing spacing; but it goes on by T // steps timesteps while its grid is spaced by T / steps,
-    so where T is no multiple (16 or 32 steps of 1000) it takes each step to a place one timestep beside the next one's
-    start. DPMSolverMultistepScheduler of order one is DDIM too (Lu et al. 2022b) and lands where it goes on.
+    By default DDIMScheduler with trailing spacing. It steps by T // steps timesteps on a grid spaced by T / steps, so
+    if steps does not divide T (16 or 32 steps of 1000), each step lands one timestep off the start of the next. Then
+    first-order DPMSolverMultistepScheduler is returned, which is DDIM too (Lu et al. 2022b) and has no such offset.
 
-    On a flow a pipeline that asks for even times (Flux) walks its own FlowMatchEulerDiscreteScheduler down them. Others
-    (SD3, Sana) leave the times to the scheduler, and that one's run to 1/1000 and then 0: the last step is wasted, and
-    the times of N steps are none of those of 2N. There it is DPMSolverMultistepScheduler again, with the teacher's
-    shift; its times are even, from 999/1000.
+    On a flow, a pipeline that requests evenly spaced times (Flux) keeps its own FlowMatchEulerDiscreteScheduler. Others
+    (SD3, Sana) leave the times to the scheduler, whose last ones are 1/1000 and 0: the last step is wasted, and the
+    grid of 2N does not contain that of N. They get DPMSolverMultistepScheduler too, with the teacher's shift; its times
+    are evenly spaced from 999/1000.
 
     Args:
-        kind: what the student predicts.
+        kind: the student's prediction type.
     """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
@@ -55,12 +55,12 @@ def ddim_scheduler(teacher: Teacher, *, kind: Kind, steps: int):
         return DPMSolverMultistepScheduler(**order_one, **own, prediction_type="flow_prediction")
     own = {name: config[name] for name in BETAS if name in config}
     own |= {"timestep_spacing": "trailing", "prediction_type": {k: name for name, k in KINDS.items()}[kind]}
-    own |= {"steps_offset": 1}  # means nothing here, but StableDiffusionPipeline grumbles at any other
+    own |= {"steps_offset": 1}  # no effect here, but StableDiffusionPipeline warns about any other value
     if config.get("num_train_timesteps", 1000) % steps:
         return DPMSolverMultistepScheduler(**order_one, **own)
     return DDIMScheduler(**own, clip_sample=False, set_alpha_to_one=True)
 
 
 def _known(scheduler: type, config: dict) -> dict:
-    """Those settings that a scheduler has."""
+    """The settings that a scheduler accepts."""
     return {name: config[name] for name in inspect.signature(scheduler).parameters if name in config}

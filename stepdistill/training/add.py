@@ -19,26 +19,26 @@ class ADDConfig(AdversarialConfig):
     """Flags of adversarial diffusion distillation."""
 
     feature_network: str = "dino_vits16"
-    """What the discriminator looks through: efficientnet_lite2 (no download), dino_vits16, dinov2_vits14, timm:NAME."""
+    """The discriminator's network: efficientnet_lite2 (no download), dino_vits16, dinov2_vits14 or timm:NAME."""
     picture_size: int = 0
-    """Pixels the feature network works at; 0 is its own size."""
+    """Input size of the feature network in pixels; 0 for its own."""
     r1_weight: float = 1e-5
-    """Of the gradient penalty on what the heads are given."""
+    """Weight of the R1 gradient penalty on the heads' input; 0 for none."""
     condition_on_image: bool = True
-    """Tell the discriminator of the real picture that the student's input was made from."""
+    """Condition the discriminator on the real image that the student's input was made from."""
     augmentation: float = 1.0
-    """Probability that a picture is augmented before the discriminator sees it."""
+    """Probability that an image is augmented before the discriminator."""
     discriminator_betas: tuple[float, float] = (0.0, 0.999)
-    """The heads' Adam betas."""
+    """Adam betas of the discriminator."""
 
     guidance: float = 4.0
-    """The teacher's guidance scale in the distillation term, and where it paints the data; 1 is none."""
+    """The teacher's guidance scale in the distillation term, and for data that it generates; 1 means none."""
     distillation_weight: float = 2.5
-    """Of the distillation term against the adversarial one; 0 leaves the teacher out."""
+    """Weight of the distillation term relative to the adversarial one; 0 omits the teacher."""
     distillation_weighting: Literal["exponential", "uniform", "sds"] = "exponential"
-    """How much each noise level counts: alpha, alike, or as in score distillation sampling."""
+    """Weight of each noise level: alpha, uniform, or as in score distillation sampling."""
     distillation_space: Literal["pixels", "latents"] = "pixels"
-    """Where student and teacher are compared; latents are cheaper."""
+    """Space in which student and teacher are compared; latents are cheaper."""
 
     def method(self) -> Adversarial:
         """The method these flags describe."""
@@ -46,7 +46,7 @@ class ADDConfig(AdversarialConfig):
         return Adversarial(**{name: getattr(self, name) for name in own}, recompute=self.gradient_checkpointing)
 
     def check_teacher(self, teacher: Teacher) -> None:
-        """Raises InputError where a teacher cannot be distilled as the flags say, or the feature network not be had."""
+        """Raises InputError if a teacher cannot be distilled with these flags, or the feature network not loaded."""
         from stepdistill.methods.feature_networks import load_feature_network
 
         super().check_teacher(teacher)

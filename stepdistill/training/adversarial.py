@@ -1,4 +1,4 @@
-"""What the flags of both adversarial methods have in common."""
+"""The flags common to both adversarial methods."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ class AdversarialConfig(TrainConfig):
     """Flags of a student that jumps to the clean end, and of the discriminator it is trained against."""
 
     start: Path | None = None
-    """Export of an earlier run on the same teacher that the student begins with, as one of LCM; the teacher where not
-    given. Its rank must be the same."""
+    """Export of an earlier run on the same teacher, such as LCM, that the student starts from; by default the teacher.
+    Its rank must be the same."""
     student_steps: int = 4
-    """Times the student is trained at, those an inference of as many steps visits."""
+    """Number of times the student is trained at: those that sampling with this step count visits."""
     warm_share: float = 0.0
-    """Share of the run over which the noisiest time comes to its weight; 0 is no curriculum."""
+    """Share of the run over which the noisiest time reaches its last weight; 0 for no curriculum."""
     last_weight: float = 1.0
-    """How likely the noisiest time is in the end against each of the others."""
+    """Final probability of the noisiest time relative to each of the others."""
     own_share: float = 0.0
-    """Share of samples noised from the student's own one-step answer, as in multistep sampling, not a picture."""
+    """Share of samples noised from the student's own one-step output, as in multistep sampling, not from an image."""
     head_start: int = 0
-    """Updates at first in which the discriminator alone learns: what knows nothing yet leads a good student astray."""
+    """Initial updates that train the discriminator alone: untrained heads would lead a good student astray."""
     adversarial_loss: Literal["hinge", "softplus"] = "hinge"
-    """Of the discriminator and the student. softplus is binary cross-entropy (BCE) on logits, non-saturating."""
+    """Loss of the discriminator and the student. softplus is binary cross-entropy (BCE) on logits, non-saturating."""
     discriminator_learning_rate: float = 1e-4
-    """The heads', at the plateau."""
+    """Peak learning rate of the discriminator."""
     discriminator_betas: tuple[float, float] = (0.0, 0.99)
-    """The heads' Adam betas."""
+    """Adam betas of the discriminator."""
     guidance: float = 4.0
-    """The teacher's guidance scale where it paints the data (prompts only), and where networks are told theirs."""
+    """Guidance scale for data that the teacher generates (prompts only), and for guidance-conditioned networks."""
 
     def check(self) -> None:
-        """Raises InputError where a setting is out of range, or needs a package that is not installed."""
+        """Raises InputError if a setting is out of range, or needs a package that is not installed."""
         super().check()
         if self.start and not self.lora:
             raise InputError(f"start: got {self.start} with --no-lora; allowed: with a LoRA; leave one of them out")
@@ -63,11 +63,11 @@ class AdversarialConfig(TrainConfig):
 
     @property
     def data_guidance(self) -> float:
-        """The teacher's own."""
+        """The value of --guidance."""
         return self.guidance
 
     def of(self, role: str) -> TrainConfig:
-        """The discriminator's optimizer has a learning rate and betas of its own."""
+        """The discriminator's optimizer has its own learning rate and betas."""
         if role != "discriminator":
             return self
         return dataclasses.replace(
@@ -78,7 +78,7 @@ class AdversarialConfig(TrainConfig):
         """The weights of `start`, by parameter.
 
         Raises:
-            InputError: it holds none that can be read.
+            InputError: it holds no readable weights.
         """
         from stepdistill.export.adapters import trained_weights
 
@@ -86,7 +86,7 @@ class AdversarialConfig(TrainConfig):
 
     @property
     def spent_before(self) -> float:
-        """What the run of `start` took, as its export says."""
+        """Training seconds of the run of `start`, as recorded in its export."""
         from stepdistill.evaluation.models import training_record
         from stepdistill.evaluation.spec import ModelSpec
 
@@ -95,7 +95,7 @@ class AdversarialConfig(TrainConfig):
 
     @property
     def _start_kind(self) -> str | None:
-        """What the student of `start` predicts, as its scheduler says; None where that does not tell."""
+        """Prediction type of the student of `start`, from its scheduler; None if that does not name one."""
         from stepdistill.denoiser.families import KINDS
 
         file = self._start / "scheduler" / "scheduler_config.json"
@@ -109,7 +109,7 @@ class AdversarialConfig(TrainConfig):
         return Path(export_in(str(self.start)))
 
     def check_teacher(self, teacher: Teacher) -> None:
-        """Raises InputError where a teacher cannot be distilled as the flags say."""
+        """Raises InputError if a teacher cannot be distilled with these flags."""
         super().check_teacher(teacher)
         denoiser, start = teacher.denoiser, self.begin_with()
         if start is not None:

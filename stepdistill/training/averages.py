@@ -1,7 +1,7 @@
-"""Exponential moving averages of trained parameters, which can stand in for them.
+"""Exponential moving averages of trained parameters, which can be swapped in for them.
 
 One mechanism serves a consistency target and averaged weights for export: the network is called with the averages in
-place of its parameters, so no second network is kept. Divided parameters (sharding.py) have divided averages.
+place of its parameters, so no second network is kept. Sharded parameters (sharding.py) have sharded averages.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Averages:
     """average <- decay average + (1 - decay) parameter, after each update.
 
     Args:
-        parameters: names and the parameters followed; averages start as copies.
-        decay: in [0, 1). 0 follows exactly.
+        parameters: names and parameters to average; the averages start as copies.
+        decay: in [0, 1). 0 copies the parameters.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
@@ -32,13 +32,13 @@ class Averages:
 
     @torch.no_grad()
     def update(self) -> None:
-        """One step towards the parameters."""
+        """Moves the averages one step towards the parameters."""
         averages = [own(value) for value in self.values.values()]
         torch._foreach_lerp_(averages, [own(p.detach()) for p in self.parameters.values()], 1 - self.decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the network has the averages for weights. Only for calls without gradients."""
+        """Context in which the network uses the averages as weights. Only for calls without gradients."""
         if self._placed:
             yield
             return
@@ -50,7 +50,7 @@ class Averages:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        """Parameters and averages change places. Of divided ones the values do: what is gathered is kept elsewhere."""
+        """Swaps parameters and averages; if sharded, their values, since gathered weights are kept elsewhere."""
         self._placed = not self._placed
         for name, p in self.parameters.items():
             if isinstance(p, DTensor):

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there: written beside, hashed, renamed; the last one stays until the next is whole.
+"""Atomic checkpoints: written beside, hashed, then renamed; the last one stays until the next is complete.
 
 A checkpoint is a folder `step-<update>` with `state.safetensors` (weights, averages, optimizer; there is no random
-state to keep) and `state.json` (the update, and the SHA-256 of the tensors). Nothing in it is a pickle.
+state to keep) and `state.json` (the update, and the SHA-256 of the tensors). Neither is a pickle.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def unflatten(tree: dict, tensors: dict[str, Tensor]) -> object:
 
 
 def save(folder: Path, update: int, state: dict) -> None:
-    """Writes the checkpoint of an update and drops all but it and the one before.
+    """Writes the checkpoint of an update and removes all but it and the one before.
 
     Args:
         state: nested dictionaries and lists of tensors and JSON values.
@@ -59,14 +59,14 @@ def save(folder: Path, update: int, state: dict) -> None:
         (path / "state.json").write_text(json.dumps(record))
     whole = [path for path in sorted(folder.glob("step-*")) if path.name <= f"step-{update:08d}"]
     for path in folder.glob("step-*"):
-        if path not in whole[-KEEP:]:  # older ones, and later ones, which were broken or the run would not be here
+        if path not in whole[-KEEP:]:  # older ones, and later ones, which must have been broken
             shutil.rmtree(path)
 
 
 def load_latest(folder: Path, say: Callable[[str], object] = print) -> tuple[int, dict] | None:
-    """The newest whole checkpoint: its update and its state; None where there is none yet.
+    """The newest complete checkpoint: its update and its state; None if there is none yet.
 
-    A broken one is passed over, and `say` is told so in one line.
+    A broken one is skipped, and reported through `say` in one line.
 
     Raises:
         InputError: there are checkpoints and all are broken.

@@ -1,4 +1,4 @@
-"""What every training run can be told, and how YAML files and flags make it."""
+"""The configuration of training runs, and how to read it from YAML files."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ if TYPE_CHECKING:
 
 
 def launcher_precision() -> str:
-    """What `accelerate launch --mixed_precision` was told; "no" without it."""
+    """The value of `accelerate launch --mixed_precision`; "no" if it is not given."""
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """Flags of everything that trains.
+    """Flags common to all training runs.
 
     Attributes:
-        FREE: what may change when a run is taken up again; batch size and accumulation as long as samples_per_update
-            stays.
+        FREE: settings that may change on resume; batch size and accumulation only if samples_per_update stays the same.
     """
 
     FREE: ClassVar[frozenset[str]] = frozenset({
@@ -46,51 +45,51 @@ class LoopConfig:
     })  # fmt: skip
 
     out: Path = Path("out/student")
-    """Folder for checkpoints, logs and what is made. Run the same command again to resume."""
+    """Folder for checkpoints, logs and results. Run the same command again to resume."""
     config: Path | None = None
-    """YAML file of defaults for any of these flags; flags win."""
+    """YAML file of defaults for any of these flags; flags take precedence."""
     seed: int = 0
-    """Seed of everything drawn."""
+    """Seed of all random numbers."""
 
     max_train_steps: int = 1000
-    """Updates."""
+    """Number of updates."""
     batch_size: int = 16
-    """Samples a process takes in one forward."""
+    """Samples per process in one forward."""
     gradient_accumulation: int = 1
-    """Forwards to an update."""
+    """Forwards per update."""
     learning_rate: float = 1e-4
-    """At the plateau."""
+    """Peak learning rate."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate goes on after the warm-up."""
+    """Course of the learning rate after the warm-up; linear and cosine fall to 0."""
     lr_warmup: int = 0
-    """Updates over which the learning rate rises."""
+    """Updates of linear learning-rate warm-up."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """8-bit AdamW needs the extra `quant`."""
+    """Optimizer; 8-bit AdamW needs the extra `quant`."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the mean gradient and of its mean square."""
+    """Adam betas: decay rates of the mean gradient and of the mean squared gradient."""
     adam_epsilon: float = 1e-8
-    """Added to the root of the mean square."""
+    """Adam epsilon, added to the root of the mean square."""
     weight_decay: float = 0.0
-    """Decoupled, as AdamW has it."""
+    """Decoupled weight decay, as in AdamW."""
     max_grad_norm: float = 1.0
-    """Longer gradients are scaled down to this norm."""
+    """Gradients are clipped to this norm."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = field(default_factory=launcher_precision)
-    """Of the networks; frozen weights are kept in it. Losses, trained weights and optimizer stay float32. That of
-    `accelerate launch` where not given."""
+    """Precision of the networks and of frozen weights. Losses, trained weights and optimizer stay float32.
+    Default: that of `accelerate launch`."""
     checkpoint_every: int = 500
     """Updates between checkpoints."""
     validate_every: int = 0
-    """Updates between looks at the student; 0 for none before the end."""
+    """Updates between validations of the student; 0 for none before the end."""
     log_every: int = 10
     """Updates between lines of metrics.jsonl."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Besides metrics.jsonl; from the extra `trackers`."""
+    """Trackers besides metrics.jsonl; they need the extra `trackers`."""
     dry_run: bool = False
     """Print the resolved configuration, do one update on a few samples without saving, and stop."""
 
     def check(self) -> None:
-        """Raises InputError where a setting is out of range, or needs a package that is not installed."""
+        """Raises InputError if a setting is out of range, or needs a package that is not installed."""
         self.require("max_train_steps", "batch_size", "gradient_accumulation", "learning_rate", "checkpoint_every",
                      "log_every", "max_grad_norm", above=0, fix="raise it")  # fmt: skip
         self.require("lr_warmup", "validate_every", "weight_decay", "adam_epsilon", least=0, fix="0 is none")
@@ -108,10 +107,10 @@ class LoopConfig:
         self, *names: str, least: float | None = None, above: float | None = None, most: float = math.inf,
         below: float = math.inf, fix: str = "",
     ) -> None:  # fmt: skip
-        """Raises InputError where a setting is not finite, or not within bounds; one that is None is.
+        """Raises InputError if a setting is not finite or out of bounds; None is allowed.
 
         Args:
-            names: of settings. least, most: bounds that it may be. above, below: those that it may not. fix: of the
+            names: settings to check. least, most: inclusive bounds. above, below: exclusive bounds. fix: advice in the
                 message.
         """
         low = (least if above is None else above) or 0
@@ -128,83 +127,83 @@ class LoopConfig:
 
     @property
     def half_type(self) -> torch.dtype | None:
-        """What networks compute in; None for float32."""
+        """The dtype that networks compute in; None for float32."""
         return HALF[self.mixed_precision]
 
     def of(self, role: str) -> LoopConfig:
-        """The settings of a role's optimizer; methods with several may give each its own."""
+        """The settings of a role's optimizer; by default the same for all roles."""
         return self
 
     def record(self) -> dict:
-        """The configuration as JSON holds it."""
+        """The configuration as JSON values."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
 @dataclass(frozen=True)
 class PipelineConfig(LoopConfig):
-    """Flags of what trains by a diffusion pipeline and pictures."""
+    """Flags of runs on a diffusion pipeline and images."""
 
     teacher: str = "avatars"
     """Pipeline folder, hub id, or an embedded teacher: "avatars", or "avatars-flow", a rectified flow."""
     variant: str | None = None
-    """Of the teacher's weight files, as "fp16"."""
+    """Variant of the teacher's weight files, such as "fp16"."""
     revision: str | None = None
-    """Of the teacher's hub repository."""
+    """Revision of the teacher's hub repository."""
     data: str | None = None
-    """Image folder with metadata.jsonl, `datasets` name, webdataset shards, cache folder, prompts (.txt), "avatars";
-    may be left out for an embedded teacher alone."""
+    """Image folder with metadata.jsonl, `datasets` name, webdataset shards, cache folder, prompts (.txt) or "avatars".
+    Optional only for an embedded teacher."""
     resolution: int | None = None
-    """Side of the pictures in pixels; the teacher's own where not given."""
+    """Side of the images in pixels; by default the teacher's own."""
     half: bool = False
-    """Keep the encoded latents and text in float16: half the disk."""
+    """Cache latents and text embeddings in float16, which takes half the disk space."""
 
     @property
     def samples(self) -> str:
-        """What --data names.
+        """The data source: --data, or the embedded set for an embedded teacher.
 
         Raises:
-            InputError: nothing, for a teacher that is not embedded.
+            InputError: no --data for a teacher that is not embedded.
         """
         return embedded.data_for(self.teacher, self.data)
 
     @property
     def frozen_type(self) -> torch.dtype | None:
-        """What the weights of the teacher's network are loaded in; None for float32."""
+        """The dtype that the teacher's network is loaded in; None for float32."""
         return None
 
     def record(self) -> dict:
-        """See LoopConfig.record; the embedded set by its name."""
+        """See LoopConfig.record; `data` is the resolved source."""
         known = self.data is not None or self.teacher in embedded.TEACHERS
         return super().record() | ({"data": self.samples} if known else {})
 
     def check_teacher(self, teacher: Teacher) -> None:
-        """Raises InputError where a teacher cannot be used as the flags say, before its data are encoded."""
+        """Raises InputError if a teacher cannot be used with these flags; called before data are encoded."""
 
 
 @dataclass(frozen=True)
 class TrainConfig(PipelineConfig):
-    """Flags of every training script that distils a pipeline into fewer steps."""
+    """Flags of the training scripts that distil a pipeline into fewer steps."""
 
     lora: bool = True
-    """Train an adapter; --no-lora trains every weight."""
+    """Train a LoRA adapter; --no-lora trains all weights."""
     rank: int = 64
-    """Of the adapter."""
+    """Rank of the adapter."""
     alpha: float | None = None
-    """The adapter is scaled by alpha / rank; the rank where not given."""
+    """The adapter is scaled by alpha / rank; by default alpha is the rank."""
     target_modules: tuple[str, ...] = LORA_TARGETS
-    """Endings of the names of adapted layers."""
+    """Name endings of the adapted layers."""
     lora_dropout: float = 0.0
-    """Share of the adapter's inputs dropped in training."""
+    """Dropout probability of the adapter's inputs."""
     export_ema: float = 0.0
-    """Decay of the average that is shown and exported; 0 for the trained weights themselves."""
+    """Decay of the weight average used for validation and export; 0 for the trained weights themselves."""
 
     gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them."""
+    """Recompute activations in the backward instead of keeping them."""
     compile: bool = False
-    """torch.compile the backbone."""
+    """Compile the backbone with torch.compile."""
 
     validation_prompts: tuple[str, ...] = ()
-    """Prompts of the grids; a few of the data's where not given."""
+    """Prompts of the validation grids; by default a few of the data's."""
     push_to_hub: str | None = None
     """Hub repository to upload the export to."""
 
@@ -218,39 +217,39 @@ class TrainConfig(PipelineConfig):
             self.require("alpha", above=0, fix="leave it out for alpha = rank")
 
     def method(self) -> Method:
-        """The method these flags describe; each method's flags say."""
+        """The method these flags describe; subclasses override."""
         raise NotImplementedError
 
     @property
     def target_decay(self) -> float:
-        """Of the target's moving average; 0 where the student is its own target, or the method has none."""
+        """Decay of the target's moving average; 0 if the student is its own target, or the method has none."""
         return 0.0
 
     @property
     def frozen_type(self) -> torch.dtype | None:
-        """bfloat16 under an adapter of a run in it, which keeps them so; a full student begins with float32 ones.
+        """bfloat16 for a LoRA trained in bfloat16, which keeps them so; a full student starts from float32 weights.
 
-        Those of a run in float16 are cast later: what is painted goes by the weights as bfloat16 rounds them.
+        A float16 run casts them later: generated data are keyed by the weights as rounded to bfloat16.
         """
         return torch.bfloat16 if self.lora and self.mixed_precision == "bf16" else None
 
     @property
     def data_guidance(self) -> float:
-        """The teacher's guidance scale where the data are its own pictures."""
+        """The guidance scale at which the teacher generates the data, if it does."""
         return 1.0
 
     def check_teacher(self, teacher: Teacher) -> None:
-        """See PipelineConfig.check_teacher; and that an adapter fits it."""
+        """See PipelineConfig.check_teacher; also checks that an adapter fits."""
         if self.lora:
             adaptable(teacher.denoiser.backbone, self.target_modules)
 
     def begin_with(self) -> dict[str, Tensor] | None:
-        """Weights of the adapter that the student begins with, by parameter; None for a new one."""
+        """Weights of the adapter that the student starts from, by parameter; None for a new one."""
         return None
 
     @property
     def spent_before(self) -> float:
-        """Seconds that went into what the student begins with."""
+        """Training seconds of the run that the student starts from."""
         return 0.0
 
 
@@ -264,10 +263,10 @@ C = TypeVar("C", bound=LoopConfig)
 
 
 def from_yaml(path: Path, kind: type[C]) -> C:
-    """The configuration a YAML file describes. Names may have hyphens, as flags do; one value does for a list of one.
+    """Reads a configuration from a YAML file. Names may have hyphens, as flags do; a list of one may be a single value.
 
     Raises:
-        InputError: no such file, no mapping in it, an unknown name (with the nearest valid one), or a bad value.
+        InputError: no such file, not a mapping, an unknown name (with the nearest valid one), or a bad value.
     """
     told, kinds = read_yaml(Path(path), "--config"), get_type_hints(kind)
     if isinstance(told, dict):

@@ -29,7 +29,7 @@ def export(
 ) -> Path:  # fmt: skip
     """Writes the student: a LoRA folder or a whole pipeline, with scheduler, card, grid and configuration.
 
-    `seconds` of training go into config.json, where the benchmark finds them; `picture` is the grid.
+    The `seconds` of training go into config.json, where the benchmark finds them; `picture` is the grid.
     """
     scheduler = method.scheduler(teacher)
     name = f"{method.name}-lora" if config.lora else method.name
@@ -55,15 +55,15 @@ def export(
 
 
 def shown(record: dict, lora: bool) -> dict:
-    """What a card says of how its student was trained: of a run's record, what the run had a use for."""
+    """The training settings shown on a model card: those of a run's record that apply to it."""
     return {name: record[name] for name in (*SHOWN, *(OF_A_LORA if lora else ())) if name in record}
 
 
 def push_rest(config: TrainConfig, export: Path) -> None:
-    """Uploads a finished run's export folder where that is asked for and not done yet.
+    """Uploads a finished run's export folder if that is requested and not done yet.
 
     Raises:
-        InputError: see `push`. The same command tries again.
+        InputError: see `push`. The same command retries.
     """
     file = Path(config.out) / "done.json"
     done = json.loads(file.read_text())
@@ -74,7 +74,7 @@ def push_rest(config: TrainConfig, export: Path) -> None:
 
 
 def push(folder: Path, repository: str) -> None:
-    """Uploads an export folder to a hub repository, made where there is none.
+    """Uploads an export folder to a hub repository, which is created if missing.
 
     Raises:
         InputError: the hub refuses or cannot be reached.
@@ -85,7 +85,7 @@ def push(folder: Path, repository: str) -> None:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
-    except Exception as error:  # the hub's and the network's own dozen kinds
+    except Exception as error:  # the hub and the network raise many kinds
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise InputError(
             f"push_to_hub: got {repository}, which could not be uploaded to ({reason[:120]}); the export is whole in "

@@ -1,6 +1,6 @@
-"""A run's folder: whose it is, and whether the run is done.
+"""A run's folder: which run it belongs to, and whether that is finished.
 
-config.json      what the run was told              checkpoints/     the last two
+config.json      the run's resolved flags           checkpoints/     the last two
 metrics.jsonl    a line every few updates           validation/      grids
 export/          the student                        done.json        written last
 """
@@ -18,15 +18,15 @@ MARK = "samples_per_update"  # in every run's config.json, and in no other
 
 
 def claim(config: LoopConfig, processes: int = 1, write: bool = True) -> None:
-    """Takes the folder for a run: writes config.json, or checks that the one there is of this run.
+    """Claims the folder for a run: writes config.json, or checks that the existing one is of this run.
 
-    A folder whose run never logged anything, say for a flag that was refused, is free to take.
+    A folder whose run never logged anything, for instance because a flag was rejected, may be claimed.
 
-    What only says how the work is split (batch, accumulation, processes) may change as long as their product does not,
-    where the configuration has it among what is FREE.
+    Settings that only split the work (batch size, accumulation, processes) may change if their product does not and the
+    configuration lists them in FREE.
 
     Raises:
-        InputError: the folder holds another run, or a config.json of something else, or cannot be written.
+        InputError: the folder holds another run or a foreign config.json, or cannot be written.
     """
     path = Path(config.out) / "config.json"
     record = config.record()
@@ -54,7 +54,7 @@ def claim(config: LoopConfig, processes: int = 1, write: bool = True) -> None:
 
 
 def finished(config: LoopConfig, export: Path | None = None) -> Path | None:
-    """The export folder, `<out>/export` where not given, if the run reached `max_train_steps` and it is there."""
+    """The export folder (default `<out>/export`) if it exists and the run reached `max_train_steps`; else None."""
     done, export = Path(config.out) / "done.json", export or Path(config.out) / "export"
     if not done.exists() or not export.is_dir():
         return None

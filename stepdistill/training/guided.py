@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GuidedConfig(TrainConfig):
-    """Flags of a student with its teacher's guidance in its weights, or told it."""
+    """Flags of a student with its teacher's guidance in its weights, or conditioned on it."""
 
     guidance: tuple[float, ...] = (4.0,)
-    """The teacher's guidance scale: one value, or a range drawn from (1 is none; LCM's w is one less)."""
+    """The teacher's guidance scale: one value, or a range to draw from (1 means none; LCM's w is one less)."""
     embed_guidance: bool = False
-    """Tell a full student its guidance, so that users choose it (--no-lora only; give a range)."""
+    """Condition a full student on guidance, so that users choose it (--no-lora only; give a range)."""
 
     @property
     def guidance_range(self) -> tuple[float, float]:
         """The ends of --guidance.
 
         Raises:
-            InputError: more than two values, or a LoRA is to be told its guidance.
+            InputError: more than two values, or embed_guidance with a LoRA.
         """
         if len(self.guidance) not in (1, 2):
             raise InputError(f"guidance: got {len(self.guidance)} values; allowed: one, or two for a range")
@@ -40,7 +40,7 @@ class GuidedConfig(TrainConfig):
         return (self.guidance[0] + self.guidance[-1]) / 2
 
     def check_teacher(self, teacher: Teacher) -> None:
-        """Raises InputError where a teacher cannot be distilled as the flags say."""
+        """Raises InputError if a teacher cannot be distilled with these flags."""
         from stepdistill.training.roles import tellable
 
         super().check_teacher(teacher)

@@ -17,7 +17,7 @@ class LCMConfig(GuidedConfig):
     """Flags of latent consistency distillation."""
 
     guidance: tuple[float, ...] = (4.0, 16.0)
-    """The teacher's guidance scale: one value, or a range drawn from (1 is none; the paper's w is one less)."""
+    """The teacher's guidance scale: one value, or a range to draw from (1 means none; the paper's w is one less)."""
     solver_steps: int = 50
     """Points on the teacher's path."""
     loss: Literal["huber", "l2"] = "huber"
@@ -25,22 +25,22 @@ class LCMConfig(GuidedConfig):
     huber_c: float = 1e-3
     """Below this difference the Huber loss is quadratic, above it linear."""
     weighting: Literal["x0", "v"] = "x0"
-    """Compare ends as they are, or over the share that the network's output has in them: steadier at low noise."""
+    """x0 compares the ends directly; v divides by the share of a v output in its x0: steadier at low noise."""
     own_share: float = 0.0
-    """Share of samples noised from the student's own one-step answer, as in multistep sampling, not a picture."""
+    """Share of samples noised from the student's own one-step output, as in multistep sampling, not from an image."""
     target_ema: float = 0.95
     """Decay of the target's moving average; 0 makes the student its own target."""
     timestep_scaling: float = 10.0
-    """How steeply the boundary condition is left; LCMScheduler's 10."""
+    """How fast c_skip falls with distance from the clean end; 10 in LCMScheduler."""
 
     def check(self) -> None:
-        """Raises InputError where a setting is out of range, or needs a package that is not installed."""
+        """Raises InputError if a setting is out of range, or needs a package that is not installed."""
         super().check()
         self.require("target_ema", least=0, below=1, fix=f"try {type(self).target_ema}")
 
     @property
     def target_decay(self) -> float:
-        """The flag's."""
+        """The value of --target-ema."""
         return self.target_ema
 
     def method(self) -> LatentConsistency:
@@ -54,7 +54,7 @@ class LCMConfig(GuidedConfig):
         )  # fmt: skip
 
     def check_teacher(self, teacher: Teacher) -> None:
-        """Raises InputError where a teacher cannot be distilled as the flags say."""
+        """Raises InputError if a teacher cannot be distilled with these flags."""
         import torch
 
         super().check_teacher(teacher)

@@ -1,10 +1,10 @@
-"""One training loop for everything: distilled pipelines here, and the baselines.
+"""One training loop for everything: distilled pipelines and the baselines.
 
-    class Trainer(Loop): ...        # says what a batch is, and what is made of a trained student
+    class Trainer(Loop): ...        # defines a batch, and what is made from a trained student
     Trainer(...).fit()              # the same call, or command, again resumes
 
-Everything drawn belongs to a sample's place in the run, so there is no random state in the loop: a run that was cut, or
-spread over more processes at the same global batch, goes on with the same numbers.
+Every random number is determined by a sample's position in the run, so the loop has no random state: a run that was
+interrupted, or is spread over more processes at the same global batch size, continues with the same numbers.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from stepdistill.training.processes import StopSignal, on_cpu, room
 
 
 class Learned(Protocol):
-    """What a loop asks of a run's networks.
+    """What a loop requires of a run's networks.
 
     Attributes:
         trained: the trainable parameters by role, and by name.
         others: networks besides the student, by role.
-        averages, exported: moving averages of the student's weights, where there are any.
+        averages, exported: moving averages of the student's weights, if any.
     """
 
     trained: dict[str, dict[str, nn.Parameter]]
@@ -48,14 +48,14 @@ class Learned(Protocol):
     exported: Averages | None
 
     def only(self, role: str) -> AbstractContextManager:
-        """Within, gradients reach the parameters of one role and of no other."""
+        """Context in which gradients reach the parameters of one role only."""
 
     def after_update(self) -> None:
-        """What follows an optimizer step."""
+        """Called after each update."""
 
 
 class Lesson(Protocol):
-    """What a loop asks of a method: what is trained in an update, and by which loss."""
+    """What a loop requires of a method: what is trained in an update, and with which loss."""
 
     def phases(self, clock: Clock) -> tuple[str, ...]:
         """The roles trained in this update, in order."""
@@ -72,8 +72,8 @@ class Loop:
         config: see LoopConfig.
 
     Attributes:
-        models: the networks, set by those who inherit, before `_start`.
-        update: updates done. seconds: that they took, earlier runs of the command included.
+        models: the networks, set by subclasses before `_start`.
+        update: updates done. seconds: time they took, earlier runs of the command included.
 
     Raises:
         InputError: `config.out` holds another run, or a setting is out of range.
@@ -99,7 +99,7 @@ class Loop:
         self._sums: dict[str, Tensor] = {}
 
     def _start(self) -> None:
-        """Optimizers, and all that is wrapped for the device, the processes and the precision."""
+        """Builds the optimizers, and wraps all for the device, the processes and the precision."""
         self.optimizers = {
             role: build_optimizer(list(group.values()), self.config.of(role))
             for role, group in self.models.trained.items()
@@ -107,11 +107,11 @@ class Loop:
         self._prepare()
         self.optimizers = {role: self.accelerator.prepare(optimizer) for role, optimizer in self.optimizers.items()}
 
-    # ------------------------------------------------------------------------------ what those who inherit have to say
+    # -------------------------------------------------------------------------------------- for subclasses to implement
 
     @property
     def target(self) -> Path:
-        """The folder, or file, that the run makes."""
+        """The folder, or file, that the run produces."""
         raise NotImplementedError
 
     def _prepare(self) -> None:
@@ -119,7 +119,7 @@ class Loop:
         raise NotImplementedError
 
     def _wrapped(self) -> Iterable[nn.Module]:
-        """The networks that are trained, as they are called."""
+        """The trained networks, wrapped."""
         raise NotImplementedError
 
     def batch(self, number: int):
@@ -127,21 +127,21 @@ class Loop:
         raise NotImplementedError
 
     def _finish(self) -> Path:
-        """Writes what the run makes, from the trained student; returns `target`."""
+        """Writes the result from the trained student; returns `target`."""
         raise NotImplementedError
 
     def _validate(self, metrics: trackers.Metrics) -> None:
-        """What is looked at every `validate_every` updates."""
+        """Validates the student, every `validate_every` updates."""
 
     def _could_recompute(self) -> bool:
         """Whether --gradient-checkpointing would save memory."""
         return getattr(self.config, "gradient_checkpointing", None) is False
 
     def _before_step(self, role: str) -> None:
-        """What is done to the gradients of a role before they are clipped."""
+        """Called on a role before its gradients are clipped."""
 
     def _done_before(self, done: Path) -> None:
-        """What is done where the run turns out to be finished."""
+        """Called if the run turns out to be finished already."""
 
     def _done(self) -> None:
         """Marks the run as finished; its last write."""
@@ -151,14 +151,14 @@ class Loop:
     # ------------------------------------------------------------------------------------------------------- the loop
 
     def fit(self) -> Path:
-        """Trains to `max_train_steps` and writes what the run makes.
+        """Trains to `max_train_steps` and writes the result.
 
         Returns:
             `target`.
 
         Raises:
-            InputError: the loss is no longer finite; the disk or the device is full; all checkpoints are broken.
-            KeyboardInterrupt: a stop signal came; the run is saved.
+            InputError: the loss is not finite; the disk or the device is full; all checkpoints are broken.
+            KeyboardInterrupt: a stop signal was received; the run is saved.
         """
         if (done := folder.finished(self.config, self.target)) is not None:
             self.accelerator.print(f"done already: {done}")
@@ -200,7 +200,7 @@ class Loop:
     def step(self) -> dict[str, Tensor]:
         """One update: every phase of the method, over `gradient_accumulation` batches. Returns the mean named terms.
 
-        Nothing here waits for the device.
+        Nothing here synchronises with the device.
         """
         config, clock = self.config, Clock(self.update, self.config.max_train_steps)
         for role, optimizer in self.optimizers.items():
@@ -224,7 +224,7 @@ class Loop:
         return terms
 
     def _apply(self, role: str) -> None:
-        """The optimizer's step of one role; of accumulated batches, the last alone takes it."""
+        """Takes the optimizer step of one role; of accumulated batches, only after the last."""
         if self.accelerator.sync_gradients:
             self._before_step(role)
             self.accelerator.clip_grad_norm_(list(self.models.trained[role].values()), self.config.max_grad_norm)
@@ -234,11 +234,11 @@ class Loop:
     # ---------------------------------------------------------------------------------------------- around the loop
 
     def _buffers(self) -> dict[str, dict[str, Tensor]]:
-        """What networks besides the student keep and do not train."""
+        """The buffers of networks besides the student."""
         return {role: dict(module.named_buffers()) for role, module in self.models.others.items()}
 
     def _state(self) -> dict:
-        """All that a run goes on from, on the main process; divided tensors are gathered there."""
+        """Everything that a run resumes from, on the main process; sharded tensors are gathered there."""
         averages = {"averages": self.models.averages, "exported": self.models.exported}
         scaler = getattr(self.accelerator, "scaler", None)
         state = {
@@ -290,7 +290,7 @@ class Loop:
         self.accelerator.print(f"resuming at update {self.update}")
 
     def _log(self, metrics: trackers.Metrics, seconds: float) -> dict[str, str]:
-        """Writes the means since the last line; the one place where the loop waits for the device."""
+        """Writes the means since the last line, which synchronises with the device."""
         sums = {name: self.accelerator.reduce(pair, "sum").tolist() for name, pair in self._sums.items()}
         self._sums = {}
         values = {name: total / count for name, (total, count) in sums.items()}

@@ -1,14 +1,14 @@
-"""A lean forward for peft's LoRA layers: the same sum by fewer and cheaper operations.
+"""A lean forward for peft's LoRA layers: the same sum in fewer and cheaper operations.
 
 A LoRA layer (Hu et al. 2021) is y = W x + b + scale B A x. peft adds casts to float32, a product, a sum and a type
-check around it, and keeps what they return for the backward. Here it is one of
+check around it, and saves their results for the backward. Here it is one of
 
     side    y = W x + b, to which scale B (A x) is added in place
-    fold    y = (W + scale B A) x + b, keeping x alone for the backward
+    fold    y = (W + scale B A) x + b, saving only x for the backward
 
-Folding costs one product of weights, and in the backward the whole gradient of W; it pays where there are many more
-positions than channels, or where no gradient is asked for. In half precision it would round the adapter away (a
-bfloat16 weight has eight bits), so it is done in float32 alone.
+Folding costs one product of weights, and in the backward the full gradient of W; it pays if there are many more
+positions than channels, or if no gradient is needed. In half precision it would round the adapter away (a bfloat16
+weight has eight bits), so it is used in float32 only.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-THIN = 3.0  # how much longer a product of a thin matrix takes, for its size, than that of a square one
+THIN = 3.0  # time per multiplication of a product with a thin matrix, relative to a square one
 
 
 @dataclass
 class Switch:
-    """How all adapters of a network are used just now: on or off, with or without their dropout."""
+    """The current state of all adapters of a network: on or off, with or without dropout."""
 
     on: bool = True
     dropout: bool = True
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Within, the network is what it was before it had adapters."""
+        """Context in which the network is what it was without adapters."""
         self.on, before = False, self.on
         try:
             yield
@@ -43,7 +43,7 @@ class Switch:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Within, adapters drop nothing."""
+        """Context in which adapters apply no dropout."""
         self.dropout, before = False, self.dropout
         try:
             yield
@@ -52,10 +52,10 @@ class Switch:
 
 
 def fold_pays(positions: int, channels_in: int, channels_out: int, rank: int, gradient: bool) -> bool:
-    """Whether folding does less work than the side path, counted in multiplications.
+    """Whether folding takes less work than the side path, counted in multiplications.
 
     Args:
-        positions: outputs of one channel, over the whole batch. channels_in: times the size of the kernel.
+        positions: outputs per channel, over the whole batch. channels_in: input channels times kernel size.
     """
     merge = rank * channels_in * channels_out
     side = THIN * positions * rank * (channels_in + channels_out)
@@ -65,7 +65,7 @@ def fold_pays(positions: int, channels_in: int, channels_out: int, rank: int, gr
 
 
 class Fold(torch.autograd.Function):
-    """(W + scale B A) x + b, with gradients for x, A and B. `conv` is (stride, padding, dilation), or None: linear."""
+    """(W + scale B A) x + b, with gradients for x, A and B. `conv` is (stride, padding, dilation), None if linear."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, conv):
@@ -99,7 +99,7 @@ def fold(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
 
 
 def lean_forward(layer, adapter: str, switch: Switch, x: Tensor) -> Tensor:
-    """What the layer returns for x, by the cheaper path; peft's own where the layer is not a plain one just now."""
+    """The layer's output for x by the cheaper path; by peft's own forward if the layer's state is not a plain one."""
     base = layer.base_layer
     if not switch.on:
         return base(x)
@@ -126,16 +126,16 @@ def lean_forward(layer, adapter: str, switch: Switch, x: Tensor) -> Tensor:
 
 
 def positions(x: Tensor, base: nn.Module) -> int:
-    """Outputs of one channel: batch times tokens, or times height and width after the stride."""
+    """Outputs per channel: batch times tokens, or times height and width after the stride."""
     if isinstance(base, nn.Conv2d):
         return len(x) * (x.shape[-2] // base.stride[0]) * (x.shape[-1] // base.stride[1])
     return x.numel() // x.shape[-1]
 
 
 def make_lean(layers: list[nn.Module], adapter: str) -> Switch:
-    """Gives linear and plain 2-D convolution layers the lean forward; returns the switch that turns all of them off.
+    """Gives linear and plain 2-D convolution layers the lean forward; returns the switch for all of them.
 
-    Layers of another kind (grouped convolutions, adapters with a bias or a variant) keep peft's.
+    Layers of another kind (grouped convolutions, adapters with a bias or a variant) keep peft's forward.
     """
     switch = Switch()
     for layer in layers:
@@ -152,5 +152,5 @@ def make_lean(layers: list[nn.Module], adapter: str) -> Switch:
 
 
 def switched_forward(layer, switch: Switch, *args, **kwargs) -> Tensor:
-    """peft's own forward, with our switch."""
+    """peft's own forward, with the switch."""
     return type(layer).forward(layer, *args, **kwargs) if switch.on else layer.base_layer(*args, **kwargs)

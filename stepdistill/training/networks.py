@@ -1,4 +1,4 @@
-"""The networks of a run by role, and whom gradients reach."""
+"""The networks of a run by role, and which of them gradients reach."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from stepdistill.training.averages import Averages
 
 
 class Networks:
-    """A student and what learns, or judges, beside it.
+    """A student and the networks trained, or used, beside it.
 
     Args:
         student: the network that is trained.
-        others: further networks by role, trained where they ask for gradients; each is an attribute of that name.
+        others: further networks by role, trained if they require gradients; each is an attribute of that name.
 
     Attributes:
         trained: the trainable parameters by role, and by name.
-        wrapped: what the trainer made of `others` for several processes; called in the phase of that role alone, as
+        wrapped: `others` as wrapped by the trainer for several processes; called only in the phase of their role, since
             the wrapper waits for gradients of every parameter.
-        averages, exported: moving averages of the student's weights, for those who keep any.
+        averages, exported: moving averages of the student's weights, if any.
     """
 
     averages: Averages | None = None
@@ -41,7 +41,7 @@ class Networks:
 
     @contextmanager
     def only(self, role: str) -> Iterator[None]:
-        """Within, gradients reach the parameters of one role and of no other."""
+        """Context in which gradients reach the parameters of one role only."""
         rest = [p for name, group in self.trained.items() if name != role for p in group.values()]
         self._phase = role
         for p in rest:
@@ -54,12 +54,12 @@ class Networks:
                 p.requires_grad_(True)
 
     def after_update(self) -> None:
-        """What follows an optimizer step."""
+        """Updates the moving averages."""
         for averages in (self.averages, self.exported):
             if averages:
                 averages.update()
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that ask for gradients, by name."""
+    """The parameters that require gradients, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -11,7 +11,7 @@ from stepdistill.training.config import LoopConfig
 
 
 def build_optimizer(parameters: list[nn.Parameter], config: LoopConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), or bitsandbytes' 8-bit one."""
+    """AdamW (Loshchilov and Hutter 2019), or bitsandbytes' 8-bit version."""
     options = {
         "lr": config.learning_rate, "betas": config.adam_betas, "eps": config.adam_epsilon,
         "weight_decay": config.weight_decay,

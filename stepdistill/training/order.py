@@ -1,4 +1,4 @@
-"""The order samples are seen in, as a function of their place in the run."""
+"""The order of samples, as a function of their position in the run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def _permutation(seed: int, epoch: int, length: int) -> list[int]:
 
 
 def sample_indices(seed: int, first: int, count: int, length: int) -> list[int]:
-    """Which of `length` samples stand at places first to first + count - 1; each epoch is a new permutation."""
+    """Indices of the samples at positions first to first + count - 1, of `length`; each epoch is a new permutation."""
     places = range(first, first + count)
     return [_permutation(seed, place // length, length)[place % length] for place in places]

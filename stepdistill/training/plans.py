@@ -1,4 +1,4 @@
-"""The settings that ship for the embedded teachers, and what runs any method's settings.
+"""The settings shipped for the embedded teachers, and a function that runs any method's settings.
 
 config = shipped("ladd", out=Path("out/ladd"), max_train_steps=100)     # train_scripts/configs/avatars_ladd_lora.yaml
 exports = run(config, (1, 2, 4))                                        # {1: Path(...), 2: Path(...), 4: Path(...)}
@@ -23,13 +23,13 @@ FLAGS = {
 
 
 def shipped(method: str, teacher: str = "avatars", **changes) -> TrainConfig:
-    """The settings that distil an embedded teacher into a LoRA, some of them changed.
+    """The shipped settings that distil an embedded teacher into a LoRA, with `changes` applied.
 
     Args:
-        method: lcm, progressive, add or ladd. teacher: an embedded one's name.
+        method: lcm, progressive, add or ladd. teacher: name of an embedded one.
 
     Raises:
-        InputError: no settings ship for these.
+        InputError: no settings ship for this combination.
     """
     name = f"{teacher.replace('-', '_')}_{method}_lora.yaml"
     for folder in (PACKAGE / "configs", PACKAGE.parent / "train_scripts" / "configs"):
@@ -42,7 +42,7 @@ def shipped(method: str, teacher: str = "avatars", **changes) -> TrainConfig:
 
 
 def run(config: TrainConfig, steps: tuple[int, ...]) -> dict[int, Path]:
-    """Distils; returns the export folder of each number of steps, which for progressive distillation differ.
+    """Distils; returns the export folder for each step count, all the same except in progressive distillation.
 
     Raises:
         InputError: see `distil` and `distil_chain`.

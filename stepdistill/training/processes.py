@@ -1,4 +1,4 @@
-"""What the processes of a run share: where they compute, when they stop, and what they say when there is no room."""
+"""Common to a run's processes: where they compute, when they stop, and errors when memory or disk is full."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ HALF = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed
 
 
 def on_cpu() -> bool:
-    """Whether to compute on the CPU. accelerate must be told, or several processes on it do not find each other."""
+    """Whether to compute on the CPU. accelerate must know, or several processes on it do not connect."""
     forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in YES
     return forced or not torch.accelerator.is_available()
 
 
 @contextmanager
 def room(out: Path, device: torch.device, batch_size: int, recomputes: bool) -> Iterator[None]:
-    """Within, a full disk or a full device is an InputError that says what to do; the last checkpoint is kept.
+    """Context that turns a full disk or device into an InputError with the fix; the last checkpoint is kept.
 
     Args:
         recomputes: whether --gradient-checkpointing can still be added.
@@ -49,8 +49,8 @@ def room(out: Path, device: torch.device, batch_size: int, recomputes: bool) -> 
 
 
 class StopSignal:
-    """Within, SIGTERM and SIGINT only set a flag, so that the update ends and the run is saved; a second one stops at
-    once. `asked` says whether any process has seen one."""
+    """Context in which SIGTERM and SIGINT only set a flag, so that the update completes and the run is saved; a second
+    signal stops at once. `asked` returns whether any process has received one."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -72,8 +72,8 @@ class StopSignal:
         self.__exit__()
 
     def asked(self, agree: bool) -> bool:
-        """True once a signal came. Several processes must stop at one update: they ask each other where `agree` is set
-        (the same for all), and go on until then."""
+        """True once a signal was received. Several processes must stop at the same update: they communicate only if
+        `agree` is set (the same for all), and continue until then."""
         if self.accelerator.num_processes == 1:
             return self.seen
         if not agree:

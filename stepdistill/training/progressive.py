@@ -1,10 +1,10 @@
-"""Progressive distillation as a chain of runs: the flags, and what goes from one halving to the next.
+"""Progressive distillation as a chain of runs: the flags, and what each halving passes to the next.
 
-    <out>/steps-32/ ... steps-1/     an export for each: a LoRA, or a whole pipeline
+    <out>/steps-32/ ... steps-1/     the export of each: a LoRA, or a whole pipeline
     <out>/runs/steps-32/ ...         checkpoints, metrics and validation grids of each
 
-A halving begins with the export before it, read from the disk: nothing else is handed on, so a chain that was cut goes
-on as one that was not. Optimizer, learning rate and averages begin anew in each.
+A halving starts from the previous export, read from disk, and from nothing else, so an interrupted chain continues as
+an uninterrupted one would. Optimizer, learning rate and averages start anew in each.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ class ProgressiveConfig(GuidedConfig):
     """Flags of progressive distillation."""
 
     start_steps: int = 32
-    """Steps of the teacher that the first halving begins with: a power of two."""
+    """Step count of the first halving's teacher: a power of two."""
     end_steps: int = 1
-    """Steps of the last student: a power of two. As many as the start steps: guidance alone is distilled."""
+    """Step count of the last student: a power of two. If equal to the start steps, only guidance is distilled."""
     max_train_steps: int = 1000
-    """Updates of each halving."""
+    """Updates per halving."""
     final_factor: float = 2.0
-    """The halvings to 2 and to 1 step are longer by this factor."""
+    """Factor by which the halvings to 2 and to 1 step are longer."""
     guide_updates: int = 0
-    """Updates of the first stage, which distils guidance at the start steps; 0 is max-train-steps."""
+    """Updates of the first stage, which distils guidance at the start steps; 0 for max-train-steps."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
-    """How the learning rate of each halving goes on after the warm-up."""
+    """Course of the learning rate in each halving after the warm-up; linear and cosine fall to 0."""
 
     student_prediction: Literal["v", "x0", "eps"] = "v"
-    """What the student of an eps-predicting teacher predicts; those of others predict as their teacher."""
+    """Prediction type of an eps-predicting teacher's student; other students keep their teacher's."""
     weighting: Literal["truncated_snr", "snr+1"] = "truncated_snr"
-    """Of the error of x0: max(SNR, 1), or the error of v."""
+    """Weight of the error of x0: max(SNR, 1), or SNR + 1, the error of v."""
     teacher_solver: Literal["ddim", "heun"] = "ddim"
-    """What takes the teacher's two steps."""
+    """Solver of the teacher's two steps."""
     own_share: float = 0.0
-    """Share of samples that begin where a step of the student's own ended, as its later steps do, not at a picture."""
+    """Share of samples that start where a step of the student's own ended, as its later steps do, not at an image."""
 
     def check(self) -> None:
-        """Raises InputError where a setting is out of range, or needs a package that is not installed."""
+        """Raises InputError if a setting is out of range, or needs a package that is not installed."""
         super().check()
         for name in ("start_steps", "end_steps"):
             steps = getattr(self, name)
@@ -74,14 +74,14 @@ class ProgressiveConfig(GuidedConfig):
             raise InputError(f"final_factor: got {self.final_factor:g}; allowed: above 0; the paper's is 2")
 
     def method(self) -> Progressive:
-        """The last halving."""
+        """The method of the last halving."""
         return self._method(self.end_steps)
 
     def methods(self, denoiser: Denoiser) -> list[Progressive]:
-        """Every stage of the chain that begins with this teacher, in order.
+        """The stages of the chain for this teacher, in order.
 
-        The first distils guidance, and turns eps into what students predict. It is left out where there is nothing to
-        do: no guidance, or a teacher that is told it, as Flux-dev is, and hands it on halving by halving.
+        The first distils guidance, and switches from eps to the students' prediction type. It is omitted if neither is
+        needed. A guidance-conditioned teacher, such as Flux-dev, passes its conditioning on from halving to halving.
         """
         guided = (self.guidance[-1] > 1 or self.embed_guidance) and not denoiser.takes_guidance
         changed = self.method().student_kind(denoiser.kind) != denoiser.kind
@@ -98,12 +98,12 @@ class ProgressiveConfig(GuidedConfig):
 
     @property
     def halvings(self) -> list[int]:
-        """The students' steps, falling."""
+        """The students' step counts, descending."""
         ratio = self.start_steps // self.end_steps
         return [self.start_steps >> i for i in range(1, ratio.bit_length())]
 
     def run(self, steps: int) -> ProgressiveConfig:
-        """The configuration of one stage's run. Its end is its own, so that a chain may be made longer later."""
+        """The configuration of one stage's run. `end_steps` is the stage's own, so a chain can be extended later."""
         updates = self.max_train_steps
         if steps == self.start_steps:
             updates = self.guide_updates or updates
@@ -115,11 +115,11 @@ class ProgressiveConfig(GuidedConfig):
         )  # fmt: skip
 
     def target(self, steps: int) -> Path:
-        """Where the student of so many steps is exported."""
+        """The export folder of the student with this step count."""
         return Path(self.out) / f"steps-{steps}"
 
     def check_teacher(self, teacher: Teacher) -> None:
-        """Raises InputError where a teacher cannot be distilled as the flags say."""
+        """Raises InputError if a teacher cannot be distilled with these flags."""
         super().check_teacher(teacher)
         denoiser = teacher.denoiser
         if not self.methods(denoiser):
@@ -144,13 +144,13 @@ class ProgressiveConfig(GuidedConfig):
 
 
 def distil_chain(config: ProgressiveConfig) -> Path:
-    """Runs all stages, each from the export of the one before; those that are done are passed over.
+    """Runs all stages, each from the export of the one before; finished ones are skipped.
 
     Returns:
         The last student's export folder.
 
     Raises:
-        InputError: a flag, the teacher, the data or a folder will not do.
+        InputError: a flag, the teacher, the data or a folder is unsuitable.
     """
     state = begin(config)
     for steps in (config.start_steps, *config.halvings):
@@ -185,18 +185,18 @@ def _train(
     method: Progressive, run: ProgressiveConfig, target: Path, data, device,
     previous: tuple[ProgressiveConfig, Path] | None, kind: Kind,
 ) -> None:  # fmt: skip
-    """One stage.
+    """Trains one stage.
 
     Args:
         previous: the run before and its export; None for the first.
-        kind: what students predict.
+        kind: the students' prediction type.
     """
     from stepdistill.training.trainer import Trainer, build_models
 
     teacher, start = open_stage(run, device, previous[1] if previous else None, kind)
     models = build_models(method, teacher, run, start) if start else None
     trainer = Trainer(method, teacher, data, run, models=models, target=target)
-    if previous:  # what a student cost is what its chain cost
+    if previous:  # a student's time includes its chain's
         trainer.seconds = json.loads((previous[0].out / "done.json").read_text())["seconds"]
     trainer.fit()
     trainer.accelerator.free_memory()
@@ -205,11 +205,11 @@ def _train(
 def open_stage(
     run: ProgressiveConfig, device, export: Path | None, kind: Kind
 ) -> tuple[Teacher, dict[str, Tensor] | None]:
-    """The teacher of a stage, and the adapter that it has if it is a LoRA's.
+    """The teacher of a stage, and the weights of its adapter if it has one.
 
     Args:
-        export: of the stage before; None for the teacher the chain begins with.
-        kind: what that export predicts.
+        export: of the stage before; None for the chain's first teacher.
+        kind: prediction type of that export.
     """
     from stepdistill.export.adapters import trained_weights
 

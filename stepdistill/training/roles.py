@@ -1,7 +1,7 @@
-"""The networks of a run: one copy of the weights wherever one will do.
+"""The networks of a run, with one copy of the weights wherever one suffices.
 
-A LoRA student is the teacher's own network with an adapter on; switched off, it is the teacher again, bit for bit. A
-full student is a copy. A target is the student's network with averaged weights in place.
+A LoRA student is the teacher's own network with an adapter on; with it off, it is the teacher again, bit-identically. A
+full student is a copy. A target is the student's network with averaged weights swapped in.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from stepdistill.training.lora import Switch, make_lean
 from stepdistill.training.networks import Networks, trainable
 
 ADAPTER = "default"
-LORA_TARGETS = (  # what of these a UNet, an MMDiT or a linear DiT has
+LORA_TARGETS = (  # each network uses those it has: UNet, MMDiT, linear DiT
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
     "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp",
     "conv_inverted", "conv_point",
-    # what carries the time in a transformer, as time_emb_proj does in a UNet: an adapter without it learns far slower
+    # layers that embed the timestep in a transformer, as time_emb_proj in a UNet: without them training is far slower
     "norm1.linear", "norm1_context.linear", "norm.linear", "norm_out.linear", "adaln_single.linear",
     "time_embed.linear", "timestep_embedder.linear_1", "timestep_embedder.linear_2",
 )  # fmt: skip
@@ -40,10 +40,9 @@ Context = Callable[[], AbstractContextManager]
 
 
 class View:
-    """A denoiser seen through a context: the teacher with its adapter off, the target with averaged weights.
+    """A denoiser called within a context: the teacher with its adapter off, the target with averaged weights.
 
-    Answers without gradients, and as a Denoiser does: call it, or ask for `raw`. Through `features` alone gradients
-    reach the input.
+    The call and `raw` are those of Denoiser, without gradients. Only through `features` do gradients reach the input.
     """
 
     def __init__(self, denoiser: Denoiser, context: Context = nullcontext) -> None:
@@ -70,7 +69,7 @@ class View:
         return self._denoiser.backbone
 
     def features(self, x_t: Tensor, t: Time, cond: Cond | None, blocks: Sequence[str]) -> list[Tensor]:
-        """See features.read; of the four blocks of `features.check_blocks` where none is named."""
+        """See features.read; by default for the four blocks of `features.check_blocks`."""
         with self._context():
             return features.read(self._denoiser, x_t, t, cond, blocks or self._spread)
 
@@ -83,17 +82,17 @@ class Models(Networks):
     """Teacher, student and target of a run, and the method's own networks.
 
     Args:
-        switch: of a LoRA student: off for the teacher.
-        from_adapter: the teacher is not the bare network but has the adapter that the student begins with.
-        target_decay: of the target's moving average; 0 makes the student its own target.
-        export_decay: of the average that is shown and exported in the student's place; 0 for the student itself.
+        switch: the adapter switch of a LoRA student; off for the teacher.
+        from_adapter: the teacher is not the bare network but has the adapter that the student starts from.
+        target_decay: decay of the target's moving average; 0 makes the student its own target.
+        export_decay: decay of the average used for validation and export; 0 for the student's own weights.
         others: see Networks.
 
     Attributes:
         teacher, target: views without gradients.
-        student: the denoiser that is trained; its `backbone` is what accelerate prepares.
-        averages: what the target's weights are; None where the target is the student itself.
-        exported: what the shown and exported weights are; None for the student's own.
+        student: the trained denoiser; its `backbone` is what accelerate prepares.
+        averages: the target's weights; None if the target is the student itself.
+        exported: the weights used for validation and export; None for the student's own.
     """
 
     def __init__(
@@ -123,9 +122,9 @@ class Models(Networks):
         self.target = View(plain(student), lambda: _both(average(), self._switch.quiet()))
 
     def enable_checkpointing(self) -> None:
-        """Activations are computed twice instead of kept, the student's and those of a teacher that gradients pass
-        through; the second time with the adapters as they were the first: the backward may come when they are switched
-        the other way."""
+        """Recomputes activations in the backward instead of keeping them: the student's, and those of a teacher that
+        gradients pass through. Adapters are switched as in the first pass, since by then they may be switched the other
+        way."""
 
         def run(function, *inputs):
             on = self._switch.on
@@ -141,7 +140,7 @@ class Models(Networks):
 
     @contextmanager
     def shown(self) -> Iterator[Denoiser]:
-        """Within, the student as it is shown and exported: averaged where asked for, without dropout or gradients."""
+        """Context with the student as validated and exported: averaged if configured, without dropout or gradients."""
         with torch.no_grad(), self._average(), self._switch.quiet():
             yield self.student
 
@@ -153,7 +152,7 @@ def _both(first: AbstractContextManager, second: AbstractContextManager) -> Iter
 
 
 def plain(denoiser: Denoiser) -> Denoiser:
-    """Another denoiser around the same backbone, which stays as it is when the first one's is wrapped."""
+    """Another denoiser around the same backbone, which stays unwrapped when the first one's is wrapped."""
     twin = copy.copy(denoiser)
     twin._modules = dict(denoiser._modules)
     return twin
@@ -167,17 +166,17 @@ def adapter_layers(backbone: nn.Module) -> list[nn.Module]:
 
 
 def keep_in(dtype: torch.dtype | None, module: nn.Module) -> None:
-    """Casts the weights of a module where a dtype is given."""
+    """Casts the weights of a module, if a dtype is given."""
     for tensor in (*module.parameters(), *module.buffers()):
         if dtype is not None and tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
 
 
 def adaptable(backbone: nn.Module, endings: tuple[str, ...]) -> list[str]:
-    """What `matching` says of a network that has no adapter yet.
+    """`matching` for a network that has no adapter yet.
 
     Raises:
-        InputError: it has one; or see `matching`.
+        InputError: it has an adapter; or see `matching`.
     """
     if adapter_layers(backbone):
         raise InputError("teacher: got one that carries an adapter already; allowed: a plain one; load it again")
@@ -185,7 +184,7 @@ def adaptable(backbone: nn.Module, endings: tuple[str, ...]) -> list[str]:
 
 
 def tellable(backbone: nn.Module) -> None:
-    """Raises InputError where a copy of a network cannot be told its guidance."""
+    """Raises InputError if a copy of a network cannot be conditioned on guidance."""
     if "time_cond_proj_dim" not in backbone.config:
         raise InputError(
             f"embed_guidance: got a teacher with a {type(backbone).__name__}; allowed: UNet2DConditionModel; give "
@@ -194,10 +193,10 @@ def tellable(backbone: nn.Module) -> None:
 
 
 def matching(backbone: nn.Module, endings: tuple[str, ...]) -> list[str]:
-    """Those of `endings` that some linear or convolution layer's name ends in.
+    """Those of `endings` that the name of some linear or convolution layer ends in.
 
     Raises:
-        InputError: one matches nothing (of the default ones, some may: not every network has them), or all do.
+        InputError: none matches, or one does not (allowed for the defaults, as not every network has all of them).
     """
     names = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     known = [e for e in endings if any(n == e or n.endswith(f".{e}") for n in names)]
@@ -230,11 +229,11 @@ def lora_models(
     """Adds a LoRA (Hu et al. 2021) to the teacher's backbone, in place, and returns the roles that share it.
 
     Args:
-        start: weights of an adapter, by parameter, that the student begins with. teacher_starts: so does the teacher.
-        student_kind: what the student predicts; None is what the teacher does.
-        alpha: scale of the adapter is alpha / rank; None is alpha = rank.
+        start: weights of an adapter, by parameter, that the student starts from. teacher_starts: so does the teacher.
+        student_kind: the student's prediction type; None for the teacher's.
+        alpha: the adapter's scale is alpha / rank; None for alpha = rank.
         target_modules: endings of module names.
-        dtype: that the frozen weights are kept in from now on; None leaves them. The adapter is float32.
+        dtype: that the frozen weights are cast to; None leaves them. The adapter is float32.
 
     Raises:
         InputError: rank below 1, alpha or dropout out of range; or see `adaptable`.
@@ -253,7 +252,7 @@ def lora_models(
     settings = _adapter(rank, known, alpha, dropout)
     if hasattr(backbone, "add_adapter"):
         backbone.add_adapter(settings, adapter_name=ADAPTER)
-    else:  # PixArt and pixel UNets, whose pipelines load no LoRA: peft does
+    else:  # PixArt and pixel UNets: their pipelines load no LoRA, but peft does
         inject_adapter_in_model(settings, backbone, adapter_name=ADAPTER)
     for parameter in trainable(backbone).values():
         parameter.data = parameter.data.float()
@@ -277,7 +276,7 @@ def _adapter(rank: int, known: list[str], alpha: float | None = None, dropout: f
 
 
 def adapter_like(backbone: nn.Module, rank: int, endings: tuple[str, ...]) -> dict[str, nn.Parameter]:
-    """The parameters of a new adapter on a network, without memory behind them; the network stays as it is.
+    """The parameters of a new adapter for a network, without allocating memory; the network is not changed.
 
     Raises:
         InputError: see `adaptable`.
@@ -294,7 +293,7 @@ def adapter_like(backbone: nn.Module, rank: int, endings: tuple[str, ...]) -> di
 
 
 def restore(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> None:
-    """Copies weights into the parameters of their names.
+    """Copies weights into the parameters of the same names.
 
     Raises:
         InputError: see `check_fits`.
@@ -305,7 +304,7 @@ def restore(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> 
 
 
 def check_fits(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor]) -> None:
-    """Checks that weights are those of an adapter with these parameters.
+    """Checks that weights fit an adapter with these parameters.
 
     Raises:
         InputError: the names or the shapes differ.
@@ -330,17 +329,17 @@ def full_models(
     dtype: torch.dtype | None = None,
     divide: Callable[[nn.Module], None] | None = None,
 ) -> Models:
-    """A student that is a copy of the teacher, all its weights trained in float32; with `embed_guidance`, told its w.
+    """A student copied from the teacher, all its weights trained in float32; with `embed_guidance`, conditioned on w.
 
     Args:
-        student_kind: what the student predicts; None is what the teacher does.
-        dtype: that the teacher's weights are kept in from now on; None leaves them.
-        divide: done to both networks before their parameters are taken note of.
+        student_kind: the student's prediction type; None for the teacher's.
+        dtype: that the teacher's weights are cast to; None leaves them.
+        divide: applied to both networks before their parameters are collected.
     """
     backbone = copy.deepcopy(teacher.backbone)
     if embed_guidance and not teacher.takes_guidance:
         tellable(backbone)
-        # "_use_default_values" in it would win over the new width
+        # "_use_default_values" would override the new width
         config = {k: v for k, v in backbone.config.items() if not k.startswith("_")}
         student = type(backbone).from_config(config | {"time_cond_proj_dim": GUIDANCE_WIDTH})
         missing, unexpected = student.load_state_dict(backbone.state_dict(), strict=False)
@@ -351,7 +350,7 @@ def full_models(
                 "one without time_cond_proj_dim; leave it out"
             )
         if missing:
-            nn.init.zeros_(student.get_parameter(new))  # starts as the teacher, whatever w
+            nn.init.zeros_(student.get_parameter(new))  # starts as the teacher, for any w
         backbone = student.to(next(backbone.parameters()).device)
     backbone.float().requires_grad_(True).train()
     student = type(teacher)(backbone, teacher.schedule, student_kind or teacher.kind)

@@ -1,4 +1,4 @@
-"""From a configuration to a distilled student: what the training scripts and the demo share."""
+"""From a configuration to a distilled student, for the training scripts and the demo."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def distil(config: TrainConfig) -> Path:
         The export folder.
 
     Raises:
-        InputError: a flag, the teacher, the data or the folder will not do.
+        InputError: a flag, the teacher, the data or the folder is unsuitable.
     """
     from stepdistill.training.trainer import Trainer
 
@@ -40,14 +40,14 @@ def distil(config: TrainConfig) -> Path:
 
 
 def begin(config: TrainConfig):
-    """Checks flags and folder before hours of encoding, not after; returns accelerate's PartialState."""
+    """Checks flags and folder before, not after, hours of encoding; returns accelerate's PartialState."""
     from accelerate import PartialState
 
     from stepdistill.training import sharding
     from stepdistill.training.processes import on_cpu
 
     config.check()
-    _ = config.samples  # that there are any
+    _ = config.samples  # raises if there are none
     sharding.check(config)
     with sharding.kept_from_accelerate():
         state = PartialState(cpu=on_cpu())
@@ -56,10 +56,10 @@ def begin(config: TrainConfig):
 
 
 def open_teacher(config: PipelineConfig, device) -> Teacher:
-    """The teacher, found fit for the run, at the run's picture size.
+    """Loads the teacher, checks it against the flags, and sets the run's image size.
 
-    Its network is loaded in what it is kept in. Text encoders and autoencoder are float32: what they say is cached for
-    runs of any precision, under a key of their weights.
+    Its network is loaded in the dtype it is kept in. Text encoders and autoencoder are float32: their outputs are
+    cached for runs of any precision, keyed by their weights.
     """
     from stepdistill.data.build import picture_size
     from stepdistill.denoiser.load import load_teacher
@@ -71,10 +71,10 @@ def open_teacher(config: PipelineConfig, device) -> Teacher:
 
 
 def open_samples(config: TrainConfig, teacher: Teacher, beside: Path):
-    """The cached samples; one process builds them, the others wait at its lock, for any time.
+    """Opens the cached samples; one process builds them, the others wait at its lock, however long it takes.
 
     Args:
-        beside: where a dry run keeps the few it takes.
+        beside: folder for the few samples of a dry run.
     """
     from stepdistill.data.cache import open_data
 

@@ -1,12 +1,12 @@
-"""Weights divided among the processes: FSDP2.
+"""Weights sharded over the processes: FSDP2.
 
     accelerate launch --config_file train_scripts/configs/accelerate/fsdp2.yaml train_scripts/train_ladd.py ...
 
-Weights are divided by torch's `fully_shard` (Zhao et al. 2023), block by block, gathered when a block is called and
-dropped after it. Of a LoRA, what is large is the frozen network under it: that is divided, while the adapter, its
-averages and its optimizer are whole in every process and its gradients averaged. Of a full student everything is
-divided: its weights, gradients, averages and optimizer, and the teacher. Checkpoints and exports hold whole tensors
-either way, so that a run may go on over more processes or fewer, divided or not.
+torch's `fully_shard` (Zhao et al. 2023) shards weights block by block, gathers them when a block is called and frees
+them after it. For a LoRA, only the frozen network under it is sharded; the adapter, its averages and its optimizer are
+replicated in every process, and its gradients are averaged. For a full student everything is sharded: its weights,
+gradients, averages and optimizer, and the teacher. Checkpoints and exports hold full tensors either way, so a run can
+resume on more processes or fewer, sharded or not.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ YES = ("1", "true", "yes", "on")
 
 
 def asked_for() -> bool:
-    """Whether `accelerate launch` asks for FSDP2.
+    """Whether `accelerate launch` requests FSDP2.
 
     Raises:
-        InputError: it asks for a way of dividing that this trainer does not know.
+        InputError: it requests a kind of sharding that this trainer does not support.
     """
     for name in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in YES:
@@ -52,10 +52,10 @@ def asked_for() -> bool:
 
 
 def check(config: TrainConfig) -> bool:
-    """`asked_for`, for such a run.
+    """`asked_for`, with a check of the configuration.
 
     Raises:
-        InputError: see there; or a full student is to have an optimizer, or a precision, for whole weights alone.
+        InputError: see there; or a full student's optimizer or precision does not support sharded weights.
     """
     if asked_for() and not config.lora:
         for name, bad, fix in (("optimizer", "adamw8bit", "adamw"), ("mixed_precision", "fp16", "bf16 or no")):
@@ -66,7 +66,7 @@ def check(config: TrainConfig) -> bool:
 
 @contextmanager
 def kept_from_accelerate() -> Iterator[None]:
-    """Within, accelerate is not told of FSDP: it would want to divide the adapter and its optimizer too."""
+    """Context that hides FSDP from accelerate, which would shard the adapter and its optimizer too."""
     told = os.environ.pop("ACCELERATE_USE_FSDP", None)
     try:
         yield
@@ -76,13 +76,13 @@ def kept_from_accelerate() -> Iterator[None]:
 
 
 def divide(backbone: nn.Module, device: torch.device, *, adapted: bool) -> None:
-    """Divides the weights of a network among all processes, in place: its blocks each, then what is left.
+    """Shards the weights of a network over all processes, in place: each of its blocks, then the rest.
 
-    A block is what its class calls one (diffusers' `_no_split_modules`). A network that is on the CPU until then goes
-    to the device block by block, and need never be there whole.
+    Blocks are those that its class names (diffusers' `_no_split_modules`). A network on the CPU moves to the device
+    block by block, and need never be there as a whole.
 
     Args:
-        adapted: weights that are trained are an adapter's, and left whole.
+        adapted: the trained weights are an adapter's, and are not sharded.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -95,14 +95,14 @@ def divide(backbone: nn.Module, device: torch.device, *, adapted: bool) -> None:
     }
     for module in reversed(blocks):  # the innermost first
         fully_shard(module, **settings)
-    # What is left of a trained network is dropped after a call, too: the next may have averages in place. That of a
-    # frozen one stays, since gradients may come to it from blocks alone, which nothing in its output announces.
+    # The rest of a trained network is freed after a call, too: the next one may have averages swapped in. That of a
+    # frozen one stays, since gradients may reach it through its blocks alone, without passing through its output.
     trained = not adapted and any(p.requires_grad for p in backbone.parameters())
     fully_shard(backbone, reshard_after_forward=True if trained else None, **settings)
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Puts the mean over all processes in the place of each gradient, in one exchange for each dtype."""
+    """Replaces each gradient by its mean over all processes, in one all-reduce per dtype."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
@@ -115,15 +115,15 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def own(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that may be divided, in the same memory."""
+    """This process's shard of a tensor, in the same memory; the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(tree: object, keep: bool) -> object:
-    """Nested dictionaries and lists with every divided tensor whole and on the CPU. All processes must call it.
+    """Nested dictionaries and lists with every sharded tensor gathered on the CPU. All processes must call it.
 
     Args:
-        keep: whether this one gets them; the others have None in their places.
+        keep: whether this process gets them; the others get None in their places.
     """
     if isinstance(tree, DTensor):
         whole = tree.full_tensor()
@@ -136,7 +136,7 @@ def gather(tree: object, keep: bool) -> object:
 
 
 def like(whole: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor, which every process has, divided as another one is."""
+    """A full tensor, which every process has, sharded like another tensor."""
     if not isinstance(tensor, DTensor):
         return whole
     on_device = whole.to(tensor.device)
@@ -144,18 +144,18 @@ def like(whole: Tensor, tensor: Tensor) -> Tensor:
 
 
 def spread(state: dict[int, dict], parameters: list[nn.Parameter]) -> None:
-    """Puts in the place of an optimizer's whole moments, by the number of their parameter, those divided as it is."""
+    """Replaces an optimizer's full moments, by parameter index, with ones sharded like their parameters."""
     for number, moments in state.items():
         for name, value in moments.items():
-            if isinstance(value, Tensor) and value.ndim:  # not the count of steps
+            if isinstance(value, Tensor) and value.ndim:  # not the step count
                 moments[name] = like(value, parameters[number])
 
 
 def gathered(backbone: nn.Module, keep: bool) -> nn.Module | None:
-    """A copy of a divided network with all its weights, on the CPU. All processes must call it.
+    """A copy of a sharded network with its full weights, on the CPU. All processes must call it.
 
     Args:
-        keep: whether this one gets it; the others get None.
+        keep: whether this process gets it; the others get None.
     """
     from accelerate import init_empty_weights
 

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl always, tensorboard and wandb where asked for."""
+"""A run's metrics: to metrics.jsonl always, to tensorboard and wandb if requested."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Metrics:
     """The log of a run. Only the main process writes.
 
     Args:
-        out: the run's folder. accelerator: made with log_with, for the trackers besides the file.
-        update: where the run goes on from; later lines of a run that was cut are dropped.
+        out: the run's folder. accelerator: created with log_with, for the trackers besides the file.
+        update: where the run resumes; later lines of an interrupted run are dropped.
     """
 
     def __init__(self, out: Path, accelerator: Accelerator, record: dict, update: int) -> None:
@@ -31,14 +31,14 @@ class Metrics:
             write(self.path, "".join(line + "\n" for line in lines))
 
     def log(self, update: int, values: dict[str, float]) -> None:
-        """One line, and the trackers."""
+        """Writes one line, and logs to the trackers."""
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"update": update, **values}) + "\n")
         self.accelerator.log(values, step=update)
 
     def picture(self, update: int, name: str, picture: Image.Image) -> None:
-        """A picture, to the trackers alone. Called by the main process."""
+        """Logs an image, to the trackers only. Called by the main process."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.log_images({name: np.asarray(picture)[None]}, step=update, dataformats="NHWC")
@@ -46,7 +46,7 @@ class Metrics:
                 tracker.log_images({name: [picture]}, step=update)
 
     def close(self) -> None:
-        """Ends the trackers. Not by `end_training`, which ends what the processes talk through as well."""
+        """Closes the trackers; without `end_training`, which also destroys the process group."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
@@ -55,4 +55,4 @@ def _update_of(line: str) -> float:
     try:
         return json.loads(line)["update"]
     except (ValueError, KeyError, TypeError):
-        return math.inf  # a line cut in the middle
+        return math.inf  # a truncated line

@@ -1,8 +1,8 @@
-"""Trains a few-step student of a pipeline: what a batch is, which networks take part, what is exported.
+"""Trains a few-step student of a pipeline: its batches, its networks and its export.
 
     Trainer(method, teacher, data, config).fit()    # the same call, or command, again resumes
 
-The updates, checkpoints and logs are loop.py's.
+Updates, checkpoints and logs are in loop.py.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Trainer(Loop):
 
     Args:
         method: the loss and its roles.
-        teacher: what it learns from. A LoRA is added to it in place; with mixed precision its backbone is cast. Its
-            text encoders and autoencoder wait on the CPU: text and latents are cached.
+        teacher: what the student learns from. A LoRA is added to it in place; with mixed precision its backbone is
+            cast. Its text encoders and autoencoder stay on the CPU: text and latents are cached.
         data: a LatentCache, or anything with len, batch(indices) -> (x0, cond), uncond and captions.
         config: see TrainConfig.
-        models: the networks, on their device; made from the teacher by `config.lora` where not given.
-        target: the export folder; `<out>/export` where not given.
+        models: the networks, on their device; by default built from the teacher according to `config.lora`.
+        target: the export folder; by default `<out>/export`.
 
     Raises:
         InputError: `config.out` holds another run, or a setting is out of range.
@@ -64,7 +64,7 @@ class Trainer(Loop):
         self.models = models or build_models(method, teacher, config, divide=self._divide if self.divided else None)
         for module in self.models.others.values():
             module.to(self.device)
-        self.backbone = self.models.student.backbone  # as it is, before it is wrapped
+        self.backbone = self.models.student.backbone  # before it is wrapped
         if config.gradient_checkpointing:
             self.models.enable_checkpointing()
         if config.compile:
@@ -72,16 +72,16 @@ class Trainer(Loop):
         self._start()
         self.drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.backbone.modules())
         self.uncond = to(data.uncond, self.device)
-        self.seconds = config.spent_before  # what the student begins with took, too
+        self.seconds = config.spent_before  # training time of what the student starts from
 
     @property
     def target(self) -> Path:
-        """The export folder; `<out>/export` where no other was given."""
+        """The export folder; by default `<out>/export`."""
         return self._target
 
     @property
     def divided(self) -> bool:
-        """Whether what is trained is divided among the processes, and not only what is frozen."""
+        """Whether trained weights are sharded over the processes, not only frozen ones."""
         return self.sharded and not self.config.lora
 
     def _divide(self, network: nn.Module) -> None:
@@ -90,8 +90,8 @@ class Trainer(Loop):
     def _prepare(self) -> None:
         """Wraps networks and optimizers for the device, the processes and the precision.
 
-        Autocast goes around each call of a network, not around the loss: it keeps its casts of weights until it ends,
-        and would hand the student those of the averaged weights that the target was called with.
+        Autocast wraps each call of a network, not the loss: it caches its casts of weights until it ends, and would
+        give the student those of the averaged weights that the target was called with.
         """
         models = self.models
         models.student.backbone = self.accelerator.prepare_model(self.backbone, evaluation_mode=self.sharded)
@@ -105,7 +105,7 @@ class Trainer(Loop):
         return self.models.student.backbone, *self.models.wrapped.values()
 
     def _before_step(self, role: str) -> None:
-        if self.sharded and not self.divided and role == "student":  # what is divided is averaged as it is
+        if self.sharded and not self.divided and role == "student":  # FSDP averages what is sharded
             sharding.average_gradients(self.models.trained[role].values())
 
     def _done_before(self, done: Path) -> None:
@@ -123,7 +123,7 @@ class Trainer(Loop):
         return Batch(self._send({"": x0})[""], self._send(cond), expand(self.uncond, size), draws)
 
     def _send(self, cond: Cond) -> Cond:
-        """To the device; from pinned memory, so that the copy is waited for by nobody."""
+        """Moves named tensors to the device, from pinned memory so that the copy is asynchronous."""
         if self.device.type == "cuda":
             cond = {key: value.pin_memory() for key, value in cond.items()}
         return to(cond, self.device)
@@ -138,7 +138,7 @@ class Trainer(Loop):
         self.accelerator.wait_for_everyone()
 
     def _painted(self) -> Image.Image | None:
-        """The grid of the student as it is shown; of divided weights, all processes must paint it, else one."""
+        """The validation grid; of sharded weights, all processes must generate it, else only the main one."""
         if self.teacher is None or not (self.sharded or self.accelerator.is_main_process):
             return None
         with self.models.shown() as student:
@@ -157,7 +157,7 @@ class Trainer(Loop):
                     picture,
                 )  # fmt: skip
                 self._done()
-        self.models.student.backbone = self.backbone  # where it was gathered for the export
+        self.models.student.backbone = self.backbone  # after a gathered copy was exported
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"done: {target}")
         if main and self.teacher is not None:
@@ -169,10 +169,10 @@ def build_models(
     method: Method, teacher: Teacher, config: TrainConfig, start: dict[str, Tensor] | None = None,
     divide: Callable[[nn.Module], None] | None = None,
 ) -> Models:  # fmt: skip
-    """The networks of a method as LoRA or full, from its teacher.
+    """Builds the networks of a method from its teacher, with a LoRA or a full student.
 
     Args:
-        start: of a LoRA, that the teacher begins with too; the student alone begins with `config.begin_with()`.
+        start: LoRA weights that student and teacher start from; with `config.begin_with()`, only the student does.
         divide: see full_models.
     """
     common = {

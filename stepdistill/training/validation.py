@@ -1,4 +1,4 @@
-"""What the student paints now: a grid of prompts by steps, always with the adapter on."""
+"""Validation images of the student: a grid of prompts by step counts, always with the adapter on."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ STEPS = (1, 2, 4, 8)
 
 
 def prompts_for(config: TrainConfig, captions: list[str]) -> list[str]:
-    """The prompts of validation grids: those configured, or four of the data's."""
+    """The prompts of validation grids: those configured, or four of the data's captions."""
     return list(config.validation_prompts) or captions[:4]
 
 
 def tile(rows: list[list[Image.Image]], gap: int = 4) -> Image.Image:
-    """Pictures of one size in rows, small ones enlarged without smoothing."""
+    """Arranges images of one size in rows, small ones enlarged without smoothing."""
     width, height = rows[0][0].size
     zoom = max(1, 128 // width)
     width, height = width * zoom, height * zoom
@@ -38,14 +38,14 @@ def tile(rows: list[list[Image.Image]], gap: int = 4) -> Image.Image:
 
 
 def to_pictures(images: torch.Tensor) -> list[Image.Image]:
-    """(B, 3 or 1, H, W) in [-1, 1] to PIL pictures."""
+    """Converts (B, 3 or 1, H, W) in [-1, 1] to PIL images."""
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(p.squeeze() if p.shape[-1] == 1 else p) for p in pixels]
 
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Within, eval mode; afterwards each part is in its own mode again: of an adapter, the dropout alone trains."""
+    """Context in eval mode; restores each part's mode (with an adapter, only its dropout is in train mode)."""
     modes = {part: part.training for part in network.modules()}
     network.eval()
     try:
@@ -56,11 +56,11 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # a few pictures are no reason to compile for another batch
+@torch.compiler.set_stance("force_eager")  # not worth compiling for another batch size
 def grid(method: Method, teacher: Teacher, student: Denoiser, config: TrainConfig, captions: list[str]) -> Image.Image:
-    """A row a prompt, a column for each of 1, 2, 4, 8 steps; the same noise in a row.
+    """A grid with a row per prompt and a column for each of 1, 2, 4 and 8 steps; the same noise within a row.
 
-    Sampled as the method says, from the network as it is: adapters on, as `Models.shown` gives it.
+    Sampled by the method from the student that `Models.shown` yields, adapters on.
     """
     prompts = prompts_for(config, captions)
     device = next(student.parameters()).device

@@ -15,7 +15,7 @@ def attribute_classes() -> dict[str, list[str]]:
 
 
 def attribute_labels(split: str, *, mentioned_only: bool) -> Tensor:
-    """(N, attributes) class indices; with `mentioned_only`, what a caption leaves open is the class after the last."""
+    """(N, attributes) class indices; with `mentioned_only`, the class after the last if the caption omits it."""
     data, classes = avatars.load(split), attribute_classes()
     index = {name: {value: i for i, value in enumerate(values)} for name, values in classes.items()}
     return torch.tensor([
@@ -42,6 +42,6 @@ class Heads(nn.Module):
         return torch.stack(losses).mean()
 
     def accuracy(self, features: Tensor, labels: Tensor) -> Tensor:
-        """(attributes,) share of right classes."""
+        """(attributes,) share of correct classes."""
         right = [(h(features).argmax(-1) == y).float().mean() for h, y in zip(self.heads, labels.T, strict=True)]
         return torch.stack(right)

@@ -1,4 +1,4 @@
-"""The autoencoder: 32x32 pictures to 16x16 latents and back; then its decoder again, to forgive a sampler."""
+"""The autoencoder: 32x32 images to 16x16 latents and back; then its decoder again, to tolerate a sampler's errors."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def reconstruction_loss(y: Tensor, x: Tensor) -> Tensor:
 
 
 def shaken(z: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    """Latents (B, C, h, w) with noise of up to `noise` times their spread, mostly of less."""
+    """Adds noise to latents (B, C, h, w), of up to `noise` times their standard deviation, mostly less."""
     level = noise * torch.rand(len(z), 1, 1, 1, generator=generator).square()
     return z + (level * torch.randn(z.shape, generator=generator)).to(z.device) * z.std()
 
 
 def run_vae(run: Run, sizes: dict, budget: Budget, kl_weight: float, noise: float, start: str | None) -> Figures:
-    """Reconstruction from shaken latents, with a whisper of KL.
+    """Trains the autoencoder to reconstruct from noised latents, with a small KL term.
 
-    Codes that survive noise lie apart, so a denoiser has something to snap to: without it the autoencoder hides detail
-    in small differences of its latents, which a small denoiser cannot paint. `start` is a pipeline folder whose
-    autoencoder is trained on, in place of random weights.
+    Codes that survive noise lie apart, so a denoiser can tell them from each other; without it the autoencoder hides
+    detail in small differences of its latents, which a small denoiser cannot generate. `start` is a pipeline folder
+    whose autoencoder is trained further, instead of random weights.
     """
     vae = build_vae(sizes).to(run.device)
     if start:
@@ -67,8 +67,8 @@ def run_vae(run: Run, sizes: dict, budget: Budget, kl_weight: float, noise: floa
 
 
 def run_decoder(run: Run, budget: Budget, noise: float) -> Figures:
-    """Teaches the decoder to forgive a sampler's small errors: latents shaken by up to `noise`, mostly by less,
-    the encoder fixed."""
+    """Trains the decoder to tolerate a sampler's small errors: latents with noise of up to `noise`, mostly less; the
+    encoder is frozen."""
     vae = load_vae(run)
     images = images_of("train", run.device)
     latents = latents_of(vae, images)
@@ -86,7 +86,7 @@ def run_decoder(run: Run, budget: Budget, noise: float) -> Figures:
 
 
 def load_vae(run: Run) -> nn.Module:
-    """The autoencoder of the `vae` stage, and of the `decoder` stage once that is done."""
+    """The autoencoder of the `vae` stage, or of the `decoder` stage once that is done."""
     from diffusers import AutoencoderKL
 
     if not (run.out / "vae").is_dir():
@@ -96,14 +96,14 @@ def load_vae(run: Run) -> nn.Module:
 
 @torch.no_grad()
 def latents_of(vae: nn.Module, images: Tensor) -> Tensor:
-    """(N, C, h, w) posterior means of uint8 pictures."""
+    """(N, C, h, w) posterior means of uint8 images."""
     batches = tqdm(images.split(250), "latents", dynamic_ncols=True)
     return torch.cat([vae.encode(to_unit(batch)).latent_dist.mean for batch in batches])
 
 
 @torch.no_grad()
 def reconstruction_figures(vae: nn.Module, run: Run) -> Figures:
-    """PSNR in dB of 1,000 held-out pictures, from exact latents and from ones shaken by 0.1."""
+    """PSNR in dB of 1,000 held-out images, from exact latents and from latents with noise of 0.1."""
     test = to_unit(images_of("test", run.device)[:1000])
     figures = {}
     for name, level in (("held_out_psnr_db", 0.0), ("held_out_psnr_db_at_noise_0.1", 0.1)):

@@ -1,8 +1,8 @@
 """The flow teacher: a small rectified-flow MMDiT and its two text towers, on the UNet teacher's autoencoder.
 
-Two CLIP towers are enough for these captions, so the T5 that the pipeline wants is one that says nothing: 256 tokens of
-zeros, as Stable Diffusion 3 has them where its T5 is left out. They stay alike in every layer, and training keeps one
-of them and counts it 256 times in each softmax: the same network, on a sixth of the text tokens.
+Two CLIP towers suffice for these captions, so the T5 that the pipeline requires outputs 256 tokens of zeros, as Stable
+Diffusion 3 uses them without its T5. These tokens stay equal in every layer, so training keeps one of them and counts
+it 256 times in each softmax: the same network, on a sixth of the text tokens.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from stepdistill.data import avatars
 from stepdistill.errors import InputError
 
-SILENT = 256  # tokens of T5 that StableDiffusion3Pipeline asks for by default
+SILENT = 256  # T5 tokens that StableDiffusion3Pipeline uses by default
 
 
 class Towers(nn.Module):
-    """SD3's two CLIP towers; states side by side, as `StableDiffusion3Pipeline.encode_prompt` has them."""
+    """SD3's two CLIP towers, states concatenated as in `StableDiffusion3Pipeline.encode_prompt`."""
 
     def __init__(self, towers: list[nn.Module]) -> None:
         super().__init__()
@@ -34,13 +34,13 @@ class Towers(nn.Module):
         self.pooled_width = sum(tower.config.projection_dim for tower in towers)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids (B, S) to the states before the last layer (B, S, D) and the pooled text (B, P)."""
+        """Maps token ids (B, S) to the states before the last layer (B, S, D) and the pooled text (B, P)."""
         said = [tower(ids, output_hidden_states=True) for tower in self.towers]
         return torch.cat([s.hidden_states[-2] for s in said], -1), torch.cat([s.text_embeds for s in said], -1)
 
 
 def run_flow_text(run: Run, sizes: list[dict], budget: Budget) -> Figures:
-    """Learns the two towers as `text` learns its one: from both pooled states, which attributes a caption names."""
+    """Trains two towers as `text` trains one: to predict from the pooled states which attributes a caption names."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     data, tokenizer = avatars.load("train"), load_tokenizer(run)
@@ -66,7 +66,7 @@ def run_flow_text(run: Run, sizes: list[dict], budget: Budget) -> Figures:
         accuracy = heads.accuracy(pooled, attribute_labels("test", mentioned_only=True).to(run.device)).mean()
     for i, tower in enumerate(towers.towers):
         tower.save_pretrained(run.out / f"flow_text_encoder_{i + 1}")
-    return {"held_out_accuracy": round(accuracy.item(), 5)}  # of named and open attributes, read from the caption
+    return {"held_out_accuracy": round(accuracy.item(), 5)}  # mentioned and unmentioned attributes, from captions
 
 
 def load_towers(run: Run) -> Towers:
@@ -80,7 +80,7 @@ def load_towers(run: Run) -> Towers:
 
 
 def silent_t5(width: int):
-    """A T5 that answers zeros, for its last norm has none but zero weights; and a tokenizer to which all is unknown."""
+    """A T5 that outputs zeros, since the weights of its last norm are zero; and a tokenizer that knows no words."""
     from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
     tokenizer = T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], extra_ids=0)
@@ -90,12 +90,12 @@ def silent_t5(width: int):
 
 
 class CountedAttention:
-    """SD3's joint attention, in which the last text token stands for `SILENT` alike."""
+    """SD3's joint attention, in which the last text token counts as `SILENT` equal ones."""
 
     def __call__(
         self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: None = None
     ) -> tuple[Tensor, Tensor]:
-        """Pictures' tokens (B, N, D) and text's (B, S, D), to both again."""
+        """Maps image tokens (B, N, D) and text tokens (B, S, D) to tokens of the same shapes."""
         split = lambda x: x.unflatten(2, (attn.heads, -1)).transpose(1, 2)  # noqa: E731
         q, k, v = (split(layer(hidden_states)) for layer in (attn.to_q, attn.to_k, attn.to_v))
         layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
@@ -111,7 +111,7 @@ class CountedAttention:
 
 
 def run_flow(run: Run, sizes: dict, scheduler: dict, budget: Budget, caption_dropout: float, dtype: str) -> Figures:
-    """Rectified flow (Liu et al. 2022) with times of logit-normal(0, 1) (Esser et al. 2024, section 3.1), on cached
+    """Trains rectified flow (Liu et al. 2022) with logit-normal(0, 1) times (Esser et al. 2024, section 3.1) on cached
     latents and text states; then writes the whole pipeline."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 

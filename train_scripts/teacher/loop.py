@@ -1,4 +1,4 @@
-"""What every stage of the embedded teacher's training shares: budget, loop, checkpoint, pictures."""
+"""Common to all stages of the embedded teacher's training: budget, loop, checkpoint, images."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long and how fast a stage trains."""
+    """Length, batch size and optimizer settings of a stage."""
 
     updates: int
     batch_size: int
@@ -58,20 +58,20 @@ class Budget:
 
 
 def learning_rate_at(update: int, budget: Budget) -> float:
-    """Warm-up, plateau, linear decay to zero: a plateau can be lengthened without starting again."""
+    """Warm-up, plateau, linear decay to zero; the plateau can be extended without restarting."""
     rise = min(1.0, (update + 1) / budget.warmup)
     fall = min(1.0, (budget.updates - update) / max(1.0, budget.decay * budget.updates))
     return budget.learning_rate * min(rise, fall)
 
 
 def _identity(run: Run) -> str:
-    """What must be the same for a checkpoint to be gone on from: all of plan and seed but how long the stage lasts."""
+    """What must match for a checkpoint to be resumed: plan and seed, except for the length of the stage."""
     budget = {k: v for k, v in run.plan.get("budget", {}).items() if k not in ("updates", "decay")}
     return json.dumps([run.seed, run.plan | {"budget": budget}], sort_keys=True)
 
 
 def _save(path: Path, tensors: dict[str, Tensor], run: Run) -> None:
-    """Writes a checkpoint beside the last one, then puts it in its place."""
+    """Writes a checkpoint beside the last one, then replaces that."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".new")
     save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, beside, {"plan": _identity(run)})
@@ -79,10 +79,10 @@ def _save(path: Path, tensors: dict[str, Tensor], run: Run) -> None:
 
 
 def _load(path: Path, run: Run) -> dict[str, Tensor] | None:
-    """The checkpoint at `path`; None where there is none.
+    """The checkpoint at `path`; None if there is none.
 
     Raises:
-        InputError: it is broken, or of another plan or seed.
+        InputError: it is broken, or has another plan or seed.
     """
     if not path.exists():
         return None
@@ -171,10 +171,10 @@ def last_loss(run: Run, name: str) -> float:
 
 
 def images_of(split: str, device: str) -> Tensor:
-    """The split's pictures, (N, 3, 32, 32) uint8."""
+    """The split's images, (N, 3, 32, 32) uint8."""
     return torch.from_numpy(avatars.load(split).images).permute(0, 3, 1, 2).contiguous().to(device)
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 pictures to floats in [-1, 1]."""
+    """Converts uint8 images to floats in [-1, 1]."""
     return images.float().div(127.5).sub(1)

@@ -1,4 +1,4 @@
-"""The scorer: an open_clip model of pictures and captions, and linear probes of the attributes on its embedding."""
+"""The scorer: an open_clip model of images and captions, and linear probes of the attributes on its embedding."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from stepdistill.data import avatars
 def run_scorer(
     run: Run, model_cfg: dict, budget: Budget, attribute_weight: float, probe_weight_decay: float
 ) -> Figures:
-    """An open_clip model trained on pictures and captions, image embeddings sharpened by the attributes; then probes.
+    """Trains an open_clip model on images and captions, with an attribute loss on the image embedding; then probes.
 
-    The probes are fitted afterwards on the frozen, normalised embedding of clean pictures, by L-BFGS.
+    The probes are fitted to the frozen, normalised embedding of clean images, by L-BFGS.
     """
     import open_clip
     from open_clip.model import CLIP

@@ -1,4 +1,4 @@
-"""Tokenizer and text tower: a CLIP tower that learns to say which attributes a caption names, and their classes."""
+"""Tokenizer and text tower: a CLIP tower that learns to predict which attributes a caption names, and their classes."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def build_tokenizer(captions: list[str], max_length: int):
 
 
 def tokenize(tokenizer, captions: list[str], device: str) -> Tensor:
-    """(N, max_length) token ids, padded as StableDiffusionPipeline pads."""
+    """(N, max_length) token ids, padded as in StableDiffusionPipeline."""
     options = {"padding": "max_length", "truncation": True, "max_length": tokenizer.model_max_length}
     return tokenizer(captions, return_tensors="pt", **options).input_ids.to(device)
 
 
 def run_text(run: Run, max_length: int, sizes: dict, budget: Budget) -> Figures:
-    """Learns the text tower by reading captions: from its pooled state, which attributes are named, and which class."""
+    """Trains the text tower to predict from its pooled state which attributes a caption names, and their classes."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     data = avatars.load("train")
@@ -72,7 +72,7 @@ def run_text(run: Run, max_length: int, sizes: dict, budget: Budget) -> Figures:
         accuracy = heads.accuracy(pooled, attribute_labels("test", mentioned_only=True).to(run.device)).mean()
     tower.save_pretrained(run.out / "text_encoder")
     tokenizer.save_pretrained(run.out / "tokenizer")
-    return {"held_out_accuracy": round(accuracy.item(), 5)}  # of named and open attributes, read from the caption
+    return {"held_out_accuracy": round(accuracy.item(), 5)}  # mentioned and unmentioned attributes, from captions
 
 
 def load_tokenizer(run: Run):

@@ -17,9 +17,9 @@ from stepdistill.data import avatars
 def run_unet(
     run: Run, sizes: dict, scheduler: dict, budget: Budget, caption_dropout: float, dtype: str, start: str | None
 ) -> Figures:
-    """v-prediction on cached latents and text states (Salimans and Ho 2022, eq. 10), then writes the whole pipeline.
+    """Trains v-prediction on cached latents and text states (Salimans and Ho 2022, eq. 10), then writes the pipeline.
 
-    `start` is a pipeline folder whose UNet is trained on, in place of random weights.
+    `start` is a pipeline folder whose UNet is trained further, instead of random weights.
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
