@@ -24,7 +24,6 @@ from stepdistill.baselines.results import Results, Row, gap_closed, show
 from stepdistill.baselines.sweep import points, take_over
 from stepdistill.cli import main
 from stepdistill.draws import Draws
-from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock
 from stepdistill.training.config import LoopConfig
 
@@ -305,6 +304,11 @@ def test_help_names_every_baseline(argv, capsys):
         (["run", "hinton", "--quick", "--label", "mood"], "--label: got mood; allowed: one or more of pattern"),
         (["run", "hinton", "--quick", "--student", "resnet19x"], "network: got 'resnet19x'"),
         (["run", "hinton", "--quick", "--data", "nowhere"], "--data: got nowhere"),
+        (
+            ["run", "hinton", "--quick", "--student", "timm:vit_tiny_patch16_224"],
+            "for images of 32 pixels (Input height",
+        ),
+        (["run", "hinton", "--quick", "--seeds", "0", "1", "0"], "seeds: got 0 1 0; allowed: each once"),
         (["sweep", "hinton", "--over", "mood=1"], "--over: got mood=1"),
     ],
 )
@@ -315,12 +319,14 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, says, tmp_path, monkeypatch
     assert says in error and error.count("\n") == 1
 
 
-def test_a_set_with_one_class_is_refused(tmp_path):
+def test_a_set_with_one_class_is_refused(tmp_path, capsys):
     for name in ("one/train/cat", "one/test/cat"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
-    with pytest.raises(InputError, match=r"1 class.*two classes or more"):
-        open_labelled(str(tmp_path / "one"), "train", label=(), limit=None)
+    words = ["run", "hinton", "--quick", "--data", str(tmp_path / "one"), "--out", str(tmp_path / "out")]
+    assert main(["baselines", *words]) == 2
+    error = capsys.readouterr().err
+    assert "of 1 class" in error and "two classes or more" in error and error.count("\n") == 1
 
 
 def test_a_folder_of_folders_is_read_in_order(tmp_path):

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from speakers import sentences, speaker
 
 from stepdistill.baselines import get
+from stepdistill.baselines.language.tiny import train_tokenizer
 from stepdistill.cli import main as cli
 from stepdistill.training.config import from_yaml
 
@@ -91,3 +93,13 @@ def test_bad_input_ends_in_one_line_and_2(name, more, said, tmp_path, capsys):
     assert cli(command) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and said in error
+
+
+def test_a_student_with_another_tokenizer_is_refused(tmp_path, capsys):
+    for name, texts in (("one", sentences(50)), ("other", [text[::-1] for text in sentences(50)])):
+        speaker(vocab_size=280).network.save_pretrained(tmp_path / name)
+        train_tokenizer(texts, 280).save_pretrained(tmp_path / name)
+    models = ["--teacher", str(tmp_path / "one"), "--student", str(tmp_path / "other")]
+    assert cli(["baselines", "run", "forward_kl", "--quick", *models, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: student: got ") and "whose tokenizer is not that of" in error

@@ -52,6 +52,12 @@ class BaselineConfig(LoopConfig):
     DRAWN: ClassVar[tuple[str, ...]] = ()  # folders of measurements, which `eval` removes first
     UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # by kind of part: the flags it does not depend on
 
+    def check(self) -> None:
+        """See LoopConfig.check."""
+        super().check()
+        if len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds: got {' '.join(map(str, self.seeds))}; allowed: each once; drop the repeated one")
+
     def run(self) -> Results:
         """Trains what is not trained yet and returns the measured results; each baseline implements it."""
         raise NotImplementedError

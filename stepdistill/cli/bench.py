@@ -120,7 +120,7 @@ def main(config: Config) -> int:
         return 2
     if config.dry_run:
         plan = spec.plan_of(models, steps, protocol.steps or suite.STEPS)
-        cells = sum(len(counts) for _, _, counts in plan) * max(len(config.seed), 1)
+        cells = sum(len(counts) for _, _, counts in plan) * max(len(set(config.seed)), 1)
         print(f"{protocol.name}: {protocol.n} pictures a cell, {cells} cells, into {config.out}")
         for name, model, counts in plan:
             print(f"  {name}: {model} at {' '.join(map(str, counts))} steps")

@@ -65,8 +65,23 @@ def build(name: str, classes: int, side: int, *, seed: int) -> nn.Module:
         name: see above. classes: of its logits. side: of the images, in pixels. seed: of the weights.
 
     Raises:
-        InputError: there is no such network.
+        InputError: there is no such network, or it does not classify images of this size.
     """
+    network = _named(name, classes, side, seed)
+    try:
+        with torch.no_grad():
+            answer = network.eval()(torch.zeros(1, 3, side, side))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise InputError(
+            f"network: got {name} for images of {side} pixels ({reason}); allowed: one that takes them; try resnet20"
+        ) from error
+    if getattr(answer, "shape", None) != (1, classes):
+        raise InputError(f"network: got {name}, which gives no logits (B, {classes}); allowed: a classifier")
+    return network.train()
+
+
+def _named(name: str, classes: int, side: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     depth = re.fullmatch(r"resnet(\d+)", name)
     if depth and (int(depth[1]) - 2) % 6 == 0 and int(depth[1]) not in (18, 34, 50, 101, 152):
