@@ -115,17 +115,21 @@ def in_two_processes(words: list[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_processes_match_one_at_the_same_global_batch(tmp_path, pipelines, pictures):
+def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(tmp_path, pipelines, pictures):
     """Adam's epsilon is raised: if a gradient is pure rounding error, Adam takes full steps of its sign."""
     teacher = pipelines["sd"]
-    flags = ("--max-train-steps", "4", "--lora-dropout", "0", "--adam-epsilon", "1e-3")
+    flags = ("--max-train-steps", "10", "--lora-dropout", "0", "--adam-epsilon", "1e-3", "--log-every", "1")
     in_two_processes(command(tmp_path / "two", teacher, pictures, *flags))
     one = command(tmp_path / "one", teacher, pictures, *flags, "--batch-size", "4")
     subprocess.run(one, env=environment(), check=True, capture_output=True)
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max((a[k] - trained).abs().max().item() for k, trained in b.items()) < 1e-6
     assert all(trained.abs().max() > 1e-4 for k, trained in b.items() if "lora_B" in k), "a layer was not trained"
-    assert json.loads((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()[-1])["update"] == 4
+    logs = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+            for n in ("one", "two")]  # fmt: skip
+    assert [line["update"] for line in logs[0]] == [line["update"] for line in logs[1]] == list(range(1, 11))
+    for mine, theirs in zip(*logs, strict=True):
+        assert theirs["consistency"] == pytest.approx(mine["consistency"], rel=1e-5)
 
 
 def test_two_processes_with_a_tracker_come_to_their_end(tmp_path, pipelines, pictures):
