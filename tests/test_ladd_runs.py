@@ -52,6 +52,17 @@ def test_a_run_that_was_cut_ends_with_the_same_bits(tmp_path, pipelines, picture
     assert not all(torch.equal(v, ours[k]) for k, v in fresh.state_dict().items())
 
 
+def test_accumulated_batches_make_one_update_of_each_network(tmp_path, pipelines, pictures):
+    """Four updates of two batches: eight losses and four optimizer steps for each phase."""
+    run = trainer(tmp_path / "run", pipelines["sd"], pictures, gradient_accumulation=2)
+    phases, loss = [], run.method.loss
+    object.__setattr__(run.method, "loss", lambda phase, *rest: phases.append(phase) or loss(phase, *rest))
+    run.fit()
+    assert phases == ["discriminator", "student"] * 8
+    for role in ("discriminator", "student"):
+        assert {int(state["step"]) for state in run.optimizers[role].state.values()} == {4}, role
+
+
 def test_the_export_names_the_blocks_that_were_judged(tmp_path, pipelines, pictures):
     out = trainer(tmp_path / "run", pipelines["sd"], pictures, max_train_steps=1).fit()
     named = json.loads((out / "config.json").read_text())["judged_blocks"]

@@ -69,12 +69,14 @@ def test_the_one_step_student_reaches_the_exact_ode_map_in_all_modes(method):
 
 @pytest.mark.parametrize(("student", "left"), [(add, set()), (partial(ladd, updates=2000), {"widths"})])
 def test_the_one_step_student_reaches_the_datas_distribution_in_all_modes(student, left):
-    """Sets of 1,000 points: those of 250 hardly distinguish the modes from a circle through them. After half of LADD's
-    updates some modes are still too wide; the recorded run has all updates."""
-    ratio, answers = from_the_data(student(), 1000, 4)
+    """Sets of 250 points hardly distinguish the modes from a circle through them, so sets of 1,000 are compared too.
+    After half of LADD's updates some modes are still too wide; the recorded run has all updates."""
+    trained = student()
+    for count, most in ((250, 2), (1000, 3)):
+        ratio, answers = from_the_data(trained, count, 4)
+        assert ratio < most, f"energy distance {ratio:.2f} times that between fresh sets of {count}"
     modes = in_modes(answers)
     assert set(modes.faults) <= left, modes
-    assert ratio < 3, f"energy distance {ratio:.2f} times that between fresh sets"
 
 
 def test_every_method_is_recorded_as_reaching_its_exact_answer():
