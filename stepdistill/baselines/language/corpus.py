@@ -118,6 +118,6 @@ class CorpusConfig(BaselineConfig):
     def held_out(self, corpus: Corpus) -> str:
         """What is measured, in words."""
         if corpus.text is None:
-            return f"{len(corpus.test):,} held-out completions of {self.data}"
+            return f"{len(corpus.test):,} held-out completions of {self.test or self.data}"
         over = "windows of {window} at stride {stride}".format(**self.windows)
-        return f"{len(corpus.text):,} held-out tokens of {self.data}, {over}"
+        return f"{len(corpus.text):,} held-out tokens of {self.test or self.data}, {over}"

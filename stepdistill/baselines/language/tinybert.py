@@ -145,7 +145,7 @@ class TinyBertConfig(BaselineConfig):
         part = self.part("task", max_train_steps=self.task_steps, learning_rate=self.task_learning_rate)
         spent += learn(Classify(), Pupils(tutor), known, part)
 
-        of = f"{len(held):,} held-out texts of {self.task}, {len(task.classes)} classes"
+        of = f"{len(held):,} held-out texts of {self.task_test or self.task}, {len(task.classes)} classes"
         results = Results("tinybert", "nll", False, of)
 
         def add(role: Role, network: Classifier, seconds: float, seed: int | None = None) -> None:
