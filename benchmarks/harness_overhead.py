@@ -169,10 +169,10 @@ def main(config: Config) -> None:
             found = compare(series, steps=steps, rounds=config.rounds, folder=Path(folder) / str(batch))
             figures.append({"batch": batch, "steps": steps, **{k: round(v, 4) for k, v in found.items()}})
             print(
-                f"{steps:>3} steps, batch {batch}: {found['generation_ms']:.1f} ms a batch, {found['calls']} x "
+                f"{steps:>3} steps, batch {batch}: {found['generation_ms']:.1f} ms per batch, {found['calls']} x "
                 f"forward {found['forward_ms']:.1f} ms + decode {found['decode_ms']:.1f} ms: ratio "
-                f"{found['ratio']:.3f} ({found['ratio_low']:.3f} to {found['ratio_high']:.3f}), of which the plain "
-                f"pipeline {found['ratio_pipeline']:.3f}; text {found['text_ms']:.1f} ms, once for all steps"
+                f"{found['ratio']:.3f} ({found['ratio_low']:.3f} to {found['ratio_high']:.3f}), the plain "
+                f"pipeline {found['ratio_pipeline']:.3f}; text {found['text_ms']:.1f} ms, once for all step counts"
             )
     if config.out is not None:
         record = {

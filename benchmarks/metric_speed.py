@@ -153,8 +153,8 @@ def main(config: Config) -> None:
         os.environ[features.INCEPTION_PLACE] = str(weights)
         found = compare(config, device, Path(folder))
     for name, rate in found["pictures_per_second"].items():
-        print(f"{name:>14}: {rate:8.2f} pictures/s")
-    print(f"ratio {found['ratio_next']:.2f} with the real pictures known, {found['ratio_first']:.2f} without")
+        print(f"{name:>14}: {rate:8.2f} images/s")
+    print(f"ratio {found['ratio_next']:.2f} with the real images' features cached, {found['ratio_first']:.2f} without")
     if config.out is not None:
         record = {
             "what": "pictures per second, ours / torch-fidelity: fd, kid, precision, recall of a folder",

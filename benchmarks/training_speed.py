@@ -351,11 +351,11 @@ def main(config: Config) -> None:
         return f"{found[name]['median']:.3f} ({low:.3f} to {high:.3f})"
 
     print(f"our step                    {ms['step']:9.1f} ms")
-    parts = f"teacher {ms['teacher']:.1f} + target {ms['target']:.1f} + student, both ways {ms['student']:.1f} ms"
+    parts = f"teacher {ms['teacher']:.1f} + target {ms['target']:.1f} + student and backward {ms['student']:.1f} ms"
     print(f"step / unavoidable          {ratio('step_over_unavoidable')}, goal 1.10 at most; {parts}")
-    print(f"the public scripts' way     {ms['script']:9.1f} ms")
+    print(f"public scripts' step        {ms['script']:9.1f} ms")
     print(f"  / our step                {ratio('script_over_step')}, goal 1.3 at least")
-    print(f"  pictures encoded each step{ms['pictures']:9.1f} ms, / our step {ratio('script_with_pictures_over_step')}")
+    print(f"  with encoding each step   {ms['pictures']:9.1f} ms, / our step {ratio('script_with_pictures_over_step')}")
     if config.memory:
         found["peak_memory_mb"] = {name: in_a_process(config, name) for name in ("step", "script")}
         memory = found["peak_memory_mb"]

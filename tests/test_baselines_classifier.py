@@ -135,8 +135,8 @@ def test_a_gap_is_closed_by_a_share_or_not_told():
 
 @pytest.mark.parametrize(
     ("teacher", "said"),
-    [(0.9, "50.0%"), (0.605, "not told: teacher and control are too close"),
-     (0.4, "not told: the control is better than the teacher"), (None, "not told: there is no teacher, or no control")],
+    [(0.9, "50.0%"), (0.605, "not reported: teacher and control are too close"),
+     (0.4, "not reported: the control is better than the teacher"), (None, "not reported: no teacher or no control")],
 )  # fmt: skip
 def test_why_a_gap_is_not_told_is_said(teacher, said, capsys):
     rows = [Row("control", "s", {"accuracy": 0.6}, 5, 1.0, 0), Row("student", "s", {"accuracy": 0.75}, 5, 1.0, 0)]

@@ -163,7 +163,7 @@ def test_published_models_and_protocols_are_planned_without_a_network(tmp_path, 
     plan = ["bench", *models, "--protocol", "coco10k-512", "--prompts", tmp_path / "p.txt", "--reference"]
     assert f"got {place} of 1 pictures; allowed: 10000" in refused(capsys, *plan, place)
     code, said, _ = run(capsys, *plan, tmp_path / "statistics.npz")
-    assert code == 0 and "coco10k-512: 10000 pictures a cell, 5 cells" in said
+    assert code == 0 and "coco10k-512: 10000 images per cell, 5 cells" in said
     for words in (
         "euler,guidance=5.0",
         "Hyper-SDXL-4steps-lora.safetensors",
@@ -256,7 +256,7 @@ def test_bench_on_ones_own_pictures(tmp_path, pipelines, mixed, capsys):
     out = tmp_path / "out"
     command = ["bench", "--model", f"t={pipelines['sd']}", "--steps", "1", "--latency-repeats", "1", "--out", out]
     code, said, lines = run(capsys, *command, "--data", mixed, "--dry-run")
-    assert code == 0 and "imagefolder: 7 pictures a cell, 1 cells" in said and not lines and not out.exists()
+    assert code == 0 and "imagefolder: 7 images per cell, 1 cells" in said and not lines and not out.exists()
     code, said, lines = run(capsys, *command, "--data", mixed)
     assert (code, lines) == (0, []) and "FD-Pools" in said
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
@@ -325,7 +325,7 @@ def test_bench_says_where_the_pictures_are_and_keeps_none_where_it_is_told_so(
     command = ["bench", "--model", f"t={pipelines['sd']}", "--data", mixed, "--steps", 1, "--latency-repeats", 0]
     for flags, out in ((["--no-keep-pictures"], "none"), ([], "kept")):
         code, said, _ = run(capsys, *command, *flags, "--out", tmp_path / out)
-        assert code == 0 and ("pictures: 1 cells, 0.0 MB in" in said) == (out == "kept")
+        assert code == 0 and ("images: 1 cells, 0.0 MB in" in said) == (out == "kept")
         (*_, settings) = json.loads((tmp_path / out / "bench.json").read_text()).values()
         folders = [tmp_path / "cache" / "pictures" / f.name for f in tmp_path.glob("cache/pictures/*")]
         assert list(settings.values()) == [str(f) for f in folders] and len(folders) == (out == "kept")

@@ -54,7 +54,7 @@ def test_cache_makes_a_folder_that_training_takes_as_data(tmp_path, pipelines, p
     out, teacher = tmp_path / "cache", pipelines["sdxl"]
     command = ["cache", "--teacher", teacher, "--data", pictures, "--out", str(out), "--resolution", "16", "--half"]
     assert main([*command, "--dry-run"]) == 0
-    assert "would encode 6 pictures of 16x16 and 2 distinct captions" in capsys.readouterr().out
+    assert "would encode 6 images of 16x16 and 2 distinct captions" in capsys.readouterr().out
     assert not out.exists()
     for _ in range(2):  # the second time it exists already
         assert main(command) == 0

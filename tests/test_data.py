@@ -223,7 +223,7 @@ def test_a_broken_picture_is_left_out_counted_and_named(tmp_path, teacher, broke
     assert torch.equal(x0, expected) and torch.equal(cond["text"], told["text"])
     said = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "left out" in line]
     assert len(said) == 1 and said[0].endswith(
-        "left out 1 of 6 pictures, which are broken; the cache's broken.jsonl names them"
+        "left out 1 of 6 images, which are broken; broken.jsonl in the cache lists them"
     )
     (line,) = next((tmp_path / "cache").glob("*/broken.jsonl")).read_text().splitlines()
     assert json.loads(line)["sample"] == 3 and "3" in json.loads(line)["picture"]

@@ -36,14 +36,14 @@ def test_the_demo_goes_from_teacher_to_report_and_resumes(tmp_path, monkeypatch,
     assert str(tmp_path / "demo" / "bench" / "report.html") in said
 
     demo.main(config)
-    assert "done already" in capsys.readouterr().out and results.read_bytes() == before
+    assert "already done" in capsys.readouterr().out and results.read_bytes() == before
 
 
 def test_a_dry_run_says_what_it_would_do_and_does_nothing(tmp_path, capsys):
     demo.main(demo.Config(out=tmp_path / "demo", dry_run=True))
     said = capsys.readouterr().out
-    assert all(f"would train {method} on 6000 pictures" in said for method in ("lcm", "progressive", "add", "ladd"))
-    assert "300 pictures a cell" in said
+    assert all(f"would train {method} on 6000 images" in said for method in ("lcm", "progressive", "add", "ladd"))
+    assert "300 images per cell" in said
     assert not (tmp_path / "demo").exists()
 
 

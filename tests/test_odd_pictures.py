@@ -150,9 +150,9 @@ def test_a_model_that_draws_nan_fails_alone_and_a_damaged_cache_changes_no_figur
             file.write_bytes(damaged(whole[file], how))
         code, said, lines = run(capsys, *good, tmp_path / how)
         assert code == 0 and [row["metrics"] for row in read_rows(tmp_path / how / "results.jsonl")] == figures
-        assert "2 kept batches were broken and were drawn again" in said
+        assert "2 cached batches were damaged and generated again" in said
         lines = [line.strip() for line in lines if line.strip()]  # clearing a progress bar leaves blanks
-        assert all(line.endswith("it is being made again") for line in lines), lines
+        assert all(line.endswith("computing it again") for line in lines), lines
         assert all(any(str(file) in line for line in lines) for file in arrays)
 
 

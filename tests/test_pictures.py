@@ -154,7 +154,7 @@ def test_a_batch_that_is_damaged_is_drawn_again_and_no_other(base, cache, drawn,
     drawn.clear()
     again = run(base)
     assert drawn == [(2, 2)] and figures(again.rows) == figures(first.rows)
-    assert "1 kept batches were broken and were drawn again" in again.store.line()
+    assert "1 cached batches were damaged and generated again" in again.store.line()
     assert {file.name: file.read_bytes() for file in cell.iterdir()} == before
     assert run(base).store.broken == 0 and drawn == [(2, 2)]
 
@@ -225,7 +225,7 @@ def test_a_cache_that_cannot_be_written_ends_no_benchmark(base, cache):
     cache.write_text("a file")
     results = run(base)
     assert len(results.rows) == 1 and not results.failed
-    assert "some could not be kept" in results.store.line() and str(cache) in results.store.line()
+    assert "some could not be cached" in results.store.line() and str(cache) in results.store.line()
 
 
 def test_a_write_that_fails_once_costs_one_cell_and_no_other(base, cache, monkeypatch):
@@ -241,7 +241,7 @@ def test_a_write_that_fails_once_costs_one_cell_and_no_other(base, cache, monkey
     results = run(base, steps=(1, 2, 3))
     kept = [json.loads((folder / "cell.json").read_text())["steps"] for folder in results.store.cells.values()]
     assert len(results.rows) == 3 and kept == [2, 3]
-    assert "2 cells" in results.store.line() and "some could not be kept ([Errno 5]" in results.store.line()
+    assert "2 cells" in results.store.line() and "some could not be cached ([Errno 5]" in results.store.line()
     assert not [*cache.glob("drawing/*")]
 
 
@@ -350,7 +350,7 @@ def test_where_a_disk_has_no_locks_only_what_is_ones_own_is_cleared(base, cache,
 def test_a_disk_without_room_for_the_whole_cell_is_not_filled(base, cache, monkeypatch):
     usage = shutil.disk_usage(cache.parent)._replace(free=2 * 5 * 3 * 32 * 32 - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    assert run(base).store.line().startswith("pictures: some could not be kept") and not [*cache.glob("*/*")]
+    assert run(base).store.line().startswith("images: some could not be cached") and not [*cache.glob("*/*")]
 
 
 def test_a_pipeline_that_is_handed_over_is_always_drawn(cache, drawn):

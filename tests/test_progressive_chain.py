@@ -176,7 +176,7 @@ def test_the_folder_of_a_chain_is_answered_with_its_students(chains):
 def test_a_finished_chain_is_not_run_again_and_a_longer_one_goes_on(chains, tmp_path, pictures, capsys):
     config = chains[0]["sd-lora"]
     assert distil_chain(config) == config.target(1)
-    assert "done already" in capsys.readouterr().out
+    assert "already done" in capsys.readouterr().out
     short = ProgressiveConfig(
         teacher=config.teacher, data=pictures, out=tmp_path, start_steps=4, end_steps=2, max_train_steps=2,
         batch_size=2, learning_rate=1e-2, rank=RANK, alpha=ALPHA, resolution=SIDE, log_every=1, guidance=(2.0,),
@@ -215,7 +215,7 @@ def test_updates_for_guidance_that_is_not_distilled_are_said_to_be_unused(tmp_pa
         batch_size=2, dry_run=True,
     )  # fmt: skip
     distil_chain(config_at(config, **flags))
-    line = "guide_updates: 5 are not used; this chain begins with its first halving"
+    line = "guide_updates: 5 not used; this chain starts with its first halving"
     assert (line in capsys.readouterr().out) == said
 
 

@@ -86,7 +86,7 @@ def test_of_what_is_said_the_first_right_ones_are_kept_once_each():
     ]
     kept, fell = keep(Problem("7+5=", "12"), said, most=3)
     assert kept == ["<think>7+5=12</think>12", "<think>7+5=12</think> 12\n", "<think>5+7=12</think>12"]
-    assert fell == {"wrong": 1, "said before": 1, "without reasoning": 2, "too long": 1, "enough": 1}
+    assert fell == {"wrong": 1, "duplicate": 1, "without reasoning": 2, "too long": 1, "beyond --keep": 1}
     assert keep(Problem("7+5=", "11"), said, most=3)[0] == []
 
 
@@ -185,7 +185,7 @@ def test_a_run_that_is_cut_goes_on_to_the_same_figures(tmp_path, monkeypatch):
     assert weights[0] == weights[1]
     assert [row.figures for row in again.rows] == [row.figures for row in whole.rows]
     assert [row.role for row in whole.rows] == ["teacher", "before", "control", "student"]
-    assert whole.note.startswith("of 40 answers to 20 problems 20 are kept, to 20 problems; not kept: 20 wrong")
+    assert whole.note.startswith("20 of 40 answers are kept, for 20 of 20 problems; dropped: 20 wrong")
     assert hf.AutoModelForCausalLM.from_pretrained(tmp_path / "whole/student-0/model").config.hidden_size == 48
 
 
@@ -218,7 +218,7 @@ def test_a_control_learns_bare_answers_and_what_is_too_long_for_the_student_is_c
     }
     assert said["control-0"] == [f"{total}<end>" for total in sums]
     assert said["student-0"] == [f"<think>{p.prompt}</think>{t}<end>" for p, t in zip(asked, sums, strict=True)]
-    assert results.note.endswith("of the traces, 9 are too long in the student's tokens, and not learnt")
+    assert results.note.endswith("9 traces exceed --completion in the student's tokens and are dropped")
 
 
 def test_problems_of_a_file_are_read_and_bad_ones_named(tmp_path):

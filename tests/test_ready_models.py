@@ -188,8 +188,8 @@ def test_steps_a_model_is_not_for_are_refused_and_others_are_free():
 def test_what_a_model_says_in_place_of_a_protocol_is_said():
     protocol = load_protocol("mlperf-sdxl-5k")
     models = {"sdxl": parse("@sdxl"), "as-asked": parse("sdxl=@sdxl,guidance=8"), "silent": parse("folder")}
-    guidance = "sdxl: guidance 5 of its SPEC, in place of mlperf-sdxl-5k's 8"
-    steps = "{}: steps 50 of its own, in place of mlperf-sdxl-5k's 20, which --steps 20 asks for"
+    guidance = "sdxl: guidance 5 from its SPEC overrides mlperf-sdxl-5k's 8"
+    steps = "{}: its own steps 50 override mlperf-sdxl-5k's 20; --steps 20 selects those"
     said = instead(plan_of(models, None, protocol.steps), protocol, False)
     assert said == [guidance, steps.format("sdxl"), steps.format("as-asked")]
     assert instead(plan_of(models, (20,), protocol.steps), protocol, True) == [guidance]

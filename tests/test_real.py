@@ -174,7 +174,7 @@ def test_fd_inf_is_left_out_where_its_features_are_too_long_for_n_and_that_is_sa
     assert metrics.prepare(few).metrics == ("fd",)
     said = capsys.readouterr().err
     assert said == (
-        "fd_inf is left out: got n=1919; it needs 1.5 pictures for each of EfficientNet-Lite2's 1280 features\n"
+        "fd_inf is omitted: got n=1919; it needs 1.5 images for each of EfficientNet-Lite2's 1280 features\n"
     )
     enough = dataclasses.replace(few, n=1920)
     assert metrics.prepare(enough).metrics == ("fd", "fd_inf") and not capsys.readouterr().err

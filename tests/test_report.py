@@ -157,8 +157,8 @@ def test_the_page_has_the_protocol_figures_curves_and_grids(page):
         assert said in page.text
     drawn, empty = 2 * len(ROWS), 2  # the comparer's two are filled by the script
     assert page.tags.count("img") == drawn + empty and len(page.ids) == len(set(page.ids))
-    assert "tiny, n = 5 a cell, seed 0." in page.text
-    assert "the same prompts, from the same seeds" in page.text and "initial noise" not in page.text
+    assert "tiny, n = 5 per cell, seed 0." in page.text
+    assert "5 images from the same prompts and seeds" in page.text and "initial noise" not in page.text
     # four main curves, two more figures, distance by training time, and the gap to the teacher
     assert page.tags.count("svg") == 8
 
@@ -169,7 +169,7 @@ def test_every_figure_stands_there_with_its_interval_and_count(folder, page):
                             ("30.50", "30.25–30.75"), ("24.0", "21.6–26.4"), ("90.0 %", "88.0–92.0"),
                             ("80.0 %", "77.0–83.0")):  # fmt: skip
             assert value in text and ends in text, (value, ends)
-        assert "5 pictures" in text and "7 prompts" in text
+        assert "5 images" in text and "7 prompts" in text
 
 
 def test_the_csv_has_every_row_and_figure_and_no_formulas(page):
@@ -202,7 +202,7 @@ def test_the_headline_is_the_students_best_few_steps_against_the_teachers_longes
     said, other = verdicts(cells(ROWS))
     assert said["model"] == "student <i>" and said["steps"] == "4 steps" and other["model"] == "=1+1"
     assert said["stats"] == [
-        ("25.0", "FD ± 2.5, where the teacher has 20.0 ± 2.0 at 50 steps"),
+        ("25.0", "FD ± 2.5, against the teacher’s 20.0 ± 2.0 at 50 steps"),
         ("1.25×", "the teacher’s distance at 50 steps (1.09–1.44): worse"),  # e^±0.141; 5 ± 3.2
         ("10.0×", "faster than the teacher at 50 steps: 40.0 ms (p90 40.0) against 400.0 ms (p90 400.0)"),
     ]
@@ -234,7 +234,7 @@ def test_without_a_teacher_nothing_is_compared_and_with_two_each_student_is_held
                 row("xl", 50, 5.0, 800.0, method="teacher", spec="xl")]  # fmt: skip
     mine = [row("of-xl", 4, 10.0, 80.0, method="lcm", teacher="xl"), row("of-none", 4, 20.0, 80.0, method="lcm")]
     said = {each["model"]: each["stats"] for each in verdicts(cells(teachers + mine))}
-    assert said["of-xl"][0] == ("10.0", "FD ± 1.0, where xl has 5.0 ± 0.5 at 50 steps")
+    assert said["of-xl"][0] == ("10.0", "FD ± 1.0, against xl’s 5.0 ± 0.5 at 50 steps")
     faster = "faster than the baseline sd at 50 steps: 80.0 ms (p90 80.0) against 400.0 ms (p90 400.0)"
     assert said["of-none"][-1] == ("5.0×", faster)
 
@@ -278,7 +278,7 @@ def test_seeds_are_pooled_into_one_cell_whose_number_is_shown():
     assert clip.half == pytest.approx(math.hypot(0.25, student), rel=1e-5)
     assert columns(found)[0]["seeds"] == "2" and "seeds" not in columns(cells(both[:1]))[0]
     overview, everything, *_ = tables(found)
-    assert overview.lines[0][1][2].text == "2" and everything.heads[1].note == "5 pictures × 2 seeds"
+    assert overview.lines[0][1][2].text == "2" and everything.heads[1].note == "5 images × 2 seeds"
 
 
 def test_a_column_without_a_figure_is_a_dash():
@@ -302,7 +302,7 @@ def test_a_bench_without_latency_or_prompts_is_reported_too(tmp_path):
     book = Book(tmp_path, {"protocol_hash": "abc123", "protocol": "tiny"})
     book.add(row("m", 2, 10.0, None, clip_score=None, attribute_accuracy=None))
     text = write_report(tmp_path).read_text()
-    assert text.count("<svg ") == 1 and "The same seeds" not in text and 'id="comparer"' not in text
+    assert text.count("<svg ") == 1 and "<h2>Samples" not in text and 'id="comparer"' not in text
 
 
 def test_folders_that_are_no_benchmark_are_refused_in_one_line(tmp_path, capsys):

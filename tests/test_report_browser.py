@@ -175,7 +175,7 @@ def test_a_picture_of_the_grids_comes_up_in_the_comparer(browser):
 def test_tabs_show_every_figure_and_the_csv_is_handed_over(browser):
     panels = browser.find_elements("css selector", ".panel")
     assert [panel.is_displayed() for panel in panels] == [True, False, False, False]
-    browser.find_element("xpath", "//label[.='Every figure']").click()
+    browser.find_element("xpath", "//label[.='All metrics']").click()
     assert [panel.is_displayed() for panel in panels] == [False, True, False, False]
     assert "7 prompts" in panels[1].text and "KID" in panels[1].text
     browser.find_element("xpath", "//label[.='Latency']").click()

@@ -160,7 +160,7 @@ def test_a_strip_wider_than_a_picture_may_be_is_shown_in_its_pictures(tmp_path):
     found = shown(tmp_path)
     assert len(found) == 2 * 16 and {picture.size for picture in found} == {(384, 384)}
     assert all(abs(a - b) <= 3 for a, b in zip(found[15].getpixel((9, 9)), colours[15].tolist(), strict=True))
-    assert "The first 16 of 64; grids/ has all." in page.text
+    assert "The first 16 of 64 are shown; grids/ has all." in page.text
 
 
 def test_strips_of_before_they_said_their_number_are_cut_into_squares_or_by_prompts(tmp_path):

@@ -103,7 +103,7 @@ def test_a_broken_newest_checkpoint_is_passed_over_in_one_line(settings, capsys,
     capsys.readouterr()
     trainer(settings, max_train_steps=6).fit()
     said = capsys.readouterr().out.splitlines()
-    assert f"checkpoint {newest} is broken" in said[0] and said[1] == "resuming at update 2"
+    assert f"checkpoint {newest} is broken" in said[0] and said[1] == "resuming from update 2"
     trainer(settings, max_train_steps=6, out=settings.out / "whole").fit()
     a, b = weights(settings.out), weights(settings.out / "whole")
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -133,7 +133,7 @@ def test_a_finished_run_returns_without_loading_anything(settings, capsys, monke
     export = trainer(settings).fit()
     monkeypatch.setattr("stepdistill.denoiser.load.load_teacher", lambda *_, **__: pytest.fail("loaded"))
     assert distil(settings) == export
-    assert "done already" in capsys.readouterr().out
+    assert "already done" in capsys.readouterr().out
 
 
 def test_a_finished_run_goes_on_to_more_updates(settings):

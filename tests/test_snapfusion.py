@@ -257,7 +257,7 @@ def test_a_run_keeps_its_blocks_and_exports_what_takes_its_steps(config, capsys)
     assert student["parameters"] == before["parameters"] <= 0.8 * teacher["parameters"]
     assert record["figure"] == "path_error" and control["figures"]["path_error"] > 0
     chosen = json.loads((config.out / "blocks.json").read_text())
-    assert "what each block is worth" in capsys.readouterr().out
+    assert "importance of each block" in capsys.readouterr().out
     rows = [json.loads(line) for line in (config.out / "student-0" / "metrics.jsonl").read_text().splitlines()]
     assert [("guided" in row, "vanilla" in row) for row in rows] == [(False, True), (True, False)] * 2
     pipe = StableDiffusionPipeline.from_pretrained(exported(config.out, "student", 0), safety_checker=None)

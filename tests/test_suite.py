@@ -307,7 +307,7 @@ def test_default_steps_beyond_a_schedulers_grid_are_left_out_and_named_ones_fail
     shown = dataclasses.replace(QUIET, progress=True)
     results = suite.evaluate({"s": pipe}, protocol, settings=shown, instruments=tools)
     assert [r["steps"] for r in results.rows if r["steps"]] == [1, 2, 4, 8] and not results.failed
-    assert "s: not at 50 steps; its scheduler has 10" in capsys.readouterr().err
+    assert "s: skipped at 50 steps; its scheduler has 10" in capsys.readouterr().err
     results = run({"s": pipe}, protocol, tools, None, steps=(2, 11))
     assert [(f.steps, f.reason) for f in results.failed] == [
         (11, "steps: got 11; allowed: 1 to 10, the time grid of its scheduler")

@@ -221,7 +221,7 @@ def test_another_run_in_the_folder_is_refused_by_name(tmp_path, pipelines, pictu
 def test_a_finished_run_is_not_run_again(tmp_path, pipelines, pictures, capsys):
     export = trainer(tmp_path / "run", pipelines["sd"], pictures).fit()
     assert trainer(tmp_path / "run", pipelines["sd"], pictures).fit() == export
-    assert "done already" in capsys.readouterr().out
+    assert "already done" in capsys.readouterr().out
 
 
 def test_a_truncated_checkpoint_is_passed_over(tmp_path):
@@ -232,7 +232,7 @@ def test_a_truncated_checkpoint_is_passed_over(tmp_path):
     said: list[str] = []
     update, state = checkpoint.load_latest(tmp_path, said.append)
     assert (update, state["w"].item()) == (1, 1.0)
-    assert said == [f"checkpoint {broken.parent} is broken (its hash does not fit); trying the one before"]
+    assert said == [f"checkpoint {broken.parent} is broken (its hash does not match); trying the previous one"]
     for content in ("{", "[]", "{}", '{"sha256": 3, "tree": []}', ""):
         (tmp_path / "step-00000001" / "state.json").write_text(content)
         with pytest.raises(InputError, match="all broken"):

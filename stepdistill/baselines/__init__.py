@@ -36,50 +36,50 @@ class Baseline:
 
 BASELINES = {
     "hinton": Baseline(
-        "classifier.hinton:HintonConfig", "Hinton et al. 2015", "a classifier learns a larger one's softened answers"
+        "classifier.hinton:HintonConfig", "Hinton et al. 2015", "a classifier trained on a larger one's soft outputs"
     ),
     "forward_kl": Baseline(
         "language.forward_kl:ForwardKLConfig", "Hinton et al. 2015; Kim & Rush 2016",
-        "a language model learns all that a larger one says might come next",
+        "a language model trained on a larger one's whole next-token distribution",
     ),
     "gkd": Baseline(
         "language.gkd:GKDConfig", "Agarwal et al. 2024",
-        "a language model is corrected by a larger one on what it says itself",
+        "a language model corrected by a larger one on text that it generates itself",
     ),
     "distillm": Baseline(
         "language.distillm:DistiLLMConfig", "Ko et al. 2024",
-        "skewed divergences; its own text as far as the validation loss asks for it, kept and used again",
+        "skewed divergences; student text as the validation loss requires it, from a replay buffer",
     ),
     "minillm": Baseline(
-        "language.minillm:MiniLLMConfig", "Gu et al. 2024", "reverse divergence of whole texts, by a policy gradient"
+        "language.minillm:MiniLLMConfig", "Gu et al. 2024", "reverse KL divergence of whole texts, by policy gradient"
     ),
     "minitron": Baseline(
         "language.minitron:MinitronConfig", "Muralidharan et al. 2024",
-        "a language model loses what of it matters least, and learns from what it was",
+        "a language model pruned by importance, then distilled from the unpruned one",
     ),
     "r1_traces": Baseline(
         "language.r1_traces:R1TracesConfig", "DeepSeek-AI 2025",
-        "a language model learns reasoning that a larger one wrote and a verifier accepted",
+        "a language model trained on a larger one's reasoning that a verifier accepted",
     ),
     "distilbert": Baseline(
         "language.distilbert:DistilBertConfig", "Sanh et al. 2019",
-        "an encoder of half the layers, begun with them: answers, masked tokens, hidden states",
+        "an encoder initialised from half the layers: outputs, masked tokens, hidden states",
     ),
     "tinybert": Baseline(
         "language.tinybert:TinyBertConfig", "Jiao et al. 2020",
-        "a narrower encoder follows its teacher layer by layer, on text and then on a task",
+        "a narrower encoder trained on its teacher's layers, on text and then on a task",
     ),
     "bk_sdm": Baseline(
         "architecture.bk_sdm:BKSDMConfig", "Kim et al. 2023",
-        "a diffusion model's UNet loses blocks and learns from the whole one",
+        "a diffusion UNet with blocks removed, distilled from the whole one",
     ),
     "snapfusion": Baseline(
         "architecture.snapfusion:SnapFusionConfig", "Li et al. 2023",
-        "a diffusion model's UNet loses the blocks it can spare and learns to take one guided step for two",
+        "a diffusion UNet without dispensable blocks, trained to take one guided step for two",
     ),
     "prune_then_steps": Baseline(
         "architecture.prune_then_steps:PruneThenStepsConfig", "both kinds",
-        "bk_sdm, then LCM or LADD of what it made: fewer blocks and fewer steps on one plot",
+        "bk_sdm, then LCM or LADD of its result: fewer blocks and fewer steps on one plot",
     ),
 }  # fmt: skip
 

@@ -69,7 +69,7 @@ class Results:
         teacher, control = self.mean("teacher"), self.mean("control", name)
         control = self.mean("control") if control is None else control
         if teacher is None or control is None:
-            return "there is no teacher, or no control"
+            return "no teacher or no control"
         closed = gap_closed(teacher, control, self.mean("student", name))
         if closed is None:
             return "teacher and control are too close"
@@ -138,7 +138,7 @@ def show(record: Mapping) -> None:
                       [Row(**row) for row in rows])  # fmt: skip
     for name in record["gap_closed"]:
         gap = results.gap(name)
-        value = f"not told: {gap}" if isinstance(gap, str) else f"{gap:.1%}"
+        value = f"not reported: {gap}" if isinstance(gap, str) else f"{gap:.1%}"
         console.print(f"gap closed by {name}, in {record['figure'].replace('_', ' ')}, mean over seeds: {value}")
     if record["note"]:
         console.print(record["note"])

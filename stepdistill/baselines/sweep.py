@@ -57,7 +57,7 @@ def write_sweep(out: Path, flag: str, found: Mapping[object, Mapping]) -> Path:
     record = {"method": one["method"], "flag": flag, "figure": one["figure"], "n": one["n"], "points": rows}
     write_record(out / "sweep.json", record, "cpu" if on_cpu() else "cuda")
     plot(rows, flag, one, out / "sweep.png")
-    table = Table(flag, *COLOURS, title=f"{one['method']}: {one['figure']} of {one['n']}, mean over seeds")
+    table = Table(flag, *COLOURS, title=f"{one['method']}: {one['figure']} over {one['n']}, mean of seeds")
     for row in rows:
         table.add_row(str(row["value"]), *(f"{row[r]['mean']:.4g}" if r in row else "–" for r in COLOURS))
     Console().print(table)
@@ -80,7 +80,7 @@ def plot(rows: list[dict], flag: str, record: Mapping, file: Path) -> None:
     values = [row["value"] for row in rows]
     axes.set_xticks(list(places), [f"{v:g}" if isinstance(v, int | float) else str(v) for v in values])
     axes.set(xlabel=flag.replace("_", " "), ylabel=record["figure"].replace("_", " "))
-    axes.set_title(f"{record['method']}, {record['n']}; points are seeds", fontsize=9, loc="left")
+    axes.set_title(f"{record['method']}, {record['n']}; dots are single seeds", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.legend(frameon=False, fontsize=9)

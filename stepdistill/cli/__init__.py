@@ -12,36 +12,37 @@ from stepdistill.cli._run import guard, parse
 from stepdistill.errors import InputError
 
 COMMANDS = {
-    "demo": "train a few-step student of the embedded teacher, measure both, write the report",
-    "cache": "encode pictures and captions to latents and embeddings, once",
-    "sample": "draw a grid of pictures from any model in any number of steps",
-    "bench": "measure quality and latency of models by number of steps",
-    "bench compare": "say of two models what is better, worse or equal, with intervals",
-    "bench gate": "hold a benchmark's figures against bounds; exit code 1 where one is missed",
-    "report": "turn a benchmark's folder into report.md and one report.html",
-    "baselines": "distil classifiers, language models and a diffusion model's network; list, run, sweep, eval",
-    "export": "convert a student: diffusers, kohya, or fused into its teacher",
+    "demo": "distil the embedded teacher with four methods, measure them all, write the report",
+    "cache": "compute latents and text embeddings once",
+    "sample": "generate an image grid from any model at any step count",
+    "bench": "measure quality and latency of models by step count",
+    "bench compare": "compare two models: better, worse or equal, with intervals",
+    "bench gate": "check a benchmark's figures against bounds; exit code 1 if one is missed",
+    "report": "write report.md and a self-contained report.html of a benchmark",
+    "baselines": "distil classifiers, language models and smaller UNets; list, run, sweep, eval",
+    "export": "export a student for diffusers, for kohya, or fused into its teacher",
 }
-HELP = """stepdistill {version}: turns a diffusion pipeline of 25-50 steps into one of 1-8, and measures what it cost
+HELP = """stepdistill {version}: distils diffusion and flow pipelines of 25-50 steps into 1-8, and measures the cost
 
-usage: stepdistill COMMAND [flags]          the flags of one: stepdistill COMMAND --help
+usage: stepdistill COMMAND [flags]          flags of a command: stepdistill COMMAND --help
 
 {commands}
 
-Start here, with nothing to download:
+Start here; nothing is downloaded:
   stepdistill demo --quick
 
-Train a student of your own, look at it, measure it:
+Train a student of your own, view its images, measure it:
   accelerate launch train_scripts/train_lcm_lora.py --teacher FOLDER --data IMAGES --out student
   stepdistill sample --model FOLDER,lora=student --prompt "a red hat" --steps 4 --out grid.png
   stepdistill bench --model teacher=FOLDER,scheduler=ddim --model student=FOLDER,lora=student --data IMAGES
 
-A model is a SPEC: a diffusers folder, a hub id, or avatars (the embedded teacher), with options behind commas; a
-training run's folder stands for the student in it:
+A model is a SPEC: a diffusers folder, a hub id, or avatars (the embedded teacher), followed by options,
+separated by commas. A training run's folder stands for the student in it.
 lora=DIR scheduler=ddim|lcm|tcd|dpmpp|euler|euler-a|heun|unipc guidance=1.5 variant=fp16 dtype=bf16 name=NAME
-sigmas=even (of a flow: no step wasted at 1/1000) unet=FILE spacing=trailing timesteps=999+499 size=512 tokens=256
+sigmas=even (for a flow: no step wasted at 1/1000) unet=FILE spacing=trailing timesteps=999+499 size=512 tokens=256
 revision=NAME (of a hub repository)
-owner/name/file.safetensors is a file on the hub. @sdxl-turbo is ready: stepdistill bench --list-models lists such.
+owner/name/file.safetensors is a file on the hub. Ready models, such as
+@sdxl-turbo, are listed by stepdistill bench --list-models.
 """
 
 

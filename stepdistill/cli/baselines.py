@@ -29,9 +29,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs `stepdistill baselines` with these arguments."""
     verb, rest = (argv[0], list(argv[1:])) if argv else ("list", [])
     if {"-h", "--help"} & {verb, *rest[:1]}:
-        print(
-            f"{__doc__}\nNames: {', '.join(BASELINES)}. `stepdistill baselines run NAME --help` has the flags of each."
-        )
+        print(f"{__doc__}\nNames: {', '.join(BASELINES)}. `stepdistill baselines run NAME --help` lists its flags.")
     elif verb == "list":
         list_all()
     elif verb in VERBS and not rest:
@@ -52,7 +50,7 @@ def list_all() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("baseline", "paper", "what")
+    table = Table("baseline", "paper", "description")
     for name, baseline in BASELINES.items():
         table.add_row(name, baseline.paper, baseline.what)
     Console().print(table)

@@ -121,7 +121,7 @@ def main(config: Config) -> int:
     if config.dry_run:
         plan = spec.plan_of(models, steps, protocol.steps or suite.STEPS)
         cells = sum(len(counts) for _, _, counts in plan) * max(len(set(config.seed)), 1)
-        print(f"{protocol.name}: {protocol.n} pictures a cell, {cells} cells, into {config.out}")
+        print(f"{protocol.name}: {protocol.n} images per cell, {cells} cells, into {config.out}")
         for name, model, counts in plan:
             print(f"  {name}: {model} at {' '.join(map(str, counts))} steps")
         for line in spec.instead(plan, protocol, steps is not None):

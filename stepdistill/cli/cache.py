@@ -73,9 +73,9 @@ def main(config: Config) -> int:
         source = open_source(config.data)
         height, width = picture_size(teacher, config.resolution)
         count = min(len(source), config.limit or len(source))
-        verb = "paint" if source.picture is None else "encode"
+        verb = "generate" if source.picture is None else "encode"
         distinct = len(set(source.captions[:count]))
-        print(f"would {verb} {count} pictures of {width}x{height} and {distinct} distinct captions into {config.out}")
+        print(f"would {verb} {count} images of {width}x{height} and {distinct} distinct captions into {config.out}")
         return 0
     cache = make_cache(
         config.data, teacher, config.out, resolution=config.resolution, seed=config.seed, synthetic_steps=config.steps,

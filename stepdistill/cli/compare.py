@@ -94,7 +94,7 @@ def print_comparisons(config: Config, found: list[Comparison]) -> None:
 
     console, first = Console(), found[0]
     for side, folder, cell in (("A", config.a, first.cell_a), ("B", config.b or config.a, first.cell_b)):
-        console.print(Text(f"{side}  {cell.model} of {folder}, seed {', '.join(map(str, seeds_of(cell))) or 'none'}"))
+        console.print(Text(f"{side}  {cell.model} from {folder}, seed {', '.join(map(str, seeds_of(cell))) or 'none'}"))
     row = first.cell_a.row
     console.print(Text(f"{row.get('protocol')} ({row['protocol_hash']}), FD-{row.get('fd_extractor')}"))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -118,6 +118,6 @@ def print_comparisons(config: Config, found: list[Comparison]) -> None:
         )  # fmt: skip
     console.print(table)
     if any(not one.gap.paired for one in found):
-        console.print(Text("* not paired: other seeds, or influences that were not kept; the interval is wider"))
+        console.print(Text("* not paired: seeds differ, or influences were not stored; the interval is wider"))
     if len(found) > 10:
-        console.print(Text(f"of {len(found)} intervals of 95 %, about {len(found) / 20:.0f} miss 0 by chance alone"))
+        console.print(Text(f"of {len(found)} 95 % intervals, about {len(found) / 20:.0f} exclude 0 by chance alone"))

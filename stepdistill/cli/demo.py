@@ -80,9 +80,9 @@ def main(config: Config) -> None:
     size = QUICK if config.quick else FULL
     if config.dry_run:
         for method in config.methods:
-            print(f"would train {method} on {size.pictures} pictures, {size.changes[method]}, into {out / method}")
-        at = f"{' '.join(map(str, FEW))} steps, the teacher at {' '.join(map(str, MANY))} too"
-        print(f"would measure teacher and students at {at}, {size.measured} pictures a cell, into {out / 'bench'}")
+            print(f"would train {method} on {size.pictures} images, {size.changes[method]}, into {out / method}")
+        at = f"{' '.join(map(str, FEW))} steps, and the teacher at {' '.join(map(str, MANY))}"
+        print(f"would measure teacher and students at {at}, {size.measured} images per cell, into {out / 'bench'}")
         return
     data = encode(out / "data", size.pictures)
     students: dict[str, dict[int, Path]] = {}
@@ -112,7 +112,7 @@ def train(
     if method in ("add", "ladd"):
         changes["start"] = lcm[1] if lcm else None
     config = shipped(method, **changes)
-    print(f"{method}: training for {config.max_train_steps} updates{' a halving' * (method == 'progressive')}")
+    print(f"{method}: training for {config.max_train_steps} updates{' per halving' * (method == 'progressive')}")
     return run(config, FEW)
 
 
@@ -126,7 +126,7 @@ def measure(students: dict[str, dict[int, Path]], out: Path, size: Size, seed: i
     from stepdistill.evaluation.summary import print_table
 
     protocol = dataclasses.replace(load_protocol("avatars-2k"), n=size.measured, metrics=METRICS)
-    print(f"measuring teacher and students at {', '.join(map(str, FEW + MANY))} steps, {size.measured} pictures a cell")
+    print(f"measuring teacher and students at {', '.join(map(str, FEW + MANY))} steps, {size.measured} images per cell")
     bench = {"protocol": protocol, "out": out / "bench", "seed": seed, "settings": Settings(latency_repeats=5)}
     teacher = {"teacher": "avatars,scheduler=ddim"}
     results = [evaluate(teacher, steps=FEW + MANY, **bench)]

@@ -75,7 +75,7 @@ def main(config: Config) -> int:
     if config.guidance is not None:
         spec = dataclasses.replace(spec, guidance=config.guidance)
     if config.dry_run:
-        print(f"would draw {len(prompts)} x {config.count} pictures in {steps} steps with {spec}: {config.out}")
+        print(f"would generate {len(prompts)} x {config.count} images in {steps} steps with {spec}: {config.out}")
         return 0
     pipeline = models.load(spec, device=device)
     guidance = models.guidance_of(spec, pipeline)

@@ -48,4 +48,4 @@ class BrokenList:
     def told(self) -> str:
         """Returns a one-line summary of what was left out."""
         name = self.file.name
-        return f"left out {len(self)} of {self.count} pictures, which are broken; the cache's {name} names them"
+        return f"left out {len(self)} of {self.count} images, which are broken; {name} in the cache lists them"

@@ -149,7 +149,7 @@ class Plan:
         self.broken = BrokenList(folder / "broken.jsonl", len(self.captions))
         captions = list(self.distinct)
         names = {"conditions": [], "shards": []}
-        verb = "painting" if self.painted else "encoding"
+        verb = "generating" if self.painted else "encoding"
         jobs = (("conditions", "encoding captions", captions, self._conditions),
                 ("shards", f"{verb} {self.source.name}", self.captions, self._latents))  # fmt: skip
         for kind, title, items, make in jobs:

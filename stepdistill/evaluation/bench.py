@@ -122,7 +122,7 @@ class Bench:
         if not asked and most and min(steps) <= most < max(steps):
             beyond = [count for count in steps if count > most]
             if self.settings.progress:
-                say(f"{name}: not at {' and '.join(map(str, beyond))} steps; its scheduler has {most}")
+                say(f"{name}: skipped at {' and '.join(map(str, beyond))} steps; its scheduler has {most}")
             self.bar.update(self.protocol.n * len(self.seeds) * sum(2 * count + weight for count in beyond))
             steps = [count for count in steps if count <= most]
         if (

@@ -33,9 +33,9 @@ def write_cards(rows: Sequence[Row], folder: Path | None = None) -> list[Path]:
         names = [name for name in columns(shown)[0] if name in SHOWN]
         seeds = sorted({r["seed"] for r in rows if r["model"] == model and r.get("seed") is not None})
         text = (
-            f"Protocol {row['protocol']} (`{row['protocol_hash']}`), n = {row['n']} a cell, "
-            f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, on {row['device']}. FD is a Frechet distance "
-            f"on {row['fd_extractor']} features; ± is half of a 95 % interval; ms is the median of a whole call.\n\n"
+            f"Protocol {row['protocol']} (`{row['protocol_hash']}`), n = {row['n']} per cell, "
+            f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, on {row['device']}. FD is a Fréchet "
+            f"distance on {row['fd_extractor']} features; ± is half the width of a 95 % interval; ms is the median.\n\n"
             + markdown_table(shown, names)
         )
         if put_figures(export, text):

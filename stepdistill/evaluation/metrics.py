@@ -95,7 +95,7 @@ def reference_statistics(
             except InputError as error:
                 if file == shipped != cached:
                     raise
-                say(f"{error}: it is being made again")
+                say(f"{error}: computing it again")
     writable(cached.parent)
     moments, seen = Moments.empty(extractor.dim), set()
     if known is not None:
@@ -152,7 +152,7 @@ def prepare(
         metric = METRICS[name]
         if protocol.n < math.ceil(metric.per_feature * extractor.dim):
             say(
-                f"{name} is left out: got n={protocol.n}; it needs {metric.per_feature:g} pictures for each of "
+                f"{name} is omitted: got n={protocol.n}; it needs {metric.per_feature:g} images for each of "
                 f"{extractor.title}'s {extractor.dim} features"
             )
             continue

@@ -142,10 +142,10 @@ class Store:
             size = sum(sum(_sizes(folder)) for folder in self.cells.values()) / 1e6
             said.append(f"{len(self.cells)} cells, {size:.1f} MB in {cache_folder() / 'pictures'}")
         if self.broken:
-            said.append(f"{self.broken} kept batches were broken and were drawn again")
+            said.append(f"{self.broken} cached batches were damaged and generated again")
         if self.why_not:
-            said.append(f"some could not be kept ({self.why_not})")
-        return f"pictures: {'; '.join(said)}" if said else None
+            said.append(f"some could not be cached ({self.why_not})")
+        return f"images: {'; '.join(said)}" if said else None
 
 
 def _clear(folder: Path, *, own: bool) -> None:

@@ -16,7 +16,7 @@ class ReferenceBar:
     def __call__(self, done: int, total: int) -> None:
         if self.bar is None:
             self.bar = progress_bar(total, self.show)
-            self.bar.set_description("reference pictures")
+            self.bar.set_description("reference images")
         self.bar.update(done)
         if self.bar.n >= total:
             self.bar.close()

@@ -119,7 +119,7 @@ class RealPictures:
             try:
                 return arrays.load(file)[0]["array"]
             except (InputError, KeyError) as error:
-                say(f"{error}: it is being made again")
+                say(f"{error}: computing it again")
         array = make()
         arrays.save(file, {"array": array})
         return array

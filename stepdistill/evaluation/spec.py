@@ -223,12 +223,12 @@ def instead(plan: Sequence[tuple[str, Any, tuple[int, ...]]], protocol: Protocol
         if not isinstance(model, ModelSpec):
             continue
         if None not in (model.guidance, protocol.guidance) and model.guidance != protocol.guidance:
-            told = f"guidance {model.guidance:g} of its SPEC, in place of {protocol.name}'s {protocol.guidance:g}"
+            told = f"guidance {model.guidance:g} from its SPEC overrides {protocol.name}'s {protocol.guidance:g}"
             lines[f"{name}: {told}"] = None
         if not asked and protocol.steps and not set(counts) & set(protocol.steps):
             own, theirs = (" ".join(map(str, each)) for each in (counts, protocol.steps))
-            told = f"steps {own} of its own, in place of {protocol.name}'s {theirs}"
-            lines[f"{name}: {told}, which --steps {theirs} asks for"] = None
+            told = f"its own steps {own} override {protocol.name}'s {theirs}"
+            lines[f"{name}: {told}; --steps {theirs} selects those"] = None
     return list(lines)
 
 

@@ -34,6 +34,11 @@ def percent(name: str) -> bool:
     return name == "attribute_accuracy" or name.startswith(ATTRIBUTE)
 
 
+def units(found: Measured) -> str:
+    """Returns what a figure was measured over, for readers; rows call images pictures."""
+    return "images" if found.of == "pictures" else found.of
+
+
 def _scale(name: str) -> int:
     return 100 if percent(name) else 1
 
@@ -124,7 +129,7 @@ def print_table(rows: Sequence[Row], folder: Path | None = None) -> None:
     table_of = columns(found)
     shown = [n for n in table_of[0] if n in ("steps", "NFE", "seeds", *map(label, MAIN), "ms")]
     first = rows[0]
-    title = f"{first.get('protocol')}, n = {first.get('n')}, FD-{first.get('fd_extractor')}; ± is half a 95 % interval"
+    title = f"{first.get('protocol')}, n = {first.get('n')}, FD-{first.get('fd_extractor')}; ± half the 95 % interval"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model", overflow="fold")
     for name in shown:

@@ -40,7 +40,7 @@ pipe = DiffusionPipeline.from_pretrained("{out}", torch_dtype=torch.float32)
 ```"""
 
 # DDPMPipeline has no argument for a class, and rejects a network that needs one
-DRAW_CLASS = """labels = torch.tensor([0])  # the class, 0 to {last}; the pipeline takes none: its steps, one by one
+DRAW_CLASS = """labels = torch.tensor([0])  # class, 0 to {last}; the pipeline takes none, so its steps are run here
 x = torch.randn(1, {channels}, {height}, {width})
 pipe.scheduler.set_timesteps({steps})
 with torch.no_grad():
@@ -107,7 +107,7 @@ def model_card(
 ## Figures
 
 {FIGURES_START}
-Not measured yet: `stepdistill bench --card` measures and writes them here.
+Not measured yet; `stepdistill bench --card` adds them.
 {FIGURES_END}
 
 ## Use

@@ -77,12 +77,12 @@ def load_latest(folder: Path, say: Callable[[str], object] = print) -> tuple[int
         try:
             record = json.loads((path / "state.json").read_text())
             if sha256(path / "state.safetensors") != record["sha256"]:
-                raise ValueError("its hash does not fit")
+                raise ValueError("its hash does not match")
             state = unflatten(record["tree"], load_file(path / "state.safetensors"))
             return record["update"], state
         except broken as error:
             reason = " ".join(str(error).split())[:80]
-            say(f"checkpoint {path} is broken ({reason}); trying the one before")
+            say(f"checkpoint {path} is broken ({reason}); trying the previous one")
     if found:
         raise InputError(
             f"checkpoints: got {len(found)} in {folder}, all broken; allowed: a whole one; remove the folder to start "

@@ -161,7 +161,7 @@ class Loop:
             KeyboardInterrupt: a stop signal was received; the run is saved.
         """
         if (done := folder.finished(self.config, self.target)) is not None:
-            self.accelerator.print(f"done already: {done}")
+            self.accelerator.print(f"already done: {done}")
             self._done_before(done)
             return done
         with room(self.out, self.device, self.config.batch_size, self._could_recompute()):
@@ -287,7 +287,7 @@ class Loop:
             optimizer.load_state_dict(saved)
         if state["scaler"] and getattr(self.accelerator, "scaler", None) is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.accelerator.print(f"resuming at update {self.update}")
+        self.accelerator.print(f"resuming from update {self.update}")
 
     def _log(self, metrics: trackers.Metrics, seconds: float) -> dict[str, str]:
         """Writes the means since the last line, which synchronises with the device."""

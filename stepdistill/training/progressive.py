@@ -158,7 +158,7 @@ def distil_chain(config: ProgressiveConfig) -> Path:
     folder.claim(config, state.num_processes, write=state.is_main_process and not config.dry_run)
     last, target = config.run(config.end_steps), config.target(config.end_steps)
     if folder.finished(last, target) is not None:
-        state.print(f"done already: {target}")
+        state.print(f"already done: {target}")
         if state.is_main_process:
             push_rest(last, target)
         return target
@@ -166,7 +166,7 @@ def distil_chain(config: ProgressiveConfig) -> Path:
         teacher = open_teacher(config, state.device)
         kind, methods = teacher.denoiser.kind, config.methods(teacher.denoiser)
         if config.guide_updates and methods[0].stage != "guide":
-            state.print(f"guide_updates: {config.guide_updates} are not used; this chain begins with its first halving")
+            state.print(f"guide_updates: {config.guide_updates} not used; this chain starts with its first halving")
         data = open_samples(config, teacher, Path(beside))
         del teacher  # each stage loads its own
         previous = None

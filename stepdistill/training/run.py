@@ -30,7 +30,7 @@ def distil(config: TrainConfig) -> Path:
     method = config.method()
     state = begin(config)
     if (done := folder.finished(config)) is not None:
-        state.print(f"done already: {done}")
+        state.print(f"already done: {done}")
         if state.is_main_process:
             push_rest(config, done)
         return done

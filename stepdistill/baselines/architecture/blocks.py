@@ -127,7 +127,7 @@ def show(rounds: list[Round]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("block", "ms saved", "distance added", "a ms", "removed", title="what each block is worth")
+    table = Table("block", "ms saved", "distance added", "per ms", "removed", title="importance of each block")
     before, removed = rounds[0].before, [r.removed for r in rounds]
     for name, cost in rounds[0].candidates.items():
         saved, added = before.ms - cost.ms, cost.distance - before.distance

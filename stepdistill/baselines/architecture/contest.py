@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
 
 BEGINS = {
-    "kept": "Student and control begin with the teacher's kept blocks.",
-    "random": "The student begins with the teacher's kept blocks, the control with random weights.",
+    "kept": "Student and control start from the teacher's kept blocks.",
+    "random": "The student starts from the teacher's kept blocks, the control from random weights.",
 }
 SHOWN = ("max_train_steps", "batch_size", "gradient_accumulation", "learning_rate", "data")
 

@@ -129,7 +129,7 @@ class PruneThenStepsConfig(BKSDMConfig):
         for size in self.size:
             config = self.pruning(size, data)
             pruned = config.run()
-            results.note = f"fd_N is at N steps, the others at {self._decides}. {pruned.note}"
+            results.note = f"fd_N is FD at N steps; other figures are at {self._decides}. {pruned.note}"
             for row in pruned.rows if not self.dry_run else ():
                 if row.role in ("control", "student") or (row.role == "teacher" and size == self.size[0]):
                     results.rows.append(self._few(row, config))
@@ -196,6 +196,6 @@ class PruneThenStepsConfig(BKSDMConfig):
         from stepdistill.evaluation.report import write_report
 
         bench = self.out / "bench"
-        write_report(bench, title="Architecture by steps")
+        write_report(bench, title="Architecture and step count")
         shutil.copy(bench / "latency.png", self.out / "pareto.png")
         print(f"plot: {self.out / 'pareto.png'}")

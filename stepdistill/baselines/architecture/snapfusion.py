@@ -153,8 +153,8 @@ class SnapFusionConfig(ArchitectureConfig):
             teacher_scheduler="ddim", scheduler=Progressive(self.steps).scheduler(teacher),
             card=f"A smaller Stable Diffusion for {self.steps} steps, distilled with stepdistill.",
             extra=Paths(like, held, self.steps, self.guidance).errors,
-            note=f"path_error and step_error are of {self.steps} steps, the teacher's too, against the teacher's "
-            f"{2 * self.steps}; its pictures take {2 * self.steps} steps.",
+            note=f"path_error and step_error compare {self.steps} steps, the teacher's included, with the teacher's "
+            f"{2 * self.steps}; its images take {2 * self.steps} steps.",
         )  # fmt: skip
         taught = CFGAware(
             self.steps, self.cfg_range, self.cfg_probability, self.original_weight, self.balanced, self.caption_dropout
@@ -179,7 +179,7 @@ class SnapFusionConfig(ArchitectureConfig):
         settings = {"teacher": self.teacher, "data": self.samples, "saving": self.saving, "judged": judged.count}
         choose = partial(blocks.evolve, whole, measure, self.saving)
         state = PartialState()
-        bar = tqdm(desc="judging blocks", unit=" UNets", dynamic_ncols=True, disable=not state.is_local_main_process)
+        bar = tqdm(desc="measuring blocks", unit=" UNets", dynamic_ncols=True, disable=not state.is_local_main_process)
         with state.main_process_first(), bar:
             rounds = choose() if self.dry_run else blocks.kept_rounds(self.out / "blocks.json", settings, choose)
         blocks.show(rounds)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NOTE = (
-    "nll: nats a token of the held-out text; own_kl: KL(student || teacher), nats a token, over what each says itself "
-    "after held-out prompts; what they say is in generations.md"
+    "nll: nats per token of the held-out text; own_kl: KL(student || teacher), nats per token, over each one's own "
+    "continuations of held-out prompts, which are in generations.md"
 )
 SPEAK = 0x5A17  # the stream of random numbers for continuing held-out prompts
 

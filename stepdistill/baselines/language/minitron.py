@@ -60,7 +60,7 @@ class MinitronConfig(ForwardKLConfig):
         sizes = {row.role: row.parameters for row in results.rows}
         if sizes and (gone := 1 - sizes["student"] / sizes["teacher"]) > MOST:
             results.note = (
-                f"{results.note} {gone:.0%} of the parameters went in one round; the paper advises at most "
-                f"{MOST:.0%}, a training, and another round."
+                f"{results.note}; {gone:.0%} of the parameters were removed in one round; the paper advises at "
+                f"most {MOST:.0%} per round, with training in between"
             ).strip()
         return results

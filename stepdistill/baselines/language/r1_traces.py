@@ -137,7 +137,7 @@ class R1TracesConfig(BaselineConfig):
         rows = {"answers": self._rows(tokenizer, answers), "traces": self._rows(tokenizer, traces)}
         for name, texts in (("answers", answers), ("traces", traces)):
             if lost := sum(len(said) for _, said in texts) - len(rows[name]):
-                results.note += f"; of the {name}, {lost:,} are too long in the student's tokens, and not learnt"
+                results.note += f"; {lost:,} {name} exceed --completion in the student's tokens and are dropped"
         for seed in self.seeds:
             add("before", self.student, self._student(teacher, seed), seed=seed)
             for role, name in (("control", "answers"), ("student", "traces")):
@@ -213,6 +213,6 @@ class R1TracesConfig(BaselineConfig):
             )
         count = sum(len(texts) for _, texts in kept)
         return kept, (
-            f"of {len(train) * self.samples:,} answers to {len(train):,} problems {count:,} are kept, to {len(kept):,} "
-            f"problems; not kept: {lost or 'none'}; the control learns the right answers to all"
+            f"{count:,} of {len(train) * self.samples:,} answers are kept, for {len(kept):,} of {len(train):,} "
+            f"problems; dropped: {lost or 'none'}; the control is trained on the correct answers to all problems"
         )

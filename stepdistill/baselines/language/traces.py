@@ -59,9 +59,9 @@ def keep(problem: Problem, said: Sequence[Said], most: int) -> tuple[list[str], 
         elif CLOSE not in one.text or not one.text.partition(CLOSE)[0].replace(OPEN, "").strip():
             fell["without reasoning"] += 1
         elif words in kept:
-            fell["said before"] += 1
+            fell["duplicate"] += 1
         elif len(kept) >= most:
-            fell["enough"] += 1
+            fell["beyond --keep"] += 1
         else:
             kept[words] = one.text
     return list(kept.values()), fell

@@ -59,8 +59,8 @@ def curves(found: Sequence[Cell]) -> dict[str, Make]:
         if name == "fd" and _lines(found, name, "latency"):
             batch = next(c.latency_ms for c in found if c.latency is not None).get("batch", 1)
             made[BY_LATENCY] = lambda batch=batch: plots.quality_by_cost(
-                _lines(found, "fd", "latency"), _axis(found, "fd", "by latency", "low and left is better"),
-                _levels(found, "fd"), f"ms a picture, batch {batch:g}", front=True,
+                _lines(found, "fd", "latency"), _axis(found, "fd", "by latency", "lower left is better"),
+                _levels(found, "fd"), f"ms per image, batch size {batch:g}", front=True,
             )  # fmt: skip
     return made
 
@@ -80,14 +80,14 @@ def cost_curves(found: Sequence[Cell], gained: Sequence[Gain]) -> dict[str, Make
         longest = {(gain.last.model, gain.last.steps): gain.last.fd for gain in gained}
         made["FD by training time"] = lambda: plots.quality_by_cost(
             _lines(students, "fd", unit, found),
-            _axis(found, "fd", "by training time", "low and left is better"),
+            _axis(found, "fd", "by training time", "lower left is better"),
             [(f"{model}, {steps} steps", fd) for (model, steps), fd in longest.items()],
             f"{unit} of training", front=False,
         )  # fmt: skip
     if gaps := _gaps(found, gained):
-        other = f"the {beside(gained)}"
-        axis = Axis(f"Gap to {other} by steps", f"FD above that of {other}’s longest, {_n(found, 'fd')}")
-        made[axis.title] = lambda: plots.quality_by_steps(gaps, axis, [(f"{other}’s longest", 0)])
+        other = beside(gained)
+        axis = Axis(f"Gap to the {other} by steps", f"FD minus {other}’s at largest step count, {_n(found, 'fd')}")
+        made[axis.title] = lambda: plots.quality_by_steps(gaps, axis, [(f"{other}, most steps", 0)])
     return made
 
 

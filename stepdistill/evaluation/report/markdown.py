@@ -35,19 +35,19 @@ def markdown(
     lines += [markdown_table(found, list(columns(found)[0])), ""]
     lines += [*(f"![{IMAGES[file]}]({file})" for file in images), ""]
     lines += [
-        "± is half of a 95 % interval. FD, CLIP and attributes by the protocol; ms a picture are medians of whole "
-        "calls; per step is one call.", "",
+        "± is half the width of a 95 % interval. FD, CLIP and attributes follow the protocol; ms are per image, "
+        "medians over whole calls; per step is one call.", "",
     ]  # fmt: skip
     for table in more:
         lines += [f"## {table.title}", "", _table(table), ""]
     for cell in found:
         grid = f"grids/{grid_name(cell.rows[0])}"
         if (folder / grid).is_file():
-            steps = f"{cell.steps} step{'s' * (cell.steps > 1)}" if cell.steps else "what can be reached"
+            steps = f"{cell.steps} step{'s' * (cell.steps > 1)}" if cell.steps else "the best a model can reach"
             lines.append(f"{escaped(cell.model)}, {steps}\n\n![{_alt(cell.model)}]({grid})\n")
     lines += [f"{i}. {escaped(prompt)}" for i, prompt in enumerate(prompts, 1)]
     if commands := dict.fromkeys(row["command"] for row in rows if row.get("command")):
-        lines += ["", "Made by:", "", *(f"    {' '.join(command.split())}" for command in commands)]
+        lines += ["", "Reproduce:", "", *(f"    {' '.join(command.split())}" for command in commands)]
     return "\n".join([*lines, ""])
 
 

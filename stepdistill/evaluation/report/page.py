@@ -47,7 +47,7 @@ def write_report(folder: str | Path, *, title: str | None = None) -> Path:
     found = cells(rows, folder)
     gained = gains(found)
     drawn, cost, said, shown = curves(found), cost_curves(found, gained), verdicts(gained), tables(found)
-    title = title or f"Quality {'and latency ' if BY_LATENCY in drawn else ''}by number of steps"
+    title = title or f"Quality {'and latency ' if BY_LATENCY in drawn else ''}by step count"
     prompts, strips, costs = prompts_of(folder), strips_of(folder, found), cost_table(gained)
     main = {name: make for name, make in drawn.items() if name in main_curves()}
     others = {name: make for name, make in drawn.items() if name not in main}
@@ -102,7 +102,7 @@ def _seeds(rows: Sequence[Row]) -> str:
 def _told(rows: Sequence[Row]) -> str:
     """Returns protocol, n and seeds in a line for captions."""
     first = rows[0]
-    n = f"n = {first['n']:,} a cell" if first.get("n") else ""
+    n = f"n = {first['n']:,} per cell" if first.get("n") else ""
     return ", ".join(filter(None, (first.get("protocol"), n, _seeds(rows))))
 
 

@@ -87,7 +87,7 @@ def quality_by_cost(curves: Sequence[Curve], axis: Axis, levels: Sequence[Level]
     if min(xs) > 0 and max(xs) > 8 * min(xs):
         axes.set_xscale("log")
         _plain(axes.xaxis, min(xs), max(xs))
-    axes.set_xlabel(f"{cost}; numbers are steps")
+    axes.set_xlabel(f"{cost}; numbers are step counts")
     _finish(axes, curves, levels, axis, log, numbered=True)
     return figure
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from stepdistill.evaluation.cells import ATTRIBUTE, BETTER, MAIN, Cell, Row, measured, names
 from stepdistill.evaluation.report.verdicts import SAID, Gain, beside, duration, ends_of
-from stepdistill.evaluation.summary import digits, figure, label, number, percent, spread
+from stepdistill.evaluation.summary import digits, figure, label, number, percent, spread, units
 
 FACTS = (
     "protocol", "protocol_hash", "model", "method", "teacher", "spec", "steps", "nfe", "guidance", "scheduler",
@@ -49,7 +49,7 @@ class Table:
 
 
 def tables(found: Sequence[Cell]) -> list[Table]:
-    """Returns the tables Overview, Every figure, Attributes and Latency, without empty ones."""
+    """Returns the tables Overview, All metrics, Attributes and Latency, without empty ones."""
     made = [_overview(found), _everything(found), _attributes(found), _latency(found)]
     return [table for table in made if table.lines and len(table.heads) > 1]
 
@@ -72,7 +72,7 @@ def _overview(found: Sequence[Cell]) -> Table:
 
 
 def _everything(found: Sequence[Cell]) -> Table:
-    return _of_figures("Every figure", names(found), found)
+    return _of_figures("All metrics", names(found), found)
 
 
 def _attributes(found: Sequence[Cell]) -> Table:
@@ -86,7 +86,7 @@ def _of_figures(title: str, shown: Sequence[str], found: Sequence[Cell]) -> Tabl
     for name in shown:
         of = next(cell.figures[name] for cell in found if name in cell.figures)
         seeds = f" × {of.seeds} seeds" if of.seeds > 1 else ""
-        heads.append(_head(name, "" if of.n is None else f"{of.n:,} {of.of}{seeds}"))
+        heads.append(_head(name, "" if of.n is None else f"{of.n:,} {units(of)}{seeds}"))
     lines = [(cell, [_steps(cell)[0], *(_figure(name, cell, found, ends=True) for name in shown)]) for cell in found]
     return Table(title, heads, lines)
 
@@ -95,7 +95,7 @@ def _latency(found: Sequence[Cell]) -> Table:
     """Returns one line per timing of a cell: one image per call, and several per call."""
     heads = [Head("steps"), Head("NFE"), Head("batch"), Head("ms", "median"), Head("ms", "p90"), Head("ms", "p99"),
              Head("ms", "first call"), Head("text"), Head("per step"), Head("decode"), Head("calls"),
-             Head("peak MB", "of the pipeline"), Head("timed", text=True)]  # fmt: skip
+             Head("peak MB", "of the pipeline"), Head("timing", text=True)]  # fmt: skip
     taken = [(cell, cell.row[name]) for cell in found for name in TIMES if cell.row.get(name)]
     several = len({_device(cell) for cell, _ in taken}) > 1
     lines = []
@@ -140,8 +140,8 @@ def _device(cell: Cell) -> str:
 def cost_table(gained: Sequence[Gain]) -> Table:
     """Returns the cost of training, its gain at equal step count, and the gap to the teacher's largest step count."""
     other = beside(gained)
-    heads = [Head("trained"), Head("steps"), Head("FD"), Head(other, "same steps"), Head("nearer", high=True),
-             Head(other, "its longest"), Head("gap", "95 % interval"), Head("student is", text=True)]  # fmt: skip
+    heads = [Head("training"), Head("steps"), Head("FD"), Head(other, "same steps"), Head("ratio", high=True),
+             Head(other, "most steps"), Head("gap", "95 % interval"), Head("student is", text=True)]  # fmt: skip
     lines = []
     found = [cell for gain in gained for cell in (gain.cell, gain.last)]
     for gain in gained:

@@ -88,12 +88,12 @@ def verdicts(gained: Sequence[Gain]) -> list[dict[str, Any]]:
         at = f"{cell.steps} step{'s' * (cell.steps > 1)}"
         own, theirs = (spread("fd", c.figures["fd"], 1) for c in (cell, last))
         has = f"{figure(last.fd, 1)} {theirs}".rstrip()
-        stats = [(figure(cell.fd, 1), f"FD {own}".rstrip() + f", where {who} has {has} at {last.steps} steps")]
+        stats = [(figure(cell.fd, 1), f"FD {own}".rstrip() + f", against {who}’s {has} at {last.steps} steps")]
         if best.of_last is not None:
             word = f": {SAID[best.gap.word]}" if best.gap else ""
             stats.append(_times(best.of_last, f"{who}’s distance at {last.steps} steps", word))
         if best.of_same is not None:
-            stats.append(_times(best.of_same, f"{who}’s distance at the same {at}"))
+            stats.append(_times(best.of_same, f"{who}’s distance at {at}"))
         if cell.latency and last.latency:
             faster = figure(last.latency / cell.latency, 1)
             told = " against ".join(f"{figure(c.latency, 1)} ms{calls(c)}" for c in (cell, last))
