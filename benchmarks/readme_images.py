@@ -1,6 +1,6 @@
 """Makes the README's two images from a benchmark's folder.
 
-    python benchmarks/readme_images.py benchmarks/results/avatars --out docs/images
+    python benchmarks/readme_images.py benchmarks/results/demo --steps 1 4 50 --out docs/images
 
 grid.png has a row for each model and step count, with the same prompt and noise in each column; quality_latency.png has
 the report's two plots side by side.
