@@ -203,7 +203,7 @@ def test_the_headline_is_the_students_best_few_steps_against_the_teachers_longes
     assert said["model"] == "student <i>" and said["steps"] == "4 steps" and other["model"] == "=1+1"
     assert said["stats"] == [
         ("25.0", "FD ± 2.5, against the teacher’s 20.0 ± 2.0 at 50 steps"),
-        ("1.25×", "the teacher’s distance at 50 steps (1.09–1.44): worse"),  # e^±0.141; 5 ± 3.2
+        ("1.25×", "the teacher’s FD at 50 steps (1.09–1.44): worse"),  # e^±0.141; 5 ± 3.2
         ("10.0×", "faster than the teacher at 50 steps: 40.0 ms (p90 40.0) against 400.0 ms (p90 400.0)"),
     ]
     near = [row("teacher", 50, 20.0, None, method="teacher"), row("s", 2, 22.0, None, method="lcm")]

@@ -129,7 +129,7 @@ def print_table(rows: Sequence[Row], folder: Path | None = None) -> None:
     table_of = columns(found)
     shown = [n for n in table_of[0] if n in ("steps", "NFE", "seeds", *map(label, MAIN), "ms")]
     first = rows[0]
-    title = f"{first.get('protocol')}, n = {first.get('n')}, FD-{first.get('fd_extractor')}; ± half the 95 % interval"
+    title = f"{first.get('protocol')}, n = {first.get('n')}, FD-{first.get('fd_extractor')}; ± is half a 95 % interval"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model", overflow="fold")
     for name in shown:

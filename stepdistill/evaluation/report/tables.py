@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepdistill.evaluation.cells import ATTRIBUTE, BETTER, MAIN, Cell, Row, measured, names
-from stepdistill.evaluation.report.verdicts import SAID, Gain, beside, duration, ends_of
+from stepdistill.evaluation.report.verdicts import Gain, beside, duration, ends_of
 from stepdistill.evaluation.summary import digits, figure, label, number, percent, spread, units
 
 FACTS = (
@@ -157,7 +157,7 @@ def cost_table(gained: Sequence[Gain]) -> Table:
             Value(duration(cell.train_seconds), sort=cell.train_seconds), _steps(cell)[0], *fd,
             Value(f"{nearer.value:.1f}×", ends_of(nearer, 1), nearer.value) if nearer else Value("–"),
             Value(figure(last.value, 1), ", ".join(filter(None, told)), last.value), left,
-            _text(SAID[gap.word] if gap else ""),
+            _text(gap.word if gap else ""),
         ]))  # fmt: skip
     return Table("Training cost", heads, lines)
 

@@ -91,9 +91,9 @@ def verdicts(gained: Sequence[Gain]) -> list[dict[str, Any]]:
         stats = [(figure(cell.fd, 1), f"FD {own}".rstrip() + f", against {who}’s {has} at {last.steps} steps")]
         if best.of_last is not None:
             word = f": {SAID[best.gap.word]}" if best.gap else ""
-            stats.append(_times(best.of_last, f"{who}’s distance at {last.steps} steps", word))
+            stats.append(_times(best.of_last, f"{who}’s FD at {last.steps} steps", word))
         if best.of_same is not None:
-            stats.append(_times(best.of_same, f"{who}’s distance at {at}"))
+            stats.append(_times(best.of_same, f"{who}’s FD at {at}"))
         if cell.latency and last.latency:
             faster = figure(last.latency / cell.latency, 1)
             told = " against ".join(f"{figure(c.latency, 1)} ms{calls(c)}" for c in (cell, last))
