@@ -186,7 +186,7 @@ def test_a_run_ends_with_teacher_control_and_student_and_pipelines_that_plain_di
     assert teacher["distance_to_teacher"] == 0 < before["distance_to_teacher"]
     assert set(student) == {"denoising_loss", "distance_to_teacher", "latency_ms"}
     assert record["rows"][0]["parameters"] > record["rows"][1]["parameters"] == record["rows"][3]["parameters"]
-    assert record["gap_closed"].keys() == {"tiny"} and record["note"].startswith("Student and control begin")
+    assert record["gap_closed"].keys() == {"tiny"} and record["note"].startswith("Student and control start")
     terms = json.loads((config.out / "student-0" / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"task", "output", "feature"} <= terms.keys()
 

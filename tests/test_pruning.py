@@ -265,4 +265,4 @@ def test_minitron_trains_from_what_is_left_and_says_where_too_much_went(tmp_path
     anew = pruned(*asked[-1]).state_dict()  # the common starting point was not trained
     assert all(torch.equal(value, anew[name]) for name, value in judged[-1].state_dict().items())
     assert roles["student"].parameters == roles["before"].parameters < roles["teacher"].parameters / 2
-    assert "of the parameters went in one round" in results.note
+    assert "of the parameters were removed in one round" in results.note

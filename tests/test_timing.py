@@ -243,7 +243,7 @@ def test_the_latency_table_has_a_line_for_each_batch_with_all_that_was_measured(
     ]
     assert [values[-1].text for _, values in overview.lines] == ["FlowMatchEulerDiscrete, even sigmas", "–"]
     alone = tables(cells(ROWS[1:]))[-1]
-    assert [head.name for head in alone.heads] == ["steps", "NFE", "batch", "ms", "ms", "timed"]  # no empty columns
+    assert [head.name for head in alone.heads] == ["steps", "NFE", "batch", "ms", "ms", "timing"]  # no empty columns
     assert [value.text for value in alone.lines[0][1]] == ["1", "2", "1", "7.0", "9.0", "float16"]
     (_, values), _ = tables(cells(ROWS[:1]))[-1].lines
     assert values[-1].text == "float16, compiled, channels last"  # the device only if there are several
