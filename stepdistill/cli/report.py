@@ -1,7 +1,7 @@
 """Turns the folder of a benchmark into report.md and one self-contained report.html.
 
-    stepdistill report out/bench
-    stepdistill report out/demo
+stepdistill report out/bench
+stepdistill report out/demo
 """
 
 from __future__ import annotations
