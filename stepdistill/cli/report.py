@@ -1,7 +1,9 @@
 """Turns the folder of a benchmark into report.md and one self-contained report.html.
 
-stepdistill report out/bench
-stepdistill report out/demo
+    stepdistill report out/bench
+    stepdistill report out/demo
+
+Only recorded rows and grids are read; nothing is generated or measured.
 """
 
 from __future__ import annotations
