@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from stepdistill.baselines import BASELINES
+from stepdistill.baselines import BASELINES, get
 from stepdistill.cli._run import guard, parse
 from stepdistill.evaluation import records
 
@@ -36,12 +36,14 @@ def seconds(name: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         words = [sys.executable, "-m", "stepdistill", "baselines", "run", name, "--quick", "--out", f"{folder}/out"]
-        subprocess.run(words, check=True, capture_output=True)
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
         return time.perf_counter() - started
 
 
 def main(config: Config) -> None:
     """Times the baselines, prints a line for each, and writes the figures."""
+    for name in config.names:
+        get(name)  # reports an unknown name before anything runs
     taken = {}
     for name in config.names:
         taken[name] = round(seconds(name), 1)
