@@ -9,7 +9,7 @@ import torch
 
 from stepdistill.errors import InputError
 from stepdistill.evaluation import latency, schedulers, spec
-from stepdistill.evaluation.generate import Sampler
+from stepdistill.evaluation.generate import Sampler, Series
 from stepdistill.evaluation.latency import Stages, measure, quantile
 
 
@@ -139,6 +139,17 @@ def test_pictures_do_not_depend_on_the_batch_they_are_in(pipe):
     last = sampler({"prompt": prompts[2:]}, first=2, count=1, steps=2)
     assert (together[2:].int() - last.int()).abs().max() <= 1
     assert not torch.equal(together[0], together[1])
+
+
+def test_a_series_draws_what_the_plain_call_draws_and_counts_its_evaluations(pipe, monkeypatch):
+    sampler, prompts, kind = Sampler(pipe, 2.0, seed=5), ["a cat", "a dog", "a hat"], type(pipe)
+    drawn = Series(sampler, prompts, n=3, batch=2).draw(2, 1, 2)
+    plain = sampler(sampler.encode(prompts[1:]), first=1, count=2, steps=2)
+    assert torch.equal(drawn.pictures, plain) and drawn.evaluations == 2 * 2 * 2
+    monkeypatch.setattr(pipe.unet, "forward", None)
+    with pytest.raises(TypeError):
+        Series(sampler, prompts, n=3, batch=2).draw(2, 1, 2)
+    assert type(pipe) is kind and not pipe.unet._forward_pre_hooks  # the pipeline is itself again, also after an error
 
 
 def test_every_network_is_compiled_however_many_there_were_before():
