@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from stepdistill.cli._run import guard, parse
 from stepdistill.errors import InputError
-from stepdistill.evaluation.cells import cells, read_folder
+from stepdistill.evaluation.cells import of_run, read_run
 from stepdistill.evaluation.records import grid_name
 from stepdistill.evaluation.report import write_report
 
@@ -47,8 +47,8 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 def grid(folder: Path, steps: tuple[int, ...]) -> Image.Image:
     """Returns an image with a row for each cell, labelled with model, step count and distance."""
     rows = []
-    for cell in cells(read_folder(folder)):
-        strip = folder / "grids" / grid_name(cell.row)
+    for cell in read_run(folder):
+        strip = of_run(folder) / "grids" / grid_name(cell.row)
         if cell.steps in steps and strip.is_file():
             rows.append((cell, Image.open(strip).convert("RGB")))
     if not rows:
@@ -69,8 +69,8 @@ def grid(folder: Path, steps: tuple[int, ...]) -> Image.Image:
 
 def curves(folder: Path) -> Image.Image:
     """Returns the report's two PNG plots side by side."""
-    write_report(folder)
-    pictures = [Image.open(folder / name).convert("RGB") for name in ("quality.png", "latency.png")]
+    page = write_report(folder)
+    pictures = [Image.open(page.with_name(name)).convert("RGB") for name in ("quality.png", "latency.png")]
     sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
     sheet.paste(pictures[0], (0, 0))
     sheet.paste(pictures[1], (pictures[0].width, 0))

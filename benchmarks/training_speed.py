@@ -323,9 +323,10 @@ def resident(field: str) -> float:
 
 def in_a_process(config: Config, alone: str) -> float:
     """Runs `peak_memory` for one of the two in a separate process."""
-    flags = ["--size", config.size, "--batch", str(config.batch), "--rank", str(config.rank), "--alone", alone]
-    flags += ["--mixed-precision", config.mixed_precision, "--seed", str(config.seed)]
-    flags += ["--gradient-checkpointing"] if config.gradient_checkpointing else []
+    flags = ["--alone", alone]
+    for name in ("size", "batch", "rank", "mixed_precision", "seed"):
+        flags += [f"--{name}", str(getattr(config, name))]
+    flags += [f"--{name}" for name in ("gradient_checkpointing", "compile") if getattr(config, name)]
     done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(

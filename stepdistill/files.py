@@ -25,6 +25,12 @@ def unwritable(error: BaseException) -> bool:
     return disk_full(error) or (isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS))
 
 
+def misplaced(error: BaseException) -> bool:
+    """Whether an error means that a path cannot exist, such as one below a file."""
+    wrong = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+    return isinstance(error, OSError) and error.errno in wrong
+
+
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file, in hex."""
     found = hashlib.sha256()
@@ -51,16 +57,15 @@ def replacing(final: Path) -> Iterator[Path]:
         InputError: the disk is full. The previous content of `final` is kept.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    beside = final.with_name(f".{final.name}.new")
+    beside, old = (final.with_name(f".{final.name}.{end}") for end in ("new", "old"))
     shutil.rmtree(beside, ignore_errors=True)
+    _restore(old, final)  # of a process killed between the two renames
     try:
         beside.mkdir()
         yield beside
         for file in [*beside.rglob("*"), beside]:
             sync(file)
         if final.exists():
-            old = final.with_name(f".{final.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
             final.rename(old)
             beside.rename(final)
             shutil.rmtree(old)
@@ -69,12 +74,21 @@ def replacing(final: Path) -> Iterator[Path]:
         sync(final.parent)
     except Exception as error:
         shutil.rmtree(beside, ignore_errors=True)
+        _restore(old, final)
         if disk_full(error):
             raise InputError(
                 f"disk: got no space left while writing {final}; free some and run the same command again; what was "
                 "there is kept"
             ) from error
         raise
+
+
+def _restore(old: Path, final: Path) -> None:
+    """Puts a folder that was moved away back, or deletes it if its replacement is there."""
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.rename(final)
 
 
 def write(path: Path, text: str) -> None:

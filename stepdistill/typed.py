@@ -54,11 +54,11 @@ def read_yaml(file: Path, what: str) -> Any:
         ) from error
 
 
-def built(kind: type[T], told: Any, where: str) -> T:
+def built(kind: type[T], told: Any, where: str, base: T | None = None) -> T:
     """Builds a dataclass from the content of a YAML file.
 
     Args:
-        where: location, for error messages.
+        where: location, for error messages. base: values of the fields that are not set; by default the defaults.
 
     Raises:
         InputError: a field is unknown, missing or of another type, or the dataclass rejects its value.
@@ -72,12 +72,12 @@ def built(kind: type[T], told: Any, where: str) -> T:
         raise InputError(f"{where}: got the field {_shown(unknown[0])}; allowed: {', '.join(known)}; {fix}")
     empty = dataclasses.MISSING
     needed = [name for name, field in known.items() if field.default is empty and field.default_factory is empty]
-    if missing := [name for name in needed if name not in told]:
+    if missing := [name for name in needed if name not in told and base is None]:
         raise InputError(f"{where}: got no {missing[0]!r}; allowed: {', '.join(needed)} and others; add it")
     kinds = typing.get_type_hints(kind)
     values = {name: _value(kinds[name], value, where, name) for name, value in told.items()}
     try:
-        return kind(**values)
+        return kind(**values) if base is None else dataclasses.replace(base, **values)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 

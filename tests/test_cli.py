@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import stepdistill
 from stepdistill import cli
+from stepdistill.cli._run import guard
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,6 +78,24 @@ def test_hyphens_and_underscores_both_work(capsys, tmp_path):
 def test_bench_refuses_bad_input_in_one_line(capsys, tmp_path, flags, words):
     code, _, err = run(capsys, "bench", "--out", str(tmp_path), *flags)
     assert one_line(code, err) and words in err
+
+
+def test_a_path_below_a_file_and_a_gpu_that_is_too_small_get_one_line(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+
+    def small():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+
+    for command, words in (
+        (lambda: (tmp_path / "file" / "x").mkdir(), "/x (Not a directory); allowed: a place"),
+        (lambda: (tmp_path / "file").mkdir(), "file (File exists); allowed: a place"),
+        (small, "memory: got CUDA out of memory; allowed: what fits; lower --batch"),
+    ):
+        code = guard(command)
+        err = capsys.readouterr().err
+        assert one_line(code, err) and words in err
+    with pytest.raises(FileNotFoundError):  # of a bug, more likely
+        guard(lambda: (tmp_path / "nowhere").read_text() and 0)
 
 
 def test_the_module_runs_as_the_command():

@@ -115,7 +115,7 @@ def test_sample_says_what_is_wrong(tmp_path, pipelines, capsys):
     base = ["sample", "--model", pipelines["sd"], "--out", tmp_path / "grid.png"]
     prompt = ["--prompt", "a cat"]
     assert "prompt: got none; allowed: one or more" in refused(capsys, *base)
-    assert "which cannot be read" in refused(capsys, *base, "--prompts", tmp_path / "nowhere.txt")
+    assert "(No such file or directory)" in refused(capsys, *base, "--prompts", tmp_path / "nowhere.txt")
     assert "steps: got 0; allowed: 1 or more" in refused(capsys, *base, *prompt, "--steps", 0)
     assert "guidance: got 0.5; allowed" in refused(capsys, *base, *prompt, "--guidance", 0.5)
     assert "allowed: a .png" in refused(capsys, *base[:3], *prompt, "--out", tmp_path / "grid.gif")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import json
@@ -21,6 +22,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from stepdistill.cli.sample import Config as SampleConfig
+from stepdistill.cli.sample import prompts_of
 from stepdistill.conditioning.base import expand
 from stepdistill.data import avatars, build
 from stepdistill.data.broken import BrokenList
@@ -30,9 +33,10 @@ from stepdistill.data.sources import PictureError, open_picture, open_source, to
 from stepdistill.denoiser.load import as_teacher, load_teacher
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
+from stepdistill.evaluation.sets import open_set
 from stepdistill.sampling import sample
 from stepdistill.training.lcm import LCMConfig
-from stepdistill.training.run import open_samples
+from stepdistill.training.run import open_samples, open_teacher
 
 SIDE = tiny.LATENT * tiny.FACTOR
 
@@ -89,7 +93,7 @@ def test_captions_may_lie_beside_the_pictures(tmp_path):
 
 
 def test_shards_give_pictures_and_captions_and_read_nothing_else(tmp_path):
-    ignored = {"x/0001.pkl": b"never unpickled", "notes.md": b"?"}
+    ignored = {"x/0001.pkl": b"never unpickled", "notes.md": b"?", ".txt": b"hidden"}
     shard(tmp_path / "s-0.tar", {"x/0001.png": png(1), "x/0001.txt": b"one"} | ignored)
     shard(tmp_path / "s-1.tar", {"0002.json": json.dumps({"caption": "two"}).encode(), "0002.PNG": png(2)})
     for spec in (f"{tmp_path}/s-{{0..1}}.tar", f"{tmp_path}/s-*.tar"):
@@ -117,6 +121,19 @@ def test_a_text_file_is_prompts_without_pictures(tmp_path):
     source = open_source(str(tmp_path / "prompts.txt"))
     assert source.captions == ["a red hat", "the cat"]
     assert source.picture is None
+
+
+def test_only_a_line_end_ends_a_line(tmp_path):
+    """str.splitlines also splits at separators that stand within a caption."""
+    odd = "a red\u2028hat\x85 of\x0c felt"
+    (tmp_path / "prompts.txt").write_text(f"\ufeff{odd}\r\nthe cat", encoding="utf-8")
+    assert open_source(str(tmp_path / "prompts.txt")).captions == [odd, "the cat"]
+    assert open_set(str(tmp_path / "prompts.txt")).prompts == [odd, "the cat"]
+    assert prompts_of(SampleConfig(prompts=tmp_path / "prompts.txt")) == [odd, "the cat"]
+    picture(1).save(tmp_path / "a.png")
+    row = json.dumps({"file_name": "a.png", "text": odd}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_text(row, encoding="utf-8")
+    assert open_source(str(tmp_path)).captions == [odd]
 
 
 def test_avatars_is_the_embedded_training_set():
@@ -281,6 +298,13 @@ def test_text_that_is_not_utf_8_is_named(tmp_path, name):
     one_line(error)
 
 
+def test_home_is_expanded_in_patterns_too(tmp_path, monkeypatch):
+    shard(tmp_path / "s-0.tar", {"1.png": png(1), "1.txt": b"one"})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for spec in ("~/s-0.tar", "~/s-*.tar", "~/s-{0..0}.tar"):
+        assert open_source(spec).captions == ["one"]
+
+
 def test_a_caption_may_be_empty(tmp_path, teacher):
     (tmp_path / "set").mkdir()
     picture().save(tmp_path / "set" / "a.png")
@@ -299,6 +323,8 @@ def test_a_shard_whose_members_lead_out_is_refused(tmp_path, name):
 def test_bad_shards_are_named(tmp_path):
     with pytest.raises(InputError, match=r"of which .*s.tar is not there; allowed: local .tar"):
         open_source(str(tmp_path / "s.tar"))
+    with pytest.raises(InputError, match="whose braces do not match"):
+        open_source(str(tmp_path / "{0..9.tar"))
     with pytest.raises(InputError, match="of which nothing is not there"):
         open_source(str(tmp_path / "*.tar"))
     with pytest.raises(InputError, match=r"without a caption; allowed: a picture with a .txt"):
@@ -532,6 +558,19 @@ def test_a_cache_folder_is_data_for_its_own_teacher_only(tmp_path, pictures, tea
         make_cache(pictures, teacher, tmp_path / "cache", resolution=32)
     with pytest.raises(InputError, match=r"--out: got .*, which holds something else"):
         make_cache(pictures, teacher, tmp_path)
+
+
+def test_a_run_has_the_size_of_its_cache_and_no_other(tmp_path, pictures):
+    base = tiny.save(tmp_path / "base")
+    make_cache(pictures, load_teacher(base), tmp_path / "cache", resolution=16)
+    run = LCMConfig(teacher=str(base), data=str(tmp_path / "cache"))
+    teacher = open_teacher(run, "cpu")
+    data = open_samples(run, teacher, tmp_path)
+    assert teacher.image_size == (16, 16) and data[0]["x0"].shape == teacher.denoiser.sample_shape
+    for wrong in (32, 64):  # the teacher's own, and neither's
+        other = dataclasses.replace(run, resolution=wrong)
+        with pytest.raises(InputError, match=rf"resolution: got {wrong} with the cache .* of 16"):
+            open_samples(other, open_teacher(other, "cpu"), tmp_path)
 
 
 def test_a_painted_cache_is_data_for_runs_at_its_guidance_only(tmp_path, pictures, teacher):

@@ -44,6 +44,11 @@ def test_clips_own_frame_takes_the_place_of_the_protocols(tmp_path, monkeypatch)
     view = View(tools, 0, batch(given))
     assert torch.equal(view.embedding, TOWERS.images(pictures))
     assert torch.equal(view.features, POOLS(Frame(40).batch(batch(given))))
+    several = Instruments(sets.EvalSet("four", "k", 4, list("abcd")), POOLS, Moments.empty(12), clip=TOWERS)
+    seen = batch(given).expand(4, -1, -1, -1)
+    assert list(View(several, 2, seen, each=2).prompts) == list("bbcc")
+    assert torch.equal(View(several, 0, seen, each=2).text, TOWERS.texts(list("aabb")))
+    assert torch.equal(View(several, 0, seen).text, TOWERS.texts(list("abcd")))  # not the embeddings of the other pass
 
     for i in range(2):
         given.save(tmp_path / f"{i}.png")

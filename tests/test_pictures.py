@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from test_suite import PROMPTS, TINY, instruments
 from test_trainer import environment
 
+from stepdistill import holds
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
-from stepdistill.evaluation import generate, holds, models, pictures, records, spec, suite
+from stepdistill.evaluation import generate, models, pictures, records, spec, suite
 from stepdistill.evaluation.processes import Processes
 from stepdistill.evaluation.records import read_rows
 
@@ -280,7 +281,7 @@ HOLDS = """
 import sys
 from pathlib import Path
 
-from stepdistill.evaluation import holds
+from stepdistill import holds
 
 handle = holds.hold(Path(sys.argv[1]))
 print("held", flush=True)

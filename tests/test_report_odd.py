@@ -202,7 +202,8 @@ def test_what_is_not_finite_was_not_measured(tmp_path):
 
 def test_every_field_may_be_missing_or_is_refused_in_one_line(tmp_path):
     whole = row("m", 4, 10.0, 5.0, metrics=full(10.0, 30.0, 0.1, 0.5), method="lcm", train_seconds=60.0,
-                settings={"content": {"prompts": "k"}}, attributes={"hat": 0.5}, peak_memory_mb=5.0, dtype="float32",
+                settings={"content": {"prompts": "k"}}, timing={"device": "cpu", "dtype": "float32", "compiled": False},
+                attributes={"hat": 0.5}, peak_memory_mb=5.0, dtype="float32",
                 scheduler="DDIMScheduler", spec="m", guidance=1.0)  # fmt: skip
     file, needed = tmp_path / "results.jsonl", ("model", "steps", "protocol_hash")
     for name in whole:
@@ -221,6 +222,11 @@ def test_every_field_may_be_missing_or_is_refused_in_one_line(tmp_path):
                 assert "\n" not in str(error) and "line 1" in str(error)
             else:
                 assert tables(found) and columns(found) and as_csv([cell.row for cell in found])
+    for odd in (
+        {"timing": {"repeats": 3}}, {"settings": {"content": "x"}},
+        {"latency_ms": whole["latency_ms"] | {"quantiles": {"text": [1]}, "first": "x", "repeats": []}},
+    ):  # fmt: skip
+        page_of(tmp_path, [whole | odd])
     page_of(tmp_path, [{"model": "m", "steps": 4, "protocol_hash": "h"}])
     page_of(tmp_path, [whole | {"steps": 10**6}, whole | {"steps": 3, "n": None, "seed": None, "metrics": {}}])
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stepdistill import holds
 from stepdistill.data.cache import open_data
 from stepdistill.denoiser.load import load_teacher
 from stepdistill.errors import InputError
@@ -230,6 +231,14 @@ def test_a_full_disk_is_one_line(settings, monkeypatch, number):
     monkeypatch.undo()
     trainer(settings).fit()
     assert (settings.out / "done.json").exists()
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(settings):
+    run = trainer(settings)
+    with holds.claimed(settings.out), pytest.raises(InputError, match="another process is writing to; allowed: one"):
+        run.fit()
+    assert run.update == 0
+    run.fit()
 
 
 def test_a_full_device_is_one_line(settings):

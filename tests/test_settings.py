@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from test_resume import stop_at, trainer
 
+from stepdistill.baselines.language.distillm import DistiLLMConfig
 from stepdistill.errors import InputError
 from stepdistill.training import config, folder
 from stepdistill.training.add import ADDConfig
@@ -35,6 +37,26 @@ def test_a_run_that_never_began_leaves_its_folder_free(settings):
     (settings.out / "metrics.jsonl").write_text("{}")
     with pytest.raises(InputError, match=r"--out: got .*, which holds a run with rank = "):
         folder.claim(dataclasses.replace(settings, rank=settings.rank + 1))
+
+
+def test_a_run_goes_on_for_more_updates_only_where_none_depends_on_their_number(settings):
+    kept = {"out": settings.out, "data": settings.data}
+    for kind, changes, free in (
+        (LCMConfig, {}, True), (LCMConfig, {"lr_scheduler": "linear"}, False),
+        (LADDConfig, {}, True), (LADDConfig, {"warm_share": 0.5}, False),
+        (ProgressiveConfig, {"lr_scheduler": "constant"}, False),  # later stages would start from another export
+        (DistiLLMConfig, {}, False),
+    ):  # fmt: skip
+        run = kind(**kept, **changes) if kind is not DistiLLMConfig else kind(out=settings.out)
+        shutil.rmtree(settings.out, ignore_errors=True)
+        folder.claim(run)
+        (settings.out / "metrics.jsonl").write_text("{}")
+        longer = dataclasses.replace(run, max_train_steps=2 * run.max_train_steps)
+        if free:
+            folder.claim(longer)
+        else:
+            with pytest.raises(InputError, match="which holds a run with max_train_steps"):
+                folder.claim(longer)
 
 
 @pytest.mark.parametrize("content", ['{"_class_name": "UNet2DConditionModel"}', '{"teacher": "t", "method": "lcm"}'])

@@ -72,6 +72,12 @@ def test_a_name_is_taken_from_the_lora_or_the_path():
     assert parse("a/b").name == "b" and parse("a/b,lora=out/c").name == "c" and parse("a/b,name=d").name == "d"
 
 
+def test_a_path_may_hold_an_equals_sign_and_a_spec_reads_back_as_it_was():
+    assert (parse("out/lr=1e-4/b").name, parse("out/lr=1e-4/b").path) == ("b", "out/lr=1e-4/b")
+    named = parse("s=out/lr=1e-4/b,guidance=2")
+    assert (named.name, named.path) == ("s", "out/lr=1e-4/b") and parse(str(named)).path == named.path
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from stepdistill import holds
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.evaluation import generate, metrics, models, protocols, records, spec, suite
@@ -192,6 +193,12 @@ def test_what_was_measured_is_kept_where_the_timing_fails(base, protocol, tools,
     assert results.rows[-1]["fd"] > 0 and results.rows[-1]["latency_ms"] is None
     assert [(f.steps, f.reason) for f in results.failed] == [(1, "RuntimeError: out of memory")]
     assert read_rows(tmp_path / "results.jsonl") == results.rows
+
+
+def test_a_folder_that_another_benchmark_writes_to_is_refused(base, protocol, tools, tmp_path):
+    with holds.claimed(tmp_path), pytest.raises(InputError, match="another process is writing to; allowed: one"):
+        run(f"t={base}", protocol, tools, tmp_path, (1,))
+    assert not run(f"t={base}", protocol, tools, tmp_path, (1,)).failed
 
 
 def test_too_few_pictures_for_a_metric_are_refused_before_any_is_drawn():

@@ -18,7 +18,8 @@ T = TypeVar("T")
 def guard(command: Callable[[], int | None]) -> int:
     """Runs a command; returns its exit code.
 
-    2, with one line on stderr, for an InputError and for a full or unwritable disk; 130 for Ctrl-C.
+    2, with one line on stderr, for an InputError, a full or unwritable disk, a path that cannot exist, and a GPU that
+    is too small; 130 for Ctrl-C.
     """
     try:
         return command() or 0
@@ -28,19 +29,23 @@ def guard(command: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes where it stopped", file=sys.stderr)
+        print("interrupted; the same command resumes a training or a benchmark where it stopped", file=sys.stderr)
         return 130
     except Exception as error:
-        from stepdistill.files import disk_full, unwritable
+        from stepdistill.files import disk_full, misplaced, unwritable
 
-        if not unwritable(error):
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(error, torch.OutOfMemoryError):
+            said = str(error).partition(". ")[0]
+            return _refuse(f"memory: got {said}; allowed: what fits; lower --batch or --batch-size, or use bf16")
+        if not (unwritable(error) or misplaced(error)):
             raise
         place = getattr(error, "filename", None)
         if disk_full(error):
             where = f" while writing {place}" if place else ""
             return _refuse(f"disk: got no space left{where}; free some and run the same command again")
         what = f"{place} ({error.strerror}); allowed: a place that can be read and written"
-        return _refuse(f"file: got {what}; choose another, or mend its permissions")
+        return _refuse(f"file: got {what}; choose another" + (", or mend its permissions" * unwritable(error)))
 
 
 def _refuse(why: object) -> int:

@@ -31,4 +31,4 @@ def main(config: Config) -> None:
     from stepdistill.evaluation.summary import print_table
 
     print_table(read_folder(config.folder), of_run(config.folder))
-    print(f"report: {write_report(of_run(config.folder), title=config.title)}")
+    print(f"report: {write_report(config.folder, title=config.title)}")

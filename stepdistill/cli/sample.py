@@ -105,11 +105,9 @@ def prompts_of(config: Config) -> list[str]:
     """
     prompts = [prompt for prompt in config.prompt if prompt.strip()]
     if config.prompts is not None:
-        try:
-            lines = config.prompts.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--prompts: got {config.prompts}, which cannot be read; allowed: a text file") from error
-        prompts += [line.strip() for line in lines if line.strip()]
+        from stepdistill.data.sources import read_prompts
+
+        prompts += read_prompts(config.prompts)
     if not prompts:
         raise InputError('prompt: got none; allowed: one or more; give --prompt "…" or --prompts FILE')
     return prompts

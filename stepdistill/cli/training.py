@@ -24,7 +24,7 @@ def parse_training(
     for i, word in enumerate(argv):
         name, _, value = word.partition("=")
         if name == "--config":
-            default = from_yaml(Path(value or (argv[i + 1] if i + 1 < len(argv) else "")), kind)
+            default = from_yaml(Path(value or (argv[i + 1] if i + 1 < len(argv) else "")), kind, default)
     config = parse(kind, argv, description=description, default=default)
     config.check()
     return config

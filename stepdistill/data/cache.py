@@ -123,8 +123,8 @@ def open_data(
             teacher, size or guidance.
     """
     size = picture_size(teacher, resolution)
-    if (Path(spec) / "manifest.json").is_file():
-        return _made_for(teacher, LatentCache(Path(spec)), spec, size, synthetic_guidance)
+    if is_cache(spec):
+        return _made_for(teacher, LatentCache(Path(spec)), spec, resolution, synthetic_guidance)
     plan = Plan(
         open_source(spec), teacher, size, seed=seed, steps=synthetic_steps,
         guidance=GUIDANCE if synthetic_guidance is None else synthetic_guidance, limit=limit, half=half,
@@ -132,6 +132,23 @@ def open_data(
     )  # fmt: skip
     root = Path(cache_dir or os.environ.get("STEPDISTILL_CACHE") or Path.home() / ".cache" / "stepdistill")
     return LatentCache(plan.build(root / f"data-{plan.key}"))
+
+
+def is_cache(spec: str | None) -> bool:
+    """Whether data are a cache folder."""
+    return spec is not None and (Path(spec) / "manifest.json").is_file()
+
+
+def size_of(spec: str | None, teacher: Teacher, resolution: int | None) -> tuple[int, int]:
+    """Returns (height, width) in pixels of a run's images: that of `resolution`, else the cache's if the data are one,
+    else the teacher's own.
+
+    Raises:
+        InputError: see `picture_size`, or the cache is broken.
+    """
+    if resolution is None and is_cache(spec):
+        return tuple(LatentCache(Path(spec)).manifest["size"])
+    return picture_size(teacher, resolution)
 
 
 def make_cache(
@@ -167,7 +184,7 @@ def make_cache(
 
 
 def _made_for(
-    teacher: Teacher, cache: LatentCache, spec: str, size: tuple[int, int], guidance: float | None
+    teacher: Teacher, cache: LatentCache, spec: str, resolution: int | None, guidance: float | None
 ) -> LatentCache:
     made = cache.manifest
     if made["teacher"] != teacher_key(teacher, painting=made["painted"]):
@@ -175,10 +192,10 @@ def _made_for(
             f"--data: got the cache {spec}, made with another teacher ({made['teacher_path']}); allowed: one made with "
             "this one; run `stepdistill cache` again"
         )
-    if tuple(made["size"]) != size and size != teacher.image_size:
+    if resolution is not None and made["size"] != [resolution, resolution]:
         raise InputError(
-            f"resolution: got {size[0]} with the cache {spec} of {made['size'][0]}; allowed: the cache's own; leave it "
-            "out"
+            f"resolution: got {resolution} with the cache {spec} of {made['size'][0]}; allowed: the cache's own; leave "
+            "it out"
         )
     if made["painted"] and guidance not in (None, made["guidance"]):
         raise InputError(

@@ -121,7 +121,7 @@ def _folder(folder: Path) -> Source:
 def listed(metadata: Path) -> list[tuple[Path, str]]:
     """Returns the images and captions that metadata.jsonl lists. Names outside its folder are rejected."""
     rows = []
-    for number, line in enumerate(_text(metadata).splitlines(), 1):
+    for number, line in enumerate(_text(metadata).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{metadata} line {number}"
@@ -168,8 +168,17 @@ def _text(file: Path) -> str:
         raise InputError(f"text: got {file} ({error.strerror}); allowed: a file that can be read") from error
 
 
+def read_prompts(path: str | Path) -> list[str]:
+    """Returns the prompts of a text file, one per line. A prompt may contain what str.splitlines takes for a line end.
+
+    Raises:
+        InputError: the file cannot be read, or is not UTF-8.
+    """
+    return [line.strip() for line in _text(Path(path)).split("\n") if line.strip()]
+
+
 def _prompts(path: Path) -> Source:
-    prompts = [line.strip() for line in _text(path).splitlines() if line.strip()]
+    prompts = read_prompts(path)
     if not prompts:
         raise InputError(f"--data: got {path}, which has no prompts; allowed: a prompt a line; write some")
     return Source(str(path), key_of("prompts", *prompts), prompts, None)
@@ -180,7 +189,7 @@ def _prompts(path: Path) -> Source:
 
 def _shards(pattern: str) -> Source:
     """Shards are indexed once, then read by offset. Nothing is extracted; only images, .txt and .json are read."""
-    files = _expanded(pattern)
+    files = _expanded(os.path.expanduser(pattern))
     samples: list[tuple[Path, int, int, str]] = []
     captions: list[str] = []
     for file in files:
@@ -210,18 +219,21 @@ def _shards(pattern: str) -> Source:
 
 def _expanded(pattern: str) -> list[Path]:
     if "{" in pattern:
-        from braceexpand import braceexpand
+        from braceexpand import UnbalancedBracesError, braceexpand
 
-        names = list(braceexpand(pattern))
+        try:
+            names = list(braceexpand(pattern))
+        except UnbalancedBracesError as error:
+            raise InputError(f"--data: got {pattern}, whose braces do not match; allowed: {{0..9}}.tar") from error
     else:
         names = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
-    missing = [name for name in names if not Path(name).expanduser().is_file()]
+    missing = [name for name in names if not Path(name).is_file()]
     if missing or not names:
         raise InputError(
             f"--data: got {pattern}, of which {(missing or ['nothing'])[0]} is not there; allowed: local .tar files; "
             "check the pattern"
         )
-    return [Path(name).expanduser() for name in names]
+    return [Path(name) for name in names]
 
 
 def _indexed(file: Path) -> dict[str, dict[str, tuple[int, int]]]:
@@ -238,7 +250,7 @@ def _indexed(file: Path) -> dict[str, dict[str, tuple[int, int]]]:
                     )
                 stem, dot, extension = path.name.partition(".")
                 extension = (dot + extension).lower()
-                if member.isreg() and extension in (*PICTURES, ".txt", ".json"):
+                if stem and member.isreg() and extension in (*PICTURES, ".txt", ".json"):
                     place = (member.offset_data, member.size)
                     index.setdefault(str(path.with_name(stem)), {})[extension] = place
     except (tarfile.TarError, EOFError, OSError) as error:

@@ -16,7 +16,7 @@ from typing import Any
 from stepdistill.errors import InputError
 from stepdistill.evaluation.figures import Figure, Z
 from stepdistill.evaluation.measures import METRICS
-from stepdistill.evaluation.records import TIMES, cell_of, check_same_protocol, read_rows, same_figures
+from stepdistill.evaluation.records import FIELDS, TIMES, cell_of, check_same_protocol, read_rows, same_figures
 from stepdistill.evaluation.seeds import alike, between, figures_of, pooled
 from stepdistill.evaluation.sound import sound
 
@@ -110,7 +110,7 @@ class Cell:
     folder: Path | None = None
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
+        if name not in FIELDS:
             raise AttributeError(name)
         return self.row.get(name)
 

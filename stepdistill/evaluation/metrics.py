@@ -57,7 +57,7 @@ class Instruments:
     metrics: tuple[str, ...] = ("fd", "clip", "attributes")
     real: RealPictures | None = None
     frame: Frame | None = None
-    texts: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    texts: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
 
 def statistics_name(extractor: Extractor, reference: EvalSet, count: int) -> str:
@@ -200,14 +200,14 @@ class Pass:
     """
 
     def __init__(self, instruments: Instruments, each: int = 1) -> None:
-        self.tools = instruments
+        self.tools, self.each = instruments, each
         listed = [METRICS[name] for name in instruments.metrics]
         self.metrics = [metric for metric in listed if metric.each == each and metric.fits(instruments)]
         self.kept: dict[int, dict[str, Tensor]] = {}
 
     def add(self, first: int, pictures: Tensor) -> None:
         """Adds images (B, 3, H, W) uint8, from number `first` of the set on."""
-        view = View(self.tools, first, pictures)
+        view = View(self.tools, first, pictures, self.each)
         seen = {metric.keeps: metric.see for metric in self.metrics}
         self.kept[first] = {keeps: see(view).cpu() for keeps, see in seen.items()}
 

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill import holds
 from stepdistill.errors import InputError
-from stepdistill.evaluation import holds
 from stepdistill.evaluation.generate import Drawn
 from stepdistill.evaluation.metrics import cache_folder
 

@@ -9,8 +9,9 @@ none                           neither: for an unconditional model
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,12 +96,7 @@ def open_set(name: str, size: int | Frame | None = None) -> EvalSet:
         return EvalSet(name, _hash(name), 0)
     path = Path(name)
     if path.is_file() and path.suffix == ".txt":
-        try:
-            prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"set: got {name}, which cannot be read; allowed: a text file in UTF-8; save it so"
-            ) from error
+        prompts = sources.read_prompts(path)
         return EvalSet(name, _hash("\n".join(prompts)), len(prompts), prompts)
     if path.is_dir():
         return _folder(path, size)
@@ -110,6 +106,11 @@ def open_set(name: str, size: int | Frame | None = None) -> EvalSet:
 
 
 def _hash(*parts: str | bytes) -> str:
+    return _hash_of(parts)
+
+
+def _hash_of(parts: Iterable[str | bytes]) -> str:
+    """Hashes parts one by one; they need not fit into memory together."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode() if isinstance(part, str) else part)
@@ -193,7 +194,8 @@ def _folder(folder: Path, size: int | Frame | None) -> EvalSet:
                 )
         return torch.stack(batch)
 
-    key = _hash(*(part for file in files for part in (file.name, file.read_bytes())), *(prompts or []), f"size {size}")
+    contents = (part for file in files for part in (file.name, file.read_bytes()))
+    key = _hash_of(itertools.chain(contents, prompts or [], [f"size {size}"]))
     return EvalSet(str(folder), key, len(files), prompts, pictures, size=size)
 
 

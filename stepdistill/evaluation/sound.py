@@ -16,7 +16,7 @@ TEXTS = ("protocol", "protocol_hash", "model", "method", "teacher", "spec", "wei
          "clip_model", "dtype", "device", "commit", "command")  # fmt: skip
 NUMBERS = ("nfe", "guidance", "n", "seed", "fd", "fd_low", "fd_high", "clip_score", "attribute_accuracy",
            "pipeline_memory_mb", "peak_memory_mb", "batch", "train_seconds")  # fmt: skip
-MAPS = ("settings", "attributes", "metrics", "latency_ms", "latency_ms_batch", "versions")
+MAPS = ("settings", "attributes", "metrics", "latency_ms", "latency_ms_batch", "timing", "versions")
 WORDS = dict.fromkeys(TEXTS, "text") | dict.fromkeys(NUMBERS, "a number") | dict.fromkeys(MAPS, "a mapping")
 STAGES = ("text", "denoiser_step", "decode")
 UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # control characters and lone surrogates
@@ -45,6 +45,8 @@ def sound(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name in ("latency_ms", "latency_ms_batch"):
         if row.get(name):
             row[name] = _timing(row[name])
+    if row.get("timing") and not {"device", "dtype", "compiled"} <= row["timing"].keys():
+        row["timing"] = None
     return row
 
 
@@ -78,4 +80,8 @@ def _timing(told: dict[str, Any]) -> dict[str, Any] | None:
     wanted = [told.get("total_p50"), told.get("total_p90"), told.get("batch", 1)]
     if not all(_number(value) and value > 0 for value in wanted):
         return None
-    return told | {name: None for name in STAGES if not _number(told.get(name))}
+    others = (*STAGES, "total_p99", "first", "repeats", "pipeline_memory_mb")
+    quantiles = told.get("quantiles")
+    stages = quantiles.items() if isinstance(quantiles, dict) else ()
+    whole = {stage: q for stage, q in stages if isinstance(q, list) and len(q) == 3 and all(map(_number, q))}
+    return told | {name: None for name in others if not _number(told.get(name))} | {"quantiles": whole}

@@ -100,7 +100,7 @@ def parse(text: str) -> ModelSpec:
     """
     first, *rest = [part.strip() for part in text.split(",")]
     values: dict[str, Any] = {}
-    if "=" in first:
+    if "=" in first and "/" not in first.partition("=")[0]:  # else it belongs to the path
         name, _, first = first.partition("=")
         if name in OPTIONS:
             raise InputError(f"--model {text}: got the option {name}= where the path belongs; allowed: path,{name}=…")

@@ -12,11 +12,12 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stepdistill import holds
 from stepdistill.errors import InputError
 from stepdistill.evaluation import records
 from stepdistill.evaluation.bench import Bench, Failure
@@ -75,7 +76,7 @@ def evaluate(
 
     Raises:
         InputError: bad steps or seeds, an unknown protocol, too few prompts, a bad SPEC, or a folder with something
-            else or with rows of another protocol.
+            else, with rows of another protocol, or that another process is writing to.
         OSError: the results cannot be written, for lack of space or permission. Completed cells are kept.
     """
     settings = settings or Settings()
@@ -96,11 +97,18 @@ def evaluate(
         with team.alike(), closing(ReferenceBar(settings.progress)) as told:
             if team.main is turn:
                 instruments = prepare(protocol, device=settings.device, batch=settings.batch_of(), progress=told)
-    with progress_bar(total, settings.progress) as bar, quiet(), Store(settings.keep, out) as store:
+    with (
+        progress_bar(total, settings.progress) as bar,
+        quiet(),
+        Store(settings.keep, out) as store,
+        ExitStack() as held,
+    ):
         with team.alike():
             command = command or " ".join(map(shlex.quote, sys.argv))
             place = out if team.main else None
             bench = Bench(protocol, instruments, settings, command, place, bar, team, store, seeds)
+            if bench.book.folder is not None:
+                held.enter_context(holds.claimed(bench.book.folder))
         bench.real()
         for name, model, counts in plan:
             bench.model(name, model, counts, weight, asked=steps is not None)

@@ -45,6 +45,11 @@ class AdversarialConfig(TrainConfig):
     guidance: float = 4.0
     """Guidance scale for data that the teacher generates (prompts only), and for guidance-conditioned networks."""
 
+    @property
+    def extendable(self) -> bool:
+        """See LoopConfig.extendable; the curriculum is a share of the run."""
+        return super().extendable and not self.warm_share
+
     def check(self) -> None:
         """Raises InputError if a setting is out of range, or needs a package that is not installed."""
         super().check()

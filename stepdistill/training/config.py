@@ -126,6 +126,11 @@ class LoopConfig:
                 raise InputError(f"{name}: got {value:g}; allowed: {begin}{end}" + f"; {fix}" * bool(fix))
 
     @property
+    def extendable(self) -> bool:
+        """Whether a run may be resumed with another `max_train_steps`: whether no update depends on it."""
+        return self.lr_scheduler == "constant"
+
+    @property
     def half_type(self) -> torch.dtype | None:
         """The dtype that networks compute in; None for float32."""
         return HALF[self.mixed_precision]
@@ -153,7 +158,7 @@ class PipelineConfig(LoopConfig):
     """Image folder with metadata.jsonl, `datasets` name, webdataset shards, cache folder, prompts (.txt) or "avatars".
     Optional only for an embedded teacher."""
     resolution: int | None = None
-    """Side of the images in pixels; by default the teacher's own."""
+    """Side of the images in pixels; by default that of a cache folder, else the teacher's own."""
     half: bool = False
     """Cache latents and text embeddings in float16, which takes half the disk space."""
 
@@ -262,8 +267,9 @@ def _check_installed(flag: str, value: str, package: str, extra: str) -> None:
 C = TypeVar("C", bound=LoopConfig)
 
 
-def from_yaml(path: Path, kind: type[C]) -> C:
-    """Reads a configuration from a YAML file. Names may have hyphens, as flags do; a list of one may be a single value.
+def from_yaml(path: Path, kind: type[C], base: C | None = None) -> C:
+    """Reads a configuration from a YAML file; what it does not set is as in `base`, if given, else the default. Names
+    may have hyphens, as flags do; a list of one may be a single value.
 
     Raises:
         InputError: no such file, not a mapping, an unknown name (with the nearest valid one), or a bad value.
@@ -274,4 +280,4 @@ def from_yaml(path: Path, kind: type[C]) -> C:
         for name, value in told.items():
             if get_origin(kinds.get(name)) is tuple and not isinstance(value, list):
                 told[name] = [value]
-    return built(kind, told, f"--config {path}")
+    return built(kind, told, f"--config {path}", base)

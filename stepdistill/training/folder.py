@@ -37,7 +37,7 @@ def claim(config: LoopConfig, processes: int = 1, write: bool = True) -> None:
             "another --out"
         )
     if path.exists() and any((path.parent / name).exists() for name in ("metrics.jsonl", "checkpoints")):
-        free = config.FREE | ({"max_train_steps"} if config.lr_scheduler == "constant" else set())
+        free = config.FREE | ({"max_train_steps"} if config.extendable else set())
         for key in record:
             if key not in free and there.get(key, record[key]) != record[key]:
                 got = f"{config.out}, which holds a run with {key} = {there[key]} (now {record[key]})"

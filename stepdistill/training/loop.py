@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from stepdistill import files
+from stepdistill import files, holds
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock, Loss
 from stepdistill.training import checkpoint, folder, sharding, trackers
@@ -157,14 +157,19 @@ class Loop:
             `target`.
 
         Raises:
-            InputError: the loss is not finite; the disk or the device is full; all checkpoints are broken.
+            InputError: the loss is not finite; the disk or the device is full; all checkpoints are broken; another
+                process trains in the same folder.
             KeyboardInterrupt: a stop signal was received; the run is saved.
         """
         if (done := folder.finished(self.config, self.target)) is not None:
             self.accelerator.print(f"already done: {done}")
             self._done_before(done)
             return done
-        with room(self.out, self.device, self.config.batch_size, self._could_recompute()):
+        writes = self.accelerator.is_main_process and not self.config.dry_run
+        with (
+            holds.claimed(self.out) if writes else nullcontext(),
+            room(self.out, self.device, self.config.batch_size, self._could_recompute()),
+        ):
             return self._fit()
 
     def _fit(self) -> Path:

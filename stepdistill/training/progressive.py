@@ -57,6 +57,11 @@ class ProgressiveConfig(GuidedConfig):
     own_share: float = 0.0
     """Share of samples that start where a step of the student's own ended, as its later steps do, not at an image."""
 
+    @property
+    def extendable(self) -> bool:
+        """See LoopConfig.extendable; later stages start from a finished export."""
+        return False
+
     def check(self) -> None:
         """Raises InputError if a setting is out of range, or needs a package that is not installed."""
         super().check()

@@ -61,13 +61,13 @@ def open_teacher(config: PipelineConfig, device) -> Teacher:
     Its network is loaded in the dtype it is kept in. Text encoders and autoencoder are float32: their outputs are
     cached for runs of any precision, keyed by their weights.
     """
-    from stepdistill.data.build import picture_size
+    from stepdistill.data.cache import size_of
     from stepdistill.denoiser.load import load_teacher
 
     files = {"variant": config.variant, "revision": config.revision}
     teacher = load_teacher(config.teacher, **files, backbone_dtype=config.frozen_type, device=device)
     config.check_teacher(teacher)
-    return teacher.resize(picture_size(teacher, config.resolution))
+    return teacher.resize(size_of(config.data, teacher, config.resolution))
 
 
 def open_samples(config: TrainConfig, teacher: Teacher, beside: Path):

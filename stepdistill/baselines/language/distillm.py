@@ -109,6 +109,11 @@ class DistiLLMConfig(DecoderConfig):
     QUICK: ClassVar[Mapping[str, object]] = {**QUICK, "look_every": 20}
     SWEEP: ClassVar[tuple[str, tuple]] = ("alpha", (0.05, 0.1, 0.3))
 
+    @property
+    def extendable(self) -> bool:
+        """See LoopConfig.extendable; new text becomes rarer with the share of the run that is done."""
+        return False
+
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()

@@ -149,7 +149,7 @@ def _captions(split: str, label: str) -> list[tuple[str, str]]:
 
 def _file(path: Path) -> list[tuple[str, str]]:
     def parse(text: str) -> list[tuple[str, str]]:
-        lines = [line.split("\t", 1) for line in text.splitlines() if line.strip()]
+        lines = [line.split("\t", 1) for line in text.split("\n") if line.strip()]
         return [(name, said) for name, said in lines]
 
     return read_file(path, parse, "--task", "lines of a class, a tab and a text")

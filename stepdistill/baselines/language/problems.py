@@ -56,7 +56,7 @@ def open_problems(
 
 def _file(path: Path) -> list[Problem]:
     def parse(text: str) -> list[Problem]:
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         return [Problem(row["prompt"], str(row["answer"])) for row in rows]
 
     return read_file(path, parse, "--task", "lines with prompt and answer")

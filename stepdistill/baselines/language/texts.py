@@ -105,7 +105,7 @@ def held_apart(rows: list[T]) -> tuple[list[T], list[T]]:
 
 
 def _parse(path: Path, text: str) -> list[str] | list[Pair]:
-    return [text] if path.suffix == ".txt" else [_row(json.loads(line)) for line in text.splitlines() if line]
+    return [text] if path.suffix == ".txt" else [_row(json.loads(line)) for line in text.split("\n") if line.strip()]
 
 
 def _cut(texts: list[str] | list[Pair], split: str) -> list[str] | list[Pair]:

@@ -23,12 +23,14 @@ class View:
 
     Attributes:
         pictures: (B, 3, H, W) uint8, from number `first` of the set on; in the protocol's frame, if it has one.
+        each: consecutive images per prompt.
         drawn: the same images without the frame.
     """
 
     tools: Instruments
     first: int
     pictures: Tensor
+    each: int = 1
     drawn: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -39,7 +41,8 @@ class View:
     @property
     def prompts(self) -> Sequence[str]:
         """The B prompts of the images."""
-        return self.tools.prompts.prompts[self.first : self.first + len(self.pictures)]
+        numbers = range(self.first, self.first + len(self.pictures))
+        return [self.tools.prompts.prompts[number // self.each] for number in numbers]
 
     @cached_property
     def features(self) -> Tensor:
@@ -56,7 +59,7 @@ class View:
     def text(self) -> Tensor:
         """CLIP's embeddings of the prompts, (B, E) float32, unit length."""
         known = self.tools.texts  # prompts are the same in every cell
-        key = self.first, len(self.pictures)
+        key = self.first, len(self.pictures), self.each
         if key not in known:
             known[key] = self.tools.clip.texts(self.prompts)
         return known[key]

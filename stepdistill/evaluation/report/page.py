@@ -10,7 +10,7 @@ from typing import Any
 
 from stepdistill import files
 from stepdistill.errors import InputError
-from stepdistill.evaluation.cells import Row, cells, read_folder
+from stepdistill.evaluation.cells import Row, cells, of_run, read_folder
 from stepdistill.evaluation.records import FIELDS
 from stepdistill.evaluation.report import inline
 from stepdistill.evaluation.report.curves import BY_LATENCY, Make, cost_curves, curves, main_curves, models_of
@@ -35,7 +35,7 @@ def write_report(folder: str | Path, *, title: str | None = None) -> Path:
     Raises:
         InputError: the folder holds no results, or matplotlib or jinja2 is not installed.
     """
-    folder = Path(folder)
+    folder = of_run(folder)
     rows = read_folder(folder)
     try:
         import jinja2
@@ -109,7 +109,8 @@ def _told(rows: Sequence[Row]) -> str:
 def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Returns (name, value) pairs common to all rows, for the head of the page."""
     first = rows[0]
-    content = (first.get("settings") or {}).get("content") or {}
+    content = (first.get("settings") or {}).get("content")
+    content = content if isinstance(content, dict) else {}
     name, _, seeds = _seeds(rows).partition(" ")
     told = [
         ("protocol", first.get("protocol")), ("hash", first["protocol_hash"]),

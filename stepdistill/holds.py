@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from stepdistill.errors import InputError
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -60,6 +62,22 @@ def alone(folder: Path) -> Iterator[bool | None]:
         yield free
     finally:
         release(handle)
+
+
+@contextmanager
+def claimed(folder: str | Path) -> Iterator[None]:
+    """Context in which no other process can claim the same folder, which must exist.
+
+    Raises:
+        InputError: another process has claimed it.
+    """
+    with alone(Path(folder)) as free:
+        if free is False:
+            raise InputError(
+                f"--out: got {folder}, which another process is writing to; allowed: one at a time; wait for it, or "
+                "give another"
+            )
+        yield
 
 
 def _is(handle: int, folder: Path) -> bool:
