@@ -42,7 +42,10 @@ class Draws:
         return len(self.generators)
 
     def _stack(self, draw) -> Tensor:
-        return torch.stack([draw(g) for g in self.generators]).to(self.device, non_blocking=True)
+        drawn = torch.stack([draw(g) for g in self.generators])
+        if self.device.type == "cuda":
+            drawn = drawn.pin_memory()  # a copy of pageable memory would wait for the device
+        return drawn.to(self.device, non_blocking=True)
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers, (B, *shape), float32."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from test_trainer import environment, in_two_processes
 
@@ -112,6 +113,8 @@ def test_what_a_student_cannot_begin_with_is_named(tmp_path, pipelines, pictures
     for changes in ({"rank": 3}, {"rank": 2, "target_modules": ("to_q",)}):
         with pytest.raises(InputError, match=r"adapter: got .* allowed: one made with the same --rank"):
             LADDConfig(start=first, **changes).check_teacher(load_teacher(pipelines["sd"]))  # before data are encoded
+    with pytest.raises(InputError, match=r"alpha: got 1 with --start .*, whose adapter's is 2; .*; give --alpha 2"):
+        LADDConfig(start=first, rank=2, alpha=1).check_teacher(load_teacher(pipelines["sd"]))
     with pytest.raises(InputError, match=r"start: got .* with --no-lora; allowed: with a LoRA"):
         trainer(tmp_path / "full", pipelines["sd"], pictures, start=first, lora=False)
     file = first / "scheduler" / "scheduler_config.json"  # as a chain from eps to v would leave it
@@ -120,6 +123,31 @@ def test_what_a_student_cannot_begin_with_is_named(tmp_path, pipelines, pictures
         LADDConfig(start=first, rank=2).check_teacher(load_teacher(pipelines["sd"]))
     with pytest.raises(InputError, match=r"lora: got .*, which holds neither"):
         LADDConfig(start=tmp_path, rank=2).check_teacher(load_teacher(pipelines["sd"]))
+
+
+def test_scaled_losses_of_accumulated_batches_train_both_roles_as_unscaled_ones(tmp_path, pipelines, pictures):
+    """As in fp16: the discriminator's step must not unscale what the student is still accumulating."""
+    scaled, plain = (
+        trainer(tmp_path / name, pipelines["sd"], pictures, gradient_accumulation=2, max_grad_norm=1e-2)
+        for name in ("scaled", "plain")
+    )
+    plain.step()
+    expected = [p.detach().clone() for group in plain.models.trained.values() for p in group.values()]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # a power of two, so that scaling does not round
+    scaled.accelerator.state._mixed_precision, scaled.accelerator.native_amp = "fp16", True
+    scaled.accelerator.scaler = scaler
+    scaled.optimizers = {
+        role: AcceleratedOptimizer(each.optimizer, device_placement=False, scaler=scaler)
+        for role, each in scaled.optimizers.items()
+    }
+    scaled.accelerator._optimizers = list(scaled.optimizers.values())
+    try:
+        scaled.step()
+    finally:
+        scaled.accelerator.state._mixed_precision = "no"
+    found = [p.detach() for group in scaled.models.trained.values() for p in group.values()]
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(tmp_path, pipelines, pictures):

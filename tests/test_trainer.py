@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -132,10 +133,12 @@ def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(tmp_path,
         assert theirs["consistency"] == pytest.approx(mine["consistency"], rel=1e-5)
 
 
-def test_two_processes_with_a_tracker_come_to_their_end(tmp_path, pipelines, pictures):
+def test_two_processes_with_a_tracker_come_to_their_end(tmp_path, pictures):
+    """Only one validates; Stable Diffusion 3's network has a buffer, which a wrapped one would send to the others."""
     pytest.importorskip("tensorboard", reason="tensorboard, of the extra `trackers`, is not installed")
     flags = ("--max-train-steps", "2", "--trackers", "tensorboard", "--validate-every", "1")
-    in_two_processes(command(tmp_path / "run", pipelines["sd"], pictures, *flags))
+    teacher = str(tiny.save(tmp_path / "sd3", "sd3"))
+    in_two_processes(command(tmp_path / "run", teacher, pictures, *flags))
     assert (tmp_path / "run" / "done.json").exists()
     assert list((tmp_path / "run" / "stepdistill").glob("events*"))
 

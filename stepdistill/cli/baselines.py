@@ -65,14 +65,21 @@ def flags(name: str, argv: Sequence[str]) -> BaselineConfig:
 
 def finish(config: BaselineConfig) -> dict:
     """Runs a baseline, prints its table, writes results.json; returns its content, or {} for a dry run."""
+    from accelerate import PartialState
+
+    from stepdistill.training.processes import on_cpu
+
     out, record = Path(config.out), config.record()
     found = config.run()
     if config.dry_run:
         return {}
-    file = found.write(out, record)
-    files.write(out / "run.json", json.dumps(record, indent=2) + "\n")  # of a complete run, for `eval`
-    results.show(results.read(out))
-    print(f"results: {file}")
+    state = PartialState(cpu=on_cpu())
+    if state.is_main_process:
+        file = found.write(out, record)
+        files.write(out / "run.json", json.dumps(record, indent=2) + "\n")  # of a complete run, for `eval`
+        results.show(results.read(out))
+        print(f"results: {file}")
+    state.wait_for_everyone()
     return results.read(out)
 
 

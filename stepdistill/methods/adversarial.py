@@ -248,7 +248,7 @@ class Adversarial(Jumper):
         schedule, draws = models.teacher.schedule, batch.draws
         with torch.no_grad():
             levels = _levels(schedule)
-            u = levels.to(draws.device)[draws.integers(len(levels))]
+            u = levels.to(draws.device, non_blocking=True)[draws.integers(len(levels))]
             eps = draws.normal(*student_x0.shape[1:]).to(student_x0.dtype)
             x_u = schedule.add_noise(student_x0.detach(), eps, u)
             target = guided(models.teacher, x_u, u, batch.cond, batch.uncond, self.guidance, kind="x0")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from stepdistill.errors import InputError
-from stepdistill.training.config import TrainConfig
+from stepdistill.training.config import TrainConfig, check_noisiest
 from stepdistill.training.roles import adapter_like, check_fits
 
 if TYPE_CHECKING:
@@ -115,18 +115,20 @@ class AdversarialConfig(TrainConfig):
 
     def check_teacher(self, teacher: Teacher) -> None:
         """Raises InputError if a teacher cannot be distilled with these flags."""
+        from stepdistill.export.kohya import read_lora
+
         super().check_teacher(teacher)
         denoiser, start = teacher.denoiser, self.begin_with()
         if start is not None:
             check_fits(adapter_like(denoiser.backbone, self.rank, self.target_modules), start)
+            if (alpha := read_lora(self._start)[1]["lora_alpha"]) != (self.alpha or self.rank):
+                raise InputError(
+                    f"alpha: got {self.alpha or self.rank:g} with --start {self.start}, whose adapter's is {alpha:g}; "
+                    f"allowed: the same; give --alpha {alpha:g}"
+                )
         if start is not None and (kind := self._start_kind) not in (None, denoiser.kind):
             raise InputError(
                 f"start: got {self.start}, whose student predicts {kind}, for a teacher that predicts {denoiser.kind}; "
                 "allowed: one that predicts as the teacher does; leave it out"
             )
-        alpha, _ = denoiser.schedule.coeffs(denoiser.schedule.t_max)
-        if alpha == 0 and denoiser.kind == "eps":
-            raise InputError(
-                f"teacher: got {teacher.path}, which predicts eps on a schedule that ends in pure noise, where eps "
-                "says nothing of x0; allowed: v, x0 or flow there; take a teacher of another prediction_type"
-            )
+        check_noisiest(teacher, denoiser.schedule.t_max)

@@ -258,6 +258,16 @@ class TrainConfig(PipelineConfig):
         return 0.0
 
 
+def check_noisiest(teacher: Teacher, t: float | Tensor) -> None:
+    """Raises InputError if a teacher predicts eps and its noisiest time, t, is pure noise, where eps says nothing of
+    x0."""
+    if teacher.denoiser.kind == "eps" and teacher.denoiser.schedule.coeffs(t)[0] == 0:
+        raise InputError(
+            f"teacher: got {teacher.path}, which predicts eps on a schedule that ends in pure noise, where eps says "
+            "nothing of x0; allowed: v, x0 or flow there; take a teacher of another prediction_type"
+        )
+
+
 def _check_installed(flag: str, value: str, package: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
         fix = f"pip install 'stepdistill[{extra}]', or leave it out"

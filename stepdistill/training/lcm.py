@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from stepdistill.methods.consistency import LatentConsistency
+from stepdistill.training.config import check_noisiest
 from stepdistill.training.guided import GuidedConfig
 
 if TYPE_CHECKING:
@@ -58,4 +59,5 @@ class LCMConfig(GuidedConfig):
         import torch
 
         super().check_teacher(teacher)
+        check_noisiest(teacher, teacher.denoiser.schedule.t_max)
         self.method().times(torch.zeros(1, dtype=torch.long), teacher.denoiser.schedule)

@@ -232,7 +232,9 @@ class Loop:
         """Takes the optimizer step of one role; of accumulated batches, only after the last."""
         if self.accelerator.sync_gradients:
             self._before_step(role)
-            self.accelerator.clip_grad_norm_(list(self.models.trained[role].values()), self.config.max_grad_norm)
+            # accelerate's own clipping would unscale the gradients that other roles are still accumulating in fp16
+            self.accelerator.unscale_gradients(self.optimizers[role])
+            nn.utils.clip_grad_norm_(self.models.trained[role].values(), self.config.max_grad_norm)
         self.optimizers[role].step()
         self.optimizers[role].zero_grad(set_to_none=True)
 

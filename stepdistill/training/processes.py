@@ -48,6 +48,17 @@ def room(out: Path, device: torch.device, batch_size: int, recomputes: bool) -> 
         raise InputError(f"disk: got no space left in {out}; {kept}; {fix}") from error
 
 
+@contextmanager
+def by_turns(file: Path) -> Iterator[None]:
+    """Context that one process at a time is in: the first makes a file, however long it takes, and the others read it;
+    a barrier would give up after minutes."""
+    from filelock import FileLock
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        yield
+
+
 class StopSignal:
     """Context in which SIGTERM and SIGINT only set a flag, so that the update completes and the run is saved; a second
     signal stops at once. `asked` returns whether any process has received one."""

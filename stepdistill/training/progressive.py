@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from stepdistill.errors import InputError
 from stepdistill.methods.progressive import Progressive, halving_times
 from stepdistill.training import folder
+from stepdistill.training.config import check_noisiest
 from stepdistill.training.export import push_rest
 from stepdistill.training.guided import GuidedConfig
 from stepdistill.training.run import begin, open_samples, open_teacher
@@ -132,11 +133,7 @@ class ProgressiveConfig(GuidedConfig):
             raise InputError(f"end_steps: got {got}; allowed: fewer; try 1")
         first = halving_times(denoiser.schedule, self.start_steps, denoiser.grid)[0]
         pure_noise = denoiser.schedule.coeffs(first)[0].item() == 0
-        if pure_noise and denoiser.kind == "eps":
-            raise InputError(
-                f"teacher: got {teacher.path}, which predicts eps on a schedule that ends in pure noise, where that "
-                "says nothing of x0; allowed: v, x0 or flow there; take a teacher of another prediction_type"
-            )
+        check_noisiest(teacher, first)
         if denoiser.kind == self.student_prediction == "eps" and self.end_steps == 1:
             raise InputError(
                 f"student_prediction: got eps for one step with {teacher.path}, which predicts eps: where all is noise "

@@ -110,7 +110,7 @@ class Models(Networks):
             if not 0 <= decay < 1:
                 raise InputError(f"{flag}: got {decay:g}; allowed: 0 (no average) to below 1; try 0.95")
         super().__init__(student.backbone, others)
-        self.student = student
+        self.student, self._plain = student, plain(student)
         self.averages = Averages(self.trained["student"], target_decay) if target_decay else None
         self.exported = Averages(self.trained["student"], export_decay) if export_decay else None
         average = self.averages.in_place if self.averages else nullcontext
@@ -119,7 +119,7 @@ class Models(Networks):
         first = Averages(self.trained["student"], 0.0) if from_adapter else None
         before = (lambda: _both(first.in_place(), self._switch.quiet())) if first else self._switch.off
         self.teacher = View(teacher, before)
-        self.target = View(plain(student), lambda: _both(average(), self._switch.quiet()))
+        self.target = View(self._plain, lambda: _both(average(), self._switch.quiet()))
 
     def enable_checkpointing(self) -> None:
         """Recomputes activations in the backward instead of keeping them: the student's, and those of a teacher that
@@ -140,9 +140,10 @@ class Models(Networks):
 
     @contextmanager
     def shown(self) -> Iterator[Denoiser]:
-        """Context with the student as validated and exported: averaged if configured, without dropout or gradients."""
+        """Context with the student as validated and exported: averaged if configured, without dropout or gradients, and
+        never wrapped: a wrapped network would wait for the other processes."""
         with torch.no_grad(), self._average(), self._switch.quiet():
-            yield self.student
+            yield self._plain
 
 
 @contextmanager

@@ -133,7 +133,7 @@ class PruneThenStepsConfig(BKSDMConfig):
             for row in pruned.rows if not self.dry_run else ():
                 if row.role in ("control", "student") or (row.role == "teacher" and size == self.size[0]):
                     results.rows.append(self._few(row, config))
-        if results.rows:
+        if results.rows and PartialState().is_main_process:
             self._plot()
         return results
 

@@ -8,6 +8,7 @@ stepdistill baselines run snapfusion --config train_scripts/configs/baselines/sd
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock, Loss
 from stepdistill.methods.progressive import Progressive, halving_times, on_grid, two_step_x0, x0_of
 from stepdistill.schedules import match
+from stepdistill.training.processes import by_turns
 
 if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
@@ -73,7 +75,7 @@ class CFGAware(Lesson):
         """L_dstl of one update, scalar."""
         student, teacher, draws = models.denoiser("student"), models.denoiser("teacher"), batch.draws
         schedule, x0 = teacher.schedule, batch["x0"]
-        points = halving_times(schedule, 2 * self.steps, teacher.grid).to(draws.device)
+        points = halving_times(schedule, 2 * self.steps, teacher.grid).to(draws.device, non_blocking=True)
         index = 2 * draws.integers(self.steps)
         low, high = self.guidance
         drawn = low + (high - low) * draws.uniform()
@@ -180,7 +182,8 @@ class SnapFusionConfig(ArchitectureConfig):
         choose = partial(blocks.evolve, whole, measure, self.saving)
         state = PartialState()
         bar = tqdm(desc="measuring blocks", unit=" UNets", dynamic_ncols=True, disable=not state.is_local_main_process)
-        with state.main_process_first(), bar:
-            rounds = choose() if self.dry_run else blocks.kept_rounds(self.out / "blocks.json", settings, choose)
+        file = self.out / "blocks.json"
+        with nullcontext() if self.dry_run else by_turns(file), bar:
+            rounds = choose() if self.dry_run else blocks.kept_rounds(file, settings, choose)
         blocks.show(rounds)
         return rounds[-1].shape

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from accelerate import PartialState
-
 from stepdistill.baselines.language.models import TINY, Decoder
 from stepdistill.baselines.language.problems import Problem
 from stepdistill.baselines.language.texts import Pair
 from stepdistill.baselines.language.tokens import ask
 from stepdistill.baselines.language.traces import answer, sample_all, unopened
 from stepdistill.errors import InputError
-from stepdistill.training.processes import on_cpu
+from stepdistill.training.processes import by_turns
 
 TOGETHER = 16  # prompts that are answered in one batch
 
@@ -45,8 +43,7 @@ def answered(pairs: Sequence[Pair], teacher: Decoder, file: Path, *, new: int, s
     problems = [Problem(pair.prompt, "") for pair in pairs]
     settings = {"teacher": teacher.name, "new": new, "seed": seed, "prompts": [pair.prompt for pair in pairs]}
     say = partial(answer, teacher, samples=1, new=new, temperature=1.0, seed=seed)
-    with PartialState(cpu=on_cpu()).main_process_first():
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with by_turns(file):
         said = sample_all(file, problems, say, TOGETHER, settings)
     return [
         Pair(pair.prompt, unopened(ask(teacher.tokenizer, pair.prompt), texts[0].text))

@@ -19,6 +19,7 @@ from stepdistill.errors import InputError
 KINDS = "addition, a .jsonl file, or a datasets name (owner/name:config)"
 OPEN, CLOSE = "<think>", "</think>"  # around reasoning
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_AROUND = re.compile(r"\\text\{[^{}]*\}|\\[,!;: ]|\\(?=[$%])")  # what LaTeX has around a number
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def right(text: str, answer: str) -> bool:
 
 
 def _plain(answer: str) -> Decimal | str:
-    bare = answer.strip().strip("$.% ").replace(",", "")
+    bare = _AROUND.sub("", answer).strip().strip("$.% ").replace(",", "")
     try:
         return Decimal(bare)
     except InvalidOperation:

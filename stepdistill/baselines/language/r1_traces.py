@@ -27,7 +27,7 @@ from stepdistill.baselines.language.traces import answer, keep, sample_all, solv
 from stepdistill.baselines.less_memory import halved
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.errors import InputError
-from stepdistill.training.processes import HALF
+from stepdistill.training.processes import HALF, by_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,8 +121,7 @@ class R1TracesConfig(BaselineConfig):
             lessons = self._rows(teacher.tokenizer, [(p, [arithmetic.worked(p).completion]) for p in train])
             part = self.part("teacher", max_train_steps=self.teacher_steps)
             spent = learn(CrossEntropy(), Pupils(teacher.network), lessons, part)
-        with state.main_process_first():
-            traces, note = self._traces(teacher, train)
+        traces, note = self._traces(teacher, train)
 
         of = f" of {self.digits} digits" if self.task == "addition" else ""
         results = Results("r1_traces", "accuracy", True, f"{len(held):,} held-out problems: {self.task}{of}", note=note)
@@ -199,8 +198,9 @@ class R1TracesConfig(BaselineConfig):
         fell: Counter[str] = Counter()
         kept = []
         device, half = teacher.network.device, HALF[self.mixed_precision]
-        with halved(teacher.network, self.mixed_precision), torch.autocast(device.type, half, half is not None):
-            answers = sample_all(self.out / "traces.jsonl", train, say, self.together, settings)
+        file, autocast = self.out / "traces.jsonl", torch.autocast(device.type, half, half is not None)
+        with by_turns(file), halved(teacher.network, self.mixed_precision), autocast:
+            answers = sample_all(file, train, say, self.together, settings)
         for problem, said in zip(train, answers, strict=True):
             texts, lost = keep(problem, said, self.keep)
             fell += lost

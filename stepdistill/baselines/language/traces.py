@@ -80,13 +80,15 @@ def sample_all(
     Raises:
         InputError: the file was written with other settings.
     """
-    head, *lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else [""]
+    kept = file.read_text(encoding="utf-8") if file.exists() else ""
+    head, *lines = kept.splitlines(keepends=True) or [""]
     if head and json.loads(head) != settings:
         raise InputError(f"--out: got {file}, sampled with other settings; allowed: the same; give another --out")
     lines = [line for line in lines if line.endswith("\n")]  # the last may have been cut
     if len(lines) < len(problems):
         lines = lines[: len(lines) // together * together]
-    files.write(file, "".join([json.dumps(settings) + "\n", *lines]))
+    if (whole := "".join([json.dumps(settings) + "\n", *lines])) != kept:
+        files.write(file, whole)
     found = [[Said(**one) for one in json.loads(line)] for line in lines]
     with (
         open(file, "a", encoding="utf-8") as out,
