@@ -11,11 +11,14 @@ import pytest
 import tiny
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, LCMScheduler
+from PIL import Image
 from safetensors.torch import load_file
 
 from stepdistill.data.cache import open_data
 from stepdistill.denoiser.load import load_teacher
 from stepdistill.errors import InputError
+from stepdistill.evaluation.models import call_of, load
+from stepdistill.evaluation.spec import parse
 from stepdistill.export.card import model_card
 from stepdistill.export.lora import LORA_FILE
 from stepdistill.methods.consistency import sample_lcm
@@ -193,3 +196,17 @@ def test_a_card_names_its_base_model_where_the_hub_knows_it(tmp_path, monkeypatc
     card = model_card(teacher="org/model-1.5", grid=None, **rest)
     assert card.startswith("---\nbase_model: org/model-1.5\nlibrary_name: diffusers\n")
     assert r'pipe("a \"hat\"", num_inference_steps=4, guidance_scale=1.0)' in card
+
+
+@pytest.mark.parametrize(("side", "call"), [(16, {"height": 16, "width": 16}), (None, {})])
+def test_a_student_is_drawn_at_the_size_it_was_trained_at(tmp_path, pipelines, pictures, side, call):
+    config = LCMConfig(
+        teacher=pipelines["sd"], data=pictures, out=tmp_path, resolution=side, max_train_steps=1, batch_size=2, rank=2,
+    )  # fmt: skip
+    export = distil(config)
+    spec = parse(f"{pipelines['sd']},lora={export}")
+    assert call_of(spec, load(spec)) == call
+    assert ("height=16, width=16" in (export / "README.md").read_text()) == bool(call)
+    assert Image.open(export / "grid.png").width == 4 * 128 + 3 * 4  # enlarged from either size
+    own = parse(f"{pipelines['sd']},lora={export},size=24")
+    assert call_of(own, load(own)) == {"height": 24, "width": 24}

@@ -187,14 +187,15 @@ def test_the_loss_falls(tmp_path, pipelines, pictures):
 
 
 def test_validation_shows_the_student_and_not_the_base(tmp_path, pipelines, pictures):
-    from stepdistill.training.validation import grid
+    from stepdistill.training.validation import encoded, grid
 
     run = trainer(tmp_path / "run", pipelines["sd"], pictures, learning_rate=1e-2)
     for _ in range(3):
         run.step()
-    shown = grid(run.method, run.teacher, run.models.student, run.config, run.data.captions)
+    cond = encoded(run.teacher, run.data.captions[:4])
+    shown = grid(run.method, run.teacher, run.models.student, cond, 4, 0)
     run.teacher.denoiser.backbone.disable_adapters()
-    base = grid(run.method, run.teacher, run.models.student, run.config, run.data.captions)
+    base = grid(run.method, run.teacher, run.models.student, cond, 4, 0)
     assert shown.tobytes() != base.tobytes()
 
 

@@ -123,28 +123,25 @@ class Teacher:
         return self
 
     @contextmanager
-    def coders_on(self, device: torch.device | str) -> Iterator[None]:
-        """Context in which text encoders and autoencoder are on a device; afterwards each is moved back: to the CPU,
+    def vae_on(self, device: torch.device | str) -> Iterator[None]:
+        """Context in which the autoencoder, if there is one, is on a device; afterwards it is moved back: to the CPU,
         where it takes no device memory, if training does not need it."""
-        before = [(part, next(part.parameters()).device) for part in coders(self)]
+        if self.vae is None:
+            yield
+            return
+        home = next(self.vae.parameters()).device
         try:
-            move_coders(self, device)
+            self.vae.to(device)
             yield
         finally:
-            for part, home in before:
-                part.to(home)
-
-
-def coders(teacher: Teacher) -> list[torch.nn.Module]:
-    """Returns all modules of a teacher except the denoiser: text encoders and autoencoder."""
-    parts = teacher.source.components.values()
-    return [part for part in parts if isinstance(part, torch.nn.Module) and part is not teacher.denoiser.backbone]
+            self.vae.to(home)
 
 
 def move_coders(teacher: Teacher, device: torch.device | str) -> None:
-    """Moves all modules of a teacher except the denoiser to a device."""
-    for part in coders(teacher):
-        part.to(device)
+    """Moves text encoders and autoencoder, all modules of a teacher except the denoiser, to a device."""
+    for part in teacher.source.components.values():
+        if isinstance(part, torch.nn.Module) and part is not teacher.denoiser.backbone:
+            part.to(device)
 
 
 def find(path: str | Path) -> str:

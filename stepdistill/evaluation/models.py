@@ -18,7 +18,7 @@ from stepdistill.errors import InputError
 from stepdistill.evaluation import hashes
 from stepdistill.evaluation.catalogue import ready
 from stepdistill.evaluation.generate import Sampler, accepted, backbone, takes_guidance, told_guidance
-from stepdistill.evaluation.places import beside, check_lora, fetched
+from stepdistill.evaluation.places import beside, check_lora, drawn_size, fetched
 from stepdistill.evaluation.protocols import SamplerSpec
 from stepdistill.evaluation.schedulers import UNGUIDED, scheduler_of
 from stepdistill.evaluation.spec import ModelSpec
@@ -68,13 +68,15 @@ def _of_protocol(pipeline, spec: ModelSpec, sampler: SamplerSpec):
 
 
 def call_of(spec: ModelSpec, pipeline) -> dict[str, Any]:
-    """Returns the arguments of a pipeline's call besides prompt, steps and guidance.
+    """Returns the arguments of a pipeline's call besides prompt, steps and guidance. The image size is the SPEC's, else
+    that of a student's training if it is not the pipeline's own.
 
     Raises:
         InputError: the pipeline does not take one of them.
     """
+    side = spec.size or trained_side(spec, pipeline)
     wanted = {
-        "size": {"height": spec.size, "width": spec.size} if spec.size else {},
+        "size": {"height": side, "width": side} if side else {},
         "tokens": {"max_sequence_length": spec.tokens} if spec.tokens else {},
         "timesteps": {"timesteps": list(spec.timesteps)} if spec.timesteps else {},
     }
@@ -86,6 +88,12 @@ def call_of(spec: ModelSpec, pipeline) -> dict[str, Any]:
                 "leave it out"
             )
     return {k: v for arguments in wanted.values() for k, v in arguments.items()}
+
+
+def trained_side(spec: ModelSpec, pipeline) -> int | None:
+    """Returns the image size that a student was trained at, from its export's record; None if it is the pipeline's."""
+    side = _record(spec).get("resolution")
+    return side if isinstance(side, int) and side != drawn_size(pipeline) else None
 
 
 def _load_unet(pipeline, unet: str) -> None:

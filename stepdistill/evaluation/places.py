@@ -148,7 +148,10 @@ def picture_size(path: str, *, remote: bool = True) -> int | None:
 
 
 def drawn_size(pipeline) -> int | None:
-    """Returns the default image size of a loaded pipeline, as `picture_size` does."""
+    """Returns the default image size of a loaded pipeline, as `picture_size` does, also of Flux's, whose network states
+    none; None if nothing does."""
+    if (own := getattr(pipeline, "default_sample_size", None)) is not None:
+        return own * pipeline.vae_scale_factor
     return side_of(*(getattr(getattr(pipeline, part, None), "config", {}) for part in ("unet", "transformer", "vae")))
 
 

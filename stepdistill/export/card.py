@@ -68,6 +68,7 @@ def model_card(
     guidance: float = 1.0,
     steps: int = 4,
     even: bool = False,
+    side: int | None = None,
     base: str | None = None,
     peft_part: str | None = None,
     classes: int = 0,
@@ -79,6 +80,7 @@ def model_card(
         prompt: of the example; None for a pipeline that takes neither prompt nor guidance. what: it is, in a sentence.
         guidance: the guidance_scale to sample the student with; diffusers' own default would be 7.5.
         steps: of the example. even: whether the pipeline must be passed even sigmas.
+        side: of the images in pixels, if the pipeline must be passed it.
         base: where diffusers loads the teacher from; default: `teacher`.
         peft_part: the network that peft adds the LoRA to, if the pipeline cannot load one.
         classes: number of classes of a class-conditional network. shape: (C, H, W) of its samples.
@@ -87,6 +89,7 @@ def model_card(
     head = ["---", *([f"base_model: {teacher}"] if hub_id(teacher) else []), "library_name: diffusers", "tags:"]
     front = "\n".join([*head, *(f"- {tag}" for tag in tags), "---"])
     call = f"num_inference_steps={steps}" + (f", sigmas={even_sigmas(steps)}" if even else "")
+    call += f", height={side}, width={side}" if side else ""
     if prompt is not None:
         call = f"{json.dumps(prompt, ensure_ascii=False)}, {call}, guidance_scale={float(guidance)}"
     draw = f"image = pipe({call}).images[0]"

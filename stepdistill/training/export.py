@@ -12,6 +12,7 @@ from stepdistill import embedded, files
 from stepdistill.denoiser.families import needs_sigmas
 from stepdistill.denoiser.load import Teacher, find
 from stepdistill.errors import InputError
+from stepdistill.evaluation.places import drawn_size
 from stepdistill.export.card import model_card
 from stepdistill.export.lora import save_lora, save_pipeline
 from stepdistill.methods.base import Method
@@ -25,11 +26,14 @@ OF_A_LORA = ("rank", "alpha")
 
 def export(
     method: Method, teacher: Teacher, models: Models, config: TrainConfig, out: Path, captions: list[str],
-    seconds: float, picture: Image.Image,
+    seconds: float, picture: Image.Image | None,
 ) -> Path:  # fmt: skip
     """Writes the student: a LoRA folder or a whole pipeline, with scheduler, card, grid and configuration.
 
-    The `seconds` of training go into config.json, where the benchmark finds them; `picture` is the grid.
+    The `seconds` of training go into config.json, where the benchmark finds them.
+
+    Args:
+        picture: the validation grid; None if there is none.
     """
     scheduler = method.scheduler(teacher)
     name = f"{method.name}-lora" if config.lora else method.name
@@ -37,18 +41,23 @@ def export(
     record = config.record() | stamp | {"method": name, "train_seconds": round(seconds, 1)}
     if even := needs_sigmas(teacher.source, scheduler):
         record["sigmas"] = "even"
-    png = io.BytesIO()
-    picture.save(png, "png")
+    height, side = teacher.image_size
+    if other := height == side != drawn_size(teacher.source):
+        record["resolution"] = side  # also where the data set it
+    extra = {}
+    if picture is not None:
+        picture.save(png := io.BytesIO(), "png")
+        extra["grid.png"] = png.getvalue()
     card = model_card(
         method=name, teacher=config.teacher, out=str(out), scheduler=type(scheduler).__name__, lora=config.lora,
         prompt=None if teacher.vae is None else prompts_for(config, captions)[0],
         guidance=method.guidance_scale(models.student), steps=method.steps, even=even,
-        settings=shown(record, config.lora) | stamp, grid="grid.png",
+        settings=shown(record, config.lora) | stamp, grid="grid.png" if extra else None, side=side if other else None,
         base=find(config.teacher) if config.teacher in embedded.TEACHERS else config.teacher,
         peft_part=None if hasattr(teacher.source, "load_lora_weights") else teacher.part,
         classes=teacher.denoiser.classes, shape=teacher.sample_shape,
     )  # fmt: skip
-    common = {"scheduler": scheduler, "config": record, "card": card, "extra": {"grid.png": png.getvalue()}}
+    common = {"scheduler": scheduler, "config": record, "card": card, "extra": extra}
     if config.lora:
         return save_lora(teacher, out, **common)
     return save_pipeline(teacher, models.student.backbone, out, **common)

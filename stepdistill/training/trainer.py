@@ -8,6 +8,7 @@ Updates, checkpoints and logs are in loop.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from stepdistill.training.export import export, push_rest
 from stepdistill.training.loop import Loop
 from stepdistill.training.order import sample_indices
 from stepdistill.training.roles import Models, full_models, lora_models
-from stepdistill.training.validation import grid
+from stepdistill.training.validation import encoded, grid, prompts_for
 
 
 class Trainer(Loop):
@@ -137,12 +138,25 @@ class Trainer(Loop):
             metrics.picture(self.update, "validation", picture)
         self.accelerator.wait_for_everyone()
 
+    @cached_property
+    def _shown(self) -> tuple[Cond, int]:
+        """The conditions of the validation prompts, and their number."""
+        prompts = prompts_for(self.config, self.data.captions)
+        return encoded(self.teacher, prompts), len(prompts)
+
     def _painted(self) -> Image.Image | None:
-        """The validation grid; of sharded weights, all processes must generate it, else only the main one."""
+        """The validation grid; None if the device has no room for it. Of sharded weights, all processes must generate
+        it, else only the main one."""
         if self.teacher is None or not (self.sharded or self.accelerator.is_main_process):
             return None
-        with self.models.shown() as student:
-            return grid(self.method, self.teacher, student, self.config, self.data.captions)
+        try:
+            with self.models.shown() as student:
+                return grid(self.method, self.teacher, student, *self._shown, self.config.seed)
+        except torch.OutOfMemoryError:
+            if self.sharded:  # the other processes would wait for this one
+                raise
+            self.accelerator.print(f"validation: left out; {self.device} has no room for it beside the training")
+            return None
 
     def _finish(self) -> Path:
         self.models.student.backbone = self.backbone

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from stepdistill.conditioning.base import to
+from stepdistill.conditioning.base import Cond, to
 from stepdistill.denoiser.base import Denoiser
 from stepdistill.denoiser.load import Teacher
 from stepdistill.draws import Draws
@@ -56,19 +56,29 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
+def encoded(teacher: Teacher, prompts: list[str]) -> Cond:
+    """The conditions of prompts, encoded where the text encoders are: on the CPU in training, since the larger ones
+    take more memory than the training leaves."""
+    return teacher.conditioner.encode(prompts, size=teacher.image_size)
+
+
+@torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # not worth compiling for another batch size
-def grid(method: Method, teacher: Teacher, student: Denoiser, config: TrainConfig, captions: list[str]) -> Image.Image:
+def grid(method: Method, teacher: Teacher, student: Denoiser, cond: Cond, count: int, seed: int) -> Image.Image:
     """A grid with a row per prompt and a column for each of 1, 2, 4 and 8 steps; the same noise within a row.
 
-    Sampled by the method from the student that `Models.shown` yields, adapters on.
+    Sampled by the method from the student that `Models.shown` yields, adapters on; decoded image by image.
+
+    Args:
+        cond: of `count` prompts, from `encoded`.
     """
-    prompts = prompts_for(config, captions)
     device = next(student.parameters()).device
+    cond = to(cond, device)
     columns = []
-    with teacher.coders_on(device), evaluating(student.backbone):
-        cond = to(teacher.conditioner.encode(prompts), device)
+    with evaluating(student.backbone):
         for steps in STEPS:
-            draws = Draws.at(config.seed, 0, len(prompts), device)
-            latents = method.sample(student, draws.normal(*student.sample_shape), cond, steps=steps, draws=draws)
-            columns.append(to_pictures(teacher.decode(latents)))
-    return tile([list(row) for row in zip(*columns, strict=True)])
+            draws = Draws.at(seed, 0, count, device)
+            columns.append(method.sample(student, draws.normal(*student.sample_shape), cond, steps=steps, draws=draws))
+    with teacher.vae_on(device):
+        rows = [[to_pictures(teacher.decode(column[i : i + 1]))[0] for column in columns] for i in range(count)]
+    return tile(rows)
