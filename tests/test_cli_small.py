@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import tiny
@@ -137,6 +138,18 @@ def test_export_writes_each_format_from_a_runs_folder_or_its_export(tmp_path, ru
         copied = (tmp_path / f"{name}-copy" / LORA_FILE).read_bytes()
         with open(f"{run}/export/{LORA_FILE}", "rb") as own:
             assert copied == own.read()
+
+
+def test_a_student_is_fused_into_the_files_it_was_trained_from(tmp_path, run, monkeypatch):
+    folder = tmp_path / "export"
+    shutil.copytree(f"{run}/export", folder)
+    record = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(record | {"variant": "fp16", "revision": "abc"}))
+    told = []
+    monkeypatch.setattr("stepdistill.export.fused.save_fused", lambda *_, **files: told.append(files))
+    main(["export", str(folder), "--format", "fused", "--out", str(tmp_path / "a")])
+    main(["export", str(folder), "--format", "fused", "--out", str(tmp_path / "b"), "--teacher", "other"])
+    assert told == [{"teacher": record["teacher"], "variant": "fp16", "revision": "abc"}, {"teacher": "other"}]
 
 
 def test_export_goes_beside_the_folder_where_no_place_is_given(run, capsys):

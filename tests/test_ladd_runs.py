@@ -121,6 +121,8 @@ def test_what_a_student_cannot_begin_with_is_named(tmp_path, pipelines, pictures
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
     with pytest.raises(InputError, match=r"start: got .* predicts v, for a teacher that predicts eps; allowed"):
         LADDConfig(start=first, rank=2).check_teacher(load_teacher(pipelines["sd"]))
+    with pytest.raises(InputError, match=r"start: got nowhere, which does not exist; allowed: .*; train it first"):
+        LADDConfig(start=Path("nowhere"), rank=2).check_teacher(load_teacher(pipelines["sd"]))
     with pytest.raises(InputError, match=r"lora: got .*, which holds neither"):
         LADDConfig(start=tmp_path, rank=2).check_teacher(load_teacher(pipelines["sd"]))
 

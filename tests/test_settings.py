@@ -12,7 +12,9 @@ import torch
 from test_resume import stop_at, trainer
 
 from stepdistill.baselines.language.distillm import DistiLLMConfig
+from stepdistill.denoiser.load import load_teacher
 from stepdistill.errors import InputError
+from stepdistill.schedules import AlphaBar
 from stepdistill.training import config, folder
 from stepdistill.training.add import ADDConfig
 from stepdistill.training.config import from_yaml
@@ -29,6 +31,16 @@ def test_a_folder_with_a_broken_configuration_is_named(settings, content):
     (settings.out / "config.json").write_text(content)
     with pytest.raises(InputError, match=r"--out: got .*config.json, which cannot be read"):
         folder.claim(settings)
+
+
+def test_a_teacher_that_says_nothing_where_all_is_noise_is_refused(pipelines):
+    teacher = load_teacher(pipelines["sd"])
+    LCMConfig().check_teacher(teacher)
+    teacher.denoiser.schedule = AlphaBar(torch.cat([torch.linspace(0.999, 0.001, 999), torch.zeros(1)]))
+    with pytest.raises(InputError, match="predicts eps on a schedule that ends in pure noise"):
+        LCMConfig().check_teacher(teacher)
+    teacher.denoiser.kind = "v"
+    LCMConfig().check_teacher(teacher)
 
 
 def test_a_run_that_never_began_leaves_its_folder_free(settings):

@@ -30,7 +30,7 @@ class Config:
     out: Path | None = None
     """Output path; default: next to the folder, with the format in its name."""
     teacher: str | None = None
-    """The pipeline the student was trained from; default: the one in its config.json."""
+    """The pipeline the student was trained from; default: the one in its config.json, with its variant and revision."""
 
 
 def main(config: Config) -> int:
@@ -53,7 +53,7 @@ def main(config: Config) -> int:
     if config.format == "fused":
         from stepdistill.export.fused import save_fused
 
-        print(save_fused(folder, out, teacher=config.teacher or teacher_of(folder)))
+        print(save_fused(folder, out, **({"teacher": config.teacher} if config.teacher else trained_from(folder))))
         return 0
     from stepdistill.export.kohya import read_lora
     from stepdistill.files import replacing
@@ -92,15 +92,16 @@ def beside(folder: Path, form: str) -> Path:
     return folder.with_name(f"{folder.name}-{form}{'.safetensors' if form == 'kohya' else ''}")
 
 
-def teacher_of(folder: Path) -> str:
-    """Returns the teacher named by an export's config.json.
+def trained_from(folder: Path) -> dict[str, str | None]:
+    """Returns the teacher named by an export's config.json, with its variant and revision.
 
     Raises:
         InputError: it names none.
     """
     try:
-        return str(json.loads((folder / "config.json").read_text())["teacher"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = json.loads((folder / "config.json").read_text())
+        return {"teacher": str(record["teacher"])} | {name: record.get(name) for name in ("variant", "revision")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"teacher: got no config.json that names it in {folder}; allowed: a pipeline; give it with --teacher"
         ) from error

@@ -83,10 +83,15 @@ class AdversarialConfig(TrainConfig):
         """The weights of `start`, by parameter.
 
         Raises:
-            InputError: it holds no readable weights.
+            InputError: it does not exist, or holds no readable weights.
         """
         from stepdistill.export.adapters import trained_weights
 
+        if self.start and not self._start.is_dir():
+            raise InputError(
+                f"start: got {self.start}, which does not exist; allowed: the folder of a finished run on this "
+                "teacher; train it first, or leave it out"
+            )
         return trained_weights(self._start) if self.start else None
 
     @property

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, get_origin, get_type_hints
@@ -258,6 +260,23 @@ class TrainConfig(PipelineConfig):
         return 0.0
 
 
+def _check_method(path: Path, told: Iterable[str], kind: type) -> None:
+    """Raises InputError if a file's names are not all this configuration's, but all another method's."""
+    from stepdistill.training.plans import FLAGS
+
+    def knows(other: type) -> bool:
+        return set(told) <= {each.name for each in dataclasses.fields(other)}
+
+    if not knows(kind):
+        for method, (module, name) in FLAGS.items():
+            if knows(getattr(importlib.import_module(module), name)):
+                script = "train_lcm.py or train_lcm_lora.py" if method == "lcm" else f"train_{method}.py"
+                raise InputError(
+                    f"--config: got {path}, whose settings are of {method}; allowed: those of a {kind.__name__}; run "
+                    f"train_scripts/{script} with it"
+                )
+
+
 def check_noisiest(teacher: Teacher, t: float | Tensor) -> None:
     """Raises InputError if a teacher predicts eps and its noisiest time, t, is pure noise, where eps says nothing of
     x0."""
@@ -290,4 +309,5 @@ def from_yaml(path: Path, kind: type[C], base: C | None = None) -> C:
         for name, value in told.items():
             if get_origin(kinds.get(name)) is tuple and not isinstance(value, list):
                 told[name] = [value]
+        _check_method(path, told, kind)
     return built(kind, told, f"--config {path}", base)

@@ -36,8 +36,8 @@ class GuidedConfig(TrainConfig):
 
     @property
     def data_guidance(self) -> float:
-        """The middle of the range."""
-        return (self.guidance[0] + self.guidance[-1]) / 2
+        """The scale, or the low end of a range: images at the high end would be oversaturated."""
+        return self.guidance[0]
 
     def check_teacher(self, teacher: Teacher) -> None:
         """Raises InputError if a teacher cannot be distilled with these flags."""
