@@ -52,6 +52,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(teacher, tmp_path):
     assert all(torch.equal(whole[key], again[key]) for key in whole)
     saved = [load_file(tmp_path / name / "checkpoints" / "line.safetensors") for name in ("whole", "cut")]
     assert saved[0].keys() == saved[1].keys() and all(torch.equal(saved[0][k], saved[1][k]) for k in saved[0])
+    logs = [(tmp_path / name / "line.jsonl").read_text() for name in ("whole", "cut")]  # its last update is logged
+    assert logs[0] == logs[1] != ""
 
 
 def test_a_checkpoint_of_another_plan_or_seed_is_refused_and_kept(teacher, tmp_path):

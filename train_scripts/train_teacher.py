@@ -13,8 +13,6 @@ is train_scripts/configs/avatars_teacher.yaml; the stages are in train_scripts/t
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,6 +26,7 @@ from teacher.scorer import run_scorer
 from teacher.text import run_text
 from teacher.unet import run_unet
 
+from stepdistill import files
 from stepdistill.cli._run import guard, parse
 from stepdistill.errors import InputError
 from stepdistill.evaluation import records
@@ -84,12 +83,8 @@ def record(run: Run, stage: str, figures: Figures) -> None:
     """Adds a stage to <out>/record.json: its plan, its figures and what produced them."""
     file = run.out / "record.json"
     whole = json.loads(file.read_text()) if file.is_file() else {}
-    whole[stage] = {
-        "figures": figures, "plan": run.plan, "seed": run.seed, "device": records.device_name(run.device),
-        "commit": records.commit(), "versions": records.versions(), "command": " ".join(map(shlex.quote, sys.argv)),
-    }  # fmt: skip
-    file.with_suffix(".new").write_text(json.dumps(whole, indent=2) + "\n")
-    os.replace(file.with_suffix(".new"), file)
+    whole[stage] = {"figures": figures, "plan": run.plan, "seed": run.seed, **records.provenance(run.device)}
+    files.write(file, json.dumps(whole, indent=2) + "\n")
     print(f"{stage}: {json.dumps(figures)}")
 
 

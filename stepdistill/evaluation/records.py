@@ -246,12 +246,16 @@ def read_units(folder: Path, row: dict[str, Any]) -> dict[str, tuple[Tensor, str
     return {name: (influence.double(), units[name]) for name, influence in moved.items()}
 
 
+def provenance(device: str = "cpu") -> dict[str, Any]:
+    """Returns what produces a figure in this process: device, commit, versions and command."""
+    command = " ".join(map(shlex.quote, sys.argv))
+    return {"device": device_name(device), "commit": commit(), "versions": versions(), "command": command}
+
+
 def write_record(file: Path, record: Mapping[str, Any], device: str = "cpu") -> None:
-    """Writes what a script under benchmarks/ measured, with device, commit, versions and command."""
-    made = {"device": device_name(device), "commit": commit(), "versions": versions()}
-    made["command"] = " ".join(map(shlex.quote, sys.argv))
+    """Writes what a script measured, with its provenance."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    files.write(file, json.dumps({**record, **made}, indent=2) + "\n")
+    files.write(file, json.dumps({**record, **provenance(device)}, indent=2) + "\n")
 
 
 @lru_cache(maxsize=1)

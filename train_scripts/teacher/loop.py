@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from stepdistill.data import avatars
 from stepdistill.errors import InputError
+from stepdistill.files import sync, write
 
 Figures = dict[str, Any]
 
@@ -75,7 +75,8 @@ def _save(path: Path, tensors: dict[str, Tensor], run: Run) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".new")
     save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, beside, {"plan": _identity(run)})
-    os.replace(beside, path)
+    sync(beside)
+    beside.replace(path)
 
 
 def _load(path: Path, run: Run) -> dict[str, Tensor] | None:
@@ -112,9 +113,9 @@ def train(
     )
     averages = {key: parameter.detach().clone() for key, parameter in named.items()}
     buffers = dict(model.named_buffers())
-    first = 0
+    first, running = 0, torch.zeros((), device=run.device)  # running: the smoothed loss
     if (saved := _load(path, run)) is not None:
-        first = int(saved["update"])
+        first, running = int(saved["update"]), saved["running"]
         for key, parameter in named.items():
             parameter.data.copy_(saved[f"model.{key}"])
             averages[key].copy_(saved[f"average.{key}"])
@@ -126,7 +127,7 @@ def train(
             buffer.copy_(saved[f"buffer.{key}"])
 
     def save(update: int) -> None:
-        tensors = {"update": torch.tensor(update)}
+        tensors = {"update": torch.tensor(update), "running": running}
         for key, parameter in named.items():
             tensors[f"model.{key}"], tensors[f"average.{key}"] = parameter.data, averages[key]
             tensors |= {f"{part}.{key}": value for part, value in optimizer.state[parameter].items()}
@@ -138,8 +139,9 @@ def train(
     attention = partial(sdpa_kernel, SDPBackend.MATH) if run.device == "cpu" else nullcontext
     log = run.out / f"{name}.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    write(log, "".join(json.dumps(line) + "\n" for line in lines if line["update"] <= first))
     bar = tqdm(range(first, budget.updates), name, initial=first, total=budget.updates, dynamic_ncols=True)
-    running = torch.zeros((), device=run.device)
     for update in bar:
         generator = torch.Generator().manual_seed(run.seed * 1_000_003 + update)
         for group in optimizer.param_groups:
@@ -152,15 +154,16 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         decay = min(budget.ema_decay, (update + 1) / (update + 10))
         torch._foreach_lerp_(list(averages.values()), [p.data for p in named.values()], 1 - decay)
-        running.lerp_(value.detach().float(), 1.0 if update == first else 0.02)
-        if (update + 1) % 100 == 0:
+        running.lerp_(value.detach().float(), 1.0 if update == 0 else 0.02)
+        last = update + 1 == budget.updates
+        if (update + 1) % 100 == 0 or last:
             level = running.item()
             if not math.isfinite(level):
                 raise InputError(f"{name}: loss is {level} at update {update + 1}; lower its learning_rate")
             bar.set_postfix(loss=f"{level:.4f}")
             with log.open("a") as file:
                 file.write(json.dumps({"update": update + 1, "loss": round(level, 6)}) + "\n")
-        if (update + 1) % run.checkpoint_every == 0 or update + 1 == budget.updates:
+        if (update + 1) % run.checkpoint_every == 0 or last:
             save(update + 1)
     return averages
 
