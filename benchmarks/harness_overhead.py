@@ -15,13 +15,13 @@ import itertools
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from turns import by_turns
 
 from stepdistill.cli._run import guard, parse
 from stepdistill.cli.bench import device_of
@@ -126,27 +126,6 @@ def compare(series: Series, *, steps: int, rounds: int, folder: Path) -> dict[st
         "text_ms": ms["text"], "ratio": statistics.median(ratios), "ratio_low": low, "ratio_high": high,
         "ratio_pipeline": statistics.median(plain),
     }  # fmt: skip
-
-
-def by_turns(jobs: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Returns the ms of each job in each round, after an untimed round; every second round is in reverse order."""
-    for job in jobs.values():
-        job()
-    taken: dict[str, list[float]] = {name: [] for name in jobs}
-    for i in range(rounds):
-        for name in list(jobs) if i % 2 == 0 else list(reversed(jobs)):
-            taken[name].append(_milliseconds(jobs[name], device))
-    return taken
-
-
-def _milliseconds(job: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    job()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1000 * (time.perf_counter() - start)
 
 
 def main(config: Config) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from stepdistill.cli._run import guard, parse
+from stepdistill.errors import InputError
 from stepdistill.evaluation.records import read_rows, write_record
 
 STUDENT, TEACHER = "student", "teacher"
@@ -77,7 +78,7 @@ def measure(models: dict[str, str], steps: tuple[int, ...], out: Path, n: int | 
 
     settings = Settings(latency_repeats=0)
     for failure in evaluate(models, "avatars-2k", steps, out=out, n=n, settings=settings).failed:
-        raise RuntimeError(f"{failure.model} at {failure.steps} steps: {failure.reason}")
+        raise InputError(f"{failure.model} at {failure.steps} steps: {failure.reason}")
 
 
 def claims(by_method: dict[str, dict[int, Rows]]) -> list[dict]:

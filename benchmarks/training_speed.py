@@ -24,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from turns import by_turns
 
 from stepdistill.cli._run import guard, parse
 from stepdistill.denoiser.unet import UNetDenoiser
@@ -252,16 +252,6 @@ class Script:
         loss.detach().item()
 
 
-def milliseconds(job: Callable[[], object], device: torch.device) -> float:
-    """Returns the duration of a job in ms."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    job()
-    wait()
-    return 1000 * (time.perf_counter() - start)
-
-
 def measure(config: Config) -> dict[str, object]:
     """Returns medians over the rounds in ms, and the medians and quartiles of the rounds' ratios."""
     parts = Parts(config)
@@ -271,12 +261,7 @@ def measure(config: Config) -> dict[str, object]:
         script = Script(config, spare, trainer.device)
         jobs: dict[str, Callable[[], object]] = {"step": trainer.step, **unavoidable(trainer)}
         jobs |= {"script": script.step, "pictures": lambda: script.step(encode_pictures=True)}
-        for job in [*jobs.values(), *jobs.values()]:
-            job()
-        taken: dict[str, list[float]] = {name: [] for name in jobs}
-        for i in range(config.rounds):
-            for name in list(jobs) if i % 2 == 0 else list(reversed(jobs)):
-                taken[name].append(milliseconds(jobs[name], trainer.device))
+        taken = by_turns(jobs, config.rounds, trainer.device)
     figures: dict[str, object] = {f"{name}_ms": round(statistics.median(values), 2) for name, values in taken.items()}
     rows = [dict(zip(taken, values, strict=True)) for values in zip(*taken.values(), strict=True)]
     ratios = {

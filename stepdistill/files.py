@@ -15,6 +15,11 @@ from stepdistill.errors import InputError
 FULL = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded"}
 
 
+def cache_folder() -> Path:
+    """The folder of all caches: $STEPDISTILL_CACHE, else ~/.cache/stepdistill."""
+    return Path(os.environ.get("STEPDISTILL_CACHE") or Path.home() / ".cache" / "stepdistill")
+
+
 def disk_full(error: BaseException) -> bool:
     """Whether an error means a full disk or an exhausted quota; safetensors reports these only in the message."""
     return getattr(error, "errno", None) in FULL or any(words in str(error) for words in FULL.values())

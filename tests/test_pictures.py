@@ -27,6 +27,7 @@ from stepdistill.errors import InputError
 from stepdistill.evaluation import generate, models, pictures, records, spec, suite
 from stepdistill.evaluation.processes import Processes
 from stepdistill.evaluation.records import read_rows
+from stepdistill.files import cache_folder
 
 TIMES = (*records.TIMES, "command")
 SETTINGS = suite.Settings(batch=2, latency_repeats=0, grid=3, floor=False, progress=False)
@@ -259,7 +260,7 @@ def cut(base, out, monkeypatch, at=(2, 4), **changes) -> Path:
         patch.setattr(generate.Series, "draw", stops)
         with pytest.raises(KeyboardInterrupt):
             run(base, out, **changes)
-    (left,) = pictures.cache_folder().glob("drawing/*")
+    (left,) = cache_folder().glob("drawing/*")
     assert (left / "batch-000002.json").is_file()
     return left
 

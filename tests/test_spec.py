@@ -274,6 +274,7 @@ def test_a_runs_folder_stands_for_its_export(base, student, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(student, run / "export")
     (run / "config.json").write_text("{}")
+    (run / "export-kohya.safetensors").write_bytes(b"")  # as `stepdistill export` names it
     asked = parse(f"{base},lora={run}")
     assert asked == ModelSpec(str(base), "run", str(run / "export"))
     assert models.training_record(asked)["train_seconds"] == 7.5

@@ -11,6 +11,7 @@ the intervals of the rows. Rows of different protocols are rejected, and the dif
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +56,13 @@ def main(config: Config) -> None:
     same = config.b is None or config.b.resolve() == config.a.resolve()
     found_b = found_a if same else read_run(config.b)
     both = pairs(found_a, found_b, config.model_a, config.model_b, config.steps_a, config.steps_b)
+    known = sorted({name for pair in both for cell in pair for name in cell.figures})
+    if unknown := [name for name in config.metric if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        fix = f"did you mean {near[0]}?" if near else "leave it out"
+        raise InputError(f"--metric: got {unknown[0]}; allowed: {', '.join(known)}; {fix}")
     found = [comparison for a, b in both for comparison in compare(a, b, config.metric)]
     if not found:
-        known = sorted({name for pair in both for cell in pair for name in cell.figures})
         raise InputError(
             f"--metric: got {', '.join(config.metric) or 'none'}, of which nothing can be compared; allowed: figures "
             f"with intervals in both, of {', '.join(known)}; measure runs of before again"

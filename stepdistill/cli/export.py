@@ -72,12 +72,13 @@ def find_export(folder: Path) -> Path:
     Raises:
         InputError: there is none.
     """
+    from stepdistill.evaluation.places import export_in
     from stepdistill.export.lora import LORA_FILE, PEFT_FILE
 
     folder = Path(folder)
-    for place in (folder, folder / "export"):
-        if any((place / name).is_file() for name in (LORA_FILE, PEFT_FILE, "model_index.json")):
-            return place
+    place = Path(export_in(str(folder)))
+    if any((place / name).is_file() for name in (LORA_FILE, PEFT_FILE, "model_index.json")):
+        return place
     if (folder / "checkpoints").is_dir():
         raise InputError(
             f"folder: got {folder}, a run that has not ended; allowed: one with an export; run its command again"

@@ -19,7 +19,7 @@ from stepdistill.data.sources import PictureError, Source, key_of, to_tensor
 from stepdistill.denoiser.load import Teacher
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
-from stepdistill.files import disk_full
+from stepdistill.files import disk_full, sync, write
 
 FORMAT = 4
 SHARD = 512  # samples, or distinct captions, per file: the most that an interrupted build loses
@@ -167,7 +167,7 @@ class Plan:
         except InputError:  # classes without a null label: no guidance
             nothing = {}
         _save({k: v.cpu().contiguous() for k, v in nothing.items()}, folder / "unconditional.safetensors")
-        (folder / "captions.json").write_text(json.dumps(captions))
+        write(folder / "captions.json", json.dumps(captions))
         manifest = {
             "format": FORMAT, "key": self.key, "teacher": self.teacher_key, "teacher_path": self.teacher.path,
             "source": self.source.name, "painted": self.painted, "size": list(self.size), "half": self.half,
@@ -177,7 +177,7 @@ class Plan:
         if self.painted:
             manifest |= {"seed": self.seed, "steps": self.steps, "guidance": self.guidance}
             manifest["precision"] = str(self.precision or torch.float32).removeprefix("torch.")
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         if len(self.broken):
             tqdm.write(f"{self.source.name}: {self.broken.told()}", file=sys.stderr)
 
@@ -248,6 +248,7 @@ def _save(tensors: dict[str, Tensor], file: Path) -> None:
     beside = file.with_name(f"{file.name}.new")
     try:
         save_file(tensors, beside)
+        sync(beside)
         beside.rename(file)
     finally:
         beside.unlink(missing_ok=True)

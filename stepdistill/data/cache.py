@@ -11,7 +11,6 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from stepdistill.data.build import FORMAT, GUIDANCE, SHARD, Plan, picture_size, 
 from stepdistill.data.sources import open_source
 from stepdistill.denoiser.load import Teacher
 from stepdistill.errors import InputError
+from stepdistill.files import cache_folder
 
 
 class LatentCache:
@@ -130,8 +130,7 @@ def open_data(
         guidance=GUIDANCE if synthetic_guidance is None else synthetic_guidance, limit=limit, half=half,
         precision=precision,
     )  # fmt: skip
-    root = Path(cache_dir or os.environ.get("STEPDISTILL_CACHE") or Path.home() / ".cache" / "stepdistill")
-    return LatentCache(plan.build(root / f"data-{plan.key}"))
+    return LatentCache(plan.build(Path(cache_dir or cache_folder()) / f"data-{plan.key}"))
 
 
 def is_cache(spec: str | None) -> bool:

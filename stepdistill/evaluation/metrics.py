@@ -28,10 +28,10 @@ from stepdistill.evaluation.frechet import Moments
 from stepdistill.evaluation.measures import METRICS, View
 from stepdistill.evaluation.progress import say
 from stepdistill.evaluation.protocols import Protocol, with_data
-from stepdistill.evaluation.real import Progress, RealPictures, cache_folder, writable
+from stepdistill.evaluation.real import Progress, RealPictures, writable
 from stepdistill.evaluation.sets import EvalSet, open_set
 from stepdistill.evaluation.statistics import Origin, are_statistics, framed, keep, kept, read_statistics
-from stepdistill.files import sha256
+from stepdistill.files import cache_folder, sha256
 
 FOREIGN = "foreign: of which pictures, extractor and resize cannot be seen"  # recorded for statistics without origin
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from stepdistill import holds
 from stepdistill.errors import InputError
 from stepdistill.evaluation.generate import Drawn
-from stepdistill.evaluation.metrics import cache_folder
+from stepdistill.files import cache_folder
 
 FORMAT = "pictures-1"  # raise it if the noise, the numbering or the storage of images changes
 LIMIT, LIMIT_PLACE = 2.0, "STEPDISTILL_PICTURES_GIB"  # GiB; a larger cell is kept only until it is measured

@@ -12,14 +12,16 @@ from stepdistill.errors import InputError
 
 
 def export_in(folder: str) -> str:
-    """Returns the export in a training run's folder, which holds no weights itself; anything else unchanged."""
+    """Returns the export in a training run's folder, which is none itself; anything else unchanged."""
+    from stepdistill.export.lora import LORA_FILE, PEFT_FILE
+
     place = Path(folder).expanduser()
 
-    def weights(where: Path) -> bool:
-        return (where / "model_index.json").is_file() or any(where.glob("*.safetensors"))
+    def whole(where: Path) -> bool:
+        return any((where / name).is_file() for name in (LORA_FILE, PEFT_FILE, "model_index.json"))
 
     with contextlib.suppress(OSError):  # an unreadable folder is reported when it is loaded
-        if place.is_dir() and not weights(place) and weights(place / "export"):
+        if not whole(place) and whole(place / "export"):
             return str(place / "export")
     return str(place) if folder.startswith("~") else folder
 

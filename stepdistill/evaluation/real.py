@@ -10,7 +10,6 @@ all pairs of a large set would take hours. They are chosen with a fixed seed, as
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,15 +25,11 @@ from stepdistill.evaluation.features import Extractor
 from stepdistill.evaluation.progress import say
 from stepdistill.evaluation.resize import resize
 from stepdistill.evaluation.sets import EvalSet
+from stepdistill.files import cache_folder
 
 Progress = Callable[[int, int], None]  # images just done, total
 SIDE = 32  # of the small images in which copies are searched for
 SEED = 0  # selects the real images with features and embeddings, if not all have them
-
-
-def cache_folder() -> Path:
-    """Returns the cache folder: $STEPDISTILL_CACHE, else ~/.cache/stepdistill."""
-    return Path(os.environ.get("STEPDISTILL_CACHE") or Path.home() / ".cache" / "stepdistill")
 
 
 def writable(folder: Path) -> Path:
