@@ -39,8 +39,8 @@ class Config:
     """Guidance scale; 1 means none. Default: the SPEC's, else a student's own, else the pipeline's."""
     seed: int = 0
     """Seed of the noise; column i has seed + i."""
-    batch: int = 16
-    """Images per batch."""
+    batch: int | None = None
+    """Images per batch; by default at most 16, fewer for larger ones."""
     size: int | None = None
     """Side of the images in pixels; default: the model's own."""
     out: Path = Path("grid.png")
@@ -54,7 +54,8 @@ class Config:
 def main(config: Config) -> int:
     """Generates the grid, writes it and its configuration, and prints its path."""
     prompts = prompts_of(config)
-    least = {"steps": 1 if config.steps is None else config.steps, "count": config.count, "batch": config.batch}
+    least = {"steps": 1 if config.steps is None else config.steps, "count": config.count}
+    least["batch"] = 1 if config.batch is None else config.batch
     for name, value in least.items():
         if value < 1:
             raise InputError(f"{name}: got {value}; allowed: 1 or more; try 4")
@@ -65,7 +66,9 @@ def main(config: Config) -> int:
     from stepdistill.cli.bench import device_of
     from stepdistill.denoiser.families import even_sigmas
     from stepdistill.evaluation import models
+    from stepdistill.evaluation.places import drawn_size
     from stepdistill.evaluation.progress import quiet
+    from stepdistill.evaluation.settings import Settings
     from stepdistill.evaluation.spec import parse
     from stepdistill.training.validation import tile
 
@@ -82,7 +85,9 @@ def main(config: Config) -> int:
     with quiet():
         call = models.call_of(spec, pipeline)
         call |= {"sigmas": even_sigmas(steps)} if models.even_of(spec, pipeline) else {}
-        pictures = draw(pipeline, prompts, dataclasses.replace(config, steps=steps), guidance, call)
+        side = config.size or call.get("height") or drawn_size(pipeline)
+        batch = config.batch or min(16, Settings().batch_of(side))
+        pictures = draw(pipeline, prompts, dataclasses.replace(config, steps=steps, batch=batch), guidance, call)
     grid = tile([pictures[i : i + config.count] for i in range(0, len(pictures), config.count)])
     record = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
     record |= {"prompt": prompts, "steps": steps, "guidance": guidance, "device": device}
