@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from speakers import sentences, speaker
+from test_trainer import in_two_processes
 
 from stepdistill.baselines import get
 from stepdistill.baselines.language.tiny import train_tokenizer
@@ -103,3 +105,16 @@ def test_a_student_with_another_tokenizer_is_refused(tmp_path, capsys):
     assert cli(["baselines", "run", "forward_kl", "--quick", *models, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: student: got ") and "whose tokenizer is not that of" in error
+
+
+def test_two_processes_end_with_the_figures_of_one_at_the_same_global_batch(tmp_path):
+    """One process writes; the teacher, the control and the student are each trained on both."""
+    flags = ["forward_kl", "--quick", "--max-train-steps", "3", "--teacher-steps", "3", "--limit", "60", "--validation",
+             "4", "--test-tokens", "300", "--shown", "2", "--adam-epsilon", "1e-3"]  # fmt: skip
+    script = Path(__file__).parents[1] / "train_scripts" / "train_baseline.py"
+    in_two_processes([sys.executable, str(script), *flags, "--batch-size", "2", "--out", str(tmp_path / "two")])
+    assert cli(["baselines", "run", *flags, "--batch-size", "4", "--out", str(tmp_path / "one")]) == 0
+    one, two = (json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("one", "two"))
+    assert [row["name"] for row in one] == [row["name"] for row in two]
+    for mine, theirs in zip(one, two, strict=True):
+        assert theirs["figures"] == pytest.approx(mine["figures"], rel=1e-4), mine["role"]
