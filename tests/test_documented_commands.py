@@ -1,0 +1,59 @@
+"""Every command in the documentation and in the recipes is one that the program takes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from stepdistill import cli
+from stepdistill.cli import baselines
+from stepdistill.cli._run import parse
+from stepdistill.cli.training import parse_training
+from stepdistill.training.lcm import LCMConfig
+from stepdistill.training.plans import FLAGS
+
+ROOT = Path(__file__).parents[1]
+PLACES = ("README.md", "docs/*.md", "benchmarks/README.md", "assets/*/README.md", "train_scripts/configs/**/*.yaml")
+COMMAND = re.compile(r"^[\s#$]*((?:stepdistill|accelerate launch|torchrun) .*)$", re.MULTILINE)
+CONFIGS = {f"train_{method}.py": getattr(import_module(module), name) for method, (module, name) in FLAGS.items()}
+CONFIGS["train_lcm_lora.py"] = LCMConfig
+
+
+def documented() -> list[str]:
+    """All commands, continuation lines joined."""
+    files = sorted(file for place in PLACES for file in ROOT.glob(place))
+    texts = [re.sub(r"\\\n\s*#?\s*", "", file.read_text()) for file in files]
+    return list(dict.fromkeys(command for text in texts for command in COMMAND.findall(text)))
+
+
+@pytest.mark.parametrize("command", documented())
+def test_a_documented_command_is_parsed(command, monkeypatch):
+    monkeypatch.chdir(ROOT)  # a --config is relative to it
+    told = command.replace("--model ...", "--model avatars").replace("my/protocol.yaml", "avatars-2k")
+    words = [word for word in shlex.split(told, comments=True) if word != "..."]
+    if scripts := [word for word in words if re.fullmatch(r"train_scripts/\w+\.py", word)]:
+        argv, name = words[words.index(scripts[0]) + 1 :], Path(scripts[0]).name
+        assert (ROOT / scripts[0]).is_file()
+        if name == "train_baseline.py":
+            baselines.flags(argv[0], argv[1:])
+        else:
+            parse_training(CONFIGS[name], None, argv)
+        return
+    argv = words[words.index("stepdistill") + 1 :]
+    name = " ".join(argv[: 2 if " ".join(argv[:2]) in cli.COMMANDS else 1])
+    argv = argv[len(name.split()) :]
+    assert name in cli.COMMANDS
+    if name != "baselines":
+        parse(import_module(f"stepdistill.cli.{name.split()[-1]}").Config, argv)
+    elif argv[0] in ("run", "sweep"):
+        baselines.flags(argv[1], argv[2:])
+    else:
+        assert argv[0] in baselines.VERBS
+
+
+def test_there_are_commands_to_parse():
+    assert len(documented()) > 60
