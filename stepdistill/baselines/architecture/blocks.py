@@ -17,6 +17,7 @@ from typing import Any
 from stepdistill import files
 from stepdistill.baselines.architecture.prune import Shape
 from stepdistill.errors import InputError
+from stepdistill.training.processes import by_turns
 
 
 @dataclass(frozen=True)
@@ -95,24 +96,24 @@ def evolve(shape: Shape, measure: Callable[[Shape], Cost], saving: float) -> lis
 
 def kept_rounds(file: Path, settings: Mapping[str, Any], make: Callable[[], list[Round]]) -> list[Round]:
     """Returns the rounds recorded in a file, or makes and records them: timings differ between measurements, and a
-    resumed run must keep the same blocks.
+    resumed run, and every process of one, must keep the same blocks.
 
     Raises:
         InputError: the file was written with other settings.
     """
     settings = json.loads(json.dumps(settings))
-    if file.is_file():
-        record = json.loads(file.read_text())
-        if record["settings"] != settings:
-            raise InputError(
-                f"--out: got {file.parent}, whose blocks were chosen with {record['settings']} (now {settings}); "
-                "allowed: the same settings; give another --out"
-            )
-        return [_round(row) for row in record["rounds"]]
-    rounds = make()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    rows = [dataclasses.asdict(round_) for round_ in rounds]
-    files.write(file, json.dumps({"settings": settings, "rounds": rows}, indent=2) + "\n")
+    with by_turns(file):
+        if file.is_file():
+            record = json.loads(file.read_text())
+            if record["settings"] != settings:
+                raise InputError(
+                    f"--out: got {file.parent}, whose blocks were chosen with {record['settings']} (now {settings}); "
+                    "allowed: the same settings; give another --out"
+                )
+            return [_round(row) for row in record["rounds"]]
+        rounds = make()
+        rows = [dataclasses.asdict(round_) for round_ in rounds]
+        files.write(file, json.dumps({"settings": settings, "rounds": rows}, indent=2) + "\n")
     return rounds
 
 

@@ -8,7 +8,6 @@ stepdistill baselines run snapfusion --config train_scripts/configs/baselines/sd
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,6 @@ from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock, Loss
 from stepdistill.methods.progressive import Progressive, halving_times, on_grid, two_step_x0, x0_of
 from stepdistill.schedules import match
-from stepdistill.training.processes import by_turns
 
 if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
@@ -182,8 +180,7 @@ class SnapFusionConfig(ArchitectureConfig):
         choose = partial(blocks.evolve, whole, measure, self.saving)
         state = PartialState()
         bar = tqdm(desc="measuring blocks", unit=" UNets", dynamic_ncols=True, disable=not state.is_local_main_process)
-        file = self.out / "blocks.json"
-        with nullcontext() if self.dry_run else by_turns(file), bar:
-            rounds = choose() if self.dry_run else blocks.kept_rounds(file, settings, choose)
+        with bar:
+            rounds = choose() if self.dry_run else blocks.kept_rounds(self.out / "blocks.json", settings, choose)
         blocks.show(rounds)
         return rounds[-1].shape
