@@ -35,7 +35,7 @@ def test_the_folder_that_was_there_is_back_if_its_replacement_cannot_be_moved(tm
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", full)
-    with pytest.raises(InputError, match="disk: got no space left .*; what was there is kept"):
+    with pytest.raises(InputError, match=r"disk: got no space left .*; what was there is kept"):
         put(tmp_path / "f", "two")
     assert (tmp_path / "f" / "a").read_text() == "one" and [*tmp_path.iterdir()] == [tmp_path / "f"]
 
