@@ -130,17 +130,25 @@ def logits(x: torch.Tensor, about: torch.Tensor) -> list[torch.Tensor]:
     return [0.7 * x - 0.4 * (x + 1) + 0.1 * about, 0.5 * 3 * x + 0.1 * about]
 
 
+def shaded(x: torch.Tensor, draws: Draws | None, share: float) -> torch.Tensor:
+    """In place of `augment`: the identity at 0, and x / 2 + 0.1 at 1."""
+    return (1 - 0.5 * share) * x + 0.1 * share
+
+
 ALL = schedules()
+SHADES = pytest.mark.parametrize("share", [0.0, 1.0], ids=["plain", "augmented"])
 
 
+@SHADES
 @pytest.mark.parametrize("name", ALL)
-def test_the_discriminators_loss_equals_a_hand_computation(name):
-    schedule, method = ALL[name], Adversarial(**PLAIN, r1_weight=0.5)
+def test_the_discriminators_loss_equals_a_hand_computation(name, share, monkeypatch):
+    monkeypatch.setattr(adversarial, "augment", shaded)
+    schedule, method = ALL[name], Adversarial(**PLAIN | {"augmentation": share}, r1_weight=0.5)
     loss = method.loss("discriminator", batch(), Cast(schedule), CLOCK)
     sample = batch()
     x_t, _ = student_input(method, schedule, sample)
     about = sample.cond["pooled"].double().sum(1, keepdim=True)
-    real, fake = logits(2 * sample.x0, about), logits(2 * (0.5 * x_t + 0.3), about)
+    real, fake = (logits(shaded(2 * x0, None, share), about) for x0 in (sample.x0, 0.5 * x_t + 0.3))
     hinge = [(1 - r).clamp(min=0).mean() + (1 + f).clamp(min=0).mean() for r, f in zip(real, fake, strict=True)]
     # D is the mean over two tokens, so d D / d token is w / 2 at each: two tokens of (|w| / 2)²
     r1 = (2 * (0.7**2 + 0.4**2) / 4 + 2 * 0.5**2 / 4) / 2
@@ -149,17 +157,20 @@ def test_the_discriminators_loss_equals_a_hand_computation(name):
     assert loss.total.item() == pytest.approx(sum(hinge).item() / 2 + 0.5 * r1, rel=1e-5)
 
 
+@SHADES
 @pytest.mark.parametrize("space", ["pixels", "latents"])
 @pytest.mark.parametrize("name", ALL)
-def test_the_students_loss_equals_a_hand_computation(name, space):
+def test_the_students_loss_equals_a_hand_computation(name, space, share, monkeypatch):
+    """The discriminator alone sees augmented images: the distillation is of the student's own."""
+    monkeypatch.setattr(adversarial, "augment", shaded)
     schedule = ALL[name]
-    method = Adversarial(**PLAIN | {"guidance": 3.0}, distillation_space=space)
+    method = Adversarial(**PLAIN | {"guidance": 3.0, "augmentation": share}, distillation_space=space)
     loss = method.loss("student", batch(), Cast(schedule), CLOCK)
     sample = batch()
     x_t, _ = student_input(method, schedule, sample)
     x0 = 0.5 * x_t + 0.3
     about = sample.cond["pooled"].double().sum(1, keepdim=True)
-    adversarial_part = -sum(d.mean() for d in logits(2 * x0, about)).item() / 2
+    adversarial_part = -sum(d.mean() for d in logits(shaded(2 * x0, None, share), about)).item() / 2
     grid = adversarial.inference_times(schedule, 1000)[:-1].tolist()
     index, eps, total = sample.draws.integers(1000), sample.draws.normal(2).double(), 0.0
     for i, k in enumerate(index.tolist()):

@@ -1,10 +1,13 @@
-"""The verdict of benchmarks/students.py, on rows made by hand."""
+"""The verdict of benchmarks/students.py, on rows made by hand and on the recorded ones."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+
+from stepdistill.evaluation.records import read_rows
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ROWS = {
@@ -46,3 +49,22 @@ def test_each_seed_is_held_against_the_one_teacher(script):
     ratios = [script.fd(rows, "student", 1) / script.fd(rows, "teacher", 1)
               for rows in (script.of_student(cells, script.name("lcm", seed)) for seed in (0, 1))]  # fmt: skip
     assert ratios == [0.25, 0.5]
+
+
+def test_recorded_claims_are_those_of_the_rows_beside_them(script):
+    files = sorted((BENCHMARKS / "results").glob("*/claims.json"))
+    assert files
+    for file in files:
+        cells = {(row["model"], row["steps"]): row for row in read_rows(file.parent / "results.jsonl")}
+        by_method = {}
+        for method, seed in sorted({tuple(model.split("-lora-")) for model, _ in cells if "-lora-" in model}):
+            by_method.setdefault(method, {})[seed] = script.of_student(cells, script.name(method, seed))
+        record = json.loads(file.read_text())
+        only = next(iter(by_method))  # a record of one method may not name it
+        said = {(claim.get("method", only), claim["claim"]): claim for claim in record["claims"]}
+        known = {(claim["method"], claim["claim"]): claim for claim in script.claims(by_method)}
+        assert said.keys() == known.keys(), file
+        for key, claim in known.items():
+            assert said[key]["seeds"] == pytest.approx(claim["seeds"], abs=1e-4), (file, key)
+            assert all(said[key][part] == claim[part] for part in ("at_most", "holds")), (file, key)
+        assert {row["n"] for row in cells.values()} == {record["n"]}, file

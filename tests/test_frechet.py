@@ -78,8 +78,9 @@ def test_interval_is_around_the_distance():
     assert low < figure.value < high and abs(figure.influence.sum()) < 1e-9
 
 
-def test_with_fewer_pictures_than_features_the_distance_and_its_influence_are_the_same():
-    x, reference = draws(30, 50, 0) @ draws(50, 50, 1) / 7, Moments.of(draws(400, 50, 2))
+@pytest.mark.parametrize(("n", "d"), [(30, 50), (60, 8)])  # fewer and more samples than features
+def test_the_distance_and_each_pictures_influence_are_those_of_the_optimal_transport(n, d):
+    x, reference = draws(n, d, 0) @ draws(d, d, 1) / d**0.5, Moments.of(draws(400, d, 2))
     figure, moments = frechet_figure(x, reference), Moments.of(x)
     assert figure.value == pytest.approx(frechet_distance(moments, reference), rel=1e-7)
     root = reference.root

@@ -19,6 +19,7 @@ from stepdistill.data.cache import open_data
 from stepdistill.denoiser.load import load_teacher
 from stepdistill.errors import InputError
 from stepdistill.export.adapters import load_whole
+from stepdistill.methods.base import Clock
 from stepdistill.training.ladd import LADDConfig
 from stepdistill.training.trainer import Trainer
 
@@ -63,6 +64,33 @@ def test_accumulated_batches_make_one_update_of_each_network(tmp_path, pipelines
     assert phases == ["discriminator", "student"] * 8
     for role in ("discriminator", "student"):
         assert {int(state["step"]) for state in run.optimizers[role].state.values()} == {4}, role
+
+
+def test_an_update_is_adamws_of_each_roles_own_clipped_gradient(tmp_path, pipelines, pictures):
+    """Adam's first step depends on a gradient's size only through epsilon, so that is large. Of accumulated batches,
+    the student's gradient of the first is there while the discriminator's is clipped."""
+    own = {"max_grad_norm": 0.01, "weight_decay": 0.5, "adam_epsilon": 1e-3, "gradient_accumulation": 2}
+    run, hand = (
+        trainer(tmp_path / name, pipelines["sd"], pictures, learning_rate=0.1, discriminator_learning_rate=0.2, **own)
+        for name in ("run", "hand")
+    )
+    for micro in range(2):
+        batch = hand.batch(micro)
+        for role, rate in (("discriminator", 0.2), ("student", 0.1)):
+            with hand.models.only(role):
+                (hand.method.loss(role, batch, hand.models, Clock(0, 4)).total / 2).backward()
+            if micro == 0:
+                continue
+            group = hand.models.trained[role].values()
+            norm = torch.cat([p.grad.flatten() for p in group]).norm()
+            assert norm > 0.04, role
+            for p in group:
+                gradient = p.grad * 0.01 / norm
+                p.data.mul_(1 - rate * 0.5).sub_(rate * gradient / (gradient.abs() + 1e-3))
+    run.step()
+    for role, group in run.models.trained.items():
+        for name, p in group.items():
+            torch.testing.assert_close(p, hand.models.trained[role][name], rtol=1e-4, atol=1e-5)
 
 
 def test_the_export_names_the_blocks_that_were_judged(tmp_path, pipelines, pictures):

@@ -181,12 +181,21 @@ def test_bad_input_ends_in_one_line_and_2_before_anything_is_trained(more, said,
     assert said in error and not list(tmp_path.glob("*/metrics.jsonl"))
 
 
-@pytest.mark.parametrize("content", ["", " \n", "a few words"])
-def test_a_corpus_of_nothing_ends_in_one_line_and_2(content, tmp_path, capsys):
-    (tmp_path / "text.txt").write_text(content)
-    command = words("gkd", str(tmp_path / "text.txt"), tmp_path / "run")
+@pytest.mark.parametrize(("content", "part"), [("", "train"), (" \n", "train"), ("a few words", "test")])
+def test_a_corpus_of_nothing_ends_in_one_line_and_2(content, part, tmp_path, capsys):
+    file = tmp_path / "text.txt"
+    file.write_text(content)
+    command = words("gkd", str(file), tmp_path / "run")
     assert cli(["baselines", *command]) == 2
-    assert "error: " in capsys.readouterr().err.strip().splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --data: got {file}, whose {part} text is empty; allowed: avatars, a .txt")
+
+
+def test_an_empty_test_file_is_named_as_such(text, tmp_path, capsys):
+    (tmp_path / "blank.txt").write_text("\n")
+    command = words("gkd", text, tmp_path / "run", "--test", str(tmp_path / "blank.txt"))
+    assert cli(["baselines", *command]) == 2
+    assert f"error: --test: got {tmp_path}/blank.txt, whose test text is empty" in capsys.readouterr().err
 
 
 def test_a_dry_run_trains_and_measures_nothing(text, tmp_path):

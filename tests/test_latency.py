@@ -38,10 +38,8 @@ def test_every_stage_is_timed_as_often_as_it_runs(pipe):
     assert all(t > 0 for times in stages.milliseconds().values() for t in times)
 
 
-def test_stages_are_within_the_whole(pipe):
-    timing = measure(Sampler(pipe), ["a cat"], steps=2, warmup=1, repeats=3)
-    row = timing.row()
-    assert row["text"] + 2 * row["denoiser_step"] + row["decode"] <= 1.5 * row["total_p90"]
+def test_a_row_tells_how_often_and_by_which_clock_calls_were_timed(pipe):
+    row = measure(Sampler(pipe), ["a cat"], steps=2, warmup=1, repeats=3).row()
     assert row["total_p50"] <= row["total_p90"] and row["repeats"] == 3 and row["clock"] == "wall"
 
 

@@ -82,6 +82,7 @@ def test_the_one_step_student_reaches_the_datas_distribution_in_all_modes(studen
 def test_every_method_is_recorded_as_reaching_its_exact_answer():
     record = Path(__file__).parent.parent / "benchmarks" / "results" / "mixture" / "mixture.json"
     methods = json.loads(record.read_text())["methods"]
-    assert set(methods) == {"lcm", "progressive", "add", "ladd"}
+    goals = {"lcm": 0.1, "progressive": 0.1, "add": 2.0, "ladd": 2.0}
+    assert {name: row["goal"] for name, row in methods.items()} == goals
     for name, row in methods.items():
-        assert not row["faults"] and row["curve"][-1][1] <= row["goal"], name
+        assert not row["faults"] and row["curve"][-1][1] <= goals[name], name

@@ -203,6 +203,27 @@ def test_a_guided_eps_teacher_becomes_a_v_student_of_one_forward():
     assert exact < 1e-9 < plain
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_the_guided_stages_loss_equals_a_hand_computation_with_a_scale_per_sample(told):
+    teacher, student = Affine(ALPHA_BAR, 0.8), Affine(ALPHA_BAR, 0.5, told=told)
+    method, sample = Progressive(steps=4, stage="guide", guidance_min=2.0, guidance_max=6.0), batch(12)
+    index, scale = sample.draws.integers(4).tolist(), (2.0 + 4.0 * sample.draws.uniform().double()).tolist()
+    noise = sample.draws.normal(2).double()
+    scheduler = DDIMScheduler(**BETAS, timestep_spacing="trailing")
+    scheduler.set_timesteps(4)
+    total = 0.0
+    for i, j in enumerate(index):
+        mean = scheduler.alphas_cumprod[scheduler.timesteps[j]].double().item()
+        alpha, sigma = math.sqrt(mean), math.sqrt(1 - mean)
+        x_t = noise[i] if j == 0 else alpha * sample.x0[i] + sigma * noise[i]
+        label = 0.3 * scale[i] if told else 0.3  # a network told w = scale - 1 adds w labels
+        gap = sigma / alpha * ((0.8 * x_t + 0.3 * scale[i]) - (0.5 * x_t + label))
+        total += max(mean / (1 - mean), 1.0) * gap.square().sum().item()
+    assert set(index) == {0, 1, 2, 3} and min(scale) < 3 and max(scale) > 5
+    loss = method.loss("student", batch(12), duo(teacher, student), CLOCK).total.item()
+    assert loss == pytest.approx(total / 24, rel=2e-6)
+
+
 @pytest.mark.parametrize("stage", ["guide", "halve"])
 def test_a_network_that_takes_its_guidance_is_told_the_papers_w_and_called_once(stage):
     """Catches a guidance-conditioned network called without its scale, which then takes 1."""

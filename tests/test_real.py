@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from test_measures import brute_prdc
 from torch import nn
 
 from stepdistill.errors import InputError
@@ -19,7 +20,8 @@ from stepdistill.evaluation import arrays, metrics
 from stepdistill.evaluation.clip import ClipModel
 from stepdistill.evaluation.features import Extractor
 from stepdistill.evaluation.frechet import Moments, frechet_figure
-from stepdistill.evaluation.kernel import gaussian, mmd_figure, within
+from stepdistill.evaluation.frechet_limit import frechet_limit
+from stepdistill.evaluation.kernel import gaussian, mmd_figure, polynomial, within
 from stepdistill.evaluation.measures import METRICS, View, copies, diversity, frechet, preference
 from stepdistill.evaluation.metrics import Instruments, Pass, reference_statistics
 from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, load_protocol
@@ -143,19 +145,29 @@ def tools(tmp_path) -> Instruments:
     return Instruments(prompts, real.extractor, moments, clip, None, (), names, real)
 
 
-def test_one_pass_gives_every_figure_that_the_instruments_allow_with_its_number_and_unit(tools):
+def test_one_pass_gives_every_figure_that_the_instruments_allow_with_its_value_number_and_unit(tools):
     measured, found = Pass(tools), pictures(30, 2)
     for first in range(0, 30, 8):
         measured.add(first, found[first : first + 8])
     assert tools.extractor.net.seen == 40 + 30  # each image once, for five metrics
     figures = measured.figures()
     better = {name: way for metric in METRICS.values() for name, way in metric.better.items()}
-    assert set(figures) == {"fd", "fd_inf", "kid", "cmmd", "copies", "precision", "recall", "density", "coverage"}
     assert set(figures) <= set(better)
     assert all((len(f.influence), f.unit) == (30, "pictures") for f in figures.values())
-    real = tools.clip.images(pictures(40, 1)[tools.real.numbers])
-    want = mmd_figure(tools.clip.images(found), real, gaussian, within(real, gaussian), 1000.0)
-    assert figures["cmmd"].value == pytest.approx(want.value, rel=1e-6)
+    known = pictures(40, 1)[tools.real.numbers]
+    x, y = tools.extractor(found).double(), tools.extractor(known).double()
+    a, b = tools.clip.images(found), tools.clip.images(known)
+    pixels = pictures(40, 1).flatten(1).double()
+    near, apart = (torch.cdist(z, pixels).sort().values for z in (found.flatten(1).double(), pixels))
+    apart = apart[:, 1:]  # a real image is at 0 from itself
+    nearness, limit = near[:, 0] / near.mean(1), (apart[:, 0] / apart.mean(1)).min()
+    want = brute_prdc(x, y) | {
+        "fd": frechet_figure(x, tools.reference).value, "fd_inf": frechet_limit(x, tools.reference).value,
+        "kid": mmd_figure(x, y, polynomial, within(y, polynomial)).value,
+        "cmmd": mmd_figure(a, b, gaussian, within(b, gaussian), 1000.0).value,
+        "copies": (nearness <= limit).double().mean().item(),
+    }  # fmt: skip
+    assert {name: figure.value for name, figure in figures.items()} == pytest.approx(want, rel=1e-6)
     row = metrics.row_of(figures, tools)["metrics"]
     assert row["recall"]["n"] == 30 and row["recall"]["trials"] == 20
     assert row["kid"]["low"] < row["kid"]["value"] < row["kid"]["high"]

@@ -131,6 +131,33 @@ def test_rows_have_every_field_and_the_figures_of_a_hand_computation(base, proto
     assert told == whole and told["low"] < told["value"] == 0.6 < told["high"] and (told["n"], told["trials"]) == (5, 5)
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_attributes_are_compared_with_the_truth_of_the_same_image_in_every_batch(tools, size):
+    """The probes find a hat where an image is red and long hair where it is green; yellow is both."""
+    colours = torch.tensor([[255, 0, 0], [0, 255, 0], [255, 255, 0], [0, 0, 255], [255, 0, 0]], dtype=torch.uint8)
+    found = colours[:, :, None, None].expand(-1, -1, 32, 32)
+    drawn = [("yes", "long"), ("yes", "long"), ("yes", "short"), ("no", "long"), ("no", "short")]
+    truth = [{"hat": hat, "hair": hair} for hat, hair in drawn]
+    mentioned = [["hat"], ["hat", "hair"], ["hair"], [], ["hat", "hair"]]
+    classes = {"hat": ["no", "yes"], "hair": ["short", "long"]}
+    weights = {"hat": torch.tensor([[0.0, 0, 0], [1, 0, 0]]), "hair": torch.tensor([[0.0, 0, 0], [0, 1, 0]])}
+    probes = Probes(classes, weights, dict.fromkeys(classes, torch.tensor([0.5, 0.0])))
+    prompts = dataclasses.replace(tools.prompts, attributes=truth, mentioned=mentioned)
+    measured = metrics.Pass(dataclasses.replace(tools, prompts=prompts, probes=probes, metrics=("attributes",)))
+    for start in range(0, 5, size):
+        measured.add(start, found[start : start + size])
+    figures = measured.figures()
+    # right of asked: 1/1, 1/2, 0/1, 0/0, 1/2; the fourth is not counted, the others are asked 3/2 times on average
+    assert {name: figure.value for name, figure in figures.items()} == pytest.approx(
+        {"attribute_accuracy": 1 / 2, "attribute:hat": 1 / 3, "attribute:hair": 2 / 3}
+    )
+    assert {name: figure.influence.tolist() for name, figure in figures.items()} == {
+        "attribute_accuracy": pytest.approx([1 / 3, 0, -1 / 3, 0]),
+        "attribute:hat": pytest.approx([2 / 3, -1 / 3, -1 / 3]),
+        "attribute:hair": pytest.approx([1 / 3, -2 / 3, 1 / 3]),
+    }
+
+
 def test_another_way_of_calling_a_pipeline_is_another_cell(base, protocol, tools, tmp_path):
     model = f"teacher={base},scheduler=lcm"
     ways = ("", ",timesteps=499", "")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from stepdistill.data.cache import open_data
 from stepdistill.denoiser.load import load_teacher
+from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock
 from stepdistill.training import checkpoint
@@ -27,6 +29,7 @@ from stepdistill.training.lcm import LCMConfig
 from stepdistill.training.optim import learning_rate_at
 from stepdistill.training.order import sample_indices
 from stepdistill.training.trainer import Trainer
+from stepdistill.training.validation import encoded, grid
 
 SCRIPT = Path(__file__).parent.parent / "train_scripts" / "train_lcm_lora.py"
 FLAGS = ["--rank", "2", "--batch-size", "2", "--guidance", "2", "--lora-dropout", "0.1", "--learning-rate", "1e-3"]
@@ -194,17 +197,30 @@ def test_the_loss_falls(tmp_path, pipelines, pictures):
     assert held_loss() < 0.75 * before
 
 
-def test_validation_shows_the_student_and_not_the_base(tmp_path, pipelines, pictures):
-    from stepdistill.training.validation import encoded, grid
-
-    run = trainer(tmp_path / "run", pipelines["sd"], pictures, learning_rate=1e-2)
+def test_validation_shows_the_students_samples_of_1_2_4_and_8_steps_from_one_noise_and_not_the_bases(
+    tmp_path, pipelines, pictures
+):
+    run = trainer(tmp_path / "run", pipelines["sd"], pictures, learning_rate=1e-2, seed=3)
     for _ in range(3):
         run.step()
-    cond = encoded(run.teacher, run.data.captions[:4])
-    shown = grid(run.method, run.teacher, run.models.student, cond, 4, 0)
+    captions = run.data.captions[:4]
+    cond = encoded(run.teacher, captions)
+
+    def samples(steps: int) -> torch.Tensor:
+        draws = Draws.at(3, 0, 4)
+        x_T = draws.normal(*run.teacher.sample_shape)
+        with torch.no_grad():
+            x0 = run.method.sample(run.models.student, x_T, cond, steps=steps, draws=draws)
+            return (127.5 + 127.5 * run.teacher.decode(x0).clamp(-1, 1)).permute(0, 2, 3, 1)
+
+    sheet = np.array(grid(run.method, run.teacher, run.models.student, cond, 4, 3))
+    sheet = torch.from_numpy(np.pad(sheet, ((0, 4), (0, 4), (0, 0))))  # cells are 128 pixels wide, gaps are 4
+    cells = sheet.view(4, 132, 4, 132, 3).transpose(1, 2)[:, :, :128:4, :128:4]
+    known = [samples(steps) for steps in (1, 2, 4, 8)]
     run.teacher.denoiser.backbone.disable_adapters()
-    base = grid(run.method, run.teacher, run.models.student, cond, 4, 0)
-    assert shown.tobytes() != base.tobytes()
+    known += [samples(steps) for steps in (1, 2, 4, 8)]
+    errors = (cells[:, :, None] - torch.stack(known, 1)[:, None]).abs().amax((3, 4, 5))  # by row, column and sample
+    assert torch.equal(errors < 1, torch.eye(4, 8, dtype=torch.bool).expand(4, 4, 8))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, pipelines, pictures):

@@ -45,10 +45,10 @@ def open_texts(spec: str, split: str, *, test: str | None = None) -> list[str] |
         from stepdistill.data import avatars
 
         return avatars.load(split).captions
-    path = Path(spec).expanduser()
+    path, flag = Path(spec).expanduser(), "--data"
     if path.suffix in (".txt", ".jsonl"):
         other = test is not None and split == "test"
-        path, flag = (Path(test).expanduser(), "--test") if other else (path, "--data")
+        path, flag = (Path(test).expanduser(), "--test") if other else (path, flag)
         found = read_file(path, partial(_parse, path), flag, KINDS)
         if test is None:
             found = _cut(found, split)
@@ -57,7 +57,8 @@ def open_texts(spec: str, split: str, *, test: str | None = None) -> list[str] |
     else:
         found = _dataset(WIKITEXT if spec == "wikitext" else spec, split)
     if not any(_said(text).strip() for text in found):
-        raise InputError(f"--data: got {spec}, whose {split} text is empty; allowed: {KINDS}")
+        got = path if flag == "--test" else spec
+        raise InputError(f"{flag}: got {got}, whose {split} text is empty; allowed: {KINDS}")
     return found
 
 
