@@ -34,7 +34,7 @@ Start here; nothing is downloaded:
 Train a student of your own, view its images, measure it:
   accelerate launch train_scripts/train_lcm_lora.py --teacher FOLDER --data IMAGES --out student
   stepdistill sample --model FOLDER,lora=student --prompt "a red hat" --steps 4 --out grid.png
-  stepdistill bench --model teacher=FOLDER,scheduler=ddim --model student=FOLDER,lora=student --data IMAGES
+  stepdistill bench --model teacher=FOLDER --model student=FOLDER,lora=student --data IMAGES
 
 A model is a SPEC: a diffusers folder, a hub id, or avatars (the embedded teacher), followed by options,
 separated by commas. A training run's folder stands for the student in it.

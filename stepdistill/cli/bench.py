@@ -1,7 +1,7 @@
 """Measures models at several step counts: Frechet distance, CLIP score, attribute accuracy, latency by stage, NFE.
 
     stepdistill bench --model teacher=avatars,scheduler=ddim --model student=avatars,lora=out/lcm --out out/bench
-    stepdistill bench --model teacher=FOLDER,scheduler=ddim --model student=FOLDER,lora=STUDENT --data IMAGES
+    stepdistill bench --model teacher=FOLDER --model student=FOLDER,lora=STUDENT --data IMAGES
 
     stepdistill bench --model @sdxl --model @sdxl-turbo --protocol coco30k-256 --prompts FILE.txt --reference val2014
 
