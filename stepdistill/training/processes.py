@@ -49,7 +49,7 @@ def room(out: Path, device: torch.device, batch_size: int, recomputes: bool) -> 
 
 
 @contextmanager
-def by_turns(file: Path) -> Iterator[None]:
+def in_turn(file: Path) -> Iterator[None]:
     """Context that one process at a time is in: the first makes a file, however long it takes, and the others read it;
     a barrier would give up after minutes."""
     from filelock import FileLock

@@ -17,7 +17,7 @@ from typing import Any
 from stepdistill import files
 from stepdistill.baselines.architecture.prune import Shape
 from stepdistill.errors import InputError
-from stepdistill.training.processes import by_turns
+from stepdistill.training.processes import in_turn
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def kept_rounds(file: Path, settings: Mapping[str, Any], make: Callable[[], list
         InputError: the file was written with other settings.
     """
     settings = json.loads(json.dumps(settings))
-    with by_turns(file):
+    with in_turn(file):
         if file.is_file():
             record = json.loads(file.read_text())
             if record["settings"] != settings:

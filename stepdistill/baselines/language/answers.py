@@ -12,7 +12,7 @@ from stepdistill.baselines.language.texts import Pair
 from stepdistill.baselines.language.tokens import ask
 from stepdistill.baselines.language.traces import answer, sample_all, unopened
 from stepdistill.errors import InputError
-from stepdistill.training.processes import by_turns
+from stepdistill.training.processes import in_turn
 
 TOGETHER = 16  # prompts that are answered in one batch
 
@@ -43,7 +43,7 @@ def answered(pairs: Sequence[Pair], teacher: Decoder, file: Path, *, new: int, s
     problems = [Problem(pair.prompt, "") for pair in pairs]
     settings = {"teacher": teacher.name, "new": new, "seed": seed, "prompts": [pair.prompt for pair in pairs]}
     say = partial(answer, teacher, samples=1, new=new, temperature=1.0, seed=seed)
-    with by_turns(file):
+    with in_turn(file):
         said = sample_all(file, problems, say, TOGETHER, settings)
     return [
         Pair(pair.prompt, unopened(ask(teacher.tokenizer, pair.prompt), texts[0].text))

@@ -27,7 +27,7 @@ from stepdistill.baselines.language.traces import answer, keep, sample_all, solv
 from stepdistill.baselines.less_memory import halved
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.errors import InputError
-from stepdistill.training.processes import HALF, by_turns
+from stepdistill.training.processes import HALF, in_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -199,7 +199,7 @@ class R1TracesConfig(BaselineConfig):
         kept = []
         device, half = teacher.network.device, HALF[self.mixed_precision]
         file, autocast = self.out / "traces.jsonl", torch.autocast(device.type, half, half is not None)
-        with by_turns(file), halved(teacher.network, self.mixed_precision), autocast:
+        with in_turn(file), halved(teacher.network, self.mixed_precision), autocast:
             answers = sample_all(file, train, say, self.together, settings)
         for problem, said in zip(train, answers, strict=True):
             texts, lost = keep(problem, said, self.keep)
