@@ -230,9 +230,11 @@ def test_a_chain_of_32_to_1_killed_in_the_middle_of_halvings_ends_with_the_same_
         run, before = cut / "runs" / f"steps-{steps}", cut / f"steps-{2 * steps}"
         assert killed_at(run / "metrics.jsonl", 5, again)
         assert json.loads((before / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == kind
-        assert not (cut / f"steps-{steps}").exists() and list((run / "checkpoints").glob("step-*"))
+        assert not (cut / f"steps-{steps}").exists()
+        assert [folder.parent for folder in (cut / "runs").glob("*/checkpoints")] == [run], "finished stages keep none"
     subprocess.run(again, env=environment(), check=True, capture_output=True)
     assert same(whole, cut, (32, 16, 8, 4, 2, 1))
+    assert not list((cut / "runs").glob("*/checkpoints"))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Progressive distillation as a chain of runs: the flags, and what each halving passes to the next.
 
     <out>/steps-32/ ... steps-1/     the export of each: a LoRA, or a whole pipeline
-    <out>/runs/steps-32/ ...         checkpoints, metrics and validation grids of each
+    <out>/runs/steps-32/ ...         metrics and validation grids of each, and checkpoints of the unfinished one
 
 A halving starts from the previous export, read from disk, and from nothing else, so an interrupted chain continues as
 an uninterrupted one would. Optimizer, learning rate and averages start anew in each.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +180,8 @@ def distil_chain(config: ProgressiveConfig) -> Path:
                 _train(method, run, target, data, state.device, previous, method.student_kind(kind))
             if config.dry_run:
                 break
+            if state.is_main_process:  # the next stage reads the export alone
+                shutil.rmtree(run.out / "checkpoints", ignore_errors=True)
             previous = config.run(method.steps), target
     return target
 
