@@ -6,8 +6,8 @@
 Seed s trains a student with train_scripts/configs/avatars_METHOD_lora.yaml; ADD and LADD start from LCM's student of
 the same seed, which is trained first if it does not exist. All are sampled from the same noise as the teacher, that of
 the protocol; progressive's student for each step count is a separate export. Completed work is not repeated. The rows
-of everything requested are collected under --results, with the report and claims.json: each ratio by method and seed,
-its goal, and whether all seeds meet it.
+of everything requested are collected under --results, with the report and claims.json: whether the teacher is good
+enough to distil, and each goal of a student by method and seed, and whether all seeds meet it.
 """
 
 from __future__ import annotations
@@ -58,13 +58,16 @@ def obeys(rows: Rows, model: str, steps: int) -> float:
     return rows[model, steps]["attribute_accuracy"]
 
 
-# the claim, its value for the rows of a seed, and the bound that it must not exceed
-CLAIMS: tuple[tuple[str, Callable[[Rows], float], float], ...] = (
+Claim = tuple[str, Callable[[Rows], float], float]  # its words, its value, and the most that the value may be
+
+CHECKS: tuple[Claim, ...] = (  # of the teacher, whatever the student
     ("reconstructions / teacher at 1 step", lambda r: fd(r, "reconstruction", 0) / fd(r, TEACHER, 1), 0.1),
     ("teacher at 50 steps / at 1", lambda r: fd(r, TEACHER, 50) / fd(r, TEACHER, 1), 0.25),
     ("teacher at 50 steps / at 2", lambda r: fd(r, TEACHER, 50) / fd(r, TEACHER, 2), 0.5),
     ("teacher at 50 steps / at 4", lambda r: fd(r, TEACHER, 50) / fd(r, TEACHER, 4), 0.75),
-    ("real pictures' attributes / teacher's at 50", lambda r: obeys(r, "real", 0) / obeys(r, TEACHER, 50), 1 / 0.9),
+    ("real images' attributes / teacher's at 50", lambda r: obeys(r, "real", 0) / obeys(r, TEACHER, 50), 1 / 0.9),
+)
+GOALS: tuple[Claim, ...] = (  # of a student
     ("student at 1 step / teacher at 1", lambda r: fd(r, STUDENT, 1) / fd(r, TEACHER, 1), 0.5),
     ("student at 2 steps / teacher at 2", lambda r: fd(r, STUDENT, 2) / fd(r, TEACHER, 2), 0.5),
     ("student at 4 steps / teacher at 50", lambda r: fd(r, STUDENT, 4) / fd(r, TEACHER, 50), 1.25),
@@ -81,11 +84,19 @@ def measure(models: dict[str, str], steps: tuple[int, ...], out: Path, n: int | 
         raise InputError(f"{failure.model} at {failure.steps} steps: {failure.reason}")
 
 
-def claims(by_method: dict[str, dict[int, Rows]]) -> list[dict]:
-    """Returns every claim with its value for each method and seed."""
+def checks(rows: Rows) -> list[dict]:
+    """Returns the checks of the teacher with their values."""
+    return [
+        {"claim": text, "at_most": round(bound, 4), "value": round(value(rows), 4), "holds": value(rows) <= bound}
+        for text, value, bound in CHECKS
+    ]
+
+
+def goals(by_method: dict[str, dict[int, Rows]]) -> list[dict]:
+    """Returns the students' goals with their values for each method and seed."""
     said = []
     for method, by_seed in by_method.items():
-        for text, value, bound in CLAIMS:
+        for text, value, bound in GOALS:
             exact = {seed: value(rows) for seed, rows in by_seed.items()}
             shown = {seed: round(v, 4) for seed, v in exact.items()}  # the verdict uses the exact values
             holds = max(exact.values()) <= bound
@@ -113,16 +124,16 @@ def gather(config: Config) -> None:
     (config.results / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     of = {method: {seed: of_student(cells, name(method, seed)) for seed in config.seeds} for method in config.methods}
     record = {
-        "what": "ratios of Frechet distances, and attribute accuracies; goals of the embedded default",
-        "claims": claims(of), "n": rows[0]["n"],
+        "what": "ratios of Frechet distances, and attribute accuracies, of an embedded teacher and its students",
+        "teacher": checks(cells), "students": goals(of), "n": rows[0]["n"],
     }  # fmt: skip
     write_record(config.results / "claims.json", record)
     write_cards(rows)
     print_table(rows)
-    for claim in record["claims"]:
-        values = ", ".join(f"{v:.3f}" for v in claim["seeds"].values())
-        verdict = "holds " if claim["holds"] else "MISSED"
-        print(f"{verdict} {claim['method']}: {claim['claim']}: {values} (at most {claim['at_most']:.3g})")
+    for claim in record["teacher"] + record["students"]:
+        values = ", ".join(f"{v:.3f}" for v in claim.get("seeds", {"": claim.get("value")}).values())
+        verdict, of_what = "holds " if claim["holds"] else "MISSED", claim.get("method", TEACHER)
+        print(f"{verdict} {of_what}: {claim['claim']}: {values} (at most {claim['at_most']:.3g})")
     print(f"report: {write_report(config.results)}")
 
 

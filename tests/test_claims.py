@@ -29,17 +29,18 @@ def script(monkeypatch):
 def test_every_claim_is_a_ratio_of_the_rows_and_holds_where_all_seeds_hold(script):
     rows = {cell: {"fd": fd, "attribute_accuracy": obeys} for cell, (fd, obeys) in ROWS.items()}
     better = rows | {("student", 2): {"fd": 90.0, "attribute_accuracy": 0.9}}
-    said = script.claims({"lcm": {0: better, 1: rows}})
-    values = [claim["seeds"][1] for claim in said]
-    assert values == pytest.approx([0.03, 0.2, 0.4, 0.6667, 1.0889, 0.375, 0.55, 1.125, 0.04], abs=1e-4)
-    assert said[6]["seeds"] == {0: 0.45, 1: 0.55} and not said[6]["holds"]  # one seed of two is not enough
-    assert [claim["holds"] for claim in said] == [True] * 6 + [False] + [True] * 2
+    checks, goals = script.checks(rows), script.goals({"lcm": {0: better, 1: rows}})
+    assert [check["value"] for check in checks] == pytest.approx([0.03, 0.2, 0.4, 0.6667, 1.0889], abs=1e-4)
+    assert all(check["holds"] for check in checks)
+    assert [goal["seeds"][1] for goal in goals] == pytest.approx([0.375, 0.55, 1.125, 0.04], abs=1e-4)
+    assert goals[1]["seeds"] == {0: 0.45, 1: 0.55}
+    assert [goal["holds"] for goal in goals] == [True, False, True, True]  # one seed of two is not enough
 
 
 def test_each_method_is_held_against_the_goals_by_itself(script):
     rows = {cell: {"fd": fd, "attribute_accuracy": obeys} for cell, (fd, obeys) in ROWS.items()}
     worse = rows | {("student", 1): {"fd": 300.0, "attribute_accuracy": 0.8}}
-    said = {(c["method"], c["claim"]): c for c in script.claims({"lcm": {0: rows}, "add": {0: worse}})}
+    said = {(c["method"], c["claim"]): c for c in script.goals({"lcm": {0: rows}, "add": {0: worse}})}
     at_one = [said[method, "student at 1 step / teacher at 1"] for method in ("lcm", "add")]
     assert [(claim["seeds"][0], claim["holds"]) for claim in at_one] == [(0.375, True), (0.75, False)]
 
@@ -60,9 +61,9 @@ def test_recorded_claims_are_those_of_the_rows_beside_them(script):
         for method, seed in sorted({tuple(model.split("-lora-")) for model, _ in cells if "-lora-" in model}):
             by_method.setdefault(method, {})[seed] = script.of_student(cells, script.name(method, seed))
         record = json.loads(file.read_text())
-        only = next(iter(by_method))  # a record of one method may not name it
-        said = {(claim.get("method", only), claim["claim"]): claim for claim in record["claims"]}
-        known = {(claim["method"], claim["claim"]): claim for claim in script.claims(by_method)}
+        assert record["teacher"] == script.checks(cells), file
+        said = {(claim["method"], claim["claim"]): claim for claim in record["students"]}
+        known = {(claim["method"], claim["claim"]): claim for claim in script.goals(by_method)}
         assert said.keys() == known.keys(), file
         for key, claim in known.items():
             assert said[key]["seeds"] == pytest.approx(claim["seeds"], abs=1e-4), (file, key)
