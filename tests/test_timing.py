@@ -68,7 +68,7 @@ def test_other_timing_flags_or_another_device_take_times_anew_and_draw_nothing(
     first = run(base, tmp_path).rows[-1]
     assert first["timing"] | {"torch": 0, "commit": 0, "command": 0} == {
         "device": first["device"], "dtype": "float32", "compiled": False, "channels_last": False, "batch": 1,
-        "repeats": 1, "torch": 0, "commit": 0, "command": 0,
+        "merged": True, "repeats": 1, "torch": 0, "commit": 0, "command": 0,
     }  # fmt: skip
     taken.clear()
     monkeypatch.setattr(generate.Series, "draw", None)

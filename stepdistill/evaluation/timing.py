@@ -12,17 +12,21 @@ from typing import Any
 
 from stepdistill.evaluation import latency, records
 from stepdistill.evaluation.generate import Sampler
+from stepdistill.evaluation.merged import merged
 from stepdistill.evaluation.settings import Settings
 
 
 def asked(settings: Settings, dtype: str) -> dict[str, Any] | None:
-    """Returns how times are to be taken; None for no timing. Without a set number of repeats, any is accepted."""
+    """Returns how times are to be taken; None for no timing. Without a set number of repeats, any is accepted.
+
+    `merged` separates them from older rows, of students whose LoRA was computed beside the network.
+    """
     if settings.latency_repeats == 0:
         return None
     often = {} if settings.latency_repeats is None else {"repeats": settings.latency_repeats}
     return {
         "device": records.device_name(settings.device), "dtype": dtype, "compiled": settings.compiled,
-        "channels_last": settings.channels_last, "batch": settings.latency_batch, **often,
+        "channels_last": settings.channels_last, "batch": settings.latency_batch, "merged": True, **often,
     }  # fmt: skip
 
 
@@ -30,8 +34,9 @@ def take(sampler: Sampler, prompts: Sequence[str], steps: int, how: Mapping[str,
     """Measures the times of a row: for one image per call, and for `how["batch"]` images per call."""
     often = {"repeats": how["repeats"]} if "repeats" in how else {"seconds": latency.SECONDS}
     options = {"steps": steps, "compiled": how["compiled"]} | often
-    one = latency.measure(sampler, prompts, batch=1, **options)
-    many = latency.measure(sampler, prompts, batch=how["batch"], **options) if how["batch"] > 1 else None
+    with merged(sampler.pipeline):
+        one = latency.measure(sampler, prompts, batch=1, **options)
+        many = latency.measure(sampler, prompts, batch=how["batch"], **options) if how["batch"] > 1 else None
     made = {"torch": records.versions().get("torch"), "commit": records.commit(), "command": command}
     return {
         "timing": {**how, "repeats": one.repeats, **made}, "latency_ms": one.row(),
