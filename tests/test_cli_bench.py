@@ -124,6 +124,7 @@ def missing(tmp_path, pipelines, monkeypatch) -> dict[str, tuple[str, str]]:
         "empty-lora": (f"{sd},lora={tmp_path / 'empty'}", "no .safetensors"),
         "cut-lora": (f"{sd},lora={tmp_path / 'cut'}", "a run that has ended"),
         "locked-lora": (f"{sd},lora={tmp_path / 'closed'}", "(Permission denied); allowed: a folder that can be read"),
+        "flow": ("avatars-flow,scheduler=ddim", "got ddim for a model of a flow; allowed: flow-euler, flow-lcm"),
     }
 
 
@@ -152,6 +153,15 @@ def test_where_all_models_are_missing_nothing_is_measured(tmp_path, capsys, miss
     code, _, lines = run(capsys, "bench", *command, "--out", tmp_path / "out")
     assert code == 2 and [line.split(":")[1].strip() for line in lines] == list(missing)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_sample_refuses_what_bench_refuses_before_it_loads_anything(tmp_path, capsys, missing, monkeypatch, dry):
+    monkeypatch.setattr("stepdistill.evaluation.models.load", None)
+    command = ["sample", "--prompt", "a cat", "--out", tmp_path / "grid.png", *["--dry-run"] * dry]
+    for name, (text, words) in missing.items():
+        if not (dry and name == "hub"):
+            assert words in refused(capsys, *command, "--model", text)
 
 
 @pytest.mark.usefixtures("nothing_is_measured")

@@ -110,7 +110,7 @@ def main(config: Config) -> int:
         floor=config.floor,
     )
     plan = spec.plan_of(models, steps, suite.STEPS)
-    absent = places.absent(((name, m.path, m.lora) for name, m, _ in plan), remote=not config.dry_run)
+    absent = places.absent(((name, model) for name, model, _ in plan), remote=not config.dry_run)
     if len(absent) < len(models):
         records.check_folder(config.out)
         protocol = protocol_of(config, {name: model for name, model in models.items() if name not in absent})

@@ -65,8 +65,7 @@ def main(config: Config) -> int:
         raise InputError(f"--out: got {config.out}; allowed: a .png, .jpg or .webp; name one")
     from stepdistill.cli.bench import device_of
     from stepdistill.denoiser.families import even_sigmas
-    from stepdistill.evaluation import models
-    from stepdistill.evaluation.places import drawn_size
+    from stepdistill.evaluation import models, places
     from stepdistill.evaluation.progress import quiet
     from stepdistill.evaluation.settings import Settings
     from stepdistill.evaluation.spec import parse
@@ -77,6 +76,7 @@ def main(config: Config) -> int:
     spec = spec.at(steps)
     if config.guidance is not None:
         spec = dataclasses.replace(spec, guidance=config.guidance)
+    places.check(spec, remote=not config.dry_run)
     if config.dry_run:
         print(f"would generate {len(prompts)} x {config.count} images in {steps} steps with {spec}: {config.out}")
         return 0
@@ -85,7 +85,7 @@ def main(config: Config) -> int:
     with quiet():
         call = models.call_of(spec, pipeline)
         call |= {"sigmas": even_sigmas(steps)} if models.even_of(spec, pipeline) else {}
-        side = config.size or call.get("height") or drawn_size(pipeline)
+        side = config.size or call.get("height") or places.drawn_size(pipeline)
         batch = config.batch or min(16, Settings().batch_of(side))
         pictures = draw(pipeline, prompts, dataclasses.replace(config, steps=steps, batch=batch), guidance, call)
     grid = tile([pictures[i : i + config.count] for i in range(0, len(pictures), config.count)])

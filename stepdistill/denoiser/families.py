@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +68,12 @@ def family_of(pipeline) -> Family:
 
 def is_flow(scheduler) -> bool:
     """Whether a diffusers scheduler follows the straight paths of a rectified flow."""
-    config = scheduler.config
-    return type(scheduler).__name__.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
+    return flows(type(scheduler).__name__, scheduler.config)
+
+
+def flows(kind: str, config: Mapping[str, Any]) -> bool:
+    """`is_flow`, from a scheduler's class name and configuration."""
+    return kind.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
 
 
 def takes_sigmas(pipeline, scheduler) -> bool:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stepdistill.errors import InputError
+
+if TYPE_CHECKING:
+    from stepdistill.evaluation.spec import ModelSpec
 
 
 def export_in(folder: str) -> str:
@@ -75,33 +80,41 @@ def _on_hub(hub_id: str, name: str) -> Path | None:
         return None
 
 
-def check(path: str, lora: str | None = None, *, remote: bool = True) -> None:
-    """Checks that a pipeline and a LoRA exist.
+def check(spec: ModelSpec, *, remote: bool = True) -> None:
+    """Checks that a SPEC's pipeline and LoRA exist, and that its scheduler fits a pipeline on disk.
 
     Args:
         remote: also ask the hub for a pipeline that is not on disk.
 
     Raises:
-        InputError: one of them does not exist, or is something else.
+        InputError: one of them does not exist, or is something else; or the scheduler is for another process.
     """
     from stepdistill.denoiser.load import class_of, find
+    from stepdistill.evaluation.schedulers import check_process
 
-    if remote or Path(find(path)).exists():
-        class_of(path)
-    if lora:
-        check_lora(lora)
+    local = Path(find(spec.path))
+    if remote or local.exists():
+        class_of(spec.path)
+    if spec.lora:
+        check_lora(spec.lora)
+    try:
+        own = json.loads((local / "scheduler" / "scheduler_config.json").read_text())
+        kind = own["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):  # loading the pipeline reports it
+        return
+    check_process(spec, kind, own)
 
 
-def absent(models: Iterable[tuple[str, str, str | None]], *, remote: bool = True) -> dict[str, str]:
-    """Returns name -> reason for each (name, path, LoRA) that does not exist or cannot be read.
+def absent(models: Iterable[tuple[str, ModelSpec]], *, remote: bool = True) -> dict[str, str]:
+    """Returns name -> reason for each (name, SPEC) of which something does not exist, cannot be read or does not fit.
 
     Args:
         remote: see `check`.
     """
     found: dict[str, str] = {}
-    for name, path, lora in models:
+    for name, spec in models:
         try:
-            check(path, lora, remote=remote)
+            check(spec, remote=remote)
         except (InputError, OSError) as error:
             found.setdefault(name, " ".join(str(error).split()))
     return found

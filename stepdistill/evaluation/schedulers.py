@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import InputError
@@ -42,14 +43,7 @@ def scheduler_of(pipeline, spec: ModelSpec):
     """
     import diffusers
 
-    from stepdistill.denoiser.families import is_flow
-
-    flow = is_flow(pipeline.scheduler)
-    if spec.scheduler and (spec.scheduler in FLOWS) != flow:
-        allowed = ", ".join(FLOWS if flow else (name for name in SCHEDULERS if name not in FLOWS))
-        raise InputError(
-            f"scheduler: got {spec.scheduler} for a model of {'a flow' if flow else 'no flow'}; allowed: {allowed}"
-        )
+    check_process(spec, type(pipeline.scheduler).__name__, pipeline.scheduler.config)
     name, options = SCHEDULERS[spec.scheduler] if spec.scheduler else (None, {})
     exported = _exported(spec.lora)
     own = exported if exported is not None and name in (None, type(exported).__name__) else pipeline.scheduler
@@ -61,6 +55,25 @@ def scheduler_of(pipeline, spec: ModelSpec):
         return own
     config = {k: v for k, v in own.config.items() if k not in ("timestep_spacing", "final_sigmas_type")}
     return getattr(diffusers, name).from_config(config, **options)
+
+
+def check_process(spec: ModelSpec, kind: str, config: Mapping[str, Any]) -> None:
+    """Checks that a SPEC's scheduler, if it names one, is for the process of a pipeline's own.
+
+    Args:
+        kind: class name of the pipeline's scheduler. config: its configuration.
+
+    Raises:
+        InputError: one is a flow's, the other is not.
+    """
+    from stepdistill.denoiser.families import flows
+
+    flow = flows(kind, config)
+    if spec.scheduler and (spec.scheduler in FLOWS) != flow:
+        allowed = ", ".join(FLOWS if flow else (name for name in SCHEDULERS if name not in FLOWS))
+        raise InputError(
+            f"scheduler: got {spec.scheduler} for a model of {'a flow' if flow else 'no flow'}; allowed: {allowed}"
+        )
 
 
 def check_spacing(kind: type, spec: ModelSpec) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from stepdistill import files
-from stepdistill.errors import InputError
 from stepdistill.evaluation.cells import Row, cells, of_run, read_folder
 from stepdistill.evaluation.records import FIELDS
 from stepdistill.evaluation.report import inline
@@ -33,17 +34,10 @@ def write_report(folder: str | Path, *, title: str | None = None) -> Path:
         The path of report.html.
 
     Raises:
-        InputError: the folder holds no results, or matplotlib or jinja2 is not installed.
+        InputError: the folder holds no results.
     """
     folder = of_run(folder)
     rows = read_folder(folder)
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"report: needs {error.name}, which is not installed; pip install 'stepdistill[demo]'"
-        ) from error
     found = cells(rows, folder)
     gained = gains(found)
     drawn, cost, said, shown = curves(found), cost_curves(found, gained), verdicts(gained), tables(found)
