@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 from stepdistill import cli
 from stepdistill.cli import baselines
@@ -57,3 +58,25 @@ def test_a_documented_command_is_parsed(command, monkeypatch):
 
 def test_there_are_commands_to_parse():
     assert len(documented()) > 60
+
+
+def test_the_python_in_the_readme_runs(tmp_path, pictures, monkeypatch):
+    """With fewer images and one update."""
+    monkeypatch.chdir(tmp_path)
+    (text,) = re.findall(r"## Use from Python\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    fewer = {
+        "max_train_steps=300": "max_train_steps=1, batch_size=2",
+        "n=300": "n=8",
+        'data="avatars"': f"data={pictures!r}",
+    }
+    for there, here in fewer.items():
+        assert code.count(there) == 1
+        code = code.replace(there, here)
+    exec(code, found := {})
+    assert (tmp_path / "out" / "lcm" / "export").is_dir()
+    students = [row for row in found["results"].rows if row["model"] == "student"]
+    assert [row["steps"] for row in students] == [1, 2, 4] and all(row["fd"] > 0 for row in students)
+    alpha, sigma = found["schedule"].coeffs(500)
+    torch.testing.assert_close(found["v"], (alpha * found["noise"] - sigma * found["x0"]).float(), atol=1e-5, rtol=1e-5)
+    assert found["image"].shape == (1, 3, 32, 32)
