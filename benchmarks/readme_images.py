@@ -1,14 +1,16 @@
 """Makes the README's two images from a benchmark's folder.
 
-    python benchmarks/readme_images.py benchmarks/results/demo --steps 1 4 50 --out docs/images
+    python benchmarks/readme_images.py benchmarks/results/steps --steps 1 4 50 --out docs/images
 
-grid.png has a row for each model and step count, with the same prompt and noise in each column; quality_latency.png has
-the report's two plots side by side.
+grid.png has a row for each model and step count, with the same prompt and noise in each column, and the prompts below;
+quality_latency.png has the report's two plots side by side.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from stepdistill.evaluation.cells import of_run, read_run
 from stepdistill.evaluation.records import grid_name
 from stepdistill.evaluation.report import write_report
 
-GAP, LABEL, INK, MUTE = 10, 170, "#1c2024", "#60646c"
+GAP, LABEL, LINE, INK, MUTE = 10, 170, 17, "#1c2024", "#60646c"
 
 
 @dataclass(frozen=True)
@@ -45,25 +47,36 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def grid(folder: Path, steps: tuple[int, ...]) -> Image.Image:
-    """Returns an image with a row for each cell, labelled with model, step count and distance."""
-    rows = []
+    """Returns an image with a row for real images and for each cell, labelled with model, step count and distance, and
+    the columns' prompts."""
+    grids, rows = of_run(folder) / "grids", []
     for cell in read_run(folder):
-        strip = of_run(folder) / "grids" / grid_name(cell.row)
-        if cell.steps in steps and strip.is_file():
+        strip = grids / grid_name(cell.row)
+        if (cell.steps in steps or cell.model == "real") and strip.is_file():
             rows.append((cell, Image.open(strip).convert("RGB")))
     if not rows:
-        raise InputError(f"grid: got {folder}, which has no pictures at {' '.join(map(str, steps))} steps; give others")
+        raise InputError(f"grid: got {folder}, which has no images at {' '.join(map(str, steps))} steps; give others")
     width, height = rows[0][1].size
-    sheet = Image.new("RGB", (LABEL + width + GAP, (height + GAP) * len(rows) + GAP), "white")
+    count = width // height
+    prompts = json.loads((grids / "prompts.json").read_text())[:count]
+    wrapped = [textwrap.wrap(f"{i}  {prompt}", 2 * width // 15) for i, prompt in enumerate(prompts, 1)]
+    text = sum(map(len, wrapped)) * LINE + 2 * GAP
+    sheet = Image.new("RGB", (LABEL + width + GAP, (height + GAP) * len(rows) + 3 * GAP + text), "white")
     draw = ImageDraw.Draw(sheet)
+    for i in range(count):
+        draw.text((LABEL + i * height + height // 2, GAP), str(i + 1), MUTE, font(13), anchor="mm")
     for i, (cell, strip) in enumerate(rows):
-        top = GAP + i * (height + GAP)
+        top = 2 * GAP + i * (height + GAP)
         sheet.paste(strip, (LABEL, top))
         middle = top + height // 2
-        steps_text = f"{cell.steps} step{'s' * (cell.steps > 1)}"
         draw.text((GAP * 2, middle - 20), cell.model, INK, font(15, bold=True), anchor="lm")
-        draw.text((GAP * 2, middle + 2), steps_text, INK, font(14), anchor="lm")
-        draw.text((GAP * 2, middle + 23), f"FD {cell.fd:.0f}", MUTE, font(13), anchor="lm")
+        if cell.steps:
+            draw.text((GAP * 2, middle + 2), f"{cell.steps} step{'s' * (cell.steps > 1)}", INK, font(14), anchor="lm")
+        draw.text((GAP * 2, middle + 23 * bool(cell.steps)), f"FD {cell.fd:.1f}", MUTE, font(13), anchor="lm")
+    top = 3 * GAP + (height + GAP) * len(rows)
+    for line in (line for lines in wrapped for line in lines):
+        draw.text((LABEL, top), line, MUTE, font(13))
+        top += LINE
     return sheet
 
 
