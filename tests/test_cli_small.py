@@ -13,7 +13,7 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 
-from stepdistill.cli import main
+from stepdistill.cli import cache, main
 from stepdistill.data.cache import open_data
 from stepdistill.denoiser.load import load_teacher
 from stepdistill.export.lora import LORA_FILE, save_lora
@@ -72,6 +72,20 @@ def test_cache_paints_for_prompts_alone(tmp_path, pipelines):
     assert main([*command, "--steps", "2", "--guidance", "3", "--seed", "4"]) == 0
     manifest = json.loads((out / "manifest.json").read_text())
     assert (manifest["painted"], manifest["steps"], manifest["guidance"], manifest["seed"]) == (True, 2, 3.0, 4)
+
+
+@pytest.mark.parametrize(
+    ("paints", "precision", "network"),
+    [(False, "no", torch.bfloat16), (True, "no", torch.float32), (True, "bf16", torch.bfloat16)],
+)
+def test_cache_loads_only_the_network_that_it_needs(tmp_path, pipelines, monkeypatch, paints, precision, network):
+    there = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *to, **_: there.append((type(self).__name__, to)) or self)
+    config = cache.Config(out=tmp_path, teacher=pipelines["sd"], mixed_precision=precision)
+    teacher = cache.open_teacher(config, "meta", paints=paints)
+    assert next(teacher.denoiser.parameters()).dtype == network and teacher.vae.dtype == torch.float32
+    moved = {name for name, to in there if "meta" in map(str, to)}
+    assert moved == {"CLIPTextModel", "AutoencoderKL"} | ({"UNet2DConditionModel"} if paints else set())
 
 
 def test_cache_says_what_is_wrong(tmp_path, pipelines, pictures, capsys):

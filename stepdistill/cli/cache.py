@@ -12,10 +12,13 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from stepdistill import embedded
 from stepdistill.errors import InputError
+
+if TYPE_CHECKING:
+    from stepdistill.denoiser.load import Teacher
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,20 @@ class Config:
     """Print what would be encoded, and exit."""
 
 
+def open_teacher(config: Config, device: str, *, paints: bool) -> Teacher:
+    """Loads the teacher. Its network is on the device only if it generates the images, in bfloat16 if it does so in
+    bfloat16, as in a run; else it is the least that the pipeline loads with: half of its weights' size, on the CPU."""
+    import torch
+
+    from stepdistill.denoiser.load import load_teacher, move_coders
+
+    half = torch.bfloat16 if config.mixed_precision == "bf16" or not paints else None
+    files = {"variant": config.variant, "revision": config.revision}
+    teacher = load_teacher(config.teacher, **files, backbone_dtype=half, device=device if paints else "cpu")
+    move_coders(teacher, device)
+    return teacher
+
+
 def main(config: Config) -> int:
     """Builds the cache and prints what it holds."""
     if not config.guidance >= 1:
@@ -64,13 +81,11 @@ def main(config: Config) -> int:
     from stepdistill.data.build import picture_size
     from stepdistill.data.cache import make_cache
     from stepdistill.data.sources import open_source
-    from stepdistill.denoiser.load import load_teacher
     from stepdistill.training.config import HALF
 
-    device = device_of(config.device)
-    teacher = load_teacher(config.teacher, variant=config.variant, revision=config.revision, device=device)
+    device, source = device_of(config.device), open_source(config.data)
+    teacher = open_teacher(config, device, paints=source.picture is None)
     if config.dry_run:
-        source = open_source(config.data)
         height, width = picture_size(teacher, config.resolution)
         count = min(len(source), config.limit or len(source))
         verb = "generate" if source.picture is None else "encode"

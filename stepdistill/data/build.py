@@ -209,7 +209,9 @@ class Plan:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.teacher.denoiser.parameters()).device
+        """The device of the part that makes the latents; a network that generates nothing may be elsewhere."""
+        maker = self.teacher.denoiser if self.painted or self.teacher.vae is None else self.teacher.vae
+        return next(maker.parameters()).device
 
     @property
     def _shape(self) -> tuple[int, ...]:
