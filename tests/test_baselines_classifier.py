@@ -103,6 +103,11 @@ def test_networks_have_the_published_number_of_parameters(name, parameters):
     assert network.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
+def test_a_network_that_was_probed_has_its_initial_running_statistics():
+    statistics = {name: value for name, value in build("resnet8", 2, 8, seed=0).named_buffers() if value.ndim}
+    assert statistics and all((value == ("var" in name)).all() for name, value in statistics.items())
+
+
 def test_large_pictures_keep_the_published_stem():
     assert build("resnet18", 10, 224, seed=0).conv1.stride == (2, 2)
     assert build("resnet18", 10, 32, seed=0).conv1.stride == (1, 1)
@@ -307,6 +312,10 @@ def test_help_names_every_baseline(argv, capsys):
         (
             ["run", "hinton", "--quick", "--student", "timm:vit_tiny_patch16_224"],
             "for images of 32 pixels (Input height",
+        ),
+        (
+            ["run", "hinton", "--quick", "--student", "googlenet"],
+            "got googlenet, which gives no logits (B, 36) in training",
         ),
         (["run", "hinton", "--quick", "--seeds", "0", "1", "0"], "seeds: got 0 1 0; allowed: each once"),
         (["sweep", "hinton", "--over", "mood=1"], "--over: got mood=1"),

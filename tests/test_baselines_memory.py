@@ -11,7 +11,7 @@ from test_encoders import MASKING, batch, bert, lines
 from stepdistill.baselines.base import Batch, Learner, Pupils, learn
 from stepdistill.baselines.classifier.hinton import Hinton
 from stepdistill.baselines.classifier.networks import build
-from stepdistill.baselines.language import arithmetic, r1_traces
+from stepdistill.baselines.language import arithmetic, collect
 from stepdistill.baselines.language.masked import MaskedLM, MaskedModelling
 from stepdistill.baselines.language.models import Decoder
 from stepdistill.baselines.language.problems import Problem
@@ -71,11 +71,11 @@ def test_a_teacher_answers_problems_in_the_precision_of_the_run(tmp_path, monkey
         seen.append((torch.is_autocast_enabled("cpu"), one.network.lm_head.weight.dtype))
         return [[Said(arithmetic.worked(problem).completion, True)] for problem in problems]
 
-    monkeypatch.setattr(r1_traces, "answer", noted)
+    monkeypatch.setattr(collect, "answer", noted)
     for precision in ("bf16", "no"):
         config = R1TracesConfig(out=tmp_path / precision, samples=1, mixed_precision=precision)
         (tmp_path / precision).mkdir()
-        config._traces(teacher, [Problem("7+5=", "12")])
+        collect.collect(teacher, [Problem("7+5=", "12")], config)
     assert seen == [(True, torch.bfloat16), (False, torch.float32)]
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stepdistill import cli
+from stepdistill.baselines import BASELINES, get
 from stepdistill.cli import baselines
 from stepdistill.cli._run import parse
 from stepdistill.cli.training import parse_training
@@ -18,7 +19,8 @@ from stepdistill.training.lcm import LCMConfig
 from stepdistill.training.plans import FLAGS
 
 ROOT = Path(__file__).parents[1]
-PLACES = ("README.md", "docs/*.md", "benchmarks/README.md", "assets/*/README.md", "train_scripts/configs/**/*.yaml")
+PLACES = ("README.md", "docs/*.md", "benchmarks/README.md", "assets/*/README.md", "train_scripts/configs/**/*.yaml",
+          "train_scripts/*.py", "stepdistill/**/*.py")  # fmt: skip
 COMMAND = re.compile(r"^[\s#$]*((?:stepdistill|accelerate launch|torchrun) .*)$", re.MULTILINE)
 CONFIGS = {f"train_{method}.py": getattr(import_module(module), name) for method, (module, name) in FLAGS.items()}
 CONFIGS["train_lcm_lora.py"] = LCMConfig
@@ -27,7 +29,7 @@ CONFIGS["train_lcm_lora.py"] = LCMConfig
 def documented() -> list[str]:
     """All commands, continuation lines joined."""
     files = sorted(file for place in PLACES for file in ROOT.glob(place))
-    texts = [re.sub(r"\\\n\s*#?\s*", "", file.read_text()) for file in files]
+    texts = [re.sub(r"\\+\n\s*#?\s*", "", file.read_text()) for file in files]
     return list(dict.fromkeys(command for text in texts for command in COMMAND.findall(text)))
 
 
@@ -51,13 +53,25 @@ def test_a_documented_command_is_parsed(command, monkeypatch):
     if name != "baselines":
         parse(import_module(f"stepdistill.cli.{name.split()[-1]}").Config, argv)
     elif argv[0] in ("run", "sweep"):
+        if "--over" in argv:
+            at = argv.index("--over")
+            assert argv[at + 1].partition("=")[0] in get(argv[1]).config.__dataclass_fields__
+            del argv[at : at + 2]
         baselines.flags(argv[1], argv[2:])
     else:
         assert argv[0] in baselines.VERBS
 
 
 def test_there_are_commands_to_parse():
-    assert len(documented()) > 60
+    assert len(documented()) > 120
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_help_names_recipes_that_exist_in_place_of_flags_that_no_test_parses(name):
+    told = get(name).config.__doc__
+    for recipe in re.findall(r"\w+\.yaml", told):
+        assert (ROOT / "train_scripts/configs/baselines" / recipe).is_file()
+    assert not re.search(r"--(teacher|student|data)\s", told)
 
 
 def test_the_python_in_the_readme_runs(tmp_path, pictures, monkeypatch):

@@ -11,7 +11,7 @@ import transformers as hf
 from torch import nn
 
 from stepdistill.baselines.base import Batch, Learner, Pupils
-from stepdistill.baselines.language import encoders, layers, masked, tinybert
+from stepdistill.baselines.language import encoder_run, encoders, layers, masked, tinybert
 from stepdistill.baselines.language.distilbert import DistilBert, DistilBertConfig, cosine_distance
 from stepdistill.baselines.language.labelled import Classifier, Labelled, open_task
 from stepdistill.baselines.language.layers import Answers, Layers, Projections
@@ -338,7 +338,8 @@ def test_the_texts_whose_class_is_told_are_spread_over_all_and_the_student_learn
         seen["/".join(config.out.relative_to(tmp_path).parts)] = len(data)
         return 0.0
 
-    monkeypatch.setattr(tinybert, "learn", learnt)
+    for module in (encoder_run, tinybert):
+        monkeypatch.setattr(module, "learn", learnt)
     TinyBertConfig(out=tmp_path, **SMALL["tinybert"][1], labelled=10, dry_run=True).run()
     assert seen == {"teacher": 40, "task": 10, "control-0/text": 40, "control-0/task": 10, "student-0/text": 40,
                     "student-0/layers": 40, "student-0/answers": 40}  # fmt: skip

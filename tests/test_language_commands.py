@@ -19,7 +19,8 @@ FOLDER = Path(__file__).parents[1] / "train_scripts" / "configs" / "baselines"
 RECIPES = {
     "distilbert_bert": "distilbert", "distilbert_minilm": "distilbert", "tinybert_bert": "tinybert",
     "tinybert_minilm": "tinybert", "minitron_llama": "minitron", "minitron_qwen": "minitron",
-    "minitron_smollm2": "minitron", "r1_qwen": "r1_traces",
+    "minitron_smollm2": "minitron", "r1_qwen": "r1_traces", "gpt2_lab": "forward_kl", "qwen_lab": "forward_kl",
+    "gkd_qwen": "gkd", "gpt2_dolly": "minillm",
 }  # fmt: skip
 
 
@@ -52,13 +53,13 @@ COMMANDS = {
 @pytest.fixture
 def taught(monkeypatch):
     """Makes the teacher's sums right: after two updates they are not."""
-    from stepdistill.baselines.language import arithmetic, r1_traces
+    from stepdistill.baselines.language import arithmetic, collect
     from stepdistill.baselines.language.traces import Said
 
     def right(one, first, problems, **_):
         return [[Said(arithmetic.worked(problem).completion, True)] for problem in problems]
 
-    monkeypatch.setattr(r1_traces, "answer", right)
+    monkeypatch.setattr(collect, "answer", right)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -87,7 +88,12 @@ def test_a_quick_run_ends_with_a_table_and_measured_anew_it_is_the_same(name, tm
         ("r1_traces", ["--completion", "253"], "the longest prompt and completion: got 257 tokens; allowed: 256"),
         ("r1_traces", [], "of which the verifier accepts none"),
         ("r1_traces", ["--student", "config:hidden_size=50"], "student: got config:hidden_size=50"),
-        ("r1_traces", ["--student", "/nowhere/model"], "got /nowhere/model, which is no folder"),
+        (
+            "r1_traces",
+            ["--student", "/nowhere/model"],
+            "learning_rate: got 0.003 for /nowhere/model, which is pretrained",
+        ),
+        ("r1_traces", ["--student", "/nowhere/model", "--learning-rate", "1e-4"], "/nowhere/model, which is no folder"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_2(name, more, said, tmp_path, capsys):
@@ -102,6 +108,7 @@ def test_a_student_with_another_tokenizer_is_refused(tmp_path, capsys):
         speaker(vocab_size=280).network.save_pretrained(tmp_path / name)
         train_tokenizer(texts, 280).save_pretrained(tmp_path / name)
     models = ["--teacher", str(tmp_path / "one"), "--student", str(tmp_path / "other")]
+    models += ["--learning-rate", "1e-3"]
     assert cli(["baselines", "run", "forward_kl", "--quick", *models, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: student: got ") and "whose tokenizer is not that of" in error

@@ -10,7 +10,7 @@ from speakers import sentences, speaker, tokenizer, write_text
 
 from stepdistill.baselines.language import losses
 from stepdistill.baselines.language.models import logits, positions
-from stepdistill.baselines.language.texts import Pair, open_texts
+from stepdistill.baselines.language.texts import Pair, check_kinds, open_texts
 from stepdistill.baselines.language.tokens import pack, pair_up, stream
 from stepdistill.errors import InputError
 
@@ -118,6 +118,22 @@ def test_a_jsonl_holds_texts_or_prompts_with_completions(tmp_path):
     assert open_texts(str(tmp_path / "a.jsonl"), "train") == [row["text"] for row in rows[:18]]
     (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "2+2=", "completion": "4"}) + "\n")
     assert open_texts(str(tmp_path / "b.jsonl"), "train") == [Pair("2+2=", "4")]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "got"),
+    [
+        (["a"] * 3, PAIRS, "0 prompts and 3 texts to train on, and held out 2 and 0"),
+        (PAIRS, ["a"], "2 prompts and 0 texts to train on, and held out 0 and 1"),
+        ([*PAIRS, "a"], PAIRS, "2 prompts and 1 texts to train on, and held out 2 and 0"),
+        (["a"], ["a", *PAIRS], "0 prompts and 1 texts to train on, and held out 2 and 1"),
+    ],
+)
+def test_texts_and_prompts_are_not_mixed(train, test, got):
+    with pytest.raises(InputError, match=f"data: got {got}; allowed: all prompts, or all texts"):
+        check_kinds(train, test)
+    check_kinds(PAIRS, PAIRS[:1])
+    check_kinds(["a"], ["b", "c"])
 
 
 def test_captions_of_the_embedded_set_are_texts():

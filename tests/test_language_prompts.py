@@ -169,7 +169,7 @@ def test_to_prompts_alone_the_teacher_says_the_completions_and_says_them_once(tm
     given, out = prompts(tmp_path), tmp_path / "run"
     command = ["run", "gkd", "--lmbda", "1", "--teacher", folder(tmp_path / "teacher", None), "--student", "layers:1",
                "--data", given, "--block", "24", "--prompt", "16", "--validation", "4", "--shown", "2",
-               "--batch-size", "4", "--max-train-steps", "2", "--out", str(out)]  # fmt: skip
+               "--batch-size", "4", "--max-train-steps", "2", "--learning-rate", "1e-3", "--out", str(out)]  # fmt: skip
     main(command)
     said = [json.loads(line)[0]["text"] for line in (out / "answers-train.jsonl").read_text().splitlines()[1:]]
     assert len(said) == 36 and len(set(said)) > 20

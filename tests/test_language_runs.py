@@ -19,7 +19,7 @@ from stepdistill.cli.baselines import flags, main
 from stepdistill.training.config import from_yaml
 
 METHODS = ("forward_kl", "gkd", "distillm", "minillm")
-LAB = Path(__file__).parents[1] / "train_scripts" / "configs" / "baselines" / "gpt2_lab.yaml"
+FOLDER = Path(__file__).parents[1] / "train_scripts" / "configs" / "baselines"
 SMALL = ["--block", "24", "--prompt", "8", "--validation", "4", "--limit", "60", "--test-tokens", "300", "--shown", "3",
          "--window", "32", "--stride", "16", "--batch-size", "4", "--checkpoint-every", "3"]  # fmt: skip
 
@@ -126,8 +126,8 @@ def test_measured_anew_a_run_has_the_same_figures(first):
 
 
 def test_a_teacher_that_comes_trained_is_fitted_to_the_text_before_it_teaches(text, first, tmp_path):
-    trained = ["--teacher", str(first / "student-0" / "model"), "--student", "layers:1"]
-    found, corrected = [], ["--correction-steps", "20", "--teacher-learning-rate", "3e-3"]
+    trained = ["--teacher", str(first / "student-0" / "model"), "--student", "layers:1", "--learning-rate", "1e-3"]
+    found, corrected = [], ["--correction-steps", "20", "--teacher-learning-rate", "1.5e-3"]
     for name, more in (("as-it-is", []), ("corrected", corrected)):
         main(words("forward_kl", text, tmp_path / name, *trained, *more))
         assert (tmp_path / name / "teacher").exists() == bool(more)
@@ -170,12 +170,19 @@ def test_a_student_learns_its_teacher_better_than_the_text_alone_teaches(text, t
         (["--data", "/nowhere.txt"], "--data: got /nowhere.txt, which cannot be read"),
         (["--window", "600"], "block, window: got 600 tokens; allowed: 512"),
         (["--validation", "60"], "corpus: got 60 training samples"),
-        (["--teacher", "smollm3.gguf"], "model: got smollm3.gguf, which does not exist"),
+        (["--teacher", "smollm3.gguf", "--learning-rate", "1e-4"], "model: got smollm3.gguf, which does not exist"),
         (["--prompt", "24"], "prompt: got 24; allowed: below 24, the block"),
+        (["--test", "{}/pairs.jsonl"], "got 0 prompts and 1 texts to train on, and held out 60 and 0; allowed: all"),
+        (["--data", "{}/pairs.jsonl", "--test", "{}/text.txt"], "got 60 prompts and 0 texts to train on, and held out"),
+        (["--data", "{}/mixed.jsonl"], "got 54 prompts and 36 texts to train on, and held out 6 and 4; allowed: all"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_2_before_anything_is_trained(more, said, text, tmp_path, capsys):
-    command = words("forward_kl", text, tmp_path, *more)
+    folder = Path(text).parent
+    pairs = [json.dumps({"prompt": "the cat", "completion": f" likes {i}."}) for i in range(6)]
+    (folder / "pairs.jsonl").write_text("\n".join(pairs * 10))
+    (folder / "mixed.jsonl").write_text("\n".join([*pairs, *['{"text": "a dog"}'] * 4] * 10))
+    command = words("forward_kl", text, tmp_path, *[word.format(folder) for word in more])
     assert cli(["baselines", *command]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert said in error and not list(tmp_path.glob("*/metrics.jsonl"))
@@ -203,13 +210,61 @@ def test_a_dry_run_trains_and_measures_nothing(text, tmp_path):
     assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "results.json").exists()
 
 
-def test_the_gpt2_lab_is_a_configuration_of_every_divergence():
-    lab = from_yaml(LAB, get("forward_kl").config)
-    lab.check()
-    assert (lab.teacher, lab.student) == ("openai-community/gpt2-medium", "openai-community/gpt2")
+@pytest.mark.parametrize(
+    ("more", "flag", "start"),
+    [
+        (["--teacher", "org/large", "--student", "org/small"], "learning_rate", "org/small"),
+        (["--teacher", "org/large", "--student", "layers:6"], "learning_rate", "org/large"),
+        (["--teacher", "org/large", "--student", "prune:layers=0.2"], "learning_rate", "org/large"),
+        (["--teacher", "tiny", "--student", "out/small"], "learning_rate", "out/small"),
+        (["--teacher", "org/large", "--learning-rate", "5e-3"], "learning_rate", "org/large"),
+        (["--teacher", "org/large", "--student", "config:num_hidden_layers=2", "--correction-steps", "9"],
+         "teacher_learning_rate", "org/large"),
+    ],
+)  # fmt: skip
+def test_pretrained_weights_are_not_trained_at_a_tiny_models_rate(more, flag, start, capsys):
+    assert cli(["baselines", "run", "forward_kl", *more]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: {flag}: got 0.00" in line and f" for {start}, which is pretrained; allowed: below 0.002" in line
+    flags("forward_kl", [*more, "--learning-rate", "5e-4"])
+
+
+def test_random_weights_are_trained_at_a_tiny_models_rate():
+    flags("forward_kl", ["--teacher", "tiny-gpt2", "--correction-steps", "9"])
+    flags("forward_kl", ["--teacher", "org/large", "--student", "config:num_hidden_layers=2"])
+    flags("r1_traces", ["--student", "layers:1"])
+
+
+def test_seeds_are_added_to_a_finished_run_and_none_is_refused(text, first, tmp_path, capsys):
+    main(words("forward_kl", text, tmp_path, "--seeds", "0", "--beside", str(first)))
+    weights = tmp_path / "student-0" / "weights" / "student.safetensors"
+    written = weights.stat().st_mtime_ns
+    main(words("forward_kl", text, tmp_path, "--seeds", "0", "1", "--beside", str(first)))
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["seed"] for row in rows if row["role"] == "student"] == [0, 1]
+    assert weights.stat().st_mtime_ns == written
+    (tmp_path / "none.yaml").write_text("seeds: []\n")
+    for name in ("forward_kl", "hinton"):
+        assert cli(["baselines", "run", name, "--config", str(tmp_path / "none.yaml")]) == 2
+        assert "error: seeds: got none; allowed: one or more; give --seeds 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["gpt2_lab", "qwen_lab"])
+def test_a_lab_is_a_configuration_of_every_divergence(file):
+    path = FOLDER / f"{file}.yaml"
+    lab = from_yaml(path, get("forward_kl").config)
     for name in METHODS:
-        config = flags(name, ["--config", str(LAB), "--beside", "out/gpt2-lab"])
-        assert config.shared == get("forward_kl").config.shared.fget(lab)
+        config = flags(name, ["--config", str(path), "--beside", str(lab.out)])
+        assert config.shared == lab.shared and config.student.count("/") == 1
+
+
+def test_the_teacher_fine_tuned_on_instructions_serves_all_three_runs():
+    file = FOLDER / "gpt2_dolly.yaml"
+    own = from_yaml(file, get("forward_kl").config)
+    for name, more in (("distillm", []), ("minillm", ["--learning-rate", "5e-6"])):
+        other = flags(name, ["--config", str(file), "--student", f"{own.out}/control-0/model", "--out", "b", *more])
+        teacher = [one.shared.part("teacher", learning_rate=one.teacher_learning_rate).record() for one in (own, other)]
+        assert teacher[0] | {"out": ""} == teacher[1] | {"out": ""}
 
 
 def test_every_method_has_a_paper_and_small_numbers():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
@@ -27,6 +30,7 @@ def norms_in_float64(monkeypatch):
         monkeypatch.setattr(kind, "forward", norm)
 
 
+RECORDS = Path(__file__).parents[1] / "benchmarks" / "results" / "baselines"
 KINDS = ("llama", "llama-mha", "llama-mqa", "qwen2", "gpt2")
 
 
@@ -217,6 +221,46 @@ def test_heads_are_ranked_within_their_group_and_the_least_go():
     assert kept.channels.tolist() == list(range(8, 32)) and kept.neurons.tolist() == [list(range(12))] * 2
     alone = choose(found, decoder("llama-mha").config, Shares(heads=0.5))
     assert alone.heads.tolist() == [[0, 1], [0, 1], [2, 3]]
+
+
+def llama(channels: int, neurons: int, heads: int, keys: int):
+    import transformers as hf
+
+    return hf.LlamaConfig(hidden_size=channels, intermediate_size=neurons, num_attention_heads=heads,
+                          num_key_value_heads=keys, head_dim=64)  # fmt: skip
+
+
+def kept_of(config, spec: str) -> tuple[int, int]:
+    """The channels and the neurons that stay, by random importance."""
+    heads, neurons = (torch.rand(1, n) for n in (config.num_attention_heads, config.intermediate_size))
+    kept = choose(Importance(torch.ones(1), heads, torch.rand(config.hidden_size), neurons), config, Shares.read(spec))
+    return len(kept.channels), kept.neurons.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("channels", "neurons", "heads", "keys", "spec", "left"),
+    [
+        (2048, 8192, 32, 8, "prune:channels=0.25,neurons=0.36", (1536, 5248)),  # Llama-3.2-1B
+        (896, 4864, 14, 2, "prune:neurons=0.3", (896, 3392)),  # Qwen2.5-0.5B
+        (576, 1536, 9, 3, "prune:neurons=0.25", (576, 1152)),  # SmolLM2-135M, as recorded
+        (1536, 1000, 12, 2, "prune:channels=0.3,neurons=0.3", (1152, 700)),  # multiples of 64 and of 12 heads
+        (2048, 1024, 32, 8, "prune:heads=0.25,channels=0.26", (1536, 1024)),  # of 64 and of 24 heads
+        (2048, 5243, 32, 32, "prune:heads=0.1,channels=0.25", (1537, 5243)),  # of 29 heads: 1,856 is that of both
+        (2048, 1500, 32, 32, "prune:heads=0.1", (2030, 1500)),  # the 71st multiple of 29 is above 2,048
+    ],
+)
+def test_of_wide_parts_a_multiple_of_64_stays(channels, neurons, heads, keys, spec, left):
+    assert kept_of(llama(channels, neurons, heads, keys), spec) == left
+
+
+def test_the_recorded_student_has_the_shape_that_it_was_recorded_with():
+    """SmolLM2-135M: 30 layers of 576 channels and 1,536 neurons, 9 heads of 64 in 3 groups, 49,152 tokens, tied."""
+    record = json.loads((RECORDS / "minitron_smollm2.json").read_text())
+    spec = record["config"]["student"]
+    channels, neurons = kept_of(llama(576, 1536, 9, 3), spec)
+    layer = channels * (2 * 576 + 2 * 192 + 3 * neurons + 2)
+    parameters = 49_152 * channels + 30 * (1 - Shares.read(spec).layers) * layer + channels
+    assert {row["parameters"] for row in record["rows"] if row["role"] == "student"} == {parameters}
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,15 @@ import re
 import pytest
 import torch
 import transformers as hf
+from accelerate import PartialState
 
 from stepdistill.baselines.base import Learner
-from stepdistill.baselines.language import arithmetic, r1_traces, tiny, traces
+from stepdistill.baselines.language import arithmetic, collect, r1_traces, tiny, traces
+from stepdistill.baselines.language.collect import as_rows
 from stepdistill.baselines.language.models import Decoder
-from stepdistill.baselines.language.problems import Problem, final_answer, open_problems, right
+from stepdistill.baselines.language.problems import Problem, bare_answer, open_problems, right
 from stepdistill.baselines.language.r1_traces import R1TracesConfig
+from stepdistill.baselines.language.texts import Pair
 from stepdistill.baselines.language.traces import Said, keep, sample_all
 from stepdistill.errors import InputError
 
@@ -45,6 +48,18 @@ STRIPS = (  # as DeepSeek-R1's: strips an assistant's reasoning, and opens <thin
         ("The answer: Paris", "the answer:  paris", True),
         ("he has 5 and 7, so\n#### 12", "5 + 7 = 12\n#### 12", True),
         ("", "0", False),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", True),
+        (r"\boxed{x+2}", "x+2", True),
+        (r"\boxed{(3,4)}", "(3,4)", True),
+        (r"\boxed{10:30}", "10:30", True),
+        ("3/2", "1/2", False),
+        ("(5, 4)", "(3, 4)", False),
+        ("5 sqrt 3", r"2\sqrt{3}", False),
+        ("#### 1. Halve it\nso the answer is\n1/2", "halved\n#### 1/2", True),
+        (r"#### \boxed{7} #### by 3", "7", True),
+        ("it is .5", "0.5", True),
+        (r"\boxed{.5}", "5", False),
+        (r"\boxed{nan}", "NaN", True),  # a word
     ],
 )
 def test_the_verifier_takes_what_a_text_comes_to_and_nothing_else(text, answer, verdict):
@@ -52,7 +67,8 @@ def test_the_verifier_takes_what_a_text_comes_to_and_nothing_else(text, answer, 
 
 
 def test_what_is_thought_is_no_answer():
-    assert final_answer("<think>1</think>2</think>3") == "3" and final_answer("<think>1") is None
+    text = "<think>1</think>2</think>3"
+    assert right(text, "3") and not right(text, "2") and not right("<think>1", "1")
 
 
 def test_a_worked_sum_is_right_in_every_step():
@@ -118,12 +134,12 @@ def test_sampling_goes_on_where_it_was_cut_and_refuses_other_settings(tmp_path):
 def test_completions_end_and_alone_count():
     tokenizer = arithmetic.build(0)[1]
     texts = [(Problem("7+5=", "12"), ["<think>7+5+0=12</think>12"]), (Problem("17+25=", "42"), ["42", "<think>4"])]
-    rows = R1TracesConfig()._rows(tokenizer, texts)
+    rows = as_rows(tokenizer, texts, 64)
     counted = [tokenizer.decode(row[mask]) for row, mask in zip(rows.ids, rows.counts, strict=True)]
     assert counted == ["<think>7+5+0=12</think>12<end>", "42<end>", "<think>4<end>"]
     shown = [tokenizer.decode(row[mask]) for row, mask in zip(rows.ids, rows.attention, strict=True)]
     assert shown == ["7+5=" + counted[0], "17+25=42<end>", "17+25=<think>4<end>"]
-    few = R1TracesConfig(completion=4)._rows(tokenizer, texts)
+    few = as_rows(tokenizer, texts, 4)
     assert [tokenizer.decode(row[mask]) for row, mask in zip(few.ids, few.counts, strict=True)] == counted[1:]
 
 
@@ -142,7 +158,7 @@ def test_a_template_that_strips_reasoning_strips_none(monkeypatch):
     [[said]] = traces.answer(Decoder(network, tokenizer, ""), 0, [problem], samples=1, new=40, temperature=1.0, seed=0)
     assert said == Said(f"<think>\n{text}", True)
     for student, rest in ((tokenizer, text), (plain, f"<think>\n{text}")):
-        rows = R1TracesConfig()._rows(student, [(problem, [said.text])])
+        rows = as_rows(student, [(problem, [said.text])], 64)
         whole = student.decode(rows.ids[0][rows.attention[0]])
         assert whole.replace("\n", "") == f"7+5=<think>{text}{tiny.END}"
         assert rows.counts.sum() == len(student(rest, add_special_tokens=False).input_ids) + 1
@@ -171,7 +187,7 @@ def test_a_run_that_is_cut_goes_on_to_the_same_figures(tmp_path, monkeypatch):
     def never(*_, **__):
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr(r1_traces, "answer", truly)  # a teacher that is right every other time
+    monkeypatch.setattr(collect, "answer", truly)  # a teacher that is right every other time
     whole = R1TracesConfig(out=tmp_path / "whole", **FEW).run()
     step = Learner.step
 
@@ -184,7 +200,7 @@ def test_a_run_that_is_cut_goes_on_to_the_same_figures(tmp_path, monkeypatch):
     with pytest.raises(ConnectionAbortedError):
         R1TracesConfig(out=tmp_path / "cut", **FEW).run()
     monkeypatch.setattr(Learner, "step", step)
-    monkeypatch.setattr(r1_traces, "answer", never)
+    monkeypatch.setattr(collect, "answer", never)
     again = R1TracesConfig(out=tmp_path / "cut", **FEW).run()
     weights = [(tmp_path / name / "student-0/weights/student.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
@@ -195,18 +211,19 @@ def test_a_run_that_is_cut_goes_on_to_the_same_figures(tmp_path, monkeypatch):
 
 
 def test_a_control_learns_bare_answers_and_what_is_too_long_for_the_student_is_counted(tmp_path, monkeypatch):
-    asked = [Problem(f"{a}+{b}=", f"{a}+{b}={a + b}") for a in range(3) for b in range(4, 7)]
-    sums = [one.answer.rpartition("=")[2] for one in asked]
+    asked = [Problem(f"{a}+{b}=", f"{a}+{b}={a + b}\n#### {a + b}") for a in range(3) for b in range(4, 7)]
+    sums = [one.answer.rpartition(" ")[2] for one in asked]
 
     def short_and_long(one, first, problems, **_):
-        totals = [p.answer.rpartition("=")[2] for p in problems]
+        totals = [p.answer.rpartition(" ")[2] for p in problems]
         return [
             [Said(f"<think>{p.prompt * n}</think>{total}", True) for n in (1, 10)]
             for p, total in zip(problems, totals, strict=True)
         ]
 
     monkeypatch.setattr(r1_traces, "open_problems", lambda *_, **__: (asked, asked[:2]))
-    monkeypatch.setattr(r1_traces, "answer", short_and_long)
+    monkeypatch.setattr(arithmetic, "worked", lambda p: Pair(p.prompt, bare_answer(p.answer)))  # has no token for \n
+    monkeypatch.setattr(collect, "answer", short_and_long)
     learnt = {}
 
     def noted(lesson, models, rows, config):
@@ -226,6 +243,28 @@ def test_a_control_learns_bare_answers_and_what_is_too_long_for_the_student_is_c
     assert results.note.endswith("9 traces exceed --completion in the student's tokens and are dropped")
 
 
+@pytest.mark.parametrize(("student", "seeds"), [("org/small", [None]), ("config:num_hidden_layers=1", [0, 1])])
+def test_before_training_a_student_is_measured_once_where_it_is_trained(student, seeds, tmp_path, monkeypatch):
+    """One with random weights is another for each seed."""
+    monkeypatch.setitem(PartialState._shared_state, "device", torch.device("meta"))
+    places = []
+
+    def noted(one, *_):
+        places.append(one.network.device.type)
+        return {"accuracy": 0.5}
+
+    monkeypatch.setattr(
+        r1_traces, "collect", lambda _, problems, __: ([(p, ["<think>1</think>2"]) for p in problems], "")
+    )
+    monkeypatch.setattr(r1_traces, "open_decoder", lambda spec, seed: Decoder(*arithmetic.build(0), spec))
+    monkeypatch.setattr(r1_traces, "solved", noted)
+    monkeypatch.setattr(r1_traces, "learn", lambda *_: 0.0)
+    monkeypatch.setattr(r1_traces, "save", lambda *_: None)
+    results = R1TracesConfig(out=tmp_path, student=student, seeds=(0, 1), learning_rate=1e-4, **FEW).run()
+    assert [row.seed for row in results.rows if row.role == "before"] == seeds
+    assert len(places) == 1 + len(seeds) + 4 and set(places) == {"meta"}
+
+
 def test_problems_of_a_file_are_read_and_bad_ones_named(tmp_path):
     file = tmp_path / "problems.jsonl"
     rows = [{"prompt": f"{i} + 1?", "answer": i + 1} for i in range(10)]
@@ -233,8 +272,13 @@ def test_problems_of_a_file_are_read_and_bad_ones_named(tmp_path):
     train, held = open_problems(str(file), 5, 5, digits=1, seed=0)
     assert (len(train), held) == (5, [Problem("9 + 1?", "10")])
     file.write_text('{"prompt": "1 + 1?"}\n')
-    with pytest.raises(InputError, match="allowed: lines with prompt and answer"):
+    with pytest.raises(InputError, match="allowed: a prompt, which is text, and an answer, text or a number, per line"):
         open_problems(str(file), 5, 5, digits=1, seed=0)
+    for prompt, answer, what in ((12, "1", "12 is no prompt"), ("1?", None, "null is no answer"),
+                                 ("1?", True, "true is no answer"), ("1?", [1], r"\[1\] is no answer")):  # fmt: skip
+        file.write_text(json.dumps({"prompt": prompt, "answer": answer}))
+        with pytest.raises(InputError, match=rf"cannot be read \({what}\)"):
+            open_problems(str(file), 5, 5, digits=1, seed=0)
     file.write_text("")
     with pytest.raises(InputError, match="got 0 problems and 0 held out"):
         open_problems(str(file), 5, 5, digits=1, seed=0)

@@ -55,6 +55,8 @@ class BaselineConfig(LoopConfig):
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()
+        if not self.seeds:
+            raise InputError("seeds: got none; allowed: one or more; give --seeds 0, or leave it out")
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds: got {' '.join(map(str, self.seeds))}; allowed: each once; drop the repeated one")
 

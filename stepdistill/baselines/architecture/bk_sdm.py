@@ -120,7 +120,7 @@ class BlockRemoval(Lesson):
 class BKSDMConfig(ArchitectureConfig):
     """Flags of `bk_sdm`.
 
-    For Stable Diffusion 1.5, as in the paper: train_scripts/configs/baselines/sd15_bk_sdm.yaml.
+    For Stable Diffusion 1.5: train_scripts/configs/baselines/sd15_bk_sdm.yaml.
     """
 
     out: Path = Path("out/bk-sdm")

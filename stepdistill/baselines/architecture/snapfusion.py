@@ -91,7 +91,7 @@ class CFGAware(Lesson):
 class SnapFusionConfig(ArchitectureConfig):
     """Flags of `snapfusion`.
 
-    For Stable Diffusion 1.5, as in the paper: train_scripts/configs/baselines/sd15_snapfusion.yaml.
+    For Stable Diffusion 1.5: train_scripts/configs/baselines/sd15_snapfusion.yaml.
     """
 
     out: Path = Path("out/snapfusion")

@@ -7,6 +7,7 @@ timm:NAME                                     as timm builds it
 
 from __future__ import annotations
 
+import copy
 import re
 
 import torch
@@ -65,19 +66,25 @@ def build(name: str, classes: int, side: int, *, seed: int) -> nn.Module:
         name: see above. classes: of its logits. side: of the images, in pixels. seed: of the weights.
 
     Raises:
-        InputError: there is no such network, or it does not classify images of this size.
+        InputError: there is no such network, it does not classify images of this size, or it gives more than logits
+            in training.
     """
     network = _named(name, classes, side, seed)
     try:
         with torch.no_grad():
             answer = network.eval()(torch.zeros(1, 3, side, side))
+            trained = copy.deepcopy(network).train()(torch.zeros(2, 3, side, side))  # would move running statistics
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())[:100]
         raise InputError(
             f"network: got {name} for images of {side} pixels ({reason}); allowed: one that takes them; try resnet20"
         ) from error
-    if getattr(answer, "shape", None) != (1, classes):
-        raise InputError(f"network: got {name}, which gives no logits (B, {classes}); allowed: a classifier")
+    if [getattr(given, "shape", None) for given in (answer, trained)] != [(1, classes), (2, classes)]:
+        when = "" if getattr(answer, "shape", None) != (1, classes) else " in training"
+        raise InputError(
+            f"network: got {name}, which gives no logits (B, {classes}){when}; allowed: a classifier without auxiliary "
+            "outputs; try resnet20"
+        )
     return network.train()
 
 

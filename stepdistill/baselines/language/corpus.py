@@ -10,7 +10,7 @@ from torch import Tensor
 from stepdistill.baselines.base import BaselineConfig
 from stepdistill.baselines.language.answers import answered
 from stepdistill.baselines.language.models import Decoder
-from stepdistill.baselines.language.texts import Pair
+from stepdistill.baselines.language.texts import Pair, check_kinds
 from stepdistill.baselines.language.tokens import Tokens, ask, begin, pack, pair_up, stream
 from stepdistill.errors import InputError
 
@@ -79,8 +79,9 @@ class CorpusConfig(BaselineConfig):
         """Returns texts as packed tokens, or prompts with their completions.
 
         Raises:
-            InputError: there is less than one block, or nothing is left to train on.
+            InputError: there is less than one block, nothing is left to train on, or the texts are of two kinds.
         """
+        check_kinds(train, test)
         tokenizer = teacher.tokenizer
         if isinstance(train[0], Pair):
             sizes = {"prompt": self.prompt, "completion": self.block - self.prompt}

@@ -14,11 +14,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils, learn
+from stepdistill.baselines.base import Batch, Lesson, Pupils, learn
 from stepdistill.baselines.divergence import softened_kl
-from stepdistill.baselines.language import encoders, masked
-from stepdistill.baselines.language.masked import MaskedModelling, Masking
-from stepdistill.baselines.language.models import check_length
+from stepdistill.baselines.language.encoder_run import EncoderConfig
+from stepdistill.baselines.language.encoders import MaskedLM, shape
+from stepdistill.baselines.language.masked import MaskedModelling, Masking, cut_lines, told_right
 from stepdistill.baselines.language.run import save
 from stepdistill.baselines.language.students import copy_layers, evenly
 from stepdistill.baselines.language.texts import joined, open_texts
@@ -65,29 +65,20 @@ class DistilBert(Lesson):
 
 
 @dataclass(frozen=True)
-class DistilBertConfig(BaselineConfig):
-    """Flags of `distilbert`. For BERT itself: train_scripts/configs/baselines/distilbert_bert.yaml."""
+class DistilBertConfig(EncoderConfig):
+    """Flags of `distilbert`. For BERT itself: train_scripts/configs/baselines/distilbert_bert.yaml.
+
+    A teacher with a trained head for masked tokens takes --teacher-steps 0.
+    """
 
     out: Path = Path("out/distilbert")
     """Output folder. Run the same command again to resume."""
-    teacher: str = "tiny"
-    """An encoder: tiny, minilm, or a folder or hub id of a BERT or RoBERTa."""
-    data: str = "avatars"
-    """Text: avatars (captions), a .txt or .jsonl file, wikitext, or a `datasets` name."""
     test: str | None = None
     """For a data file: the held-out file; by default its own last tenth."""
-    length: int = 64
-    """Tokens of a piece of text, special ones included; longer lines are cut into several."""
-    limit: int | None = 4000
-    """Pieces of training text at most; None for all."""
     held_out: int = 500
     """Held-out pieces at most."""
     mask_rate: float = 0.15
     """Share of the tokens that are masked and have to be predicted."""
-    teacher_steps: int = 1000
-    """Updates by which the teacher first learns to predict masked tokens; 0 if it comes with a head for it."""
-    teacher_learning_rate: float = 3e-3
-    """Peak learning rate of these; 1e-4 for a real encoder."""
 
     layers: tuple[int, ...] = ()
     """Layers of the teacher, counted from 0, that the student has; by default every other, the first and last included:
@@ -107,16 +98,10 @@ class DistilBertConfig(BaselineConfig):
 
     max_train_steps: int = 1000
     """Updates of student and control."""
-    batch_size: int = 32
-    """Pieces per process in one forward."""
     learning_rate: float = 5e-4
     """Peak learning rate."""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
-    """Learning rate schedule after the warm-up."""
     lr_warmup: int = 50
     """Updates over which the learning rate rises."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay, as in AdamW."""
 
     QUICK: ClassVar[Mapping[str, object]] = {
         "teacher": "tiny", "limit": 1000, "held_out": 200, "teacher_steps": 300, "max_train_steps": 60, "lr_warmup": 10,
@@ -136,7 +121,6 @@ class DistilBertConfig(BaselineConfig):
             raise InputError(f"kl_weight, mlm_weight, cosine_weight: got {weights}; allowed: 0 or more, not all 0")
         self.require("temperature", above=0, fix="try 2")
         self.require("mask_rate", above=0, below=1, fix="try 0.15")
-        self.require("length", least=4)
         self.require("teacher_steps", least=0)
 
     def run(self) -> Results:
@@ -146,37 +130,31 @@ class DistilBertConfig(BaselineConfig):
         from stepdistill.training.processes import on_cpu
 
         self.check()
-        texts = joined(open_texts(self.data, "train"))
-        encoder = encoders.open_encoder(self.teacher, texts, seed=self.seed)
+        opened = self.open(self.mask_rate)
+        encoder, train, masking = opened.teacher, opened.text, opened.masking
         if encoder.untrained and not self.teacher_steps:
             raise InputError(
                 f"teacher: got {self.teacher}, which has never told masked tokens; give --teacher-steps, 1000 say"
             )
-        check_length(encoder.network, self.length, "length")
         kept = self._kept(encoder.network.config.num_hidden_layers)
-        train = masked.cut_lines(texts, encoder.tokenizer, self.length, self.limit)
         test = joined(open_texts(self.data, "test", test=self.test))
-        held = masked.cut_lines(test, encoder.tokenizer, self.length, self.held_out)
-        masking = Masking.of(encoder.tokenizer, encoder.network.config.vocab_size, self.length, self.mask_rate)
-        plain = MaskedModelling(masking)
+        held = cut_lines(test, encoder.tokenizer, self.length, self.held_out)
         state = PartialState(cpu=on_cpu())
-        teacher, seconds = masked.MaskedLM(encoder.network).to(state.device), None
-        if self.teacher_steps:
-            first = {"max_train_steps": self.teacher_steps, "learning_rate": self.teacher_learning_rate}
-            seconds = learn(plain, Pupils(teacher), train, self.part("teacher", **first))
+        teacher = MaskedLM(encoder.network).to(state.device)
+        seconds = self.pretrain(teacher, opened) if self.teacher_steps else None
 
         results = Results("distilbert", "masked_nll", False, f"{len(held):,} pieces of held-out text")
 
-        def add(role: Role, network: masked.MaskedLM, seconds: float | None = None, seed: int | None = None) -> None:
+        def add(role: Role, network: MaskedLM, seconds: float | None = None, seed: int | None = None) -> None:
             if self.dry_run:
                 return
-            figures = masked.told_right(network, held, masking)
-            name = encoders.shape(network.network)
+            figures = told_right(network, held, masking)
+            name = shape(network.network)
             results.rows.append(Row(role, name, figures, count_parameters(network), seconds, seed))
 
         add("teacher", teacher, seconds)
         weights = (self.temperature, self.kl_weight, self.mlm_weight, self.cosine_weight)
-        lessons = {"control": plain, "student": DistilBert(masking, *weights, self.kl_on)}
+        lessons = {"control": MaskedModelling(masking), "student": DistilBert(masking, *weights, self.kl_on)}
         for seed in self.seeds:
             add("before", self._begin(teacher, kept, seed), seed=seed)
             for role, lesson in lessons.items():
@@ -194,9 +172,9 @@ class DistilBertConfig(BaselineConfig):
             raise InputError(f"layers: got {kept}; allowed: rising numbers from 0 to {count - 1}, the teacher's")
         return kept
 
-    def _begin(self, teacher: masked.MaskedLM, kept: list[int], seed: int) -> masked.MaskedLM:
+    def _begin(self, teacher: MaskedLM, kept: list[int], seed: int) -> MaskedLM:
         student = copy_layers(teacher.network, kept)
         if self.init == "random":
             torch.manual_seed(seed)
             student = type(student)(student.config)
-        return masked.MaskedLM(student).to(next(teacher.parameters()).device)
+        return MaskedLM(student).to(next(teacher.parameters()).device)

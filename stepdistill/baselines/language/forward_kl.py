@@ -46,9 +46,8 @@ class ForwardKL(Lesson):
 class ForwardKLConfig(DecoderConfig):
     """Flags of `forward_kl`.
 
-    GPT-2-Medium to GPT-2 on WikiText-2: train_scripts/configs/baselines/gpt2_lab.yaml. Qwen2.5-1.5B to 0.5B:
-    --teacher Qwen/Qwen2.5-1.5B --student Qwen/Qwen2.5-0.5B --data wikitext --block 512 --mixed-precision bf16. Llama 3:
-    --teacher meta-llama/Llama-3.2-3B --student meta-llama/Llama-3.2-1B.
+    The defaults are for tiny models. For real ones: train_scripts/configs/baselines/gpt2_lab.yaml, GPT-2-Medium to
+    GPT-2 on WikiText-2, and qwen_lab.yaml, Qwen2.5-1.5B to 0.5B or Llama-3.2-3B to 1B on WikiText-103.
     """
 
     out: Path = Path("out/forward_kl")

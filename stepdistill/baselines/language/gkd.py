@@ -68,10 +68,8 @@ class GKD(Lesson):
 class GKDConfig(DecoderConfig):
     """Flags of `gkd`.
 
-    Full recipes: --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-0.5B-Instruct --data prompts.jsonl --block
-    768 --prompt 256 --learning-rate 1e-5 --mixed-precision bf16, with prompts without completions answered by the
-    teacher first, for the control; or --teacher openai-community/gpt2-medium --student openai-community/gpt2 --data
-    wikitext.
+    The defaults are for tiny models. For real ones: train_scripts/configs/baselines/gkd_qwen.yaml, Qwen2.5-7B-Instruct
+    to 0.5B-Instruct on prompts, which the teacher answers first; gpt2_lab.yaml and qwen_lab.yaml, on text.
     """
 
     out: Path = Path("out/gkd")

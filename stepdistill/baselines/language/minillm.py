@@ -122,9 +122,8 @@ class MiniLLM(Lesson):
 class MiniLLMConfig(DecoderConfig):
     """Flags of `minillm`.
 
-    As in the paper, for a student fine-tuned on the text first, such as the control of a forward_kl run: --teacher
-    openai-community/gpt2-xl --student out/forward_kl/control-0/model --data dolly.jsonl --block 512 --prompt 256
-    --learning-rate 5e-6; Qwen2.5 and Llama 3 likewise.
+    The defaults are for tiny models. For real ones: train_scripts/configs/baselines/gpt2_dolly.yaml, GPT-2-XL to GPT-2
+    on instructions, both fine-tuned on these first, as in the paper; gpt2_lab.yaml and qwen_lab.yaml, on text.
     """
 
     out: Path = Path("out/minillm")

@@ -33,7 +33,8 @@ class MinitronConfig(ForwardKLConfig):
     out: Path = Path("out/minitron")
     """Output folder. Run the same command again to resume."""
     student: str = "prune:layers=0.25,neurons=0.25"
-    """prune: and the shares to remove of layers, heads, channels and neurons (the MLPs' width)."""
+    """prune: and the shares to remove of layers, heads, channels and neurons (the MLPs' width). Of 1,024 channels or
+    neurons and more, a multiple of 64 stays."""
     soft_weight: float = 1.0
     """Weight of T² times the divergence from the teacher; the paper needs no other loss."""
     hard_weight: float = 0.0

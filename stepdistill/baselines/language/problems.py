@@ -17,8 +17,9 @@ from stepdistill.baselines.language.texts import held_apart, read_file, read_tab
 from stepdistill.errors import InputError
 
 KINDS = "addition, a .jsonl file, or a datasets name (owner/name:config)"
+ROWS = "a prompt, which is text, and an answer, text or a number, per line"
 OPEN, CLOSE = "<think>", "</think>"  # around reasoning
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)")
 _AROUND = re.compile(r"\\text\{[^{}]*\}|\\[,!;: ]|\\(?=[$%])")  # what LaTeX has around a number
 
 
@@ -58,9 +59,9 @@ def open_problems(
 def _file(path: Path) -> list[Problem]:
     def parse(text: str) -> list[Problem]:
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        return [Problem(row["prompt"], str(row["answer"])) for row in rows]
+        return [_problem(row["prompt"], row["answer"]) for row in rows]
 
-    return read_file(path, parse, "--task", "lines with prompt and answer")
+    return read_file(path, parse, "--task", ROWS)
 
 
 def _dataset(spec: str, split: str) -> list[Problem]:
@@ -69,43 +70,68 @@ def _dataset(spec: str, split: str) -> list[Problem]:
     if asked is None or "answer" not in rows.column_names:
         got = ", ".join(rows.column_names)
         raise InputError(f"--task: got {spec} with columns {got}; allowed: question, problem or prompt, and answer")
-    return [Problem(row[asked], str(row["answer"])) for row in rows]
+    try:
+        return [_problem(row[asked], row["answer"]) for row in rows]
+    except TypeError as error:
+        raise InputError(f"--task: got {spec}, which cannot be read ({error}); allowed: {ROWS}") from error
 
 
-def final_answer(text: str) -> str | None:
-    r"""The final answer of a text: after its reasoning the last \boxed{}, else the last number, else the last line.
-
-    None if reasoning is opened but not closed, or nothing follows it.
-    """
-    if OPEN in text and CLOSE not in text:
-        return None
-    told = text.rpartition(CLOSE)[2].strip()
-    if (at := told.rfind(r"\boxed{")) >= 0:
-        depth, begin = 0, at + len(r"\boxed")
-        for i, sign in enumerate(told[begin:], begin):
-            depth += (sign == "{") - (sign == "}")
-            if not depth:
-                return told[begin + 1 : i].strip()
-        return None
-    if numbers := _NUMBER.findall(told):
-        return numbers[-1]
-    return told.splitlines()[-1].strip() if told else None
-
-
-def bare_answer(answer: str) -> str:
-    """The final answer of a reference answer, without its derivation; unchanged if none is found."""
-    return final_answer(answer) or answer
+def _problem(prompt: object, answer: object) -> Problem:
+    """Raises TypeError unless the prompt is text and the answer is text or a number."""
+    if not isinstance(prompt, str):
+        raise TypeError(f"{json.dumps(prompt)} is no prompt")
+    if not isinstance(answer, str | int | float) or isinstance(answer, bool):
+        raise TypeError(f"{json.dumps(answer)} is no answer")
+    return Problem(prompt, str(answer))
 
 
 def right(text: str, answer: str) -> bool:
-    """Whether a text's final answer is an answer: compared as numbers if both are, else as words, ignoring case."""
-    found = final_answer(text)
-    return found is not None and _plain(found) == _plain(bare_answer(answer))
+    r"""Whether a text's final answer is that of a reference.
+
+    It follows the reasoning and is what the last \boxed{} holds. Without one, it is the last number, if the reference
+    is a number, or the last line, of what follows the last #### or of all. Numbers are compared by value, others as
+    words, ignoring case.
+    """
+    told = text.rpartition(CLOSE)[2].strip()
+    if not told or (OPEN in text and CLOSE not in text):  # nothing is told, or the reasoning was cut
+        return False
+    wanted, found = bare_answer(answer), _boxed(told)
+    value = _number(wanted)
+    if found is None:
+        ends = (str.splitlines if value is None else _NUMBER.findall)(_end(told))
+        found = ends[-1] if ends else ""
+    return _words(found) == _words(wanted) if value is None else _number(found) == value
 
 
-def _plain(answer: str) -> Decimal | str:
-    bare = _AROUND.sub("", answer).strip().strip("$.% ").replace(",", "")
+def bare_answer(answer: str) -> str:
+    r"""A reference answer without its derivation: what its last \boxed{} holds, or follows its last ####; else all."""
+    return _boxed(answer) or _end(answer)
+
+
+def _end(text: str) -> str:
+    return text.rpartition("####")[2].strip()
+
+
+def _boxed(text: str) -> str | None:
+    r"""What the last \boxed{} holds; empty if it is never closed, None if there is none."""
+    if (at := text.rfind(r"\boxed{")) < 0:
+        return None
+    depth, begin = 0, at + len(r"\boxed")
+    for i, sign in enumerate(text[begin:], begin):
+        depth += (sign == "{") - (sign == "}")
+        if not depth:
+            return text[begin + 1 : i].strip()
+    return ""
+
+
+def _number(text: str) -> Decimal | None:
+    """The value of a text that is one number, with its unit if LaTeX marks it as text; else None."""
+    bare = _AROUND.sub("", text).strip().lstrip("$ ").rstrip("$.% ").replace(",", "")
     try:
-        return Decimal(bare)
+        return Decimal(bare) if bare[-1:].isdigit() else None  # not inf or nan
     except InvalidOperation:
-        return " ".join(answer.lower().split())
+        return None
+
+
+def _words(text: str) -> list[str]:
+    return text.lower().split()

@@ -16,7 +16,7 @@ from stepdistill.baselines.language import losses, measure
 from stepdistill.baselines.language.corpus import Corpus, CorpusConfig
 from stepdistill.baselines.language.models import TINY, Decoder, check_length, logits, open_decoder
 from stepdistill.baselines.language.prune import pruned
-from stepdistill.baselines.language.students import make_student, without_dropout
+from stepdistill.baselines.language.students import TINY_RATE, check_rate, make_student, without_dropout
 from stepdistill.baselines.language.texts import Pair, joined, open_texts
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.files import replacing
@@ -65,8 +65,9 @@ class DecoderConfig(CorpusConfig):
 
     max_train_steps: int = 600
     """Updates of student and control."""
-    learning_rate: float = 2e-3
-    """Peak learning rate. The default is for tiny models; pretrained ones take 1e-5 to 5e-4."""
+    learning_rate: float = TINY_RATE
+    """Peak learning rate. The default is for tiny models; a pretrained student is refused with it and takes 1e-5 to
+    5e-4."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate schedule after the warm-up."""
     weight_decay: float = 0.01
@@ -75,6 +76,7 @@ class DecoderConfig(CorpusConfig):
     """Updates over which the learning rate rises."""
 
     NAME: ClassVar[str] = ""  # in BASELINES
+    FREE: ClassVar[frozenset[str]] = CorpusConfig.FREE | {"seeds"}  # no part depends on the others' seeds
     UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {"teacher": ("student",)}
 
     def lesson(self, teacher: Decoder, corpus: Corpus) -> Lesson:
@@ -106,12 +108,16 @@ class DecoderConfig(CorpusConfig):
         self.require("teacher_steps", least=1)
         self.require("correction_steps", least=0)
         self.require("teacher_learning_rate", above=0, fix="leave it out for the student's")
+        check_rate("learning_rate", self.learning_rate, self.student, self.teacher)
+        if self.correction_steps:
+            rate = self.teacher_learning_rate or self.learning_rate
+            check_rate("teacher_learning_rate", rate, self.teacher, self.teacher)
 
     @property
     def shared(self) -> DecoderConfig:
         """The flags that teacher and controls depend on, and no others."""
         names = [field.name for field in dataclasses.fields(DecoderConfig)]
-        changes = {"out": self.beside or self.out, "beside": None, "config": None, "seeds": (), "quick": False}
+        changes = {"out": self.beside or self.out, "beside": None, "config": None, "quick": False}
         return DecoderConfig(**{name: getattr(self, name) for name in names} | changes)
 
     def run(self) -> Results:

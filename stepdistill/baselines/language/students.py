@@ -17,12 +17,29 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from stepdistill.baselines.language.models import Decoder, open_decoder
+from stepdistill.baselines.language.models import TINY, Decoder, open_decoder
 from stepdistill.baselines.language.vocabulary import match_vocabulary
 from stepdistill.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+TINY_RATE = 2e-3  # peak learning rate of tiny models, which start at random
+
+
+def check_rate(flag: str, rate: float, student: str, teacher: str) -> None:
+    """Raises InputError if this learning rate is one for tiny models, and a student's weights come from a training.
+
+    Args:
+        flag: for the message. student, teacher: their specs.
+    """
+    kind = student.partition(":")[0]
+    start = teacher if kind in ("layers", "prune") else student
+    if rate >= TINY_RATE and kind != "config" and start not in TINY:
+        raise InputError(
+            f"{flag}: got {rate:g} for {start}, which is pretrained; allowed: below {TINY_RATE:g}, which is for tiny "
+            f"models; give --{flag.replace('_', '-')}, 1e-5 to 5e-4 as a rule"
+        )
 
 
 def make_student(spec: str, teacher: Decoder, *, seed: int = 0) -> PreTrainedModel:

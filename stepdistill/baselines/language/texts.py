@@ -62,6 +62,17 @@ def open_texts(spec: str, split: str, *, test: str | None = None) -> list[str] |
     return found
 
 
+def check_kinds(train: Sequence[str | Pair], test: Sequence[str | Pair]) -> None:
+    """Raises InputError if some of a run's texts are plain and others are prompts."""
+    pairs = [sum(isinstance(text, Pair) for text in part) for part in (train, test)]
+    plain = [len(part) - count for part, count in zip((train, test), pairs, strict=True)]
+    if any(pairs) and any(plain):
+        raise InputError(
+            f"data: got {pairs[0]:,} prompts and {plain[0]:,} texts to train on, and held out {pairs[1]:,} and "
+            f"{plain[1]:,}; allowed: all prompts, or all texts; mend the files of --data and --test"
+        )
+
+
 def joined(texts: Sequence[str | Pair]) -> list[str]:
     """Texts as strings; of a pair, the prompt followed by its completion, if it has one."""
     return [f"{text.prompt}{text.completion or ''}" if isinstance(text, Pair) else text for text in texts]

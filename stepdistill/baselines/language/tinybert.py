@@ -10,19 +10,18 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from stepdistill.baselines.base import BaselineConfig, Pupils, learn
-from stepdistill.baselines.language import encoders, masked
+from stepdistill.baselines.base import Pupils, learn
+from stepdistill.baselines.language.encoder_run import EncoderConfig, Opened
+from stepdistill.baselines.language.encoders import MaskedLM, shape
 from stepdistill.baselines.language.labelled import Classifier, Classify, Labelled, open_task, told_class
 from stepdistill.baselines.language.layers import Answers, Layers, Projections
-from stepdistill.baselines.language.masked import Lines, MaskedLM, MaskedModelling, Masking
-from stepdistill.baselines.language.models import check_length
+from stepdistill.baselines.language.masked import Lines, MaskedModelling
 from stepdistill.baselines.language.run import save
 from stepdistill.baselines.language.students import plain
-from stepdistill.baselines.language.texts import joined, open_texts
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.errors import InputError
 
@@ -31,25 +30,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TinyBertConfig(BaselineConfig):
+class TinyBertConfig(EncoderConfig):
     """Flags of `tinybert`. For BERT itself: train_scripts/configs/baselines/tinybert_bert.yaml. The paper's third part,
-    task texts augmented by masked words, is omitted; `labelled` serves its purpose, texts without a known class."""
+    task texts augmented by masked words, is omitted; `labelled` serves its purpose, texts without a known class.
+
+    --teacher-steps are those of a tiny teacher; others come pretrained.
+    """
 
     out: Path = Path("out/tinybert")
     """Output folder. Run the same command again to resume."""
-    teacher: str = "tiny"
-    """An encoder: tiny, minilm, or a folder or hub id of a BERT or RoBERTa."""
-    teacher_steps: int = 1000
-    """Updates by which a tiny teacher first learns to predict masked tokens; others come pretrained."""
-    teacher_learning_rate: float = 3e-3
-    """Peak learning rate of these."""
-    data: str = "avatars"
-    """Text of the first stage: avatars (captions), a .txt or .jsonl file, wikitext, or a `datasets` name."""
-    limit: int | None = 4000
-    """Pieces of that text at most; None for all."""
-    length: int = 64
-    """Tokens of a piece of text, special ones included."""
-
     task: str = "avatars"
     """Task of the second stage: avatars, a .tsv file of class and text, or a `datasets` name with label and text."""
     task_test: str | None = None
@@ -84,16 +73,8 @@ class TinyBertConfig(BaselineConfig):
 
     max_train_steps: int = 300
     """Updates of the second stage's second part: the teacher's answers."""
-    batch_size: int = 32
-    """Texts per process in one forward."""
     learning_rate: float = 1e-3
     """Peak learning rate of each stage."""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
-    """Learning rate schedule after the warm-up."""
-    lr_warmup: int = 20
-    """Updates over which the learning rate rises."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay, as in AdamW."""
 
     QUICK: ClassVar[Mapping[str, object]] = {
         "limit": 1000, "task_limit": 300, "teacher_steps": 250, "task_steps": 60, "general_steps": 60,
@@ -113,9 +94,8 @@ class TinyBertConfig(BaselineConfig):
         """See LoopConfig.check."""
         super().check()
         self.require("layers", "width", "intermediate", "general_steps", "intermediate_steps", "task_steps",
-                     "teacher_steps", "held_out", "limit", "task_limit", "labelled", least=1)  # fmt: skip
+                     "teacher_steps", "held_out", "task_limit", "labelled", least=1)  # fmt: skip
         self.require("temperature", above=0, fix="try 1")
-        self.require("length", least=4)
 
     def run(self) -> Results:
         """Trains the teacher and its task classifier; then a control and a student for each seed, stage by stage."""
@@ -124,22 +104,14 @@ class TinyBertConfig(BaselineConfig):
         from stepdistill.training.processes import on_cpu
 
         self.check()
-        texts = joined(open_texts(self.data, "train"))
-        encoder = encoders.open_encoder(self.teacher, texts, seed=self.seed)
-        check_length(encoder.network, self.length, "length")
-        self._small(encoder.network, self.seed)
-        tokenizer, teacher = encoder.tokenizer, encoder.network
-        text = masked.cut_lines(texts, tokenizer, self.length, self.limit)
+        opened = self.open(mask_rate=0.15)
+        tokenizer, teacher, text = opened.teacher.tokenizer, opened.teacher.network, opened.text
+        self._small(teacher, self.seed)
         sizes = {"limit": self.task_limit, "held_out": self.held_out}
         task, held = open_task(self.task, tokenizer, self.length, label=self.label, test=self.task_test,
                                seed=self.seed, **sizes)  # fmt: skip
         known = task.spread(self.labelled)
-        masking = Masking.of(tokenizer, teacher.config.vocab_size, self.length, 0.15)
-        spent = 0.0
-        if encoder.untrained == "all":
-            first = {"max_train_steps": self.teacher_steps, "learning_rate": self.teacher_learning_rate}
-            models = Pupils(MaskedLM(teacher))
-            spent += learn(MaskedModelling(masking), models, text, self.part("teacher", **first))
+        spent = self.pretrain(MaskedLM(teacher), opened) if opened.teacher.untrained == "all" else 0.0
         torch.manual_seed(self.seed)
         tutor = Classifier(copy.deepcopy(teacher.base_model), len(task.classes))
         part = self.part("task", max_train_steps=self.task_steps, learning_rate=self.task_learning_rate)
@@ -150,26 +122,24 @@ class TinyBertConfig(BaselineConfig):
 
         def add(role: Role, network: Classifier, seconds: float, seed: int | None = None) -> None:
             if not self.dry_run:
-                name, figures = encoders.shape(network.body), told_class(network, held)
+                name, figures = shape(network.body), told_class(network, held)
                 results.rows.append(Row(role, name, figures, count_parameters(network), seconds, seed))
 
         add("teacher", tutor, spent)
         for seed in self.seeds:
-            add("control", *self._control(teacher, masking, text, known, seed), seed)
+            add("control", *self._control(opened, known, seed), seed)
             student, seconds = self._student(teacher, tutor, text, task, seed)
             add("student", student, seconds, seed)
             if not self.dry_run and PartialState(cpu=on_cpu()).is_main_process:
                 save(student.body, tokenizer, self.out / f"student-{seed}" / "model")
         return results
 
-    def _control(
-        self, teacher: PreTrainedModel, masking: Masking, text: Lines, known: Labelled, seed: int
-    ) -> tuple[Classifier, float]:
+    def _control(self, opened: Opened, known: Labelled, seed: int) -> tuple[Classifier, float]:
         """As large as the student and trained for as long: on masked tokens of the text, then on the task's classes."""
-        small = self._small(teacher, seed)
+        small = self._small(opened.teacher.network, seed)
         control = Classifier(small.base_model, len(known.classes))
         part = self.part(f"control-{seed}/text", seed=seed, max_train_steps=self.general_steps)
-        seconds = learn(MaskedModelling(masking), Pupils(MaskedLM(small)), text, part)
+        seconds = learn(MaskedModelling(opened.masking), Pupils(MaskedLM(small)), opened.text, part)
         steps = self.intermediate_steps + self.max_train_steps
         part = self.part(f"control-{seed}/task", seed=seed, max_train_steps=steps)
         return control, seconds + learn(Classify(), Pupils(control), known, part)
