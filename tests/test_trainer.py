@@ -319,6 +319,16 @@ def bad(tmp_path_factory, pictures, pipelines) -> dict[str, Path]:
         (["--target-modules", "to_q", "to_z"], "target modules: got to_z, which match no layer; allowed: endings such"),
         (["--out", "{taken}"], "--out: got {taken}, which holds a run with "),
     ],
+def test_a_checkpoint_is_written_from_the_tensors_themselves_and_of_a_view_only_its_own_part(tmp_path):
+    whole, tensors = torch.arange(6.0), {}
+    checkpoint.flatten({"whole": whole, "part": whole[2:4]}, "s", tensors)
+    assert tensors["s.whole"].data_ptr() == whole.data_ptr()
+    assert tensors["s.part"].untyped_storage().nbytes() == 8
+    checkpoint.save(tmp_path, 1, {"whole": whole, "part": whole[2:4]})
+    state = checkpoint.load_latest(tmp_path)[1]
+    assert state["whole"].tolist() == [0, 1, 2, 3, 4, 5] and state["part"].tolist() == [2, 3]
+
+
     ids=lambda value: value[0].strip("-") + value[1].strip("{}") if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_line_and_exit_2(tmp_path, pipelines, pictures, bad, flags, message):
