@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -24,8 +26,9 @@ from stepdistill.evaluation.places import check_lora
 from stepdistill.evaluation.spec import parse
 from stepdistill.export.adapters import trained_weights
 from stepdistill.export.lora import LORA_FILE
+from stepdistill.training import progressive
 from stepdistill.training.progressive import ProgressiveConfig, distil_chain, open_stage
-from stepdistill.training.trainer import build_models
+from stepdistill.training.trainer import Trainer, build_models
 from stepdistill.training.validation import evaluating
 
 SCRIPT = Path(__file__).parent.parent / "train_scripts" / "train_progressive.py"
@@ -93,7 +96,7 @@ def handed_on(config: ProgressiveConfig, steps: int):
     kind = "v" if "sd-" in str(config.out) else "flow"
     teacher, start = open_stage(config.run(1), "cpu", config.target(steps), kind)
     assert teacher.denoiser.kind == kind
-    return teacher, build_models(config.method(), teacher, config, start)
+    return teacher, build_models(config.method(), teacher, config, {}, start)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -198,6 +201,28 @@ def same(a: Path, b: Path, steps: tuple[int, ...] = (4, 2, 1)) -> bool:
     """Whether two chains' LoRAs are bit-identical."""
     pairs = [(load_file(a / f"steps-{n}" / LORA_FILE), load_file(b / f"steps-{n}" / LORA_FILE)) for n in steps]
     return all(x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x, y in pairs)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_the_networks_of_a_stage_are_gone_when_the_next_opens(chains, tmp_path, monkeypatch, lora):
+    """Without waiting for Python's collector, which does not know how much memory they hold."""
+    built, alive = [], []
+    own = Trainer.__init__
+
+    def build(self, *args, **options):
+        own(self, *args, **options)
+        built.extend(weakref.ref(network) for network in (self.backbone, self.models.teacher.backbone))
+
+    monkeypatch.setattr(Trainer, "__init__", build)
+    monkeypatch.setattr(
+        progressive, "open_stage", lambda *rest: alive.append([r() is not None for r in built]) or open_stage(*rest)
+    )
+    gc.disable()
+    try:
+        distil_chain(config_at(chains[0]["sd-lora"], out=tmp_path / "out", lora=lora, end_steps=2))
+    finally:
+        gc.enable()
+    assert alive == [[], [False, False]]
 
 
 def test_a_dry_run_does_one_update_and_leaves_nothing(chains, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ RUNS = {
     "ladd of sd3": ("train_ladd", "sd3", ("--gradient-checkpointing",)),
     "ladd of pixart": ("train_ladd", "pixart", ()),
     "full ladd of sd3": ("train_ladd", "sd3", ("--no-lora", "--gradient-checkpointing", "--export-ema", "0.5")),
+    "ladd of a deep unet": ("train_ladd", "sd", ("--blocks", "down_blocks.1.attentions.1", "up_blocks.1.attentions.2")),
 }
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 DIVIDED = """
@@ -59,11 +61,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_divided_weights_give_the_losses_and_the_export_of_whole_ones(tmp_path, pictures, monkeypatch, name):
     """Adam's epsilon is raised: if a gradient is pure rounding error, Adam takes full steps of its sign."""
     script, teacher, flags = RUNS[name]
+    options = {"unet_options": tiny.DEEP} if "deep" in name else {}
     checked = tmp_path / "checked.py"  # the script, which first checks that the weights are sharded
     checked.write_text(
         f"{DIVIDED}\nimport runpy\nrunpy.run_path({str(SCRIPTS / script)!r} + '.py', run_name='__main__')"
     )
-    folder = str(tiny.save(tmp_path / "teacher", teacher))
+    folder = str(tiny.save(tmp_path / "teacher", teacher, **options))
     words = [
         "--teacher", folder, "--data", pictures, "--rank", "2", "--log-every", "1", "--max-train-steps",
         "4", "--adam-epsilon", "1e-3", "--learning-rate", "1e-3", *flags,
@@ -120,6 +123,15 @@ def test_what_cannot_be_divided_is_refused(monkeypatch, told, lora, message):
         sharding.check(LCMConfig(teacher="", out=Path(), lora=lora, mixed_precision="fp16"))
 
 
+def test_every_process_loads_its_own_text_encoders(monkeypatch):
+    """transformers gives a process other than a machine's first no weights if both of these are set."""
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    for key, value in FSDP.items():
+        monkeypatch.setenv(key, value)
+    assert sharding.check(LCMConfig(teacher="", out=Path()))
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+
+
 def test_nothing_is_divided_unasked(monkeypatch):
     for key in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         monkeypatch.delenv(key, raising=False)
@@ -136,3 +148,4 @@ def test_the_shipped_launcher_settings_are_accelerates_own_and_ask_for_what_they
     assert (one.num_processes, eight.num_processes, fsdp.num_processes) == (1, 8, 8)
     assert [c.distributed_type.value for c in (one, eight, fsdp)] == ["NO", "MULTI_GPU", "FSDP"]
     assert fsdp.fsdp_config["fsdp_version"] == 2
+    assert fsdp.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False

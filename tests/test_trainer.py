@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stepdistill.data.cache import open_data
-from stepdistill.denoiser.load import load_teacher
+from stepdistill.denoiser.load import load_teacher, move_coders
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock
-from stepdistill.training import checkpoint
+from stepdistill.training import checkpoint, processes
 from stepdistill.training.folder import claim
+from stepdistill.training.ladd import LADDConfig
 from stepdistill.training.lcm import LCMConfig
 from stepdistill.training.optim import learning_rate_at
 from stepdistill.training.order import sample_indices
@@ -56,6 +58,20 @@ def command(out: Path, teacher: str, data: str, *more: str) -> list[str]:
     return [sys.executable, str(SCRIPT), "--teacher", teacher, "--data", data, "--out", str(out), *FLAGS, *more]
 
 
+TOLD = """
+import datetime, runpy, signal, torch
+from stepdistill.training import trainer
+
+own = trainer.Trainer.step
+def step(self):
+    patience = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    assert patience == datetime.timedelta(hours=6), patience
+    if self.update == 1 and self.accelerator.process_index == 1:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    return own(self)
+trainer.Trainer.step = step
+"""
 KILLED = """
 import os, runpy, signal, sys
 place, left, script = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -125,6 +141,57 @@ def in_two_processes(words: list[str]) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*launcher, *words[1:]], env=environment(), check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_of_two_processes_one_is_told_to_stop_twice_and_both_save_at_once(tmp_path, pipelines, pictures):
+    """A scheduler sends the signal, and so does torchrun, which kills half a minute later; logs are far apart here."""
+    script = tmp_path / "told.py"
+    script.write_text(TOLD + f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')")
+    out = tmp_path / "out"
+    words = [sys.executable, str(script), *command(out, pipelines["sd"], pictures, "--log-every", "9")[2:]]
+    with pytest.raises(AssertionError):  # torchrun's own exit code
+        in_two_processes(words)
+    assert [folder.name for folder in out.glob("checkpoints/*")] == ["step-00000002"]
+
+
+@pytest.mark.parametrize(("name", "other"), [("update", 2), ("data", "another")])
+def test_processes_that_do_not_share_a_disk_are_refused(tmp_path, pipelines, pictures, monkeypatch, name, other):
+    run = trainer(tmp_path / "run", pipelines["sd"], pictures)
+    own = {"update": 0, "data": run.data.key}
+    monkeypatch.setattr(processes, "gather_object", lambda told: [*told, told[0] | {name: other}])
+    line = rf"processes: got {name} {own[name]} in one and {other} in another; allowed: the same in all; give all .*"
+    with pytest.raises(InputError, match=line):
+        run.fit()
+    assert run.update == 0
+
+
+def test_no_casts_of_weights_are_kept_and_the_others_wait_for_hours(tmp_path, pipelines, pictures):
+    """Autocast's cache would hold a copy of every weight until the network's call ends."""
+    run = trainer(tmp_path / "run", pipelines["sd"], pictures, mixed_precision="bf16")
+    seen = []
+    block = run.backbone.up_blocks[0]
+    block.register_forward_hook(
+        lambda *_: seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+    )
+    run.step()
+    assert set(seen) == {(True, False)}
+    assert run.accelerator.init_handler.timeout == timedelta(hours=6)
+
+
+def test_no_text_is_encoded_once_the_text_encoders_have_left_the_device(tmp_path, pipelines, pictures, monkeypatch):
+    """On the CPU a large one takes minutes."""
+
+    def moved(teacher, device):
+        move_coders(teacher, device)
+        monkeypatch.setattr(teacher.conditioner, "encode", lambda *_, **__: pytest.fail("encoded on the CPU"))
+
+    monkeypatch.setattr("stepdistill.training.trainer.move_coders", moved)
+    config = LADDConfig(
+        teacher=pipelines["sd"], data=pictures, out=tmp_path, batch_size=2, rank=2, max_train_steps=1, validate_every=1
+    )
+    teacher = load_teacher(pipelines["sd"])
+    Trainer(config.method(), teacher, open_data(pictures, teacher), config).fit()
+    assert (tmp_path / "validation" / "00000001.png").exists()
 
 
 def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(tmp_path, pipelines, pictures):
@@ -250,6 +317,16 @@ def test_a_finished_run_is_not_run_again(tmp_path, pipelines, pictures, capsys):
     export = trainer(tmp_path / "run", pipelines["sd"], pictures).fit()
     assert trainer(tmp_path / "run", pipelines["sd"], pictures).fit() == export
     assert "already done" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_written_from_the_tensors_themselves_and_of_a_view_only_its_own_part(tmp_path):
+    whole, tensors = torch.arange(6.0), {}
+    checkpoint.flatten({"whole": whole, "part": whole[2:4]}, "s", tensors)
+    assert tensors["s.whole"].data_ptr() == whole.data_ptr()
+    assert tensors["s.part"].untyped_storage().nbytes() == 8
+    checkpoint.save(tmp_path, 1, {"whole": whole, "part": whole[2:4]})
+    state = checkpoint.load_latest(tmp_path)[1]
+    assert state["whole"].tolist() == [0, 1, 2, 3, 4, 5] and state["part"].tolist() == [2, 3]
 
 
 def test_a_truncated_checkpoint_is_passed_over(tmp_path):

@@ -22,9 +22,12 @@ KEEP = 2
 
 
 def flatten(tree: object, prefix: str, tensors: dict[str, Tensor]) -> object:
-    """Moves the tensors of nested dictionaries and lists into `tensors`; returns the rest with names in their place."""
+    """Moves the tensors of nested dictionaries and lists into `tensors`, those on the CPU without a copy; returns the
+    rest with names in their place."""
     if isinstance(tree, Tensor):
-        tensors[prefix] = tree.detach().cpu().contiguous().clone()
+        whole = tree.detach().cpu().contiguous()
+        part = whole.untyped_storage().nbytes() > whole.nbytes  # of a tensor that another may be part of, too
+        tensors[prefix] = whole.clone() if part else whole
         return {"tensor": prefix}
     if isinstance(tree, dict):
         return {"dict": [[k, flatten(v, f"{prefix}.{k}", tensors)] for k, v in tree.items()]}

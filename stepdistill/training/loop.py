@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -30,7 +31,7 @@ from stepdistill.training import checkpoint, folder, sharding, trackers
 from stepdistill.training.averages import Averages
 from stepdistill.training.config import LoopConfig
 from stepdistill.training.optim import build_optimizer, learning_rate_at
-from stepdistill.training.processes import StopSignal, on_cpu, room
+from stepdistill.training.processes import PATIENCE, StopSignal, agree, on_cpu, room
 
 
 class Learned(Protocol):
@@ -86,10 +87,13 @@ class Loop:
         self.method, self.config = method, config
         self.out = Path(config.out)
         AcceleratorState._reset_state()  # a second run in one process may have another precision
+        # autocast's cache would keep casts of all weights, whole where these are sharded, until a call ends
+        handlers = [AutocastKwargs(cache_enabled=False), InitProcessGroupKwargs(timeout=PATIENCE)]
         with sharding.kept_from_accelerate():
             self.accelerator = Accelerator(
                 cpu=on_cpu(), mixed_precision=config.mixed_precision, log_with=list(config.trackers) or None,
                 gradient_accumulation_steps=config.gradient_accumulation, project_dir=self.out,
+                kwargs_handlers=handlers,
             )  # fmt: skip
         self.device = self.accelerator.device
         main = self.accelerator.is_main_process
@@ -133,6 +137,10 @@ class Loop:
     def _validate(self, metrics: trackers.Metrics) -> None:
         """Validates the student, every `validate_every` updates."""
 
+    def _facts(self) -> dict[str, object]:
+        """What must be the same in all processes before the first update, by name."""
+        return {"update": self.update}
+
     def _could_recompute(self) -> bool:
         """Whether --gradient-checkpointing would save memory."""
         return getattr(self.config, "gradient_checkpointing", None) is False
@@ -158,7 +166,7 @@ class Loop:
 
         Raises:
             InputError: the loss is not finite; the disk or the device is full; all checkpoints are broken; another
-                process trains in the same folder.
+                process trains in the same folder; the run's processes do not share one folder.
             KeyboardInterrupt: a stop signal was received; the run is saved.
         """
         if (done := folder.finished(self.config, self.target)) is not None:
@@ -175,6 +183,7 @@ class Loop:
     def _fit(self) -> Path:
         config = self.config
         self._resume()
+        agree(**self._facts())
         if config.dry_run:
             self.step()
             self.accelerator.print(json.dumps(config.record(), indent=2))
@@ -186,7 +195,7 @@ class Loop:
             disable=not self.accelerator.is_local_main_process,
         )  # fmt: skip
         with closing(metrics), StopSignal(self.accelerator) as stop, bar:
-            while self.update < config.max_train_steps and not stop.asked(agree=self.update % config.log_every == 0):
+            while self.update < config.max_train_steps and not stop.asked():
                 self.step()
                 bar.update()
                 self.seconds = before + time.time() - started
@@ -196,8 +205,9 @@ class Loop:
                     self._validate(metrics)
                 if self.update % config.checkpoint_every == 0 or self.update == config.max_train_steps:
                     self._save()
+            if self.update < config.max_train_steps:
+                self._save()
         if self.update < config.max_train_steps:
-            self._save()
             self.accelerator.print(f"stopped at update {self.update}; the same command resumes")
             raise KeyboardInterrupt
         return self._finish()

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from stepdistill.errors import InputError
+from stepdistill.evaluation.processes import PATIENCE
 from stepdistill.files import disk_full
 from stepdistill.training.sharding import YES
 
 HALF = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed-precision
+ECHO = 5.0  # seconds in which several processes may be sent one signal twice: by a scheduler, and by torchrun
 
 
 def on_cpu() -> bool:
@@ -59,13 +66,41 @@ def in_turn(file: Path) -> Iterator[None]:
         yield
 
 
+def agree(**facts: object) -> None:
+    """Checks that facts, by name, are the same in all processes. All must call it.
+
+    Raises:
+        InputError: one is not.
+    """
+    told = gather_object([facts])
+    for name in facts:
+        if len(values := dict.fromkeys(str(each[name]) for each in told)) > 1:
+            raise InputError(
+                f"processes: got {name} {' in one and '.join(values)} in another; allowed: the same in all; give all "
+                "machines one --out and one $STEPDISTILL_CACHE, on a disk that they share"
+            )
+
+
+def release() -> None:
+    """Frees networks that only reference cycles keep alive, and their memory on the device."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@functools.cache
+def _hosts() -> dist.ProcessGroup:
+    """All processes, communicating without their devices, which need not be waited for."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
 class StopSignal:
     """Context in which SIGTERM and SIGINT only set a flag, so that the update completes and the run is saved; a second
-    signal stops at once. `asked` returns whether any process has received one."""
+    signal stops at once, of several processes after ECHO seconds. `asked` returns whether any process has received one.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.seen = False
+        self.several = accelerator.num_processes > 1
+        self.seen: float | None = None
         self.previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
@@ -79,15 +114,17 @@ class StopSignal:
         self.previous = {}
 
     def _see(self, number: int, frame: FrameType | None) -> None:
-        self.seen = True
-        self.__exit__()
+        now = time.monotonic()
+        if self.seen is None:
+            self.seen = now
+        elif now - self.seen >= ECHO * self.several:
+            self.__exit__()
+            signal.raise_signal(number)
 
-    def asked(self, agree: bool) -> bool:
-        """True once a signal was received. Several processes must stop at the same update: they communicate only if
-        `agree` is set (the same for all), and continue until then."""
-        if self.accelerator.num_processes == 1:
-            return self.seen
-        if not agree:
-            return False
-        seen = torch.tensor(float(self.seen), device=self.accelerator.device)
-        return self.accelerator.reduce(seen, "sum").item() > 0
+    def asked(self) -> bool:
+        """True once a signal was received. All processes must call it before each update, to stop at the same one:
+        torchrun kills them half a minute after it sends the signal."""
+        seen = torch.tensor(float(self.seen is not None))
+        if self.several:
+            dist.all_reduce(seen, group=_hosts())
+        return seen.item() > 0

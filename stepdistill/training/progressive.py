@@ -155,6 +155,8 @@ def distil_chain(config: ProgressiveConfig) -> Path:
     Raises:
         InputError: a flag, the teacher, the data or a folder is unsuitable.
     """
+    from stepdistill.training.processes import release
+
     state = begin(config)
     for steps in (config.start_steps, *config.halvings):
         folder.claim(config.run(steps), state.num_processes, write=False)
@@ -178,6 +180,7 @@ def distil_chain(config: ProgressiveConfig) -> Path:
             if folder.finished(run, target) is None:
                 state.print(f"{method.stage}: {target}")
                 _train(method, run, target, data, state.device, previous, method.student_kind(kind))
+                release()
             if config.dry_run:
                 break
             if state.is_main_process:  # the next stage reads the export alone
@@ -199,7 +202,7 @@ def _train(
     from stepdistill.training.trainer import Trainer, build_models
 
     teacher, start = open_stage(run, device, previous[1] if previous else None, kind)
-    models = build_models(method, teacher, run, start) if start else None
+    models = build_models(method, teacher, run, method.networks(teacher), start) if start else None
     trainer = Trainer(method, teacher, data, run, models=models, target=target)
     if previous:  # a student's time includes its chain's
         trainer.seconds = json.loads((previous[0].out / "done.json").read_text())["seconds"]

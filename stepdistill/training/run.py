@@ -44,13 +44,13 @@ def begin(config: TrainConfig):
     from accelerate import PartialState
 
     from stepdistill.training import sharding
-    from stepdistill.training.processes import on_cpu
+    from stepdistill.training.processes import PATIENCE, on_cpu
 
     config.check()
     _ = config.samples  # raises if there are none
     sharding.check(config)
     with sharding.kept_from_accelerate():
-        state = PartialState(cpu=on_cpu())
+        state = PartialState(cpu=on_cpu(), timeout=PATIENCE)
     folder.claim(config, state.num_processes, write=False)
     return state
 

@@ -52,16 +52,20 @@ def asked_for() -> bool:
 
 
 def check(config: TrainConfig) -> bool:
-    """`asked_for`, with a check of the configuration.
+    """`asked_for`, with a check of the configuration. To be called before networks are loaded: for FSDP, transformers
+    would give text encoders their weights in one process of a machine only.
 
     Raises:
         InputError: see there; or a full student's optimizer or precision does not support sharded weights.
     """
-    if asked_for() and not config.lora:
+    if not asked_for():
+        return False
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    if not config.lora:
         for name, bad, fix in (("optimizer", "adamw8bit", "adamw"), ("mixed_precision", "fp16", "bf16 or no")):
             if getattr(config, name) == bad:
                 raise InputError(f"{name}: got {bad} for a full student under FSDP2; allowed there: {fix}; or a LoRA")
-    return asked_for()
+    return True
 
 
 @contextmanager
@@ -78,8 +82,9 @@ def kept_from_accelerate() -> Iterator[None]:
 def divide(backbone: nn.Module, device: torch.device, *, adapted: bool) -> None:
     """Shards the weights of a network over all processes, in place: each of its blocks, then the rest.
 
-    Blocks are those that its class names (diffusers' `_no_split_modules`). A network on the CPU moves to the device
-    block by block, and need never be there as a whole.
+    Blocks are those that its class names (diffusers' `_no_split_modules`); of nested ones (in a UNet) the innermost. An
+    outer one's own weights would be freed after its forward, and gradients that enter inside it, as LADD's do, would
+    not gather them again. A network on the CPU moves to the device block by block, and need never be there as a whole.
 
     Args:
         adapted: the trained weights are an adapter's, and are not sharded.
@@ -89,11 +94,12 @@ def divide(backbone: nn.Module, device: torch.device, *, adapted: bool) -> None:
 
     kinds = set(getattr(backbone, "_no_split_modules", None) or ())
     blocks = [m for m in backbone.modules() if type(m).__name__ in kinds]
+    blocks = [m for m in blocks if not any(c is not m and type(c).__name__ in kinds for c in m.modules())]
     settings = {
         "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
         "ignored_params": {p for p in backbone.parameters() if adapted and p.requires_grad},
     }
-    for module in reversed(blocks):  # the innermost first
+    for module in blocks:
         fully_shard(module, **settings)
     # The rest of a trained network is freed after a call, too: the next one may have averages swapped in. That of a
     # frozen one stays, since gradients may reach it through its blocks alone, without passing through its output.

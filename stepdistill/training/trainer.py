@@ -8,7 +8,6 @@ Updates, checkpoints and logs are in loop.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -35,7 +34,8 @@ class Trainer(Loop):
     Args:
         method: the loss and its roles.
         teacher: what the student learns from. A LoRA is added to it in place; with mixed precision its backbone is
-            cast. Its text encoders and autoencoder stay on the CPU: text and latents are cached.
+            cast. Its text encoders and autoencoder move to the CPU, and take no device memory in training: text and
+            latents are cached.
         data: a LatentCache, or anything with len, batch(indices) -> (x0, cond), uncond and captions.
         config: see TrainConfig.
         models: the networks, on their device; by default built from the teacher according to `config.lora`.
@@ -59,10 +59,14 @@ class Trainer(Loop):
         self.teacher, self.data = teacher, data
         self._target = target or self.out / "export"
         self.sharded = sharded and self.accelerator.num_processes > 1
+        # while the text encoders are where they were loaded, since one thread of a CPU takes minutes for a large one
+        networks = method.networks(teacher) if models is None else {}
+        self._shown = self._encoded()
         if teacher is not None:
             teacher.denoiser.to("cpu" if self.divided else self.device)
             move_coders(teacher, "cpu")
-        self.models = models or build_models(method, teacher, config, divide=self._divide if self.divided else None)
+        divide = self._divide if self.divided else None
+        self.models = models or build_models(method, teacher, config, networks, divide=divide)
         for module in self.models.others.values():
             module.to(self.device)
         self.backbone = self.models.student.backbone  # before it is wrapped
@@ -91,8 +95,7 @@ class Trainer(Loop):
     def _prepare(self) -> None:
         """Wraps networks and optimizers for the device, the processes and the precision.
 
-        Autocast wraps each call of a network, not the loss: it caches its casts of weights until it ends, and would
-        give the student those of the averaged weights that the target was called with.
+        Autocast wraps each call of a network, not the loss, which is computed in float32.
         """
         models = self.models
         models.student.backbone = self.accelerator.prepare_model(self.backbone, evaluation_mode=self.sharded)
@@ -104,6 +107,9 @@ class Trainer(Loop):
 
     def _wrapped(self) -> Iterable[nn.Module]:
         return self.models.student.backbone, *self.models.wrapped.values()
+
+    def _facts(self) -> dict[str, object]:
+        return super()._facts() | {"data": getattr(self.data, "key", None)}
 
     def _before_step(self, role: str) -> None:
         if self.sharded and not self.divided and role == "student":  # FSDP averages what is sharded
@@ -138,16 +144,17 @@ class Trainer(Loop):
             metrics.picture(self.update, "validation", picture)
         self.accelerator.wait_for_everyone()
 
-    @cached_property
-    def _shown(self) -> tuple[Cond, int]:
-        """The conditions of the validation prompts, and their number."""
+    def _encoded(self) -> tuple[Cond, int] | None:
+        """The conditions of the validation prompts, and their number; None in a process that generates no grid. Of
+        sharded weights, all must generate it, else only the main one."""
+        if self.teacher is None or not (self.sharded or self.accelerator.is_main_process):
+            return None
         prompts = prompts_for(self.config, self.data.captions)
-        return encoded(self.teacher, prompts), len(prompts)
+        return to(encoded(self.teacher, prompts), "cpu"), len(prompts)
 
     def _painted(self) -> Image.Image | None:
-        """The validation grid; None if the device has no room for it. Of sharded weights, all processes must generate
-        it, else only the main one."""
-        if self.teacher is None or not (self.sharded or self.accelerator.is_main_process):
+        """The validation grid; None if this process generates none, or the device has no room for it."""
+        if self._shown is None:
             return None
         try:
             with self.models.shown() as student:
@@ -180,17 +187,18 @@ class Trainer(Loop):
 
 
 def build_models(
-    method: Method, teacher: Teacher, config: TrainConfig, start: dict[str, Tensor] | None = None,
-    divide: Callable[[nn.Module], None] | None = None,
+    method: Method, teacher: Teacher, config: TrainConfig, networks: dict[str, nn.Module],
+    start: dict[str, Tensor] | None = None, divide: Callable[[nn.Module], None] | None = None,
 ) -> Models:  # fmt: skip
     """Builds the networks of a method from its teacher, with a LoRA or a full student.
 
     Args:
+        networks: the method's own, from `Method.networks`.
         start: LoRA weights that student and teacher start from; with `config.begin_with()`, only the student does.
         divide: see full_models.
     """
     common = {
-        "student_kind": method.student_kind(teacher.denoiser.kind), "others": method.networks(teacher),
+        "student_kind": method.student_kind(teacher.denoiser.kind), "others": networks,
         "target_decay": config.target_decay, "export_decay": config.export_ema, "dtype": config.half_type,
     }  # fmt: skip
     if config.lora:

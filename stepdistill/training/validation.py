@@ -57,8 +57,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def encoded(teacher: Teacher, prompts: list[str]) -> Cond:
-    """The conditions of prompts, encoded where the text encoders are: on the CPU in training, since the larger ones
-    take more memory than the training leaves."""
+    """The conditions of prompts, encoded where the text encoders are."""
     return teacher.conditioner.encode(prompts, size=teacher.image_size)
 
 
