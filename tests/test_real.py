@@ -70,6 +70,15 @@ def test_features_are_made_once_and_found_again_under_their_content(tmp_path):
         assert other.features is not None and other.extractor.net.seen > before
 
 
+def test_embeddings_are_made_again_for_another_preprocessing_of_the_same_weights(tmp_path):
+    found, seen = pictures(9, 0), []
+    for setup in ("bicubic", "bilinear", "bicubic"):
+        clip = ClipModel("pools", Pools(), None, None, (32, 32), (0.5,) * 3, (0.5,) * 3, setup=setup)
+        assert real_of(found, tmp_path, few=9, clip=clip).embeddings is not None
+        seen.append(clip.model.seen)
+    assert seen == [9, 9, 0]
+
+
 def test_which_real_pictures_are_looked_at_is_drawn_by_a_fixed_seed_and_not_by_their_order(tmp_path):
     found = pictures(300, 0)
     real = real_of(found, tmp_path, few=60)
