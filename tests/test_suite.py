@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from stepdistill import holds
+from stepdistill import embedded, holds
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.evaluation import generate, metrics, models, protocols, records, spec, suite
@@ -26,9 +26,10 @@ from stepdistill.evaluation.clip import ClipModel
 from stepdistill.evaluation.features import Extractor
 from stepdistill.evaluation.frame import Frame
 from stepdistill.evaluation.frechet import Moments, frechet_distance
-from stepdistill.evaluation.metrics import Instruments, reference_statistics
+from stepdistill.evaluation.metrics import Instruments
 from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, load_protocol
 from stepdistill.evaluation.records import FIELDS, read_rows
+from stepdistill.evaluation.reference import origin_of, reference_statistics, statistics_name
 from stepdistill.evaluation.sets import EvalSet, open_set
 from stepdistill.evaluation.spec import ModelSpec
 from stepdistill.evaluation.statistics import Origin, keep
@@ -480,14 +481,14 @@ def test_statistics_are_cached_by_content_and_rebuilt_when_damaged(pictures, tmp
     keep(kept, Moments.of(torch.rand(9, 12)), Origin("other"))  # of another protocol, under this one's name
     assert torch.equal(make().mean, first.mean) and told == [4, 2] * 3
     other = dataclasses.replace(tools.extractor, resize="bilinear")
-    assert metrics.statistics_name(other, reference, 6) != metrics.statistics_name(tools.extractor, reference, 6)
+    assert statistics_name(other, reference, 6) != statistics_name(tools.extractor, reference, 6)
 
 
 def test_shipped_statistics_of_another_protocol_are_refused(tmp_path, tools, monkeypatch):
-    monkeypatch.setattr(metrics.embedded, "path", lambda _: tmp_path)
+    monkeypatch.setattr(embedded, "path", lambda _: tmp_path)
     reference = dataclasses.replace(tools.prompts, name="avatars:train")
-    file = tmp_path / metrics.statistics_name(tools.extractor, reference, 5)
-    origin = metrics.origin_of(tools.extractor, reference, 5)
+    file = tmp_path / statistics_name(tools.extractor, reference, 5)
+    origin = origin_of(tools.extractor, reference, 5)
     keep(file, Moments.of(torch.rand(9, 12)), origin)
     with pytest.raises(InputError, match=f"got {file}, whose count is 9; allowed: 5; delete it"):
         reference_statistics(tools.extractor, reference)

@@ -200,8 +200,8 @@ class Bench:
 
     def _several(self) -> list[type[Metric]]:
         """The metrics that need several images per prompt."""
-        listed = [METRICS[name] for name in self.tools.metrics if self.tools.prompts.prompts is not None]
-        return [metric for metric in listed if metric.each > 1 and metric.fits(self.tools)]
+        listed = [METRICS[name] for name in self.tools.metrics]
+        return [metric for metric in listed if metric.each > 1 and not metric.lacks(self.tools)]
 
     def _drawer(self, series: generate.Series, steps: int, cell: Cell | None, unit: int) -> Callable[[int, int], Drawn]:
         """Returns a function that generates a batch of a series, or reads it if it was generated before."""

@@ -22,7 +22,7 @@ from stepdistill import files
 from stepdistill.errors import InputError
 from stepdistill.evaluation import arrays
 from stepdistill.evaluation.figures import Figure
-from stepdistill.evaluation.protocols import flat
+from stepdistill.evaluation.protocols import OMITTED, flat
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "timm", "stepdistill")
 KEY = ("protocol_hash", "model", "weights", "steps", "guidance", "seed")
@@ -190,7 +190,8 @@ class Book:
 def check_same_protocol(
     a: Mapping[str, Any], b: Mapping[str, Any], where_a: str, where_b: str, fix: str = "measure both by one"
 ) -> None:
-    """Checks that two rows are of the same protocol.
+    """Checks that two rows are of the same protocol. It is the same if one row lacks metrics for want of the real
+    images: the other metrics can be compared.
 
     Raises:
         InputError: their hashes differ; the message names the differences.
@@ -199,6 +200,8 @@ def check_same_protocol(
         return
     one, other = _told(a), _told(b)
     differ = [name for name in one | other if one.get(name) != other.get(name)]
+    if differ and set(differ) <= _of_omitted(one) | _of_omitted(other):
+        return
     said = ", ".join(f"{name} {_short(one.get(name))} and {_short(other.get(name))}" for name in differ)
     raise InputError(
         f"protocol: got {a.get('protocol')} ({a['protocol_hash']}) in {where_a} and {b.get('protocol')} "
@@ -214,6 +217,12 @@ def _told(row: Mapping[str, Any]) -> dict[str, Any]:
         return {"protocol": told.pop("name", None)} | told
     names = ("protocol", "n", "fd_extractor", "clip_model")
     return {name: row[name] for name in names if row.get(name) is not None}
+
+
+def _of_omitted(told: Mapping[str, Any]) -> set[str]:
+    """Returns the fields that differ only because a row lacks metrics for want of the real images."""
+    names = str(told.get(f"content.{OMITTED}", "")).split()
+    return {f"content.{OMITTED}", *(f"content.{name} revision" for name in names)} if names else set()
 
 
 def _short(value: Any) -> str:
