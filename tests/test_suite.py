@@ -27,7 +27,7 @@ from stepdistill.evaluation.features import Extractor
 from stepdistill.evaluation.frame import Frame
 from stepdistill.evaluation.frechet import Moments, frechet_distance
 from stepdistill.evaluation.metrics import Instruments
-from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, load_protocol
+from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, SamplerSpec, load_protocol
 from stepdistill.evaluation.records import FIELDS, read_rows
 from stepdistill.evaluation.reference import origin_of, reference_statistics, statistics_name
 from stepdistill.evaluation.sets import EvalSet, open_set
@@ -112,7 +112,8 @@ def test_rows_have_every_field_and_the_figures_of_a_hand_computation(base, proto
     ]
     row = results.rows[-1]
     assert set(row) == set(FIELDS) and read_rows(tmp_path / "results.jsonl") == results.rows
-    assert row["nfe"] == 4 and row["guidance"] == 2.0 and row["scheduler"] == "DDIMScheduler" and row["n"] == 5
+    assert row["nfe"] == 4 and row["guidance"] == 2.0 and row["n"] == 5
+    assert (row["scheduler"], row["spacing"]) == ("DDIMScheduler", "trailing")
     assert row["method"] == "teacher" and row["command"] == "bench it" and row["fd_extractor"] == "Pools"
     assert set(row["latency_ms"]) >= {"text", "denoiser_step", "decode", "total_p50", "total_p90"}
 
@@ -221,6 +222,21 @@ def test_what_was_measured_is_kept_where_the_timing_fails(base, protocol, tools,
     assert results.rows[-1]["fd"] > 0 and results.rows[-1]["latency_ms"] is None
     assert [(f.steps, f.reason) for f in results.failed] == [(1, "RuntimeError: out of memory")]
     assert read_rows(tmp_path / "results.jsonl") == results.rows
+
+
+def test_a_model_that_is_not_sampled_as_its_protocol_says_is_said_once(base, protocol, tools, capsys):
+    asked = dataclasses.replace(protocol, sampler=SamplerSpec("ddim", "leading"))
+    shown = dataclasses.replace(QUIET, progress=True, latency_repeats=0, floor=False)
+    ddim = ("scheduler", "ddim")
+    parts = ModelSpec(str(base), "parts", changes=((1, (ddim,)), (2, (ddim, ("guidance", 2.0)))))
+    specs = {"as-asked": str(base), "parts": parts, "other": f"{base},scheduler=euler,guidance=3"}
+    assert not suite.evaluate(specs, asked, (1, 2), settings=shown, instruments=tools).failed
+    said = [line for line in capsys.readouterr().err.splitlines() if "differs" in line]
+    assert said == [
+        "parts differs from tiny: spacing trailing instead of leading",
+        "other differs from tiny: scheduler EulerDiscreteScheduler instead of DDIMScheduler, spacing trailing instead "
+        "of leading, guidance 3 instead of 2",
+    ]
 
 
 def test_a_folder_that_another_benchmark_writes_to_is_refused(base, protocol, tools, tmp_path):

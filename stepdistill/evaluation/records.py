@@ -29,7 +29,7 @@ KEY = ("protocol_hash", "model", "weights", "steps", "guidance", "seed")
 TIMES = ("timing", "latency_ms", "latency_ms_batch", "pipeline_memory_mb")  # fields of a row with a separate key
 FIELDS = (
     "protocol", "protocol_hash", "settings", "model", "method", "teacher", "spec", "weights", "setup",
-    "steps", "nfe", "guidance", "scheduler", "sigmas", "call", "n", "seed",
+    "steps", "nfe", "guidance", "scheduler", "spacing", "sigmas", "call", "n", "seed",
     "fd", "fd_low", "fd_high", "fd_extractor", "clip_score", "clip_model", "attribute_accuracy", "metrics",
     *TIMES, "batch", "channels_last", "dtype", "device", "versions", "commit", "command", "train_seconds",
 )  # fmt: skip

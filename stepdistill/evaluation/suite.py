@@ -19,7 +19,7 @@ from typing import Any
 
 from stepdistill import holds
 from stepdistill.errors import InputError
-from stepdistill.evaluation import records
+from stepdistill.evaluation import departures, records
 from stepdistill.evaluation.bench import Bench, Failure
 from stepdistill.evaluation.metrics import Instruments, prepare
 from stepdistill.evaluation.pictures import Store
@@ -27,7 +27,7 @@ from stepdistill.evaluation.processes import Processes
 from stepdistill.evaluation.progress import ReferenceBar, progress_bar, quiet, say
 from stepdistill.evaluation.protocols import Protocol, load_protocol
 from stepdistill.evaluation.settings import Settings
-from stepdistill.evaluation.spec import as_models, instead, plan_of
+from stepdistill.evaluation.spec import as_models, plan_of
 
 STEPS = (1, 2, 4, 8, 50)
 
@@ -88,7 +88,7 @@ def evaluate(
     plan = plan_of(as_models(pipeline), None if steps is None else check_steps(steps), protocol.steps or STEPS)
     if out is not None:
         records.check_folder(out)
-    for line in instead(plan, protocol, steps is not None) if settings.progress else ():
+    for line in departures.of_steps(plan, protocol, steps is not None) if settings.progress else ():
         say(line)
     # The bar counts network evaluations, guidance's included, plus `weight` per image for the metrics.
     weight = 4
