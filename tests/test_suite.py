@@ -245,6 +245,21 @@ def test_a_folder_that_another_benchmark_writes_to_is_refused(base, protocol, to
     assert not run(f"t={base}", protocol, tools, tmp_path, (1,)).failed
 
 
+def test_rows_are_read_once_no_other_process_can_add_any(base, protocol, tools, tmp_path, monkeypatch):
+    """Rows that another process added in between would be lost when the file is written again."""
+    read, told = records.read_rows, []
+
+    def spy(file):
+        with holds.alone(file.parent) as free:
+            told.append(free)
+        return read(file)
+
+    run(f"t={base}", protocol, tools, tmp_path, (1,))
+    monkeypatch.setattr(records, "read_rows", spy)
+    run(f"t={base}", protocol, tools, tmp_path, (1,))
+    assert told == [False]
+
+
 def test_too_few_pictures_for_a_metric_are_refused_before_any_is_drawn():
     few = dataclasses.replace(load_protocol("avatars-2k"), n=5)
     with pytest.raises(InputError, match=r"got n=5 with the metric prdc; allowed: 6 or more; raise n"):

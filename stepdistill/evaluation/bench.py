@@ -201,10 +201,10 @@ class Bench:
                 looks.append(Look(Pass(self.tools, each), draw, own.n, own.batch, cell))
             sampler = series[1].sampler
             self._cell(row, looks, sampler if sampler.seed == self.seeds[0] else None)
-        self.team.gather(None)  # from here on no process holds its cells
+        wrote = self.team.gather([cell.begun for cell in cells.values()])  # from here on no process holds its cells
         if self.team.main:
-            for part, cell in cells.items():
-                self.store.finish(part, cell)
+            for (part, cell), begun in zip(cells.items(), zip(*wrote, strict=True), strict=True):
+                self.store.finish(part, cell, wrote=any(begun))
 
     def _several(self) -> list[type[Metric]]:
         """The metrics that need several images per prompt."""

@@ -99,6 +99,20 @@ def check_folder(folder: str | Path) -> None:
         )
 
 
+def made(folder: str | Path) -> Path:
+    """Creates a benchmark's folder if necessary, and returns it.
+
+    Raises:
+        InputError: it holds something else, or cannot be written.
+    """
+    check_folder(folder)
+    try:
+        (Path(folder) / "grids").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: got {folder}, which cannot be written ({error.strerror}); choose another") from error
+    return Path(folder)
+
+
 class Book:
     """The rows of a folder, or in memory if there is no folder.
 
@@ -110,17 +124,10 @@ class Book:
     """
 
     def __init__(self, folder: str | Path | None, facts: Mapping[str, Any]) -> None:
-        self.folder = Path(folder) if folder is not None else None
+        self.folder = made(folder) if folder is not None else None
         self.rows: list[dict[str, Any]] = []
         if self.folder is None:
             return
-        check_folder(self.folder)
-        try:
-            (self.folder / "grids").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"--out: got {self.folder}, which cannot be written ({error.strerror}); choose another"
-            ) from error
         if self.file.is_file():
             self.rows = read_rows(self.file)
         for row in self.rows:

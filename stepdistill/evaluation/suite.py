@@ -105,10 +105,10 @@ def evaluate(
     ):
         with team.alike():
             command = command or " ".join(map(shlex.quote, sys.argv))
-            place = out if team.main else None
+            place = records.made(out) if team.main and out is not None else None
+            if place is not None:  # before its rows are read: none are added by another process from then on
+                held.enter_context(holds.claimed(place))
             bench = Bench(protocol, instruments, settings, command, place, bar, team, store, seeds)
-            if bench.book.folder is not None:
-                held.enter_context(holds.claimed(bench.book.folder))
         bench.real()
         for name, model, counts in plan:
             bench.model(name, model, counts, weight, asked=steps is not None)
