@@ -16,9 +16,9 @@ import torch
 from stepdistill import embedded
 from stepdistill.cli._run import guard, parse
 from stepdistill.evaluation.features import load_extractor
-from stepdistill.evaluation.metrics import origin_of, reference_statistics, statistics_name
 from stepdistill.evaluation.progress import ReferenceBar
 from stepdistill.evaluation.protocols import load_protocol
+from stepdistill.evaluation.reference import origin_of, reference_statistics, statistics_name
 from stepdistill.evaluation.sets import open_set
 from stepdistill.evaluation.statistics import keep
 

@@ -1,4 +1,4 @@
-"""Time of a training step relative to its unavoidable part, and to the approach of public scripts, in one run.
+"""Time of a training step relative to its unavoidable part, and to our re-implementation of the public scripts' step.
 
     python benchmarks/training_speed.py --out benchmarks/results/training_speed.json
     python benchmarks/training_speed.py --size sd15 --mixed-precision bf16 --compile --batch 16
@@ -9,8 +9,9 @@ following take turns, so that a busy machine slows all alike:
     step         one update of `Trainer`: data, noise, loss, backward, clipping, optimizer, averages
     unavoidable  only the network calls of this update, replayed: the guided teacher's forward on 2B, the target's on
                  B, the student's forward and backward on B. Goal: step at most 1.10 times their sum
-    script       LCM-LoRA as in public scripts: a second network for the teacher, separate forwards for prompt and empty
-                 prompt, peft's own adapter layers, text encoded in every step. Goal: at least 1.3 times `step`
+    script       LCM-LoRA's update as public scripts compute it, re-implemented here: a second network for the teacher,
+                 separate forwards for prompt and empty prompt, peft's own adapter layers, text encoded in every step.
+                 Goal: at least 1.3 times `step`
     pictures     the same, also encoding the images in every step, as those scripts do with image folders
 
 Peak memory is measured in a separate process for each.
@@ -183,7 +184,7 @@ def unavoidable(trainer: Trainer) -> dict[str, Callable[[], None]]:
 
 
 class Script:
-    """The same update as implemented in public scripts."""
+    """Our re-implementation of the public scripts' update; none of the scripts themselves is run."""
 
     def __init__(self, config: Config, parts: Parts, device: torch.device) -> None:
         from accelerate import Accelerator
@@ -339,7 +340,7 @@ def main(config: Config) -> None:
     print(f"our step                    {ms['step']:9.1f} ms")
     parts = f"teacher {ms['teacher']:.1f} + target {ms['target']:.1f} + student and backward {ms['student']:.1f} ms"
     print(f"step / unavoidable          {ratio('step_over_unavoidable')}, goal 1.10 at most; {parts}")
-    print(f"public scripts' step        {ms['script']:9.1f} ms")
+    print(f"public scripts' step, our re-implementation: {ms['script']:.1f} ms")
     print(f"  / our step                {ratio('script_over_step')}, goal 1.3 at least")
     print(f"  with encoding each step   {ms['pictures']:9.1f} ms, / our step {ratio('script_with_pictures_over_step')}")
     if config.memory:
@@ -350,7 +351,7 @@ def main(config: Config) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         settings = {k: v for k, v in vars(replace(config, out=None)).items() if k not in ("out", "alone")}
         record = {
-            "what": "training step / unavoidable calls, and the public script's way / our step",
+            "what": "training step / unavoidable calls; our re-implementation of the public scripts' step / our step",
             "goals": {"step_over_unavoidable": 1.10, "script_over_step": 1.3}, **settings, "figures": found,
         }  # fmt: skip
         records.write_record(config.out, record, device)

@@ -12,8 +12,8 @@ from stepdistill.evaluation.attributes import load_probes
 from stepdistill.evaluation.clip import clip_scores, load_clip
 from stepdistill.evaluation.features import load_extractor
 from stepdistill.evaluation.frechet import Moments
-from stepdistill.evaluation.metrics import origin_of, statistics_name
 from stepdistill.evaluation.protocols import load_protocol
+from stepdistill.evaluation.reference import origin_of, statistics_name
 from stepdistill.evaluation.sets import open_set
 from stepdistill.evaluation.statistics import kept
 

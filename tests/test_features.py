@@ -10,6 +10,7 @@ from torch import nn
 
 from stepdistill.errors import InputError
 from stepdistill.evaluation import features
+from stepdistill.evaluation.clip import ClipModel
 from stepdistill.evaluation.features import Extractor, load_extractor
 from stepdistill.evaluation.measures import METRICS, diversity, preference
 from stepdistill.evaluation.resize import resize
@@ -86,6 +87,44 @@ def test_features_are_of_the_resized_pictures():
     pictures = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4)
     extractor = Extractor("mean", "Mean", Mean(), 3, 8, "nearest", "0")
     assert torch.allclose(extractor(pictures), torch.tensor([[7.5, 23.5, 39.5]]))
+
+
+def float32_flags() -> tuple[str, str]:
+    return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+
+def set_float32_flags(convolutions: str, products: str) -> None:
+    torch.backends.cudnn.conv.fp32_precision = convolutions
+    torch.backends.cuda.matmul.fp32_precision = products
+
+
+@pytest.fixture
+def tf32():
+    """Allows TF32 everywhere."""
+    if not hasattr(torch.backends.cudnn, "conv"):
+        pytest.skip("these flags are PyTorch 2.9's")
+    before = float32_flags()
+    set_float32_flags("tf32", "tf32")
+    yield
+    set_float32_flags(*before)
+
+
+@pytest.mark.usefixtures("tf32")
+def test_networks_that_measure_run_without_tf32_wherever_it_is_allowed():
+    """Also where one raises an error; what the user set applies again afterwards."""
+    seen: list[tuple[str, str]] = []
+    net, tower, pictures = Mean(), nn.Module(), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    net.register_forward_hook(lambda *_: seen.append(float32_flags()))
+    tower.scale = nn.Parameter(torch.ones(()))
+    tower.encode_image = tower.encode_text = lambda given: seen.append(float32_flags()) or given.float().flatten(1)
+    clip = ClipModel("t", tower, lambda texts: torch.ones(len(texts), 2), None, (8, 8), (0.5,) * 3, (0.5,) * 3)
+    Extractor("mean", "Mean", net, 3, 8, "nearest", "0")(pictures)
+    clip.images(pictures)
+    clip.texts(["a cat"])
+    assert seen == [("ieee", "ieee")] * 3 and float32_flags() == ("tf32", "tf32")
+    with pytest.raises(InputError):
+        clip.images(pictures.float())
+    assert float32_flags() == ("tf32", "tf32")
 
 
 def test_bilinear_is_torchvisions_antialiased_resize():

@@ -99,7 +99,7 @@ def test_nan_never_passes():
 
 def test_mlperfs_windows_ship_and_open_for_figures_inside_them_only(tmp_path, capsys):
     told = {"protocol": "mlperf-sdxl-5k", "n": 5000, "fd_extractor": "Inception", "guidance": 8.0,
-            "scheduler": "EulerDiscreteScheduler"}  # fmt: skip
+            "scheduler": "EulerDiscreteScheduler", "spacing": "leading"}  # fmt: skip
     for i, (fd, clip, expected) in enumerate([(23.5, 31.75, 0), (23.0, 31.75, 1), (23.5, 31.82, 1), (23.95, 31.69, 0)]):
         Book(tmp_path / str(i), {"protocol_hash": "abc", "protocol": "tiny"}).add(row("sdxl", 20, fd, clip, **told))
         code, lines, _ = gate(capsys, tmp_path / str(i), "--gate", MLPERF)
@@ -109,6 +109,12 @@ def test_mlperfs_windows_ship_and_open_for_figures_inside_them_only(tmp_path, ca
     )
     code, _, err = gate(capsys, tmp_path / "other", "--gate", MLPERF)
     assert code == 2 and "got sdxl with n 500; allowed: n 5000" in err
+    for spacing in ("trailing", None):
+        place = tmp_path / f"{spacing}"
+        other = row("sdxl", 20, 23.5, 31.75, **told | {"spacing": spacing})
+        Book(place, {"protocol_hash": "abc", "protocol": "tiny"}).add(other)
+        code, _, err = gate(capsys, place, "--gate", MLPERF)
+        assert code == 2 and f"got sdxl with spacing {spacing}; allowed: spacing leading" in err
     Book(tmp_path / "as-sdxl", {"protocol_hash": "abc", "protocol": "tiny"}).add(
         row("sdxl", 50, 23.5, 31.75, **told | {"guidance": 5.0})
     )

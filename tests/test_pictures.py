@@ -223,6 +223,41 @@ def test_a_cell_above_the_limit_is_not_kept(base, cache, monkeypatch):
             run(base)
 
 
+@pytest.mark.parametrize("unwanted", ["over the limit", "without keeping"])
+def test_a_kept_cell_that_grows_is_kept_no_longer_than_a_new_one_would_be(base, cache, drawn, monkeypatch, unwanted):
+    few, keep = dataclasses.replace(TINY, n=3), unwanted == "over the limit"
+    whole = figures(run(base, keep=False).rows)
+    (cell,) = run(base, protocol=few).store.cells.values()
+    if unwanted == "over the limit":
+        monkeypatch.setenv("STEPDISTILL_PICTURES_GIB", str(sum(pictures._sizes(cell)) / 2**30))
+    assert list(run(base, protocol=few, keep=keep).store.cells.values()) == [cell]  # nothing was added to it
+    drawn.clear()
+    again = run(base, keep=keep)
+    assert figures(again.rows) == whole and drawn == [(2, 2), (2, 4)]
+    assert again.store.cells == {} and not [*cache.glob("*/*")]
+
+
+def test_a_kept_cell_grows_within_the_limit_and_not_on_a_disk_without_room(base, cache, monkeypatch):
+    few, usage = dataclasses.replace(TINY, n=3), shutil.disk_usage(cache.parent)
+    (cell,) = run(base, protocol=few).store.cells.values()
+    before = {file.name: file.read_bytes() for file in cell.iterdir()}
+    room = 2 * 2 * 3 * 32 * 32  # twice that of the two missing images
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=room - 1))
+    assert "has not twice the room" in run(base).store.line()
+    assert {file.name: file.read_bytes() for file in cell.iterdir()} == before
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=room))
+    assert list(run(base).store.cells.values()) == [cell] and len(pictures._sizes(cell)) == 5
+
+
+def test_a_cell_that_another_process_of_the_run_added_to_is_not_kept_against_the_users_will(cache):
+    cell = cache / "pictures" / pictures._hash([pictures.FORMAT, {}])[:32]
+    for wrote in (False, True):
+        cell.mkdir(parents=True, exist_ok=True)
+        with pictures.Store(keep=False) as store:
+            store.finish("t", store.cell({}, 0), wrote=wrote)
+        assert cell.is_dir() is not wrote
+
+
 def test_a_cache_that_cannot_be_written_ends_no_benchmark(base, cache):
     cache.write_text("a file")
     results = run(base)

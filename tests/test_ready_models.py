@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
-from stepdistill.evaluation import models, places
+from stepdistill.evaluation import departures, models, places
 from stepdistill.evaluation.catalogue import catalogue, listed
 from stepdistill.evaluation.generate import Sampler
 from stepdistill.evaluation.latency import Stages
 from stepdistill.evaluation.protocols import SamplerSpec, load_protocol
-from stepdistill.evaluation.spec import instead, parse, plan_of
+from stepdistill.evaluation.spec import parse, plan_of
 
 TRAILING = {1: [999], 2: [999, 499], 4: [999, 749, 499, 249], 8: [999, 874, 749, 624, 499, 374, 249, 124]}
 CONSISTENCY = {2: [999, 499], 4: [999, 759, 499, 259], 8: [999, 879, 759, 639, 499, 379, 259, 139]}
@@ -112,10 +112,10 @@ def opened(monkeypatch):
     monkeypatch.setattr(models, "_load_lora", lambda _, lora: asked.append(lora))
     monkeypatch.setattr(models, "_load_unet", lambda _, unet: asked.append(unet))
 
-    def load(spec, make):
+    def load(spec, make, sampler=None):
         asked.clear()
         monkeypatch.setattr("stepdistill.denoiser.load.open_pipeline", lambda *_, **__: make())
-        return models.load(dataclasses.replace(spec, size=32)), list(asked)
+        return models.load(dataclasses.replace(spec, size=32), sampler=sampler), list(asked)
 
     return load
 
@@ -187,12 +187,42 @@ def test_steps_a_model_is_not_for_are_refused_and_others_are_free():
 
 def test_what_a_model_says_in_place_of_a_protocol_is_said():
     protocol = load_protocol("mlperf-sdxl-5k")
-    models = {"sdxl": parse("@sdxl"), "as-asked": parse("sdxl=@sdxl,guidance=8"), "silent": parse("folder")}
-    guidance = "sdxl: guidance 5 from its SPEC overrides mlperf-sdxl-5k's 8"
+    models = {
+        "sdxl": parse("@sdxl"), "as-asked": parse("sdxl=@sdxl,guidance=8"), "silent": parse("folder"),
+        "euler": parse("some/sdxl,scheduler=euler,guidance=8"), "student": parse("some/sdxl,lora=x/y,scheduler=lcm"),
+    }  # fmt: skip
+    plan = plan_of(models, None, protocol.steps)
+    assert departures.of_specs(plan, protocol) == [
+        "sdxl differs from mlperf-sdxl-5k: guidance 5 instead of 8",
+        "euler differs from mlperf-sdxl-5k: spacing trailing instead of leading",
+        "student differs from mlperf-sdxl-5k: scheduler LCMScheduler instead of EulerDiscreteScheduler",
+    ]
     steps = "{}: its own steps 50 override mlperf-sdxl-5k's 20; --steps 20 selects those"
-    said = instead(plan_of(models, None, protocol.steps), protocol, False)
-    assert said == [guidance, steps.format("sdxl"), steps.format("as-asked")]
-    assert instead(plan_of(models, (20,), protocol.steps), protocol, True) == [guidance]
+    assert departures.of_steps(plan, protocol, False) == [steps.format("sdxl"), steps.format("as-asked")]
+    assert departures.of_steps(plan_of(models, (20,), protocol.steps), protocol, True) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "spacing", "said"),
+    [
+        ("", "leading", None),
+        (",scheduler=euler,spacing=leading,guidance=8", "leading", None),
+        (",scheduler=euler,guidance=8", "trailing", "spacing trailing instead of leading"),
+        (",spacing=linspace,guidance=5", "linspace", "scheduler DDIMScheduler instead of EulerDiscreteScheduler, "
+         "spacing linspace instead of leading, guidance 5 instead of 8"),
+        (",scheduler=lcm", None, "scheduler LCMScheduler instead of EulerDiscreteScheduler, spacing none instead of "
+         "leading, guidance 1 instead of 8"),
+        (",scheduler=euler,guidance=8,timesteps=999+499", None, "spacing none instead of leading"),
+    ],
+)  # fmt: skip
+def test_where_a_loaded_model_is_sampled_otherwise_than_its_protocol_says_is_said(options, spacing, said, opened):
+    """LCM has a timestep_spacing in its configuration, of which it makes no use."""
+    protocol, spec = load_protocol("mlperf-sdxl-5k"), parse(f"x{options}")
+    pipe, _ = opened(spec, tiny.sdxl, protocol.sampler)
+    sampler = Sampler(pipe, models.guidance_of(spec, pipe, protocol.guidance), call=models.call_of(spec, pipe))
+    line = said and f"m differs from mlperf-sdxl-5k: {said}"
+    assert (sampler.spacing, departures.of_loaded("m", sampler, protocol)) == (spacing, line)
+    assert departures.of_loaded("m", sampler, load_protocol("cifar10-50k")) is None
 
 
 def test_models_take_the_asked_steps_then_their_own_then_the_default():

@@ -23,9 +23,10 @@ from stepdistill.evaluation.frechet import Moments, frechet_figure
 from stepdistill.evaluation.frechet_limit import frechet_limit
 from stepdistill.evaluation.kernel import gaussian, mmd_figure, polynomial, within
 from stepdistill.evaluation.measures import METRICS, View, copies, diversity, frechet, preference
-from stepdistill.evaluation.metrics import Instruments, Pass, reference_statistics
+from stepdistill.evaluation.metrics import Instruments, Pass
 from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, load_protocol
 from stepdistill.evaluation.real import RealPictures, small
+from stepdistill.evaluation.reference import reference_statistics
 from stepdistill.evaluation.sets import EvalSet, open_set
 from stepdistill.evaluation.statistics import kept
 
@@ -68,6 +69,15 @@ def test_features_are_made_once_and_found_again_under_their_content(tmp_path):
     ):
         before = other.extractor.net.seen
         assert other.features is not None and other.extractor.net.seen > before
+
+
+def test_embeddings_are_made_again_for_another_preprocessing_of_the_same_weights(tmp_path):
+    found, seen = pictures(9, 0), []
+    for setup in ("bicubic", "bilinear", "bicubic"):
+        clip = ClipModel("pools", Pools(), None, None, (32, 32), (0.5,) * 3, (0.5,) * 3, setup=setup)
+        assert real_of(found, tmp_path, few=9, clip=clip).embeddings is not None
+        seen.append(clip.model.seen)
+    assert seen == [9, 9, 0]
 
 
 def test_which_real_pictures_are_looked_at_is_drawn_by_a_fixed_seed_and_not_by_their_order(tmp_path):
@@ -199,6 +209,14 @@ def test_a_metric_whose_figures_changed_their_meaning_changes_the_hash():
     assert set(dict(metrics.prepare(fd).content)) == {"prompts", "reference", "extractor"}
 
 
+def test_the_embedded_protocol_prepared_has_the_hash_of_its_recorded_rows(monkeypatch):
+    """The reference's statistics ship, so no image is looked at; LPIPS, wherever it is present, changes the hash."""
+    monkeypatch.setattr(diversity, "trunk", lambda: False)
+    for n, recorded in ((2000, "2276370210f19163"), (1000, "f8a77a9b4e31e0e2")):
+        protocol = dataclasses.replace(load_protocol("avatars-2k"), n=n)
+        assert protocol.hash(dict(metrics.prepare(protocol).content)) == recorded
+
+
 def test_a_reference_that_a_metric_has_too_few_pictures_of_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(
         metrics, "load_extractor", lambda *_, **__: Extractor("p", "P", Pools(), 12, 32, "bilinear", "w")
@@ -238,6 +256,28 @@ def test_hpsv2s_weights_are_in_the_hash(tmp_path, monkeypatch):
         assert METRICS["hpsv2"].prepare("cpu") == {"hpsv2": hashlib.sha256(content).hexdigest()}
     assert set(asked) == {("xswu/HPSv2", "HPS_v2.1_compressed.pt")}
     preference._loaded.cache_clear()
+
+
+def test_every_metric_says_what_it_cannot_be_measured_without(tools):
+    silent = dataclasses.replace(tools.prompts, prompts=None)
+    for name, change, words in (
+        ("fd", {"real": None, "clip": None}, None),
+        ("kid", {}, None),
+        ("kid", {"real": None}, "statistics as the reference"),
+        ("copies", {"real": None}, "statistics as the reference"),
+        ("cmmd", {}, None),
+        ("cmmd", {"real": None}, "statistics as the reference"),
+        ("cmmd", {"clip": None, "real": None}, "without a scorer"),
+        ("clip", {"clip": None}, "without a scorer"),
+        ("clip", {"clip": None, "prompts": silent}, "without prompts"),
+        ("attributes", {}, "without probes"),
+        ("attributes", {"clip": None, "prompts": silent}, "without prompts"),
+        ("diversity", {}, None),
+        ("diversity", {"prompts": silent}, "without prompts"),
+        ("pickscore", {"prompts": silent}, "without prompts"),
+    ):
+        why = METRICS[name].lacks(dataclasses.replace(tools, **change))
+        assert why is None if words is None else words in why, (name, change)
 
 
 def test_without_the_real_pictures_metrics_that_need_them_are_left_out(tools):

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_suite import PROMPTS, Pools
 
 from stepdistill.errors import InputError
@@ -14,7 +15,8 @@ from stepdistill.evaluation import arrays, metrics
 from stepdistill.evaluation.features import Extractor
 from stepdistill.evaluation.frame import Frame
 from stepdistill.evaluation.frechet import Moments, frechet_distance
-from stepdistill.evaluation.protocols import load_protocol, with_data
+from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, load_protocol, with_data
+from stepdistill.evaluation.records import check_same_protocol
 from stepdistill.evaluation.statistics import Origin, framed, keep, kept, read_statistics
 
 ORIGIN = Origin("pools:w:nearest@32", "as they are", "k", 30)
@@ -69,9 +71,10 @@ def test_statistics_of_an_npz_give_the_distance_of_their_pictures(tmp_path):
     np.savez(tmp_path / "s.npz", mu=real.numpy().mean(0), sigma=np.cov(real.numpy(), rowvar=False))
     keep(tmp_path / "s.safetensors", Moments.of(real), Origin("e"))
     wanted = frechet_distance(Moments.of(drawn), Moments.of(real))
-    for file, count, own in (("s.npz", None, False), ("s.npz", 500, False), ("s.safetensors", None, True)):
-        moments, said = read_statistics(tmp_path / file, Origin("e", count=count), 6)
-        assert frechet_distance(Moments.of(drawn), moments) == pytest.approx(wanted, rel=1e-10) and said is own
+    own = Origin("e", count=500)
+    for file, count, said in (("s.npz", None, None), ("s.npz", 500, None), ("s.safetensors", None, own)):
+        moments, origin = read_statistics(tmp_path / file, Origin("e", count=count), 6)
+        assert frechet_distance(Moments.of(drawn), moments) == pytest.approx(wanted, rel=1e-10) and origin == said
 
 
 def test_statistics_that_are_none_are_refused_in_one_line(tmp_path):
@@ -135,3 +138,58 @@ def test_a_reference_of_statistics_is_part_of_the_hash_by_its_content_and_said_t
     framed_otherwise = dataclasses.replace(protocol, frame=Frame(256))
     with pytest.raises(InputError, match="whose frame is 1024; allowed: 256 square lanczos"):
         metrics.prepare(framed_otherwise)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A protocol of eight images in a folder, by twelve features, and that of their statistics as kept in the cache."""
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(metrics, "load_extractor", lambda *_, **__: POOLS)
+    (tmp_path / "p.txt").write_text("\n".join([*PROMPTS, "a hat"]))
+    (tmp_path / "real").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    for i, picture in enumerate(noise):
+        Image.fromarray(picture).save(tmp_path / "real" / f"{i}.png")
+    protocol = Protocol("p", 6, str(tmp_path / "p.txt"), str(tmp_path / "real"), ExtractorSpec("pools"), size=32)
+    metrics.prepare(protocol)
+    (file,) = (tmp_path / "cache" / "statistics").glob("statistics-*")
+    return protocol, dataclasses.replace(protocol, reference=str(file))
+
+
+def told(protocol: Protocol, tools: metrics.Instruments) -> dict:
+    """A row's fields about its protocol."""
+    settings = protocol.settings() | {"content": dict(tools.content)}
+    return {"protocol": "p", "protocol_hash": protocol.hash(dict(tools.content)), "settings": settings}
+
+
+def test_statistics_of_a_folder_give_rows_that_are_comparable_with_the_folders_and_name_what_they_leave_out(
+    folder, capsys
+):
+    names, unseen = ("fd", "kid", "clip", "prdc", "copies"), ("kid", "prdc", "copies")
+    pictures, statistics = (dataclasses.replace(protocol, metrics=names) for protocol in folder)
+    whole = metrics.prepare(pictures)
+    no_scorer = "clip is omitted: got a protocol without a scorer; it needs one\n"
+    assert whole.metrics == ("fd", "kid", "prdc", "copies") and capsys.readouterr().err == no_scorer
+    tools = metrics.prepare(statistics)
+    why = "is omitted: got statistics as the reference; it needs the real images"
+    lines = [f"{name} {why}" for name in unseen]
+    lines.insert(1, no_scorer.strip())
+    assert tools.metrics == ("fd",) and capsys.readouterr().err.splitlines() == lines
+    assert torch.equal(tools.reference.mean, whole.reference.mean)
+    assert torch.equal(tools.reference.scatter, whole.reference.scatter)
+    content = dict(tools.content)
+    assert content.pop("omitted") == "copies kid prdc" and not any("revision" in name for name in content)
+    assert content == {name: value for name, value in whole.content if "revision" not in name}
+    rows = told(pictures, whole), told(statistics, tools)
+    check_same_protocol(*rows, "one", "two")
+    assert rows[0]["protocol_hash"] != rows[1]["protocol_hash"]  # or a row without kid would be taken for one with it
+    rows[1]["settings"]["content"]["extractor"] = "another"
+    with pytest.raises(InputError, match=r"differ in content\.extractor"):
+        check_same_protocol(*rows, "one", "two")
+
+
+def test_statistics_of_a_folder_have_its_hash_where_nothing_is_left_out(folder, tmp_path):
+    pictures, statistics = (dataclasses.replace(protocol, metrics=("fd",)) for protocol in folder)
+    hashes = {protocol.hash(dict(metrics.prepare(protocol).content)) for protocol in (pictures, statistics)}
+    Image.fromarray(np.zeros((32, 32, 3), dtype=np.uint8)).save(tmp_path / "real" / "0.png")
+    assert len(hashes) == 1 and pictures.hash(dict(metrics.prepare(pictures).content)) not in hashes

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from stepdistill import holds
+from stepdistill import embedded, holds
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.evaluation import generate, metrics, models, protocols, records, spec, suite
@@ -26,9 +26,10 @@ from stepdistill.evaluation.clip import ClipModel
 from stepdistill.evaluation.features import Extractor
 from stepdistill.evaluation.frame import Frame
 from stepdistill.evaluation.frechet import Moments, frechet_distance
-from stepdistill.evaluation.metrics import Instruments, reference_statistics
-from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, load_protocol
+from stepdistill.evaluation.metrics import Instruments
+from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, SamplerSpec, load_protocol
 from stepdistill.evaluation.records import FIELDS, read_rows
+from stepdistill.evaluation.reference import origin_of, reference_statistics, statistics_name
 from stepdistill.evaluation.sets import EvalSet, open_set
 from stepdistill.evaluation.spec import ModelSpec
 from stepdistill.evaluation.statistics import Origin, keep
@@ -111,7 +112,8 @@ def test_rows_have_every_field_and_the_figures_of_a_hand_computation(base, proto
     ]
     row = results.rows[-1]
     assert set(row) == set(FIELDS) and read_rows(tmp_path / "results.jsonl") == results.rows
-    assert row["nfe"] == 4 and row["guidance"] == 2.0 and row["scheduler"] == "DDIMScheduler" and row["n"] == 5
+    assert row["nfe"] == 4 and row["guidance"] == 2.0 and row["n"] == 5
+    assert (row["scheduler"], row["spacing"]) == ("DDIMScheduler", "trailing")
     assert row["method"] == "teacher" and row["command"] == "bench it" and row["fd_extractor"] == "Pools"
     assert set(row["latency_ms"]) >= {"text", "denoiser_step", "decode", "total_p50", "total_p90"}
 
@@ -222,10 +224,40 @@ def test_what_was_measured_is_kept_where_the_timing_fails(base, protocol, tools,
     assert read_rows(tmp_path / "results.jsonl") == results.rows
 
 
+def test_a_model_that_is_not_sampled_as_its_protocol_says_is_said_once(base, protocol, tools, capsys):
+    asked = dataclasses.replace(protocol, sampler=SamplerSpec("ddim", "leading"))
+    shown = dataclasses.replace(QUIET, progress=True, latency_repeats=0, floor=False)
+    ddim = ("scheduler", "ddim")
+    parts = ModelSpec(str(base), "parts", changes=((1, (ddim,)), (2, (ddim, ("guidance", 2.0)))))
+    specs = {"as-asked": str(base), "parts": parts, "other": f"{base},scheduler=euler,guidance=3"}
+    assert not suite.evaluate(specs, asked, (1, 2), settings=shown, instruments=tools).failed
+    said = [line for line in capsys.readouterr().err.splitlines() if "differs" in line]
+    assert said == [
+        "parts differs from tiny: spacing trailing instead of leading",
+        "other differs from tiny: scheduler EulerDiscreteScheduler instead of DDIMScheduler, spacing trailing instead "
+        "of leading, guidance 3 instead of 2",
+    ]
+
+
 def test_a_folder_that_another_benchmark_writes_to_is_refused(base, protocol, tools, tmp_path):
     with holds.claimed(tmp_path), pytest.raises(InputError, match="another process is writing to; allowed: one"):
         run(f"t={base}", protocol, tools, tmp_path, (1,))
     assert not run(f"t={base}", protocol, tools, tmp_path, (1,)).failed
+
+
+def test_rows_are_read_once_no_other_process_can_add_any(base, protocol, tools, tmp_path, monkeypatch):
+    """Rows that another process added in between would be lost when the file is written again."""
+    read, told = records.read_rows, []
+
+    def spy(file):
+        with holds.alone(file.parent) as free:
+            told.append(free)
+        return read(file)
+
+    run(f"t={base}", protocol, tools, tmp_path, (1,))
+    monkeypatch.setattr(records, "read_rows", spy)
+    run(f"t={base}", protocol, tools, tmp_path, (1,))
+    assert told == [False]
 
 
 def test_too_few_pictures_for_a_metric_are_refused_before_any_is_drawn():
@@ -480,14 +512,14 @@ def test_statistics_are_cached_by_content_and_rebuilt_when_damaged(pictures, tmp
     keep(kept, Moments.of(torch.rand(9, 12)), Origin("other"))  # of another protocol, under this one's name
     assert torch.equal(make().mean, first.mean) and told == [4, 2] * 3
     other = dataclasses.replace(tools.extractor, resize="bilinear")
-    assert metrics.statistics_name(other, reference, 6) != metrics.statistics_name(tools.extractor, reference, 6)
+    assert statistics_name(other, reference, 6) != statistics_name(tools.extractor, reference, 6)
 
 
 def test_shipped_statistics_of_another_protocol_are_refused(tmp_path, tools, monkeypatch):
-    monkeypatch.setattr(metrics.embedded, "path", lambda _: tmp_path)
+    monkeypatch.setattr(embedded, "path", lambda _: tmp_path)
     reference = dataclasses.replace(tools.prompts, name="avatars:train")
-    file = tmp_path / metrics.statistics_name(tools.extractor, reference, 5)
-    origin = metrics.origin_of(tools.extractor, reference, 5)
+    file = tmp_path / statistics_name(tools.extractor, reference, 5)
+    origin = origin_of(tools.extractor, reference, 5)
     keep(file, Moments.of(torch.rand(9, 12)), origin)
     with pytest.raises(InputError, match=f"got {file}, whose count is 9; allowed: 5; delete it"):
         reference_statistics(tools.extractor, reference)

@@ -245,7 +245,8 @@ def test_the_speed_benchmark_measures_both_ways_and_writes_what_it_ran_on(tmp_pa
         assert figures[f"{name}_ms"] > 0
     assert set(figures["script_over_step"]) == {"median", "quartiles"}
     assert {"device", "commit", "versions", "command", "seed", "batch", "mixed_precision"} <= record.keys()
-    assert "public scripts' step" in capsys.readouterr().out
+    assert "our re-implementation of the public scripts' step / our step" in record["what"]
+    assert "public scripts' step, our re-implementation" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", ["LCM: ", "Progressive ", "ADD: ", "LADD: "])

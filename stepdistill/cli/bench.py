@@ -88,7 +88,7 @@ def main(config: Config) -> int:
     """Runs the benchmark; returns 2 if a cell failed. Inputs are checked before anything is measured: a missing model
     is reported at once, and the others are measured."""
     from stepdistill import files
-    from stepdistill.evaluation import places, records, spec, suite
+    from stepdistill.evaluation import departures, places, records, spec, suite
     from stepdistill.evaluation.processes import speaks
 
     if config.list_models:
@@ -124,7 +124,8 @@ def main(config: Config) -> int:
         print(f"{protocol.name}: {protocol.n} images per cell, {cells} cells, into {config.out}")
         for name, model, counts in plan:
             print(f"  {name}: {model} at {' '.join(map(str, counts))} steps")
-        for line in spec.instead(plan, protocol, steps is not None):
+        said = departures.of_specs(plan, protocol) + departures.of_steps(plan, protocol, steps is not None)
+        for line in said:
             print(f"  {line}")
         return 2 if absent else 0
     results = suite.evaluate(models, protocol, steps, out=config.out, seed=config.seed or None, settings=settings)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.errors import InputError
-from stepdistill.evaluation import generate, hashes, latency, records, timing
+from stepdistill.evaluation import departures, generate, hashes, latency, records, timing
 from stepdistill.evaluation.figures import Figure
 from stepdistill.evaluation.generate import Drawn
 from stepdistill.evaluation.measures import METRICS, Metric
@@ -73,6 +73,7 @@ class Bench:
         self.team, self.store, self.seeds = team, store, seeds
         self.rows: list[dict[str, Any]] = []
         self.failed: list[Failure] = []
+        self.said: set[str] = set()
         self.facts = {
             "protocol": protocol.name, "protocol_hash": protocol.hash(dict(tools.content)),
             "n": protocol.n, "settings": protocol.settings() | {"content": dict(tools.content)},
@@ -117,12 +118,13 @@ class Bench:
             self.bar.update(self.protocol.n * len(self.seeds) * sum(2 * count + weight for count in steps))
             return
         pipeline = sampler.pipeline
+        if line := departures.of_loaded(name, sampler, self.protocol):
+            self._say(line)
         batch = self.settings.batch_of(sampler.side)
         most = None if spec.timesteps else generate.most_steps(pipeline)
         if not asked and most and min(steps) <= most < max(steps):
             beyond = [count for count in steps if count > most]
-            if self.settings.progress:
-                say(f"{name}: skipped at {' and '.join(map(str, beyond))} steps; its scheduler has {most}")
+            self._say(f"{name}: skipped at {' and '.join(map(str, beyond))} steps; its scheduler has {most}")
             self.bar.update(self.protocol.n * len(self.seeds) * sum(2 * count + weight for count in beyond))
             steps = [count for count in steps if count <= most]
         if (
@@ -149,6 +151,12 @@ class Bench:
             except Exception as error:
                 self._fail(name, count, error)
             self.bar.update(self.protocol.n * (2 * count + weight) - (self.bar.n - before))
+
+    def _say(self, line: str) -> None:
+        """Prints a line once: a model whose SPEC depends on the step count is loaded in several parts."""
+        if self.settings.progress and line not in self.said:
+            say(line)
+        self.said.add(line)
 
     def _loaded(self, spec: ModelSpec, pipeline: Any) -> tuple[generate.Sampler, str]:
         """Returns a model's sampler and the hash of its weights.
@@ -193,15 +201,15 @@ class Bench:
                 looks.append(Look(Pass(self.tools, each), draw, own.n, own.batch, cell))
             sampler = series[1].sampler
             self._cell(row, looks, sampler if sampler.seed == self.seeds[0] else None)
-        self.team.gather(None)  # from here on no process holds its cells
+        wrote = self.team.gather([cell.begun for cell in cells.values()])  # from here on no process holds its cells
         if self.team.main:
-            for part, cell in cells.items():
-                self.store.finish(part, cell)
+            for (part, cell), begun in zip(cells.items(), zip(*wrote, strict=True), strict=True):
+                self.store.finish(part, cell, wrote=any(begun))
 
     def _several(self) -> list[type[Metric]]:
         """The metrics that need several images per prompt."""
-        listed = [METRICS[name] for name in self.tools.metrics if self.tools.prompts.prompts is not None]
-        return [metric for metric in listed if metric.each > 1 and metric.fits(self.tools)]
+        listed = [METRICS[name] for name in self.tools.metrics]
+        return [metric for metric in listed if metric.each > 1 and not metric.lacks(self.tools)]
 
     def _drawer(self, series: generate.Series, steps: int, cell: Cell | None, unit: int) -> Callable[[int, int], Drawn]:
         """Returns a function that generates a batch of a series, or reads it if it was generated before."""

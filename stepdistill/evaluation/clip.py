@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from stepdistill import embedded
 from stepdistill.errors import InputError
 from stepdistill.evaluation.frame import Frame
+from stepdistill.evaluation.precision import full_float32
 from stepdistill.evaluation.resize import check_images
 
 LOCAL = "local-dir:"
@@ -64,8 +65,9 @@ class ClipModel:
         return next(self.model.parameters()).device
 
     @torch.no_grad()
+    @full_float32()
     def images(self, images: Tensor) -> Tensor:
-        """Computes unit-length embeddings (B, D) float32 of images (B, 3, H, W) uint8.
+        """Computes unit-length embeddings (B, D) float32 of images (B, 3, H, W) uint8, on a GPU without TF32.
 
         Images of another size go through open_clip's own transform, one by one in threads: torchvision's resize of a
         batch differs from Pillow's by up to two of 255 levels.
@@ -85,8 +87,9 @@ class ClipModel:
         return nn.functional.normalize(self.model.encode_image(pixels).float(), dim=-1)
 
     @torch.no_grad()
+    @full_float32()
     def texts(self, prompts: Sequence[str]) -> Tensor:
-        """Computes unit-length embeddings (B, D) float32 of prompts."""
+        """Computes unit-length embeddings (B, D) float32 of prompts, on a GPU without TF32."""
         ids = self.tokenizer([self.prefix + prompt for prompt in prompts]).to(self.device)
         return nn.functional.normalize(self.model.encode_text(ids).float(), dim=-1)
 
@@ -108,29 +111,58 @@ def load_clip(
     Raises:
         InputError: the model is unknown, or its weights cannot be loaded.
     """
-    import open_clip
+    folder = _folder(name)
+    if folder is None and not name.startswith("hf-hub:"):
+        _check_listed(name, pretrained)
+    model, transform, tokenizer = _opened(name, pretrained, folder, device)
+    visual = model.eval().requires_grad_(False).visual
+    size = visual.image_size if isinstance(visual.image_size, tuple) else (visual.image_size,) * 2
+    mean, std = tuple(visual.image_mean), tuple(visual.image_std)
+    title, setup = _title(name, pretrained, folder), _setup(visual, folder)
+    return ClipModel(title, model, tokenizer, transform, tuple(size), mean, std, prefix, folder, setup=setup)
 
-    folder = (
-        embedded.path("scorer")
-        if name == "avatars"
-        else Path(name.removeprefix(LOCAL))
-        if name.startswith(LOCAL)
-        else None
-    )
-    source = f"{LOCAL}{folder}" if folder else name
-    if folder and not (folder / "open_clip_config.json").is_file():
+
+def _folder(name: str) -> Path | None:
+    """Returns the folder of a local model; None for any other.
+
+    Raises:
+        InputError: it holds no open_clip model.
+    """
+    if name != "avatars" and not name.startswith(LOCAL):
+        return None
+    folder = embedded.path("scorer") if name == "avatars" else Path(name.removeprefix(LOCAL))
+    if not (folder / "open_clip_config.json").is_file():
         raise InputError(
             f"CLIP model: got {folder}, which has no open_clip_config.json; allowed: a folder saved by open_clip"
         )
-    if not folder and not name.startswith("hf-hub:"):
-        if name not in open_clip.list_models():
-            raise InputError(
-                f"CLIP model: got {name!r}; allowed: avatars, local-dir:FOLDER, hf-hub:owner/name, or a name of "
-                "open_clip.list_models(), as ViT-B-32"
-            )
-        if not pretrained:
-            tags = ", ".join([*open_clip.list_pretrained_tags_by_model(name)[:4], "a file of weights"])
-            raise InputError(f"CLIP model {name}: got no `pretrained`, so it would be random; allowed: {tags}")
+    return folder
+
+
+def _check_listed(name: str, pretrained: str | None) -> None:
+    """Raises InputError if open_clip has no architecture of this name, or there are no weights for it."""
+    import open_clip
+
+    if name not in open_clip.list_models():
+        raise InputError(
+            f"CLIP model: got {name!r}; allowed: avatars, local-dir:FOLDER, hf-hub:owner/name, or a name of "
+            "open_clip.list_models(), as ViT-B-32"
+        )
+    if not pretrained:
+        tags = ", ".join([*open_clip.list_pretrained_tags_by_model(name)[:4], "a file of weights"])
+        raise InputError(f"CLIP model {name}: got no `pretrained`, so it would be random; allowed: {tags}")
+
+
+def _opened(
+    name: str, pretrained: str | None, folder: Path | None, device: torch.device | str
+) -> tuple[nn.Module, Callable, Callable[[list[str]], Tensor]]:
+    """Returns open_clip's model, its transform of images and its tokenizer.
+
+    Raises:
+        InputError: they cannot be loaded.
+    """
+    import open_clip
+
+    source = f"{LOCAL}{folder}" if folder else name
     # OpenAI's weights were trained with QuickGELU, which open_clip's models of the same name do not use.
     quick = bool((open_clip.get_pretrained_cfg(name, pretrained or "") or {}).get("quick_gelu"))
     try:
@@ -138,37 +170,21 @@ def load_clip(
             model, transform = open_clip.create_model_from_pretrained(
                 source, pretrained=pretrained, device=device, force_quick_gelu=quick
             )
-            tokenizer = open_clip.get_tokenizer(source)
+            return model, transform, open_clip.get_tokenizer(source)
     except Exception as error:  # the hub, files and configurations raise different types
         reason = " ".join(str(error).split())[:160]
         told = f"{name} with {pretrained}" if pretrained else name
         raise InputError(
             f"CLIP model: got {told}, which could not be loaded ({reason}); check the name, the network or the path"
         ) from error
-    model.eval().requires_grad_(False)
-    visual = model.visual
-    size = visual.image_size if isinstance(visual.image_size, tuple) else (visual.image_size,) * 2
-    title = (
-        "avatars-scorer"
-        if name == "avatars"
-        else folder.name
-        if folder
-        else f"{name}/{pretrained}"
-        if pretrained
-        else name
-    )
-    return ClipModel(
-        title,
-        model,
-        tokenizer,
-        transform,
-        tuple(size),
-        tuple(visual.image_mean),
-        tuple(visual.image_std),
-        prefix,
-        folder,
-        setup=_setup(visual, folder),
-    )
+
+
+def _title(name: str, pretrained: str | None, folder: Path | None) -> str:
+    if name == "avatars":
+        return "avatars-scorer"
+    if folder is not None:
+        return folder.name
+    return f"{name}/{pretrained}" if pretrained else name
 
 
 def _setup(visual: nn.Module, folder: Path | None) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.errors import InputError
+from stepdistill.evaluation.precision import full_float32
 from stepdistill.evaluation.resize import check_images, check_resize, resize
 from stepdistill.files import sha256
 from stepdistill.methods.feature_networks import LITE2_SHA256, FeatureNetwork, load_feature_network, load_lite2
@@ -57,8 +58,9 @@ class Extractor:
         return next(self.net.parameters()).device
 
     @torch.inference_mode()
+    @full_float32()
     def __call__(self, images: Tensor) -> Tensor:
-        """Computes features (B, dim) float32 of images (B, 3, H, W) uint8."""
+        """Computes features (B, dim) float32 of images (B, 3, H, W) uint8, on a GPU without TF32."""
         pixels = resize(check_images(images).to(self.device), self.size, self.resize)
         return self.net(pixels).float()
 

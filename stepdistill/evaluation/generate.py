@@ -21,6 +21,7 @@ from stepdistill.denoiser.families import even_sigmas
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.evaluation.places import drawn_size
+from stepdistill.evaluation.schedulers import has_spacing
 
 # What encode_prompt returns, for pipelines whose prompts are encoded once for all step counts.
 ENCODED = {
@@ -106,6 +107,14 @@ class Sampler:
     def device(self) -> torch.device:
         """Where the pipeline runs, which does not change while it is sampled."""
         return self.pipeline._execution_device
+
+    @property
+    def spacing(self) -> str | None:
+        """The scheduler's timestep_spacing; None if it has times of its own, or the call sets them."""
+        scheduler = self.pipeline.scheduler
+        if "timesteps" in self.call or not has_spacing(type(scheduler)):
+            return None
+        return scheduler.config.timestep_spacing
 
     @property
     def guided(self) -> bool:

@@ -6,17 +6,14 @@ The metrics are in `measures/`, one file each.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from stepdistill import embedded
 from stepdistill.errors import InputError
 from stepdistill.evaluation import hashes
 from stepdistill.evaluation.attributes import Probes, load_probes
@@ -25,15 +22,14 @@ from stepdistill.evaluation.features import Extractor, load_extractor
 from stepdistill.evaluation.figures import Figure
 from stepdistill.evaluation.frame import Frame
 from stepdistill.evaluation.frechet import Moments
-from stepdistill.evaluation.measures import METRICS, View
+from stepdistill.evaluation.measures import METRICS, NO_PICTURES, View
 from stepdistill.evaluation.progress import say
-from stepdistill.evaluation.protocols import Protocol, with_data
-from stepdistill.evaluation.real import Progress, RealPictures, writable
+from stepdistill.evaluation.protocols import OMITTED, Protocol, ScorerSpec, with_data
+from stepdistill.evaluation.real import Progress, RealPictures
+from stepdistill.evaluation.reference import load_reference
 from stepdistill.evaluation.sets import EvalSet, open_set
-from stepdistill.evaluation.statistics import Origin, are_statistics, framed, keep, kept, read_statistics
-from stepdistill.files import cache_folder, sha256
-
-FOREIGN = "foreign: of which pictures, extractor and resize cannot be seen"  # recorded for statistics without origin
+from stepdistill.evaluation.statistics import are_statistics
+from stepdistill.files import sha256
 
 
 @dataclass(frozen=True)
@@ -60,133 +56,127 @@ class Instruments:
     texts: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
 
-def statistics_name(extractor: Extractor, reference: EvalSet, count: int) -> str:
-    """Returns the file name of these moments: a hash of the extractor, its weights and resize, and the images."""
-    key = hashlib.sha256(f"moments-1 {extractor.identity} {reference.key} {count}".encode()).hexdigest()[:16]
-    return f"statistics-{key}.safetensors"
-
-
-def origin_of(extractor: Extractor, reference: EvalSet, count: int) -> Origin:
-    """Returns the origin recorded with the statistics of a set's first `count` images."""
-    return Origin(extractor.identity, framed(reference.size), reference.key, count)
-
-
-def reference_statistics(
-    extractor: Extractor, reference: EvalSet, *, count: int | None = None, batch: int = 64, folder: Path | None = None,
-    progress: Progress = lambda done, total: None, known: RealPictures | None = None,
-) -> Moments:  # fmt: skip
-    """Returns the moments of a reference set's first `count` images: shipped, cached, or computed now.
-
-    Args:
-        folder: where they are stored; by default the cache. progress: called with (images just done, total).
-        known: real images of the same set whose features are needed anyway, to be reused.
-    """
-    count = count or reference.count
-    name = statistics_name(extractor, reference, count)
-    cached = (folder or cache_folder() / "statistics") / name
-    shipped = embedded.path("avatars") / name if reference.name.startswith("avatars") and folder is None else cached
-    origin = origin_of(extractor, reference, count)
-    for file in (shipped, cached):
-        if file.is_file():
-            try:
-                moments, found = kept(file)
-                origin.check(found or Origin("not said"), file, "delete it and it is made again")
-                return moments
-            except InputError as error:
-                if file == shipped != cached:
-                    raise
-                say(f"{error}: computing it again")
-    writable(cached.parent)
-    moments, seen = Moments.empty(extractor.dim), set()
-    if known is not None:
-        moments, seen = Moments.of(known.features), set(known.numbers)
-    for pictures in reference.some(batch, [number for number in range(count) if number not in seen]):
-        moments = moments + Moments.of(extractor(pictures))
-        progress(len(pictures), count)
-    keep(cached, moments, origin)
-    return moments
-
-
 def prepare(
     protocol: Protocol, *, device: str = "cpu", batch: int = 64, progress: Progress = lambda done, total: None
 ) -> Instruments:
-    """Loads the instruments that a protocol names.
+    """Loads the instruments that a protocol names; reports each metric that cannot be measured with them, and why.
 
     Raises:
         InputError: there are fewer prompts than images, too few images for a metric, or a set, extractor or scorer is
             not available.
     """
     protocol = with_data(protocol, None, None)
+    prompts, reference = load_sets(protocol)
+    settings = protocol.extractor
+    extractor = load_extractor(settings.name, size=settings.size, resize=settings.resize, device=device)
+    clip, probes, content = load_scorer(protocol.scorer, prompts, device)
+    real = None
+    if reference is not None:
+        count = protocol.reference_n or reference.count
+        few, key = min(protocol.n, count), content.get("scorer", "")
+        real = RealPictures(reference, extractor, few, count, clip, key, batch, progress=progress)
+    tools = Instruments(prompts, extractor, Moments.empty(extractor.dim), clip, probes, real=real, frame=protocol.frame)
+    metrics, omitted = select_metrics(protocol, tools)
+    needs = {need for name in metrics for need in METRICS[name].needs}
+    if "embeddings" in needs and clip.frame is not None:
+        real = dataclasses.replace(real, for_clip=open_set(protocol.reference, clip.frame))
+    content |= {"prompts": prompts.key, "extractor": extractor.identity} | of_metrics(metrics, omitted, device)
+    moments, of_reference = load_reference(protocol, extractor, real, known="features" in needs)
+    for name, why in omitted.items():
+        say(f"{name} is omitted: {why}")
+    content = tuple(sorted((content | of_reference).items()))
+    return dataclasses.replace(tools, reference=moments, metrics=metrics, content=content, real=real)
+
+
+def load_sets(protocol: Protocol) -> tuple[EvalSet, EvalSet | None]:
+    """Opens a protocol's prompts and its real images; the latter are None if their statistics are given instead.
+
+    Raises:
+        InputError: there is no such set, or it has fewer prompts or images than the protocol needs.
+    """
     size = protocol.frame or protocol.size
     prompts = open_set(protocol.prompts, size)
     if prompts.prompts is not None and prompts.count < protocol.n:
         raise InputError(
             f"protocol {protocol.name}: got {prompts.count} prompts for n={protocol.n}; lower n or add prompts"
         )
-    same, given = protocol.reference == protocol.prompts, are_statistics(protocol.reference)
-    reference = prompts if same else open_set("none" if given else protocol.reference, size)
-    if protocol.reference_n and protocol.reference_n > reference.count and not given:
+    if are_statistics(protocol.reference):
+        return prompts, None
+    reference = prompts if protocol.reference == protocol.prompts else open_set(protocol.reference, size)
+    if protocol.reference_n and protocol.reference_n > reference.count:
         raise InputError(
             f"protocol {protocol.name}: got reference_n={protocol.reference_n}; allowed: up to {reference.count}"
         )
-    if reference.pictures is None and not given:
+    if reference.pictures is None:
         raise InputError(
             f"protocol {protocol.name}: got reference {protocol.reference}, which has no pictures; name a set that has"
         )
-    settings = protocol.extractor
-    extractor = load_extractor(settings.name, size=settings.size, resize=settings.resize, device=device)
-    clip = probes = None
-    content = {"prompts": prompts.key, "reference": reference.key, "extractor": extractor.identity}
-    if protocol.scorer and prompts.prompts is not None:
-        scorer = protocol.scorer
-        clip = load_clip(scorer.model, pretrained=scorer.pretrained, prefix=scorer.prefix, device=device)
-        clip = dataclasses.replace(clip, scale=scorer.scale, frame=scorer.frame)
-        content["scorer"] = hashes.of_module(clip.model)
-        if scorer.model != "avatars":  # whose setup ships with the package
-            content["scorer setup"] = clip.setup
-        if prompts.attributes is not None and clip.folder and (clip.folder / "probes.json").is_file():
-            probes = load_probes(clip.folder)
-            content["probes"] = sha256(clip.folder / "probes.safetensors")
-    listed, count = [], protocol.reference_n or reference.count
+    return prompts, reference
+
+
+def load_scorer(
+    scorer: ScorerSpec | None, prompts: EvalSet, device: str
+) -> tuple[ClipModel | None, Probes | None, dict[str, str]]:
+    """Loads a protocol's CLIP and the attribute probes in its folder, and returns their hashes by name.
+
+    There is no CLIP without a scorer or prompts, and there are no probes if the prompts' attributes are unknown.
+
+    Raises:
+        InputError: one of them is not available.
+    """
+    if scorer is None or prompts.prompts is None:
+        return None, None, {}
+    clip = load_clip(scorer.model, pretrained=scorer.pretrained, prefix=scorer.prefix, device=device)
+    clip = dataclasses.replace(clip, scale=scorer.scale, frame=scorer.frame)
+    content = {"scorer": hashes.of_module(clip.model)}
+    if scorer.model != "avatars":  # whose setup ships with the package
+        content["scorer setup"] = clip.setup
+    if prompts.attributes is None or not clip.folder or not (clip.folder / "probes.json").is_file():
+        return clip, None, content
+    return clip, load_probes(clip.folder), content | {"probes": sha256(clip.folder / "probes.safetensors")}
+
+
+def select_metrics(protocol: Protocol, tools: Instruments) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Returns the names of a protocol's metrics that the instruments can measure, and why each other one is omitted.
+
+    Raises:
+        InputError: there are too few images for a metric, generated or real.
+    """
+    chosen, omitted, extractor = [], {}, tools.extractor
     for name in protocol.metrics:
         metric = METRICS[name]
-        if protocol.n < math.ceil(metric.per_feature * extractor.dim):
-            say(
-                f"{name} is omitted: got n={protocol.n}; it needs {metric.per_feature:g} images for each of "
-                f"{extractor.title}'s {extractor.dim} features"
-            )
-            continue
-        if protocol.n < (least := metric.least):
+        if why := metric.lacks(tools):
+            omitted[name] = why
+        elif protocol.n < math.ceil(metric.per_feature * extractor.dim):
+            each = f"{metric.per_feature:g} images for each of {extractor.title}'s {extractor.dim} features"
+            omitted[name] = f"got n={protocol.n}; it needs {each}"
+        elif protocol.n < metric.least:
             got = f"n={protocol.n} with the metric {name}"
-            raise InputError(f"protocol {protocol.name}: got {got}; allowed: {least} or more; raise n")
-        if metric.needs and not given and count < least:
+            raise InputError(f"protocol {protocol.name}: got {got}; allowed: {metric.least} or more; raise n")
+        elif metric.needs and tools.real.count < metric.least:
             raise InputError(
-                f"protocol {protocol.name}: got a reference of {count} pictures with the metric {name}; allowed: "
-                f"{least} or more; add pictures"
+                f"protocol {protocol.name}: got a reference of {tools.real.count} pictures with the metric {name}; "
+                f"allowed: {metric.least} or more; add pictures"
             )
-        content |= metric.prepare(device) | ({f"{name} revision": str(metric.revision)} if metric.revision > 1 else {})
-        listed.append(name)
-    real = None
-    if given:
-        wanted = Origin(extractor.identity, framed(size), None, protocol.reference_n)
-        moments, own = read_statistics(protocol.reference, wanted, extractor.dim)
-        content["reference"] = sha256(protocol.reference)
-        if not own:
-            content["statistics"] = FOREIGN
-    else:
-        few, key = min(protocol.n, count), content.get("scorer", "")
-        needs = {need for name in listed for need in METRICS[name].needs}
-        apart = clip is not None and clip.frame is not None and "embeddings" in needs
-        for_clip = open_set(protocol.reference, clip.frame) if apart else None
-        real = RealPictures(
-            reference, extractor, few, count, clip, key, batch, progress=progress, for_clip=for_clip
-        )  # fmt: skip
-        moments = reference_statistics(
-            extractor, reference, count=count, batch=batch, progress=progress,
-            known=real if "features" in needs else None,
-        )  # fmt: skip
-    content = tuple(sorted(content.items()))
-    return Instruments(prompts, extractor, moments, clip, probes, content, tuple(listed), real, protocol.frame)
+        else:
+            chosen.append(name)
+    return tuple(chosen), omitted
+
+
+def of_metrics(chosen: Sequence[str], omitted: Mapping[str, str], device: str) -> dict[str, str]:
+    """Loads what the chosen metrics need besides the instruments. Returns what of the metrics enters the protocol's
+    hash: the hashes of what was loaded, revisions above 1, and those omitted because the real images are not given,
+    which settings and n do not tell.
+
+    Raises:
+        InputError: something is not available.
+    """
+    content: dict[str, str] = {}
+    for name in chosen:
+        revision = METRICS[name].revision
+        content |= METRICS[name].prepare(device) | ({f"{name} revision": str(revision)} if revision > 1 else {})
+    unseen = sorted(name for name, why in omitted.items() if why == NO_PICTURES)
+    return content | ({OMITTED: " ".join(unseen)} if unseen else {})
 
 
 class Pass:
@@ -202,7 +192,7 @@ class Pass:
     def __init__(self, instruments: Instruments, each: int = 1) -> None:
         self.tools, self.each = instruments, each
         listed = [METRICS[name] for name in instruments.metrics]
-        self.metrics = [metric for metric in listed if metric.each == each and metric.fits(instruments)]
+        self.metrics = [metric for metric in listed if metric.each == each and not metric.lacks(instruments)]
         self.kept: dict[int, dict[str, Tensor]] = {}
 
     def add(self, first: int, pictures: Tensor) -> None:

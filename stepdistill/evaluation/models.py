@@ -197,7 +197,8 @@ def told(spec: ModelSpec, sampler: Sampler) -> dict[str, Any]:
     return {
         "method": record.get("method") or made, "spec": str(spec),
         "teacher": record.get("teacher") or (spec.path if spec.lora else None), "guidance": sampler.guidance,
-        "scheduler": type(pipeline.scheduler).__name__, "sigmas": "even" if sampler.even else None,
+        "scheduler": type(pipeline.scheduler).__name__, "spacing": sampler.spacing,
+        "sigmas": "even" if sampler.even else None,
         "call": dict(sampler.call) or None,
         "dtype": str(backbone(pipeline).dtype).removeprefix("torch."),
         "train_seconds": record.get("train_seconds"),

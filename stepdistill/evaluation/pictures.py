@@ -110,13 +110,19 @@ class Store:
         measured = cache / "pictures" / key
         return Cell(self, measured if measured.is_dir() else cache / "drawing" / key, facts, n)
 
-    def finish(self, name: str, cell: Cell) -> None:
-        """Keeps a measured cell if it is complete and not over the limit, and deletes it otherwise."""
+    def finish(self, name: str, cell: Cell, *, wrote: bool) -> None:
+        """Keeps a measured cell if it is complete and not over the limit, and deletes it otherwise. One that was kept
+        by an earlier run, of fewer images, is treated the same if images were added to it.
+
+        Args:
+            wrote: whether this run, in any of its processes, wrote to the cell.
+        """
         place = cache_folder() / "pictures" / cell.folder.name
-        if cell.folder != place and cell.folder.is_dir():
+        if cell.folder.is_dir() and (wrote or cell.folder != place):
             try:
                 sizes = _sizes(cell.folder)
-                if not self.keep or len(sizes) < cell.n or sum(sizes) > self.limit:
+                cut = cell.folder != place and len(sizes) < cell.n  # a kept one is whole for fewer images
+                if not self.keep or cut or sum(sizes) > self.limit:
                     raise OSError("not to be kept")
                 place.parent.mkdir(parents=True, exist_ok=True)
                 cell.folder.rename(place)
@@ -167,7 +173,7 @@ class Cell:
         self.store, self.folder, self.facts, self.n = store, folder, facts, n
         self.writing: list[Future] = []
         self.held: int | None = None
-        self.begun, self.beginning = False, threading.Lock()
+        self.begun, self.beginning = False, threading.Lock()  # begun: whether this process wrote to it
 
     def __enter__(self) -> Cell:
         with contextlib.suppress(OSError):
@@ -226,7 +232,7 @@ class Cell:
         from torchvision.io import encode_png
 
         try:
-            self._begin(drawn.pictures[0].nbytes * self.n)
+            self._begin(drawn.pictures[0].nbytes)
             hashes = []
             for number, picture in enumerate(drawn.pictures, first):
                 data = encode_png(picture, COMPRESSION).numpy()
@@ -241,19 +247,20 @@ class Cell:
         """Holds the folder and records its contents and owner; only on the first call.
 
         Args:
-            size: bytes of all its images.
+            size: bytes of an image.
 
         Raises:
-            OSError: the folder cannot be written, or the disk lacks space for it.
+            OSError: the folder cannot be written, or the disk lacks space for the images that are not in it yet.
         """
         with self.beginning:
             if self.begun:
                 return
             if self.held is None:
                 self.held = holds.hold(self.folder)
+            missing = size * (self.n - len(_sizes(self.folder)))
+            if missing > shutil.disk_usage(self.folder).free // 2:
+                raise OSError(f"{self.folder} has not twice the room of {missing >> 20} MiB")
             if not (self.folder / "cell.json").is_file():
-                if size > shutil.disk_usage(self.folder).free // 2:
-                    raise OSError(f"{self.folder} has not twice the room of {size >> 20} MiB")
                 _place(self.folder / "cell.json", json.dumps(self.facts, indent=1, default=str).encode())
             if self.store.owner is not None and self.folder.parent.name == "drawing":
                 _place(self.folder / OWNER, self.store.owner.encode())

@@ -31,6 +31,7 @@ from stepdistill.typed import built, read_yaml
 
 DATA = "--data"  # as a protocol's prompts and reference: the user gives one folder for both
 PROMPTS, REFERENCE = "--prompts", "--reference"  # the same, given separately
+OMITTED = "omitted"  # in the content that is hashed: metrics not measured because the real images are not given
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ class Protocol:
             as `--reference` must already have it.
         frame: how every image, real or generated, is preprocessed before any metric.
         extractor: of the Frechet distance. scorer: of the CLIP score; None for a set without prompts.
-        metrics: names in `measures.METRICS`; those that need what a set lacks (captions, probes) are omitted.
+        metrics: names in `measures.METRICS`; those that need what is not given (captions, probes, the real images)
+            are omitted, which is reported.
         guidance, sampler: defaults for models whose SPEC has none. negative_prompt: for models whose guidance takes a
             second call. steps: step counts, if neither the user nor the model names any. seed: of the images' noise.
     """

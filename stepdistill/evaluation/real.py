@@ -91,8 +91,8 @@ class RealPictures:
     def embeddings(self) -> Tensor:
         """CLIP's embeddings, (few, E) float32, unit length."""
         clip = self.clip
-        seen = f"{clip.title} {clip.size} {clip.mean} {clip.std} {clip.frame}"
-        what = f"embeddings-3 {self.clip_key} {seen} {self.few} of {self.count}"
+        seen = f"{clip.title} {clip.setup} {clip.size} {clip.mean} {clip.std} {clip.frame}"
+        what = f"embeddings-4 {self.clip_key} {seen} {self.few} of {self.count}"
         given = self.for_clip or self.reference
         return self.kept("embeddings", what, lambda: self._seen(self.clip.images, self.numbers, given), given)
 

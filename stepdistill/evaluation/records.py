@@ -22,14 +22,14 @@ from stepdistill import files
 from stepdistill.errors import InputError
 from stepdistill.evaluation import arrays
 from stepdistill.evaluation.figures import Figure
-from stepdistill.evaluation.protocols import flat
+from stepdistill.evaluation.protocols import OMITTED, flat
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "timm", "stepdistill")
 KEY = ("protocol_hash", "model", "weights", "steps", "guidance", "seed")
 TIMES = ("timing", "latency_ms", "latency_ms_batch", "pipeline_memory_mb")  # fields of a row with a separate key
 FIELDS = (
     "protocol", "protocol_hash", "settings", "model", "method", "teacher", "spec", "weights", "setup",
-    "steps", "nfe", "guidance", "scheduler", "sigmas", "call", "n", "seed",
+    "steps", "nfe", "guidance", "scheduler", "spacing", "sigmas", "call", "n", "seed",
     "fd", "fd_low", "fd_high", "fd_extractor", "clip_score", "clip_model", "attribute_accuracy", "metrics",
     *TIMES, "batch", "channels_last", "dtype", "device", "versions", "commit", "command", "train_seconds",
 )  # fmt: skip
@@ -99,6 +99,20 @@ def check_folder(folder: str | Path) -> None:
         )
 
 
+def made(folder: str | Path) -> Path:
+    """Creates a benchmark's folder if necessary, and returns it.
+
+    Raises:
+        InputError: it holds something else, or cannot be written.
+    """
+    check_folder(folder)
+    try:
+        (Path(folder) / "grids").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: got {folder}, which cannot be written ({error.strerror}); choose another") from error
+    return Path(folder)
+
+
 class Book:
     """The rows of a folder, or in memory if there is no folder.
 
@@ -110,17 +124,10 @@ class Book:
     """
 
     def __init__(self, folder: str | Path | None, facts: Mapping[str, Any]) -> None:
-        self.folder = Path(folder) if folder is not None else None
+        self.folder = made(folder) if folder is not None else None
         self.rows: list[dict[str, Any]] = []
         if self.folder is None:
             return
-        check_folder(self.folder)
-        try:
-            (self.folder / "grids").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"--out: got {self.folder}, which cannot be written ({error.strerror}); choose another"
-            ) from error
         if self.file.is_file():
             self.rows = read_rows(self.file)
         for row in self.rows:
@@ -190,7 +197,8 @@ class Book:
 def check_same_protocol(
     a: Mapping[str, Any], b: Mapping[str, Any], where_a: str, where_b: str, fix: str = "measure both by one"
 ) -> None:
-    """Checks that two rows are of the same protocol.
+    """Checks that two rows are of the same protocol. It is the same if one row lacks metrics for want of the real
+    images: the other metrics can be compared.
 
     Raises:
         InputError: their hashes differ; the message names the differences.
@@ -199,6 +207,8 @@ def check_same_protocol(
         return
     one, other = _told(a), _told(b)
     differ = [name for name in one | other if one.get(name) != other.get(name)]
+    if differ and set(differ) <= _of_omitted(one) | _of_omitted(other):
+        return
     said = ", ".join(f"{name} {_short(one.get(name))} and {_short(other.get(name))}" for name in differ)
     raise InputError(
         f"protocol: got {a.get('protocol')} ({a['protocol_hash']}) in {where_a} and {b.get('protocol')} "
@@ -214,6 +224,12 @@ def _told(row: Mapping[str, Any]) -> dict[str, Any]:
         return {"protocol": told.pop("name", None)} | told
     names = ("protocol", "n", "fd_extractor", "clip_model")
     return {name: row[name] for name in names if row.get(name) is not None}
+
+
+def _of_omitted(told: Mapping[str, Any]) -> set[str]:
+    """Returns the fields that differ only because a row lacks metrics for want of the real images."""
+    names = str(told.get(f"content.{OMITTED}", "")).split()
+    return {f"content.{OMITTED}", *(f"content.{name} revision" for name in names)} if names else set()
 
 
 def _short(value: Any) -> str:

@@ -76,9 +76,14 @@ def check_process(spec: ModelSpec, kind: str, config: Mapping[str, Any]) -> None
         )
 
 
+def has_spacing(kind: type) -> bool:
+    """Whether a scheduler class uses a timestep_spacing. LCM's and TCD's have one in their configuration but step
+    through the times they were distilled for."""
+    return kind.__name__ not in UNGUIDED and "timestep_spacing" in inspect.signature(kind.__init__).parameters
+
+
 def check_spacing(kind: type, spec: ModelSpec) -> None:
-    """Checks that a scheduler class uses a SPEC's spacing. LCM's and TCD's have one in their configuration but step
-    through the times they were distilled for.
+    """Checks that a scheduler class uses a SPEC's spacing.
 
     Raises:
         InputError: it does not, or the SPEC names the times themselves.
@@ -86,7 +91,7 @@ def check_spacing(kind: type, spec: ModelSpec) -> None:
     why = None
     if spec.timesteps:
         why = f"timesteps={'+'.join(map(str, spec.timesteps))}, which are the times"
-    elif kind.__name__ in UNGUIDED or "timestep_spacing" not in inspect.signature(kind.__init__).parameters:
+    elif not has_spacing(kind):
         why = f"{kind.__name__}, which has times of its own"
     if why:
         raise InputError(f"spacing: got {spec.spacing} for {why}; leave it out")

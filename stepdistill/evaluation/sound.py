@@ -12,8 +12,8 @@ from typing import Any
 
 from stepdistill.errors import InputError
 
-TEXTS = ("protocol", "protocol_hash", "model", "method", "teacher", "spec", "weights", "scheduler", "fd_extractor",
-         "clip_model", "dtype", "device", "commit", "command")  # fmt: skip
+TEXTS = ("protocol", "protocol_hash", "model", "method", "teacher", "spec", "weights", "scheduler", "spacing",
+         "fd_extractor", "clip_model", "dtype", "device", "commit", "command")  # fmt: skip
 NUMBERS = ("nfe", "guidance", "n", "seed", "fd", "fd_low", "fd_high", "clip_score", "attribute_accuracy",
            "pipeline_memory_mb", "peak_memory_mb", "batch", "train_seconds")  # fmt: skip
 MAPS = ("settings", "attributes", "metrics", "latency_ms", "latency_ms_batch", "timing", "versions")

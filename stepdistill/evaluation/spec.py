@@ -14,16 +14,13 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stepdistill import embedded
 from stepdistill.errors import InputError
 from stepdistill.evaluation.catalogue import ready
 from stepdistill.evaluation.places import export_in
 from stepdistill.evaluation.schedulers import SCHEDULERS, SPACINGS
-
-if TYPE_CHECKING:
-    from stepdistill.evaluation.protocols import Protocol
 
 DTYPES = ("fp32", "fp16", "bf16")
 SIGMAS = ("even", "own")
@@ -210,26 +207,6 @@ def plan_of(
             parts.setdefault(model.at(count), []).append(count)
         plan += [(name, part, tuple(counts)) for part, counts in parts.items()]
     return plan
-
-
-def instead(plan: Sequence[tuple[str, Any, tuple[int, ...]]], protocol: Protocol, asked: bool) -> list[str]:
-    """Returns one line for each setting in which a model's SPEC overrides the protocol, to be reported.
-
-    Args:
-        plan: see `plan_of`. asked: whether the user named the step counts.
-    """
-    lines: dict[str, None] = {}
-    for name, model, counts in plan:
-        if not isinstance(model, ModelSpec):
-            continue
-        if None not in (model.guidance, protocol.guidance) and model.guidance != protocol.guidance:
-            told = f"guidance {model.guidance:g} from its SPEC overrides {protocol.name}'s {protocol.guidance:g}"
-            lines[f"{name}: {told}"] = None
-        if not asked and protocol.steps and not set(counts) & set(protocol.steps):
-            own, theirs = (" ".join(map(str, each)) for each in (counts, protocol.steps))
-            told = f"its own steps {own} override {protocol.name}'s {theirs}"
-            lines[f"{name}: {told}; --steps {theirs} selects those"] = None
-    return list(lines)
 
 
 def _guidance(value: str) -> float:

@@ -2,7 +2,7 @@
 
     keep(file, moments, origin)
     moments, origin = kept(file)
-    moments, own = read_statistics("cifar10-32x32.npz", Origin(extractor.identity), dim=2048)
+    moments, origin = read_statistics("cifar10-32x32.npz", Origin(extractor.identity), dim=2048)
 
 A .safetensors is written by this package and records its origin; it is rejected if the protocol needs another. An .npz
 is what EDM, pytorch-fid, MLPerf and DMD2 write: `mu` (D,) and `sigma` (D, D), unbiased. It does not record the images,
@@ -99,7 +99,7 @@ def are_statistics(reference: str) -> bool:
     return Path(reference).suffix in ENDINGS
 
 
-def read_statistics(file: str | Path, wanted: Origin, dim: int) -> tuple[Moments, bool]:
+def read_statistics(file: str | Path, wanted: Origin, dim: int) -> tuple[Moments, Origin | None]:
     """Reads the moments in a file that the user names.
 
     Args:
@@ -107,7 +107,7 @@ def read_statistics(file: str | Path, wanted: Origin, dim: int) -> tuple[Moments
         dim: length of the extractor's features.
 
     Returns:
-        The moments, and whether the file's recorded origin confirms them.
+        The moments, and the origin that the file records, which is the one wanted; None if it records none.
 
     Raises:
         InputError: no such file, one that is damaged or needs pickle, statistics of something else or of features of
@@ -129,7 +129,7 @@ def read_statistics(file: str | Path, wanted: Origin, dim: int) -> tuple[Moments
             f"reference: got {file}, which holds no statistics ({wrong}); allowed: a mean and a covariance, symmetric "
             "and without negative variances; make it again"
         )
-    return moments, origin is not None
+    return moments, origin
 
 
 def _impossible(moments: Moments) -> str | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from stepdistill import holds
 from stepdistill.errors import InputError
-from stepdistill.evaluation import records
+from stepdistill.evaluation import departures, records
 from stepdistill.evaluation.bench import Bench, Failure
 from stepdistill.evaluation.metrics import Instruments, prepare
 from stepdistill.evaluation.pictures import Store
@@ -27,7 +27,7 @@ from stepdistill.evaluation.processes import Processes
 from stepdistill.evaluation.progress import ReferenceBar, progress_bar, quiet, say
 from stepdistill.evaluation.protocols import Protocol, load_protocol
 from stepdistill.evaluation.settings import Settings
-from stepdistill.evaluation.spec import as_models, instead, plan_of
+from stepdistill.evaluation.spec import as_models, plan_of
 
 STEPS = (1, 2, 4, 8, 50)
 
@@ -88,7 +88,7 @@ def evaluate(
     plan = plan_of(as_models(pipeline), None if steps is None else check_steps(steps), protocol.steps or STEPS)
     if out is not None:
         records.check_folder(out)
-    for line in instead(plan, protocol, steps is not None) if settings.progress else ():
+    for line in departures.of_steps(plan, protocol, steps is not None) if settings.progress else ():
         say(line)
     # The bar counts network evaluations, guidance's included, plus `weight` per image for the metrics.
     weight = 4
@@ -105,10 +105,10 @@ def evaluate(
     ):
         with team.alike():
             command = command or " ".join(map(shlex.quote, sys.argv))
-            place = out if team.main else None
+            place = records.made(out) if team.main and out is not None else None
+            if place is not None:  # before its rows are read: none are added by another process from then on
+                held.enter_context(holds.claimed(place))
             bench = Bench(protocol, instruments, settings, command, place, bar, team, store, seeds)
-            if bench.book.folder is not None:
-                held.enter_context(holds.claimed(bench.book.folder))
         bench.real()
         for name, model, counts in plan:
             bench.model(name, model, counts, weight, asked=steps is not None)

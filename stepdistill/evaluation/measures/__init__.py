@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from stepdistill.evaluation.measures.base import Metric, View
+from stepdistill.evaluation.measures.base import NO_PICTURES, Metric, View
 
 
 def _listed() -> dict[str, type[Metric]]:
@@ -18,4 +18,4 @@ def _listed() -> dict[str, type[Metric]]:
 
 METRICS: dict[str, type[Metric]] = _listed()
 
-__all__ = ["METRICS", "Metric", "View"]
+__all__ = ["METRICS", "NO_PICTURES", "Metric", "View"]

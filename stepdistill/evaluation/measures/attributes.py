@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from stepdistill.evaluation.figures import Figure
-from stepdistill.evaluation.measures.base import Metric, View
+from stepdistill.evaluation.measures.base import Metric, View, no_scorer
+
+NO_PROBES = "got prompts of unknown attributes, or a scorer without probes; it needs both"
 
 
 class Attributes(Metric):
@@ -14,8 +16,8 @@ class Attributes(Metric):
     name, keeps, better = "attributes", "attributes", {"attribute_accuracy": "higher"}
 
     @classmethod
-    def fits(cls, tools) -> bool:
-        return tools.clip is not None and tools.probes is not None
+    def lacks(cls, tools) -> str | None:
+        return no_scorer(tools) or (NO_PROBES if tools.probes is None else None)
 
     @staticmethod
     def see(view: View) -> Tensor:

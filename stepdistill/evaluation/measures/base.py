@@ -16,6 +16,17 @@ from stepdistill.evaluation.figures import Figure
 if TYPE_CHECKING:
     from stepdistill.evaluation.metrics import Instruments
 
+NO_PICTURES = "got statistics as the reference; it needs the real images"
+NO_PROMPTS = "got a set without prompts; it needs them"
+NO_SCORER = "got a protocol without a scorer; it needs one"
+
+
+def no_scorer(tools: Instruments) -> str | None:
+    """Returns why there is no CLIP to measure with; None if there is one."""
+    if tools.clip is not None:
+        return None
+    return NO_PROMPTS if tools.prompts.prompts is None else NO_SCORER
+
 
 @dataclass(frozen=True)
 class View:
@@ -98,9 +109,12 @@ class Metric(ABC):
         return {}
 
     @classmethod
-    def fits(cls, tools: Instruments) -> bool:
-        """Whether the instruments have what it needs; if not, its figures are omitted."""
-        return tools.real is not None or not cls.needs
+    def lacks(cls, tools: Instruments) -> str | None:
+        """Returns why its figures cannot be computed with these instruments, so that they are omitted; None if they
+        can."""
+        if cls.needs and tools.real is None:
+            return NO_PICTURES
+        return NO_PROMPTS if cls.each > 1 and tools.prompts.prompts is None else None
 
     @staticmethod
     @abstractmethod

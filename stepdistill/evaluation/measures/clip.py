@@ -6,7 +6,7 @@ from torch import Tensor
 
 from stepdistill.evaluation.clip import clip_scores
 from stepdistill.evaluation.figures import Figure
-from stepdistill.evaluation.measures.base import Metric, View
+from stepdistill.evaluation.measures.base import Metric, View, no_scorer
 
 
 class ClipScore(Metric):
@@ -15,8 +15,8 @@ class ClipScore(Metric):
     name, keeps, better = "clip", "clip_scores", {"clip_score": "higher"}
 
     @classmethod
-    def fits(cls, tools) -> bool:
-        return tools.clip is not None
+    def lacks(cls, tools) -> str | None:
+        return no_scorer(tools)
 
     @staticmethod
     def see(view: View) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stepdistill.evaluation.figures import Figure
 from stepdistill.evaluation.kernel import gaussian, mmd_figure, within
-from stepdistill.evaluation.measures.base import Metric, View
+from stepdistill.evaluation.measures.base import Metric, View, no_scorer
 from stepdistill.evaluation.real import RealPictures
 
 SCALE = 1000.0  # the authors'
@@ -24,8 +24,8 @@ class Cmmd(Metric):
     name, keeps, better, needs, revision = "cmmd", "embeddings", {"cmmd": "lower"}, ("embeddings",), 2
 
     @classmethod
-    def fits(cls, tools) -> bool:
-        return tools.clip is not None and super().fits(tools)
+    def lacks(cls, tools) -> str | None:
+        return no_scorer(tools) or super().lacks(tools)
 
     @staticmethod
     def see(view: View) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from stepdistill.errors import InputError
 from stepdistill.evaluation import hashes
 from stepdistill.evaluation.figures import Figure
-from stepdistill.evaluation.measures.base import Metric, View
+from stepdistill.evaluation.measures.base import NO_PROMPTS, Metric, View
 from stepdistill.files import sha256
 
 Score = Callable[[Sequence[Image.Image], Sequence[str]], Tensor]  # images, their prompts -> (B,)
@@ -37,8 +37,8 @@ class Preference(Metric):
         return {cls.name: _loaded(cls, str(device))[1]}
 
     @classmethod
-    def fits(cls, tools) -> bool:
-        return tools.prompts.prompts is not None
+    def lacks(cls, tools) -> str | None:
+        return NO_PROMPTS if tools.prompts.prompts is None else None
 
     @classmethod
     def see(cls, view: View) -> Tensor:

@@ -1,0 +1,77 @@
+"""Where a model is sampled otherwise than its protocol says, by its SPEC, its export or its pipeline: to be reported.
+
+A protocol's scheduler, spacing, guidance and step counts are defaults, so each of them can be overridden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stepdistill.evaluation.generate import Sampler
+from stepdistill.evaluation.protocols import Protocol
+from stepdistill.evaluation.schedulers import SCHEDULERS
+from stepdistill.evaluation.spec import ModelSpec
+
+Plan = Sequence[tuple[str, Any, tuple[int, ...]]]  # see `spec.plan_of`
+
+
+def of_steps(plan: Plan, protocol: Protocol, asked: bool) -> list[str]:
+    """Returns a line for each model of which no step count is the protocol's.
+
+    Args:
+        asked: whether the user named the step counts, which needs no report.
+    """
+    lines: dict[str, None] = {}
+    for name, model, counts in plan if protocol.steps and not asked else ():
+        if isinstance(model, ModelSpec) and not set(counts) & set(protocol.steps):
+            own, theirs = (" ".join(map(str, each)) for each in (counts, protocol.steps))
+            told = f"its own steps {own} override {protocol.name}'s {theirs}"
+            lines[f"{name}: {told}; --steps {theirs} selects those"] = None
+    return list(lines)
+
+
+def of_specs(plan: Plan, protocol: Protocol) -> list[str]:
+    """Returns a line for each model whose SPEC alone, before it is loaded, departs from the protocol's sampling."""
+    said = (_line(name, _of_spec(model), protocol) for name, model, _ in plan if isinstance(model, ModelSpec))
+    return list(dict.fromkeys(filter(None, said)))
+
+
+def of_loaded(name: str, sampler: Sampler, protocol: Protocol) -> str | None:
+    """Returns a line with what of a loaded model's sampling departs from the protocol's; None if nothing does."""
+    scheduler = type(sampler.pipeline.scheduler).__name__
+    own = {"scheduler": scheduler, "spacing": sampler.spacing, "guidance": sampler.guidance}
+    return _line(name, own, protocol)
+
+
+def _line(name: str, own: Mapping[str, Any], protocol: Protocol) -> str | None:
+    told = [
+        f"{field} {_word(own[field])} instead of {_word(value)}"
+        for field, value in _of_protocol(protocol).items()
+        if field in own and own[field] != value
+    ]
+    return f"{name} differs from {protocol.name}: {', '.join(told)}" if told else None
+
+
+def _of_protocol(protocol: Protocol) -> dict[str, Any]:
+    """Returns what a protocol says of scheduler, spacing and guidance."""
+    found: dict[str, Any] = {}
+    if protocol.sampler is not None:
+        found["scheduler"], options = SCHEDULERS[protocol.sampler.scheduler]
+        found["spacing"] = protocol.sampler.spacing or options.get("timestep_spacing")
+    return found | ({} if protocol.guidance is None else {"guidance": protocol.guidance})
+
+
+def _of_spec(spec: ModelSpec) -> dict[str, Any]:
+    """Returns what a SPEC says of the same. Without a named spacing, a LoRA's export may decide it."""
+    found: dict[str, Any] = {}
+    if spec.scheduler:
+        found["scheduler"], options = SCHEDULERS[spec.scheduler]
+        found |= {} if spec.lora else {"spacing": options.get("timestep_spacing")}
+    found |= {"spacing": spec.spacing} if spec.spacing else {}
+    found |= {"spacing": None} if spec.timesteps else {}
+    return found | ({} if spec.guidance is None else {"guidance": spec.guidance})
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value or "none")
