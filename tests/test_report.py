@@ -18,6 +18,7 @@ import torch
 from stepdistill import cli
 from stepdistill.errors import InputError
 from stepdistill.evaluation.cells import Measured, cells, measured, read_folder
+from stepdistill.evaluation.compare import compare
 from stepdistill.evaluation.records import Book
 from stepdistill.evaluation.report import curves, inline, plots, write_report
 from stepdistill.evaluation.report.tables import cost_table, machines, tables
@@ -207,7 +208,13 @@ def test_the_headline_is_the_students_best_few_steps_against_the_teachers_longes
         ("10.0×", "faster than the teacher at 50 steps: 40.0 ms (p90 40.0) against 400.0 ms (p90 400.0)"),
     ]
     near = [row("teacher", 50, 20.0, None, method="teacher"), row("s", 2, 22.0, None, method="lcm")]
-    assert verdicts(cells(near))[0]["stats"][1][1].endswith("equal within the interval")  # 2 ± 2.97
+    assert verdicts(cells(near))[0]["stats"][1][1].endswith(": no difference found")  # 2 ± 2.97
+
+
+def test_of_copies_fewer_than_expected_are_no_better():
+    few, many = ({"copies": figure(value, 0.002)} for value in (0.002, 0.02))
+    one, other = cells([row("a", 4, 9.0, None, metrics=few), row("b", 4, 9.0, None, metrics=many)])
+    assert [c.word for c in (*compare(one, other), *compare(other, one))] == ["lower", "higher"]
 
 
 def test_gains_are_of_the_same_steps_and_gaps_of_the_teachers_longest():

@@ -12,7 +12,6 @@ from stepdistill.evaluation.figures import Ratio
 from stepdistill.evaluation.summary import calls, figure, spread
 
 FEW = 8  # largest step count of the cell in a student's headline
-SAID = {"equal": "equal within the interval", "better": "better", "worse": "worse"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def verdicts(gained: Sequence[Gain]) -> list[dict[str, Any]]:
         has = f"{figure(last.fd, 1)} {theirs}".rstrip()
         stats = [(figure(cell.fd, 1), f"FD {own}".rstrip() + f", against {who}’s {has} at {last.steps} steps")]
         if best.of_last is not None:
-            word = f": {SAID[best.gap.word]}" if best.gap else ""
+            word = f": {best.gap.word}" if best.gap else ""
             stats.append(_times(best.of_last, f"{who}’s FD at {last.steps} steps", word))
         if best.of_same is not None:
             stats.append(_times(best.of_same, f"{who}’s FD at {at}"))
