@@ -54,13 +54,13 @@ def test_a_paired_difference_sees_what_an_unpaired_one_cannot():
     first, second = Figure.mean(common + 0.1 + 0.05 * a), Figure.mean(common)
     paired, unpaired = (difference(first, second, paired=p) for p in (True, False))
     assert paired.value == pytest.approx(unpaired.value)
-    assert not paired.equal and unpaired.equal and paired.paired and not unpaired.paired
+    assert not paired.contains_zero and unpaired.contains_zero and paired.paired and not unpaired.paired
     assert paired.high - paired.low < 0.1 * (unpaired.high - unpaired.low)
 
 
 def test_a_figure_is_equal_to_itself():
     figure = Figure.mean(draws(30, 4))
-    assert difference(figure, figure, paired=True).equal
+    assert difference(figure, figure, paired=True).contains_zero
 
 
 def test_what_two_figures_are_off_by_alike_is_not_in_their_paired_difference():

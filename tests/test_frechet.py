@@ -117,13 +117,17 @@ def test_intervals_of_the_distance_cover_its_mean_over_other_pictures_and_two_ru
     n, d, spectrum, shift, scale
 ):
     """The mean is at this n, where the distance exceeds that of the distributions. Includes models as good as the real
-    images, for which the distance has no first-order term, and n below the number of features."""
+    images, for which the distance has no first-order term, and n below the number of features: there intervals are
+    wider than necessary. Nowhere are they narrower."""
     reference, root, mean, truth = known(d, spectrum, shift, scale)
     found = [frechet_figure(mean + draws(n, d, seed) @ root.T, reference) for seed in range(200)]
     expected = sum(f.value for f in found) / 200
     assert expected > truth
     assert sum(low <= expected <= high for low, high in (f.interval() for f in found)) >= 180
-    pairs = [difference(a, b, paired=False).equal for a, b in zip(found[::2], found[1::2], strict=True)]
+    spread = torch.tensor([f.value for f in found], dtype=torch.float64).std().item()
+    claimed = torch.tensor([f.error for f in found], dtype=torch.float64).square().mean().sqrt().item()
+    assert 1 <= claimed / spread < 1.65
+    pairs = [difference(a, b, paired=False).contains_zero for a, b in zip(found[::2], found[1::2], strict=True)]
     assert sum(pairs) >= 90
 
 
@@ -135,7 +139,7 @@ def test_intervals_of_fd_inf_cover_the_known_distance_and_two_runs_are_equal(n, 
     samples = (mean + draws(n, d, seed) @ root.T for seed in range(100))
     found = [frechet_limit(x, reference) for x in samples]
     assert sum(low <= truth <= high for low, high in (f.interval() for f in found)) >= 90
-    pairs = [difference(a, b, paired=False).equal for a, b in zip(found[::2], found[1::2], strict=True)]
+    pairs = [difference(a, b, paired=False).contains_zero for a, b in zip(found[::2], found[1::2], strict=True)]
     assert sum(pairs) >= 45
 
 

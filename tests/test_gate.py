@@ -67,9 +67,11 @@ def test_a_line_says_the_figure_its_interval_its_count_and_the_bound(folder, cap
 
 
 def test_a_line_of_a_time_says_what_its_median_is_of():
-    timing = {"total_p50": 80.0, "total_p90": 90.0, "batch": 2, "repeats": 12}
-    (found,) = judge(cells([row("m", 4, 0, 0, latency_ms=timing)]), Gate((Bound("ms", high=41),)))
-    assert str(found) == "met    m, 4 steps: ms 40 (p90 45.0, 12 calls), at most 41"
+    times = {"total_p50": 80.0, "total_p90": 90.0, "batch": 2, "repeats": 12}
+    how = {"device": "a GPU", "dtype": "float16", "compiled": True, "channels_last": False, "merged": True}
+    (found,) = judge(cells([row("m", 4, 0, 0, latency_ms=times, timing=how)]), Gate((Bound("ms", high=41),)))
+    taken = "p90 45.0, 12 calls, float16, compiled, LoRAs merged, a GPU"
+    assert str(found) == f"met    m, 4 steps: ms 40 ({taken}), at most 41"
 
 
 def test_a_line_shows_shares_and_large_figures_as_they_are_bounded():

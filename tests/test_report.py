@@ -18,8 +18,11 @@ import torch
 from stepdistill import cli
 from stepdistill.errors import InputError
 from stepdistill.evaluation.cells import Measured, cells, measured, read_folder
+from stepdistill.evaluation.compare import compare
+from stepdistill.evaluation.conditions import conditions, unlike
 from stepdistill.evaluation.records import Book
 from stepdistill.evaluation.report import curves, inline, plots, write_report
+from stepdistill.evaluation.report.families import models_of
 from stepdistill.evaluation.report.tables import cost_table, machines, tables
 from stepdistill.evaluation.report.verdicts import duration, gains
 from stepdistill.evaluation.report.verdicts import verdicts as verdicts_of
@@ -82,7 +85,7 @@ ROWS = [  # the first predates `metrics`
 
 
 def verdicts(found):
-    return verdicts_of(gains(found))
+    return verdicts_of(gains(found), models_of(found))
 
 
 @pytest.fixture(scope="module")
@@ -198,16 +201,127 @@ def test_markdown_has_a_row_a_cell_and_its_pictures_exist(folder):
     assert len(files) == 2 + len(ROWS) and all((folder / name).is_file() for name in files)
 
 
-def test_the_headline_is_the_students_best_few_steps_against_the_teachers_longest():
+def test_the_headline_is_the_students_few_steps_against_the_teachers_longest_with_what_they_cost():
     said, other = verdicts(cells(ROWS))
     assert said["model"] == "student <i>" and said["steps"] == "4 steps" and other["model"] == "=1+1"
     assert said["stats"] == [
-        ("25.0", "FD ± 2.5, against the teacher’s 20.0 ± 2.0 at 50 steps"),
+        ("25.0", "FD ± 2.5, the teacher’s 20.0 ± 2.0"),
         ("1.25×", "the teacher’s FD at 50 steps (1.09–1.44): worse"),  # e^±0.141; 5 ± 3.2
-        ("10.0×", "faster than the teacher at 50 steps: 40.0 ms (p90 40.0) against 400.0 ms (p90 400.0)"),
+        ("−1.00", "CLIP score (−1.35 to −0.65): worse"),  # ± 0.25 √2
+        ("0.0", "points of attribute accuracy (−2.8 to 2.8): no difference found"),
+        ("10.0×", "faster: 40.0 ms (p90 40.0) against 400.0 ms (p90 400.0)"),
     ]
+    assert said["against"] == "against the teacher at 50 steps"
     near = [row("teacher", 50, 20.0, None, method="teacher"), row("s", 2, 22.0, None, method="lcm")]
-    assert verdicts(cells(near))[0]["stats"][1][1].endswith("equal within the interval")  # 2 ± 2.97
+    assert verdicts(cells(near))[0]["stats"][1][1].endswith(": no difference found")  # 2 ± 2.97
+
+
+def test_all_cards_are_of_one_step_count_though_another_is_a_students_best():
+    teacher = row("teacher", 50, 20.0, None, method="teacher")
+    fds = {"a": {1: 60.0, 4: 30.0, 8: 26.0}, "b": {2: 24.0, 4: 31.0, 16: 22.0}, "c": {1: 50.0, 4: 32.0}, "d": {2: 40.0}}
+    students = [row(name, steps, fd, None, method="lcm") for name, own in fds.items() for steps, fd in own.items()]
+    said = verdicts(cells([teacher, *students]))
+    shown = [(each["model"], each["steps"], each["stats"][0][0]) for each in said]
+    assert shown == [("a", "4 steps", "30.0"), ("b", "4 steps", "31.0"), ("c", "4 steps", "32.0"),
+                     ("d", "2 steps", "40.0")]  # fmt: skip
+    both = [row(name, steps, 30.0, None, method="lcm") for name in "ab" for steps in (2, 4, 16)]
+    assert {each["steps"] for each in verdicts(cells([teacher, *both]))} == {"4 steps"}  # the largest of several
+
+
+def timed(model: str, steps: int, fd: float, ms: float, method: str, **how):
+    timing = {"device": "a GPU", "dtype": "float16", "compiled": False, "channels_last": False, "merged": True} | how
+    return row(model, steps, fd, ms, method=method, timing=timing)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({}, ""),
+        ({"device": "a CPU"}, "a GPU against a CPU"),
+        ({"dtype": "float32", "compiled": True}, "float16, not compiled against float32, compiled"),
+        ({"channels_last": True}, "channels first against channels last"),
+        ({"merged": None}, "LoRAs merged against LoRAs apart"),  # rows of before lack it
+    ],
+)
+def test_times_are_compared_only_if_they_were_taken_alike(how, said, tmp_path):
+    rows = [timed("teacher", 50, 20.0, 400.0, "teacher", **how), timed("teacher", 4, 60.0, 30.0, "teacher", **how),
+            timed("s", 4, 25.0, 40.0, "lcm"), timed("s", 1, 50.0, 8.0, "lcm")]  # fmt: skip
+    found = cells(rows)
+    teacher, student = (next(c for c in found if c.model == name and c.steps == 4) for name in ("teacher", "s"))
+    told = f"timed differently: {said}" if said else ""
+    assert unlike(student, teacher) == told and (conditions(student) == conditions(teacher)) is not bool(said)
+    (card,) = verdicts(found)
+    faster = ("–", f"faster: {told}") if said else ("10.0×", "faster: 40.0 ms (p90 40.0) against 400.0 ms (p90 400.0)")
+    assert card["stats"][-1] == faster
+    axes = curves.curves(found)[curves.BY_LATENCY]().axes[0]
+    fronts = {tuple(zip(*map(list, line.get_data()), strict=True)) for line in axes.lines
+              if line.get_drawstyle() == "steps-post"}  # fmt: skip
+    own, theirs = ((8.0, 50.0), (40.0, 25.0)), ((30.0, 60.0), (400.0, 20.0))
+    assert fronts == ({own, theirs} if said else {(*own, theirs[1])})
+    assert any("timed differently" in text.get_text() for text in axes.texts) is bool(said)
+    (lines,) = (table.lines for table in tables(found) if table.title == "Latency")
+    shown = {cell.model: values[-1].text for cell, values in lines}
+    assert shown["s"] == "float16, LoRAs merged" + (", a GPU" if "device" in how else "")
+    assert (shown["teacher"] == shown["s"]) is not bool(said)
+
+
+def test_of_copies_fewer_than_expected_are_no_better():
+    few, many = ({"copies": figure(value, 0.002)} for value in (0.002, 0.02))
+    one, other = cells([row("a", 4, 9.0, None, metrics=few), row("b", 4, 9.0, None, metrics=many)])
+    assert [c.word for c in (*compare(one, other), *compare(other, one))] == ["lower", "higher"]
+
+
+def seeded(method: str, fds, **more):
+    return [row(f"{method}-{i}", steps, fd, None, method=method, teacher="t", **more)
+            for i, own in enumerate(fds) for steps, fd in own.items()]  # fmt: skip
+
+
+def test_trainings_of_one_model_with_other_seeds_are_drawn_as_one():
+    teacher = [row("teacher", 50, 20.0, None, method="teacher", spec="t")]
+    fds = [{1: 60.0, 4: 30.0}, {1: 50.0, 4: 18.0}, {1: 55.0, 4: 24.0}]
+    found = cells(teacher + seeded("lcm", fds) + [row("add", 4, 22.0, None, method="add", teacher="t")])
+    assert [(m.name, m.number, len(m.members)) for m in models_of(found)] == [
+        ("teacher", 0, 1),
+        ("lcm", 1, 3),
+        ("add", 2, 1),
+    ]
+    (_, line, _) = curves._by_steps(found, {(c.model, c.steps): c.figures["fd"] for c in found})
+    assert [(p.x, p.y, p.low, p.high) for p in line.points] == [(1, 55.0, 50.0, 60.0), (4, 24.0, 18.0, 30.0)]
+    by_cost = curves._by_cost(found, lambda cell: cell.steps)[1:4]  # each training for itself, all in one colour
+    assert [(c.name, c.colour, c.points[-1].y) for c in by_cost] == [
+        (name, line.colour, y) for name, y in (("lcm", 30.0), ("", 18.0), ("", 24.0))
+    ]
+    card, other = verdicts(found)
+    assert card["model"] == "lcm" and card["cell"].model == "lcm-1"
+    assert card["against"] == "against the teacher at 50 steps; mean and range of 3 training seeds"
+    assert card["stats"][:2] == [
+        ("24.0", "FD (18.0–30.0), the teacher’s 20.0 ± 2.0"),
+        ("1.20×", "the teacher’s FD at 50 steps (0.90–1.50): worse (2 of 3), no difference found (1 of 3)"),
+    ]
+    assert "seeds" not in other["against"] and len(tables(found)[0].lines) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("rows", "names"),
+    [
+        (seeded("lcm", [{4: 9.0}] * 2), ["lcm"]),
+        (seeded("lcm", [{4: 9.0}]), ["lcm-0"]),
+        (seeded("lcm", [{4: 9.0}] * 3)[1:], ["lcm-1", "lcm-2"]),  # of step counts or ranks, for all the rows say
+        ([each | {"train_seed": seed} for seed, each in zip((1, 2), seeded("lcm", [{4: 9.0}] * 3)[1:], strict=True)],
+         ["lcm"]),
+        (seeded("lcm", [{4: 9.0}] * 2, train_seed=0), ["lcm-0", "lcm-1"]),  # numbered by something else
+        ([*seeded("lcm", [{4: 9.0}] * 2), row("lcm", 4, 9.0, None, method="lcm")], ["lcm-0", "lcm-1", "lcm"]),
+        (seeded("teacher", [{4: 9.0}] * 2), ["teacher-0", "teacher-1"]),
+        ([each | {"teacher": f"t{i}"} for i, each in enumerate(seeded("lcm", [{4: 9.0}] * 2))], ["lcm-0", "lcm-1"]),
+    ],
+)  # fmt: skip
+def test_only_students_of_one_method_and_teacher_numbered_by_their_seeds_are_one(rows, names):
+    assert [model.name for model in models_of(cells(rows))] == names
+
+
+def test_real_images_are_a_reference_and_no_bound(folder, page):
+    assert "for reference" in page.text and "for reference" in (folder / "report.md").read_text()
+    assert "best a model can reach" not in page.text + (folder / "report.md").read_text()
 
 
 def test_gains_are_of_the_same_steps_and_gaps_of_the_teachers_longest():
@@ -217,8 +331,8 @@ def test_gains_are_of_the_same_steps_and_gaps_of_the_teachers_longest():
     assert [one.of_same.low, one.of_same.high] == pytest.approx([0.3 * end for end in ends])
     (line,) = (values for cell, values in cost_table([one]).lines)
     assert (line[4].text, line[4].small) == ("3.3×", "2.9–3.8")
-    assert (four.gap.gap.value, four.gap.gap.paired) == (5.0, False)
-    assert four.gap.gap.high - four.gap.gap.value == pytest.approx((2.5**2 + 2.0**2) ** 0.5)
+    gap = four.gaps["fd"].gap
+    assert (gap.value, gap.paired) == (5.0, False) and gap.high - gap.value == pytest.approx((2.5**2 + 2.0**2) ** 0.5)
     assert [duration(s) for s in (None, 60.0, 180.0, 9000.0)] == ["–", "60 s", "3.0 min", "2.5 h"]
 
 
@@ -233,10 +347,10 @@ def test_without_a_teacher_nothing_is_compared_and_with_two_each_student_is_held
     teachers = [row("sd", 50, 10.0, 400.0, method="teacher", spec="sd,scheduler=ddim"),
                 row("xl", 50, 5.0, 800.0, method="teacher", spec="xl")]  # fmt: skip
     mine = [row("of-xl", 4, 10.0, 80.0, method="lcm", teacher="xl"), row("of-none", 4, 20.0, 80.0, method="lcm")]
-    said = {each["model"]: each["stats"] for each in verdicts(cells(teachers + mine))}
-    assert said["of-xl"][0] == ("10.0", "FD ± 1.0, against xl’s 5.0 ± 0.5 at 50 steps")
-    faster = "faster than the baseline sd at 50 steps: 80.0 ms (p90 80.0) against 400.0 ms (p90 400.0)"
-    assert said["of-none"][-1] == ("5.0×", faster)
+    said = {each["model"]: each for each in verdicts(cells(teachers + mine))}
+    assert said["of-xl"]["stats"][0] == ("10.0", "FD ± 1.0, xl’s 5.0 ± 0.5")
+    assert said["of-none"]["against"] == "against the baseline sd at 50 steps"
+    assert said["of-none"]["stats"][-1] == ("5.0×", "faster: 80.0 ms (p90 80.0) against 400.0 ms (p90 400.0)")
 
 
 def test_times_of_training_are_an_axis_only_where_they_differ():

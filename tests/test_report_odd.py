@@ -19,7 +19,8 @@ from stepdistill.errors import InputError
 from stepdistill.evaluation.cells import cells, read_folder, read_run
 from stepdistill.evaluation.records import Book, grid_name
 from stepdistill.evaluation.report import plots, write_report
-from stepdistill.evaluation.report.curves import curves, models_of
+from stepdistill.evaluation.report.curves import curves
+from stepdistill.evaluation.report.families import models_of
 from stepdistill.evaluation.report.labels import Room, shortened
 from stepdistill.evaluation.report.plots import Axis, Curve, Point
 from stepdistill.evaluation.report.tables import as_csv, tables

@@ -37,7 +37,9 @@ def lora(folder, pipe, *, alpha: int = 2, scheduler: bool = True):
         LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=50).save_pretrained(
             folder / "scheduler"
         )
-    (folder / "config.json").write_text(json.dumps({"method": "lcm", "teacher": "T", "train_seconds": 7.5, "rank": 4}))
+    (folder / "config.json").write_text(
+        json.dumps({"method": "lcm", "teacher": "T", "train_seconds": 7.5, "rank": 4, "seed": 3})
+    )
     return folder
 
 
@@ -235,6 +237,8 @@ def test_an_export_brings_its_scheduler_and_no_guidance(base, student):
     assert type(pipe.scheduler).__name__ == "LCMScheduler" and guidance_of(asked, pipe, 3.0) == 1.0
     assert pipe.unet.peft_config["default_0"].lora_alpha == 2
     assert models.training_record(asked) == {"method": "lcm", "teacher": "T", "train_seconds": 7.5}
+    row = models.told(asked, Sampler(pipe))
+    assert (row["method"], row["train_seconds"], row["train_seed"]) == ("lcm", 7.5, 3)
 
 
 def test_guidance_is_the_specs_then_the_protocols_then_the_pipelines(base):

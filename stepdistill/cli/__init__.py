@@ -16,7 +16,7 @@ COMMANDS = {
     "cache": "compute latents and text embeddings once",
     "sample": "generate an image grid from any model at any step count",
     "bench": "measure quality and latency of models by step count",
-    "bench compare": "compare two models: better, worse or equal, with intervals",
+    "bench compare": "compare two models: better, worse or no difference found",
     "bench gate": "check a benchmark's figures against bounds; exit code 1 if one is missed",
     "report": "write report.md and a self-contained report.html of a benchmark",
     "baselines": "distil classifiers, language models and smaller UNets; list, run, sweep, eval",

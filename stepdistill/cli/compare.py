@@ -1,12 +1,14 @@
-"""Compares two models under one protocol: each figure's A - B, its 95 % interval, and better, worse or equal.
+"""Compares two models under one protocol: each figure's A - B, its 95 % interval, and a verdict.
 
     stepdistill bench compare out/new out/old                                  # one model each
     stepdistill bench compare out/new out/old --model-a student                # of this name in both
     stepdistill bench compare out/bench --model-a student --model-b teacher    # two models of one run
     stepdistill bench compare out/bench --model-a student --steps-a 4 --model-b teacher --steps-b 50
 
-If both used the same noise, they are compared image by image, from the influences that a run stores in units/; else by
-the intervals of the rows. Rows of different protocols are rejected, and the difference is named.
+They are compared prompt by prompt, and noise by noise if both had the same seeds, from the influences that a run stores
+in units/; without those by the intervals of the rows. "No difference found" means that the interval contains 0, not
+that the two are equal: the interval says how far apart they may be. Rows of different protocols are rejected, and the
+difference is named.
 """
 
 from __future__ import annotations
@@ -105,7 +107,7 @@ def print_comparisons(config: Config, found: list[Comparison]) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, justify in (
         ("steps", "right"), ("figure", "left"), ("A", "right"), ("B", "right"), ("A - B", "right"),
-        ("95 % interval", "right"), ("n", "right"), ("A is", "left"),
+        ("95 % interval", "right"), ("n", "right"), ("verdict on A", "left"),
     ):  # fmt: skip
         table.add_column(name, justify=justify)
     colours = {"better": "green", "worse": "red"}
@@ -116,13 +118,14 @@ def print_comparisons(config: Config, found: list[Comparison]) -> None:
         steps = (
             f"{one.cell_a.steps}" if one.cell_a.steps == one.cell_b.steps else f"{one.cell_a.steps}, {one.cell_b.steps}"
         )
-        how, seeds = "" if one.gap.paired else "*", f" × {one.a.seeds}" if one.a.seeds > 1 else ""
+        how, counts = "" if one.gap.paired else "*", dict.fromkeys((one.a.seeds, one.b.seeds))
+        seeds = f" × {', '.join(map(str, counts))}" if max(counts) > 1 else ""
         table.add_row(
             steps, label(one.name), a, b, gap, f"{low} to {high}{how}", f"{one.a.n:,}{seeds}",
             Text(one.word, colours.get(one.word, "")),
         )  # fmt: skip
     console.print(table)
     if any(not one.gap.paired for one in found):
-        console.print(Text("* not paired: seeds differ, or influences were not stored; the interval is wider"))
+        console.print(Text("* not paired: influences were not stored, or are of other units; the interval is wider"))
     if len(found) > 10:
         console.print(Text(f"of {len(found)} 95 % intervals, about {len(found) / 20:.0f} exclude 0 by chance alone"))

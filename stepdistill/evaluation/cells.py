@@ -119,6 +119,11 @@ class Cell:
         """All figures by name."""
         return measured(self.row)
 
+    @cached_property
+    def by_seed(self) -> dict[str, dict[int | None, Figure]]:
+        """The figures whose influences are stored, by name and seed: see the function."""
+        return by_seed(self.rows, self.folder)
+
     @property
     def seeds(self) -> int:
         """The number of seeds."""
@@ -180,16 +185,28 @@ def _over_seeds(rows: Sequence[Row], folder: Path | None) -> dict[str, Measured]
     told = [measured(row) for row in rows]
     if len(rows) == 1:
         return told[0]
-    kept = [figures_of(folder, row) for row in rows]
-    found = {}
+    kept, found = by_seed(rows, folder), {}
     for name in dict.fromkeys(name for figures in told for name in figures):
-        having = [i for i, figures in enumerate(told) if name in figures]
-        known = [kept[i].get(name) for i in having]
-        if alike(known):
-            found[name] = Measured.by(pooled(known), len(known))
+        if name in kept:
+            found[name] = Measured.by(pooled(list(kept[name].values())), len(kept[name]))
         else:
-            found[name] = _by_intervals([told[i][name] for i in having])
+            found[name] = _by_intervals([figures[name] for figures in told if name in figures])
     return found
+
+
+def by_seed(rows: Sequence[Row], folder: Path | None) -> dict[str, dict[int | None, Figure]]:
+    """Returns the figures of one cell by name and seed, with each unit's influence; only those whose influences are
+    stored, for the same units, by all rows that have the figure.
+
+    Raises:
+        InputError: an influence file is damaged.
+    """
+    found: dict[str, dict[int | None, Figure | None]] = {}
+    for row in rows:
+        kept = figures_of(folder, row)
+        for name in measured(row):
+            found.setdefault(name, {})[row.get("seed")] = kept.get(name)
+    return {name: own for name, own in found.items() if alike(list(own.values()))}
 
 
 def _by_intervals(figures: Sequence[Measured]) -> Measured:
@@ -204,7 +221,7 @@ def _by_intervals(figures: Sequence[Measured]) -> Measured:
 
 
 def floors(found: Sequence[Cell]) -> list[Cell]:
-    """The cells of real images and reconstructions, which no model can be expected to beat."""
+    """The cells of real images and reconstructions, for reference."""
     return [cell for cell in found if cell.steps == 0]
 
 

@@ -1,16 +1,16 @@
-"""Compares two models under one protocol, figure by figure: difference, 95 % interval, and better, worse or equal.
+"""Compares two models under one protocol, figure by figure: difference, 95 % interval, and a verdict.
 
     for cell_a, cell_b in pairs(read_run("out/new"), read_run("out/old")):
         compare(cell_a, cell_b)          # a Comparison per figure that both have
 
-Images of the same prompts and noise are compared one by one: difficulty common to both models cancels, and the interval
-is narrower than two separate ones would suggest.
+Images are compared prompt by prompt, and noise by noise if both models had the same: difficulty common to both cancels,
+and the interval is narrower than two separate ones would suggest.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ from stepdistill.errors import InputError
 from stepdistill.evaluation.cells import ATTRIBUTE, BETTER, Cell, Measured
 from stepdistill.evaluation.figures import Difference, Figure, Ratio, gap, log_ratio
 from stepdistill.evaluation.records import check_same_protocol
-from stepdistill.evaluation.seeds import alike, figures_of, pooled
+from stepdistill.evaluation.seeds import alike, pooled
 
-Pairs = dict[str, list[tuple[Figure, Figure]]]  # figures of two cells by name, a pair per seed that both have
+OPEN = "no difference found"  # the verdict if the interval contains 0: not that the two are equal
 
 
 @dataclass(frozen=True)
@@ -28,22 +28,30 @@ class Comparison:
     """A figure of two cells.
 
     Attributes:
-        name: the figure's. cell_a, cell_b: the cells. a, b: their values. gap: a - b.
+        name: the figure's. cell_a, cell_b: the cells. gap: cell_a's - cell_b's.
     """
 
     name: str
     cell_a: Cell
     cell_b: Cell
-    a: Measured
-    b: Measured
     gap: Difference
 
     @property
+    def a(self) -> Measured:
+        """The figure of cell_a."""
+        return self.cell_a.figures[self.name]
+
+    @property
+    def b(self) -> Measured:
+        """The figure of cell_b."""
+        return self.cell_b.figures[self.name]
+
+    @property
     def word(self) -> str:
-        """The verdict on a against b: better, worse, or equal (within the interval); higher or lower if the figure has
-        no preferred direction."""
-        if self.gap.equal:
-            return "equal"
+        """The verdict on a against b: better, worse, or OPEN; higher or lower if the figure has no preferred
+        direction."""
+        if self.gap.contains_zero:
+            return OPEN
         above = self.gap.value > 0
         way = BETTER.get(self.name)
         if way is None:
@@ -55,8 +63,8 @@ class Comparison:
         return {
             "metric": self.name, "steps_a": self.cell_a.steps, "steps_b": self.cell_b.steps,
             "a": self.a.value, "b": self.b.value, "difference": self.gap.value, "low": self.gap.low,
-            "high": self.gap.high, "paired": self.gap.paired, "n": self.a.n, "of": self.a.of, "seeds": self.a.seeds,
-            "verdict": self.word,
+            "high": self.gap.high, "paired": self.gap.paired, "n": self.a.n, "of": self.a.of,
+            "seeds_a": self.a.seeds, "seeds_b": self.b.seeds, "verdict": self.word,
         }  # fmt: skip
 
 
@@ -69,60 +77,49 @@ def compare(a: Cell, b: Cell, only: Sequence[str] = ()) -> list[Comparison]:
     check_same_protocol(a.row, b.row, f"{a.folder}", f"{b.folder}")
     both = [name for name in a.figures if name in b.figures]
     names = [name for name in both if (name in only if only else not name.startswith(ATTRIBUTE))]
-    of_seeds, found = _of_seeds(a, b), []
-    for name in names:
-        one, other = a.figures[name], b.figures[name]
-        if name in of_seeds:
-            found.append(_paired(name, a, b, of_seeds[name]))
-        elif one.half is not None and other.half is not None:
-            found.append(Comparison(name, a, b, one, other, _apart(one, other)))
-    return found
+    gaps = {name: _difference(a, b, name) for name in names}
+    return [Comparison(name, a, b, found) for name, found in gaps.items() if found is not None]
 
 
 def ratio(a: Cell, b: Cell, name: str) -> Ratio | None:
     """Returns the ratio of a's figure to b's; None unless both are above 0.
 
-    Its interval is that of the logarithm by the delta method: image by image if both were generated from the same
-    noise, else from the two intervals.
+    Its interval is that of the logarithm by the delta method: unit by unit if the influences of both are stored, else
+    from the two intervals.
     """
     one, other = a.figures.get(name), b.figures.get(name)
     if one is None or other is None or min(one.value, other.value) <= 0:
         return None
-    both = _of_seeds(a, b).get(name, [])
-    if both and all(min(ours.value, theirs.value) > 0 for ours, theirs in both):
-        half = pooled([log_ratio(ours, theirs) for ours, theirs in both]).half
-        ours, theirs = (sum(figure.value for figure in side) for side in zip(*both, strict=True))
-        return Ratio.of(ours / theirs, half)
+    above = all(figure.value > 0 for cell in (a, b) for figure in cell.by_seed.get(name, {}).values())
+    both = _together(a, b, name, log_ratio) if above else None
     known = one.half is not None and other.half is not None
     half = math.hypot(one.half / one.value, other.half / other.value) if known else None
-    return Ratio.of(one.value / other.value, half)
+    return Ratio.of(one.value / other.value, half if both is None else both.half)
 
 
-def _apart(a: Measured, b: Measured) -> Difference:
-    """The difference of figures that share no noise: their errors add in quadrature."""
-    return Difference.of(a.value - b.value, math.hypot(a.half, b.half), paired=False)
+def _difference(a: Cell, b: Cell, name: str) -> Difference | None:
+    """The difference of the cells' figures: paired if both store influences for the same units, else from the two
+    intervals, whose errors add in quadrature; None if one has none."""
+    one, other = a.figures[name], b.figures[name]
+    both = _together(a, b, name, gap)
+    if both is None and (one.half is None or other.half is None):
+        return None
+    half = math.hypot(one.half, other.half) if both is None else both.half
+    return Difference.of(one.value - other.value, half, paired=both is not None)
 
 
-def _paired(name: str, a: Cell, b: Cell, both: Sequence[tuple[Figure, Figure]]) -> Comparison:
-    """The comparison of figures over the same units: the differences of the seeds are pooled."""
-    ours, theirs = (pooled(side) for side in zip(*both, strict=True))
-    between = pooled([gap(one, other) for one, other in both])
-    told = (Measured.by(side, len(both)) for side in (ours, theirs))
-    return Comparison(name, a, b, *told, Difference.of(between.value, between.half, paired=True))
+def _together(a: Cell, b: Cell, name: str, of: Callable[[Figure, Figure], Figure]) -> Figure | None:
+    """Returns `of` (gap, log_ratio) of two cells' figures over the same units, which are prompts.
 
-
-def _of_seeds(a: Cell, b: Cell) -> Pairs:
-    """Returns the figures whose influences both cells store for the same units at the same seeds."""
-    rows_a, rows_b = ({row["seed"]: row for row in cell.rows if row.get("seed") is not None} for cell in (a, b))
-    kept = [
-        (figures_of(a.folder, rows_a[seed]), figures_of(b.folder, rows_b[seed])) for seed in rows_a if seed in rows_b
-    ]
-    found = {}
-    for name in kept[0][0] if kept else ():
-        both = [(ours.get(name), theirs.get(name)) for ours, theirs in kept]
-        if alike([figure for pair in both for figure in pair]):
-            found[name] = both
-    return found
+    If both have the same seeds, it is pooled over them, so that what the noise of a seed does to both cancels. Else
+    each side is pooled over its own: prompts remain paired, and the differences between seeds add in quadrature.
+    """
+    ours, theirs = a.by_seed.get(name, {}), b.by_seed.get(name, {})
+    if not (ours and theirs and alike([*ours.values(), *theirs.values()])):
+        return None
+    if ours.keys() == theirs.keys():
+        return pooled([of(ours[seed], theirs[seed]) for seed in ours])
+    return of(pooled(list(ours.values())), pooled(list(theirs.values())))
 
 
 def pairs(

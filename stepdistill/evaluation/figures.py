@@ -101,8 +101,8 @@ class Difference:
         return cls(value, value - half, value + half, paired)
 
     @property
-    def equal(self) -> bool:
-        """Whether the interval contains 0, so that the two cannot be distinguished."""
+    def contains_zero(self) -> bool:
+        """Whether the interval contains 0: which figure is higher is open, and they need not be equal."""
         return self.low <= 0 <= self.high
 
 
@@ -137,10 +137,12 @@ def difference(a: Figure, b: Figure, *, paired: bool) -> Difference:
 
 def gap(a: Figure, b: Figure) -> Figure:
     """Returns a - b of figures over the same units."""
-    return Figure(a.value - b.value, a.influence.double() - b.influence.double(), a.unit, bend=a.bend - b.bend)
+    influence, apart = a.influence.double() - b.influence.double(), math.hypot(a.apart, b.apart)
+    return Figure(a.value - b.value, influence, a.unit, bend=a.bend - b.bend, apart=apart)
 
 
 def log_ratio(a: Figure, b: Figure) -> Figure:
     """Returns log(a / b), for figures above 0 over the same units: the delta method divides influences by values."""
     influence = a.influence.double() / a.value - b.influence.double() / b.value
-    return Figure(math.log(a.value / b.value), influence, a.unit, bend=a.bend / a.value - b.bend / b.value)
+    bend, apart = a.bend / a.value - b.bend / b.value, math.hypot(a.apart / a.value, b.apart / b.value)
+    return Figure(math.log(a.value / b.value), influence, a.unit, bend=bend, apart=apart)

@@ -16,11 +16,12 @@ from typing import Any
 from stepdistill.errors import InputError
 from stepdistill.evaluation import shipped
 from stepdistill.evaluation.cells import Cell, Measured
+from stepdistill.evaluation.conditions import timed_as
 from stepdistill.evaluation.summary import calls, digits, percent
 from stepdistill.typed import read_yaml
 
 SHORT = {"clip": "clip_score", "attributes": "attribute_accuracy"}
-LATENCY = "ms"  # median per image, bounded like a figure; shown with p90 and number of calls, not an interval
+LATENCY = "ms"  # median per image, bounded like a figure; shown with how it was taken in place of an interval
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Judgement:
         places = digits(name, [self.cell]) + 2 * percent(name)  # shares are shown as fractions here
         ends = ""
         if name == LATENCY:
-            ends = calls(self.cell)
+            ends = calls(self.cell, timed_as(self.cell))
         elif found.half is not None:
             ends = f" (95 %: {found.low:.{places}f} to {found.high:.{places}f}, n = {found.n:,})"
         at = f"{self.cell.steps} step{'s' * (self.cell.steps > 1)}"

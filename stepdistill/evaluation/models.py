@@ -201,7 +201,7 @@ def told(spec: ModelSpec, sampler: Sampler) -> dict[str, Any]:
         "sigmas": "even" if sampler.even else None,
         "call": dict(sampler.call) or None,
         "dtype": str(backbone(pipeline).dtype).removeprefix("torch."),
-        "train_seconds": record.get("train_seconds"),
+        "train_seconds": record.get("train_seconds"), "train_seed": _record(spec).get("seed"),
     }  # fmt: skip
 
 

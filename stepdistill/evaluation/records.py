@@ -32,6 +32,7 @@ FIELDS = (
     "steps", "nfe", "guidance", "scheduler", "spacing", "sigmas", "call", "n", "seed",
     "fd", "fd_low", "fd_high", "fd_extractor", "clip_score", "clip_model", "attribute_accuracy", "metrics",
     *TIMES, "batch", "channels_last", "dtype", "device", "versions", "commit", "command", "train_seconds",
+    "train_seed",
 )  # fmt: skip
 FOREIGN = ("config.json", "model_index.json", "manifest.json", "metrics.jsonl", "checkpoints", "export")
 TILE, LARGE = 96, 384  # pixels: images in a grid are enlarged by a whole factor up to TILE, and reduced to LARGE

@@ -15,7 +15,7 @@ from stepdistill.errors import InputError
 TEXTS = ("protocol", "protocol_hash", "model", "method", "teacher", "spec", "weights", "scheduler", "spacing",
          "fd_extractor", "clip_model", "dtype", "device", "commit", "command")  # fmt: skip
 NUMBERS = ("nfe", "guidance", "n", "seed", "fd", "fd_low", "fd_high", "clip_score", "attribute_accuracy",
-           "pipeline_memory_mb", "peak_memory_mb", "batch", "train_seconds")  # fmt: skip
+           "pipeline_memory_mb", "peak_memory_mb", "batch", "train_seconds", "train_seed")  # fmt: skip
 MAPS = ("settings", "attributes", "metrics", "latency_ms", "latency_ms_batch", "timing", "versions")
 WORDS = dict.fromkeys(TEXTS, "text") | dict.fromkeys(NUMBERS, "a number") | dict.fromkeys(MAPS, "a mapping")
 STAGES = ("text", "denoiser_step", "decode")

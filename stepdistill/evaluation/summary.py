@@ -97,12 +97,14 @@ def _columns(cell: Cell, places: Mapping[str, int], several: bool) -> dict[str, 
     }
 
 
-def calls(cell: Cell) -> str:
-    """Formats what follows a median time in brackets: its 90 % quantile and the number of calls, if known."""
+def calls(cell: Cell, how: str = "") -> str:
+    """Formats what follows a median time in brackets: its 90 % quantile and the number of calls, if known, and `how`
+    it was taken."""
     times = cell.latency_ms or {}
     slow, count = times.get("total_p90"), times.get("repeats")
     said = [] if slow is None else [f"p90 {figure(slow / times.get('batch', 1), 1)}"]
     said += [f"{count} calls"] if count else []
+    said += [how] if how else []
     return f" ({', '.join(said)})" if said else ""
 
 

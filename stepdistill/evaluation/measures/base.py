@@ -81,7 +81,7 @@ class Metric(ABC):
 
     Attributes:
         name: as protocols list it. keeps: the name of what it keeps of each image, shared by metrics with the same.
-        better: "lower" or "higher", by figure.
+        better: "lower" or "higher", by figure; without figures of which neither is.
         revision: of its figures' definition; above 1 it goes into the protocol's hash.
         least: minimum number of images. per_feature: minimum number of images per feature of the extractor; below it
             the figures are omitted. needs: what it needs of the real images: attributes of `real.RealPictures`.

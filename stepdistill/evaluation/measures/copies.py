@@ -23,9 +23,10 @@ NEIGHBOURS = 50
 
 
 class Copies(Metric):
-    """`copies`: 0.01 is expected without copying, 1 means that all images are memorised."""
+    """`copies`: 0.01 is expected without copying, 1 means that all images are memorised. Less than expected is no
+    better, so neither way is preferred."""
 
-    name, keeps, better, needs = "copies", "pixels", {"copies": "lower"}, ("pixels",)
+    name, keeps, better, needs = "copies", "pixels", {}, ("pixels",)
 
     @staticmethod
     def see(view: View) -> Tensor:

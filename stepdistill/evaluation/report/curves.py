@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from stepdistill.evaluation.cells import BETTER, MAIN, Cell, floors, names
+from stepdistill.evaluation.cells import BETTER, MAIN, Cell, Measured, floors, names
+from stepdistill.evaluation.conditions import conditions
+from stepdistill.evaluation.figures import Difference
 from stepdistill.evaluation.report import plots
+from stepdistill.evaluation.report.families import models_of, over_seeds
 from stepdistill.evaluation.report.plots import Axis, Curve, Level, Point
 from stepdistill.evaluation.report.verdicts import Gain, beside
 from stepdistill.evaluation.summary import label, percent
@@ -19,50 +21,29 @@ TITLES = {"clip_score": "CLIP score", "attribute_accuracy": "Attribute accuracy"
 BY_LATENCY = "FD by latency"
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model of the page.
-
-    Attributes:
-        number: its index on the page, which determines colour and mark.
-    """
-
-    name: str
-    number: int
-
-    @property
-    def colour(self) -> int:
-        """The number of its CSS variable, from 1; 0 is for floors."""
-        return self.number % plots.SERIES + 1
-
-    @property
-    def mark(self) -> str:
-        """The CSS class of its mark in legends and tables."""
-        return f"m{self.number // plots.SERIES % len(plots.MARKS)}"
-
-
-def models_of(found: Sequence[Cell]) -> list[Model]:
-    """Returns the models in order of appearance, without floors."""
-    names = dict.fromkeys(cell.model for cell in found if cell.steps > 0)
-    return [Model(name, number) for number, name in enumerate(names)]
-
-
 def curves(found: Sequence[Cell]) -> dict[str, Make]:
     """Returns title -> function that draws the plot, for all measured figures, the main ones first."""
     made: dict[str, Make] = {}
     for name in names(found):
-        if not _lines(found, name, "steps"):
+        lines = _by_steps(found, {(c.model, c.steps): c.figures[name] for c in found if name in c.figures})
+        if not lines:
             continue
-        made[f"{label(name)} by steps"] = lambda name=name: plots.quality_by_steps(
-            _lines(found, name, "steps", interval=True), _axis(found, name, "by steps"), _levels(found, name)
+        made[f"{label(name)} by steps"] = lambda name=name, lines=lines: plots.quality_by_steps(
+            lines, _axis(found, name, "by steps"), _levels(found, name)
         )
-        if name == "fd" and _lines(found, name, "latency"):
+        if name == "fd" and (lines := _by_cost(found, lambda cell: cell.latency)):
             batch = next(c.latency_ms for c in found if c.latency is not None).get("batch", 1)
-            made[BY_LATENCY] = lambda batch=batch: plots.quality_by_cost(
-                _lines(found, "fd", "latency"), _axis(found, "fd", "by latency", "lower left is better"),
-                _levels(found, "fd"), f"ms per image, batch size {batch:g}", front=True,
+            better = "lower left is better" + ", timed differently: a front each" * timed_apart(found)
+            made[BY_LATENCY] = lambda lines=lines, batch=batch, better=better: plots.quality_by_cost(
+                lines, _axis(found, "fd", "by latency", better), _levels(found, "fd"),
+                f"ms per image, batch size {batch:g}", front=True,
             )  # fmt: skip
     return made
+
+
+def timed_apart(found: Sequence[Cell]) -> bool:
+    """Whether not all cells were timed alike."""
+    return len({_timing(cell) for cell in found if cell.latency is not None}) > 1
 
 
 def main_curves() -> set[str]:
@@ -75,49 +56,55 @@ def cost_curves(found: Sequence[Cell], gained: Sequence[Gain]) -> dict[str, Make
     made: dict[str, Make] = {}
     students = [cell for cell in found if cell.train_seconds and cell.method != "teacher"]
     seconds = [cell.train_seconds for cell in students]
-    if seconds and max(seconds) >= APART * min(seconds) and _lines(students, "fd", "minutes", found):
-        unit = "hours" if max(seconds) > 7200 else "minutes"
+    if seconds and max(seconds) >= APART * min(seconds) and any("fd" in cell.figures for cell in students):
+        unit, scale = ("hours", 3600) if max(seconds) > 7200 else ("minutes", 60)
         longest = {(gain.last.model, gain.last.steps): gain.last.fd for gain in gained}
         made["FD by training time"] = lambda: plots.quality_by_cost(
-            _lines(students, "fd", unit, found),
+            _by_cost(students, lambda cell: cell.train_seconds / scale, found),
             _axis(found, "fd", "by training time", "lower left is better"),
             [(f"{model}, {steps} steps", fd) for (model, steps), fd in longest.items()],
             f"{unit} of training", front=False,
         )  # fmt: skip
-    if gaps := _gaps(found, gained):
+    told = {(gain.cell.model, gain.cell.steps): gain.gaps["fd"].gap for gain in gained if "fd" in gain.gaps}
+    if gaps := _by_steps(found, told):
         other = beside(gained)
         axis = Axis(f"Gap to the {other} by steps", f"FD minus {other}’s at largest step count, {_n(found, 'fd')}")
         made[axis.title] = lambda: plots.quality_by_steps(gaps, axis, [(f"{other}, most steps", 0)])
     return made
 
 
-def _gaps(found: Sequence[Cell], gained: Sequence[Gain]) -> list[Curve]:
+def _by_steps(found: Sequence[Cell], told: Mapping[tuple[str, int], Measured | Difference]) -> list[Curve]:
+    """Returns one curve per model of figures by model and step count, with their intervals; of a model of several
+    training seeds the mean and the range."""
     lines = []
     for model in models_of(found):
-        gaps = [(gain.cell.steps, gain.gap.gap) for gain in gained if gain.cell.model == model.name and gain.gap]
-        points = [Point(steps, gap.value, gap.low, gap.high, steps) for steps, gap in gaps]
+        points = []
+        for steps in sorted({steps for name, steps in told if name in model.members and steps > 0}):
+            own = over_seeds([told[name, steps] for name in model.members if (name, steps) in told])
+            points.append(Point(steps, own.value, own.low, own.high, steps))
         lines.append(Curve(model.name, points, model.number))
     return [line for line in lines if line.points]
 
 
-def _lines(
-    found: Sequence[Cell], name: str, x: str, of: Sequence[Cell] | None = None, *, interval: bool = False
+def _by_cost(
+    found: Sequence[Cell], cost: Callable[[Cell], float | None], of: Sequence[Cell] | None = None
 ) -> list[Curve]:
-    """Returns one curve per model. of: all cells of the page, which fix the models' colours, if `found` is a subset."""
-    places = {"steps": lambda c: c.steps, "latency": lambda c: c.latency, "minutes": lambda c: c.train_seconds / 60,
-              "hours": lambda c: c.train_seconds / 3600}  # fmt: skip
+    """Returns FD by a cell's cost, one curve per member of a model, all in its colour and the first under its name.
+
+    Args:
+        of: all cells of the page, which determine colours, if `found` is a subset.
+    """
     lines = []
     for model in models_of(of or found):
-        points = []
-        for cell in (c for c in found if c.model == model.name and c.steps > 0):
-            at = places[x](cell)
-            if name not in cell.figures or at is None:
-                continue
-            figure = cell.figures[name]
-            ends = (figure.low, figure.high) if interval else (None, None)
-            points.append(Point(at, figure.value, *ends, cell.steps))
-        lines.append(Curve(model.name, points, model.number))
+        for i, member in enumerate(model.members):
+            own = [(cost(c), c) for c in found if c.model == member and c.steps > 0 and "fd" in c.figures]
+            points = [Point(x, c.figures["fd"].value, None, None, c.steps, _timing(c)) for x, c in own if x is not None]
+            lines.append(Curve("" if i else model.name, points, model.number))
     return [line for line in lines if line.points]
+
+
+def _timing(cell: Cell) -> str:
+    return "" if cell.latency is None else ", ".join(conditions(cell))
 
 
 def _levels(found: Sequence[Cell], name: str) -> list[Level]:

@@ -31,7 +31,8 @@ def markdown(
     lines = [f"# {escaped(title)}", "", f"{'; '.join(facts)}.", ""]
     for verdict in said:
         stats = "; ".join(f"{big} {what}" for big, what in verdict["stats"])
-        lines += [f"**{escaped(verdict['model'])}** at {verdict['steps']}: {escaped(stats)}.", ""]
+        what = escaped(f"at {verdict['steps']} {verdict['against']}: {stats}")
+        lines += [f"**{escaped(verdict['model'])}** {what}.", ""]
     lines += [markdown_table(found, list(columns(found)[0])), ""]
     lines += [*(f"![{IMAGES[file]}]({file})" for file in images), ""]
     lines += [
@@ -43,7 +44,7 @@ def markdown(
     for cell in found:
         grid = f"grids/{grid_name(cell.rows[0])}"
         if (folder / grid).is_file():
-            steps = f"{cell.steps} step{'s' * (cell.steps > 1)}" if cell.steps else "the best a model can reach"
+            steps = f"{cell.steps} step{'s' * (cell.steps > 1)}" if cell.steps else "for reference"
             lines.append(f"{escaped(cell.model)}, {steps}\n\n![{_alt(cell.model)}]({grid})\n")
     lines += [f"{i}. {escaped(prompt)}" for i, prompt in enumerate(prompts, 1)]
     if commands := dict.fromkeys(row["command"] for row in rows if row.get("command")):

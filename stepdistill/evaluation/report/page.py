@@ -14,7 +14,8 @@ from stepdistill import files
 from stepdistill.evaluation.cells import Row, cells, of_run, read_folder
 from stepdistill.evaluation.records import FIELDS
 from stepdistill.evaluation.report import inline
-from stepdistill.evaluation.report.curves import BY_LATENCY, Make, cost_curves, curves, main_curves, models_of
+from stepdistill.evaluation.report.curves import BY_LATENCY, Make, cost_curves, curves, main_curves, timed_apart
+from stepdistill.evaluation.report.families import models_of
 from stepdistill.evaluation.report.markdown import markdown
 from stepdistill.evaluation.report.strips import chosen, prompts_of, strips_of
 from stepdistill.evaluation.report.tables import as_csv, cost_table, machines, tables
@@ -39,24 +40,25 @@ def write_report(folder: str | Path, *, title: str | None = None) -> Path:
     folder = of_run(folder)
     rows = read_folder(folder)
     found = cells(rows, folder)
-    gained = gains(found)
-    drawn, cost, said, shown = curves(found), cost_curves(found, gained), verdicts(gained), tables(found)
+    gained, models = gains(found), models_of(found)
+    drawn, cost, said, shown = curves(found), cost_curves(found, gained), verdicts(gained, models), tables(found)
     title = title or f"Quality {'and latency ' if BY_LATENCY in drawn else ''}by step count"
     prompts, strips, costs = prompts_of(folder), strips_of(folder, found), cost_table(gained)
     main = {name: make for name, make in drawn.items() if name in main_curves()}
     others = {name: make for name, make in drawn.items() if name not in main}
-    script, models = _text("page.js"), models_of(found)
-    marks = {model.name: model for model in models}
+    script, marks = _text("page.js"), {name: model for model in models for name in (*model.members, model.name)}
     context = {
         "title": title, "first": dict.fromkeys(FIELDS) | rows[0], "facts": _facts(rows), "told": _told(rows),
         "verdicts": said, "models": models, "marks": marks, "tables": shown,
-        "students": [m for m in models if m.name in {gain.cell.model for gain in gained}],
+        "students": [model for model in models if {gain.cell.model for gain in gained} & {*model.members}],
+        "seeded": [model for model in models if len(model.members) > 1],
         "costs": costs if costs.lines else None, "other": beside(gained), "strips": strips,
         "chosen": chosen(strips, said, list(marks)),
         "prompts": prompts[: max((len(strip.uris) for strip in strips), default=0)],
         "by_steps": [(n, [s for s in strips if s.steps == n]) for n in sorted({s.steps for s in strips})],
         "svgs": _svgs(main), "more_svgs": _svgs(others), "cost_svgs": _svgs(cost),
         "averaged": any(cell.seeds > 1 for cell in found), "timed": BY_LATENCY in drawn,
+        "timed_apart": timed_apart(found),
         "floors": any(cell.steps == 0 for cell in found),
         "commands": _all(rows, "command"), "csv": base64.b64encode(as_csv(rows).encode()).decode(),
         "style": _text("page.css"), "script": script,

@@ -14,18 +14,21 @@ Level = tuple[str, float]  # name and y of a horizontal reference line
 
 @dataclass(frozen=True)
 class Point:
-    """One measured cell of a curve: x, y, the interval of y (or None), and the step count."""
+    """One measured cell of a curve: x, y, the interval of y (or None), the step count, and the kind of x: only points
+    of one kind share a Pareto front."""
 
     x: float
     y: float
     low: float | None
     high: float | None
     steps: int
+    kind: str = ""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A model's points, and its index among the page's models, which determines colour and mark."""
+    """Points of a model, and its index among the page's models, which determines colour and mark. A further curve of
+    the same model has no name, and is not in the legend."""
 
     name: str
     points: Sequence[Point]
@@ -73,16 +76,18 @@ def quality_by_steps(curves: Sequence[Curve], axis: Axis, levels: Sequence[Level
 
 
 def quality_by_cost(curves: Sequence[Curve], axis: Axis, levels: Sequence[Level], cost: str, *, front: bool):
-    """Returns a figure of distance against cost. front: mark the Pareto front, the cells that none beats in both."""
+    """Returns a figure of distance against cost. front: mark the Pareto front of each kind of points, the cells that
+    none beats in both."""
     figure, axes = _figure(axis)
     log = axis.log and _positive(curves, levels)
     for curve in curves:
         _draw(axes, curve, line=0.35)
-    best = pareto([(p.x, p.y) for c in curves for p in c.points]) if front else []
-    if best:
+    kinds = dict.fromkeys(p.kind for c in curves for p in c.points) if front else ()
+    for i, kind in enumerate(kinds):
+        best = pareto([(p.x, p.y) for c in curves for p in c.points if p.kind == kind])
         dashes = {"color": INK, "linewidth": 1, "linestyle": (0, (4, 3)), "drawstyle": "steps-post"}
         rings = {"marker": "o", "markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.2}
-        axes.plot(*zip(*best, strict=True), **dashes, **rings, zorder=4, label="Pareto front")
+        axes.plot(*zip(*best, strict=True), **dashes, **rings, zorder=4, label="" if i else "Pareto front")
     xs = [p.x for c in curves for p in c.points]
     if min(xs) > 0 and max(xs) > 8 * min(xs):
         axes.set_xscale("log")

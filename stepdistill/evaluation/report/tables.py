@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepdistill.evaluation.cells import ATTRIBUTE, BETTER, MAIN, Cell, Row, measured, names
+from stepdistill.evaluation.conditions import conditions, timed_as
 from stepdistill.evaluation.report.verdicts import Gain, beside, duration, ends_of
 from stepdistill.evaluation.summary import digits, figure, label, number, percent, spread, units
 
@@ -16,7 +17,7 @@ FACTS = (
     "protocol", "protocol_hash", "model", "method", "teacher", "spec", "steps", "nfe", "guidance", "scheduler",
     "sigmas", "call", "n", "seed", "fd_extractor", "clip_model",
 )  # fmt: skip
-COSTS = ("batch", "channels_last", "dtype", "device", "train_seconds", "commit", "command")
+COSTS = ("batch", "channels_last", "dtype", "device", "train_seconds", "train_seed", "commit", "command")
 TIMES = ("latency_ms", "latency_ms_batch")  # for one image per call, and for several
 
 
@@ -97,7 +98,7 @@ def _latency(found: Sequence[Cell]) -> Table:
              Head("ms", "first call"), Head("text"), Head("per step"), Head("decode"), Head("calls"),
              Head("peak MB", "of the pipeline"), Head("timing", text=True)]  # fmt: skip
     taken = [(cell, cell.row[name]) for cell in found for name in TIMES if cell.row.get(name)]
-    several = len({_device(cell) for cell, _ in taken}) > 1
+    several = len({conditions(cell)[0] for cell, _ in taken}) > 1
     lines = []
     for cell, times in taken:
         batch = times.get("batch", 1)
@@ -106,7 +107,7 @@ def _latency(found: Sequence[Cell]) -> Table:
         lines.append((cell, [
             *_steps(cell), _plain(batch, 0), *(_plain(None if ms is None else ms / batch, 1) for ms in whole), *stages,
             _plain(times.get("repeats"), 0), _plain(times.get("pipeline_memory_mb"), 0),
-            _text(_how(cell, device=several)),
+            _text(timed_as(cell, on=several)),
         ]))  # fmt: skip
     return _filled(Table("Latency", heads, lines))
 
@@ -118,13 +119,6 @@ def _filled(table: Table) -> Table:
     return Table(table.title, [table.heads[i] for i in kept], lines)
 
 
-def _how(cell: Cell, *, device: bool) -> str:
-    """Describes how a cell was timed."""
-    how = cell.timing or {"dtype": cell.dtype, "compiled": cell.latency_ms.get("compiled")}
-    said = [how["dtype"], "compiled" * bool(how["compiled"]), "channels last" * bool(how.get("channels_last"))]
-    return ", ".join(filter(None, [*said, _device(cell) if device else ""]))
-
-
 def machines(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Returns ("on", device) for devices that generated images, and ("timed on", device) if timed on others."""
     drawn = dict.fromkeys(row["device"] for row in rows if row.get("device"))
@@ -133,19 +127,15 @@ def machines(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [*(("on", device) for device in drawn), *(("timed on", device) for device in elsewhere)]
 
 
-def _device(cell: Cell) -> str:
-    return (cell.timing or cell.row).get("device") or ""
-
-
 def cost_table(gained: Sequence[Gain]) -> Table:
     """Returns the cost of training, its gain at equal step count, and the gap to the teacher's largest step count."""
     other = beside(gained)
     heads = [Head("training"), Head("steps"), Head("FD"), Head(other, "same steps"), Head("ratio", high=True),
-             Head(other, "most steps"), Head("gap", "95 % interval"), Head("student is", text=True)]  # fmt: skip
+             Head(other, "most steps"), Head("gap", "95 % interval"), Head("verdict", text=True)]  # fmt: skip
     lines = []
     found = [cell for gain in gained for cell in (gain.cell, gain.last)]
     for gain in gained:
-        cell, gap = gain.cell, gain.gap
+        cell, gap = gain.cell, gain.gaps.get("fd")
         fd = [_figure("fd", c, found, ends=False) if c is not None else Value("–") for c in (cell, gain.same)]
         last, nearer = gain.last.figures["fd"], gain.of_same and gain.of_same.inverse
         told = (spread("fd", last, 1), f"{gain.last.steps} steps")

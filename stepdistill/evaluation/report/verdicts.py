@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stepdistill.evaluation.cells import Cell
+from stepdistill.evaluation.cells import MAIN, Cell, Measured
 from stepdistill.evaluation.compare import Comparison, compare, ratio
+from stepdistill.evaluation.conditions import unlike
 from stepdistill.evaluation.figures import Ratio
-from stepdistill.evaluation.summary import calls, figure, spread
+from stepdistill.evaluation.report.families import Model, over_seeds
+from stepdistill.evaluation.summary import calls, digits, figure, number, spread
 
-FEW = 8  # largest step count of the cell in a student's headline
-SAID = {"equal": "equal within the interval", "better": "better", "worse": "worse"}
+FEW = 8  # largest step count of the headline
+COST = {"clip_score": "CLIP score", "attribute_accuracy": "points of attribute accuracy"}
 
 
 @dataclass(frozen=True)
@@ -21,14 +24,14 @@ class Gain:
 
     Attributes:
         same: the teacher's at the same step count; None if not measured. last: at its largest step count.
-        gap: of the distances, student - last; None if one has no interval. of_last, of_same: student / last or same.
+        gaps: student - last by figure, of the main ones with intervals. of_last, of_same: FD / that of last or same.
         own: whether it is known to be the student's teacher; otherwise it is a baseline, the first teacher measured.
     """
 
     cell: Cell
     same: Cell | None
     last: Cell
-    gap: Comparison | None
+    gaps: Mapping[str, Comparison]
     of_last: Ratio | None
     of_same: Ratio | None
     own: bool = True
@@ -53,9 +56,9 @@ def gains(found: Sequence[Cell]) -> list[Gain]:
         baseline = [c for c in teachers if c.model == name]
         same = next((c for c in baseline if c.steps == cell.steps), None)
         last = baseline[-1]
-        gap = next(iter(compare(cell, last, ("fd",))), None)
+        gaps = {found.name: found for found in compare(cell, last, MAIN)}
         of_same = ratio(cell, same, "fd") if same is not None else None
-        said.append(Gain(cell, same, last, gap, ratio(cell, last, "fd"), of_same, own is not None))
+        said.append(Gain(cell, same, last, gaps, ratio(cell, last, "fd"), of_same, own is not None))
     return said
 
 
@@ -69,47 +72,96 @@ def beside(gained: Sequence[Gain]) -> str:
     return "teacher" if all(gain.own for gain in gained) else "baseline"
 
 
-def verdicts(gained: Sequence[Gain]) -> list[dict[str, Any]]:
-    """Compares each student's best few-step cell with its teacher at its largest step count: the page's headline.
+def verdicts(gained: Sequence[Gain], models: Sequence[Model]) -> list[dict[str, Any]]:
+    """Compares each student at few steps with its teacher at its largest step count: the page's headline.
+
+    All are at the same step count, the one up to FEW that most students have, the largest of several; a student
+    without it is at its own largest one up to FEW. Of a student of several training seeds, means and ranges are given.
 
     Returns:
-        cell, model, steps, and stats: (figure, what it is) pairs.
+        cell (of the seed with the best FD), model, steps, against (the teacher, and over what), and stats: (figure,
+        what it is) pairs.
     """
+    few = {
+        model.name: own
+        for model in models
+        if (own := [gain for gain in gained if gain.cell.model in model.members and gain.cell.steps <= FEW])
+    }
+    having = Counter(steps for own in few.values() for steps in {gain.cell.steps for gain in own})
+    common = max(having, key=lambda steps: (having[steps], steps), default=0)
     several = len({gain.last.model for gain in gained}) > 1
+    places = {name: digits(name, [gain.cell for gain in gained]) for name in COST}
     said = []
-    for model in dict.fromkeys(gain.cell.model for gain in gained):
-        few = [gain for gain in gained if gain.cell.model == model and gain.cell.steps <= FEW]
-        if not few:
-            continue
-        best = min(few, key=lambda gain: gain.cell.fd)
-        cell, last = best.cell, best.last
+    for model, own in few.items():
+        counts = {gain.cell.steps for gain in own}
+        steps = common if common in counts else max(counts)
+        shown = [gain for gain in own if gain.cell.steps == steps]
+        last = shown[0].last
         who = last.model if several else "the teacher"
-        who = who if best.own else f"the baseline {last.model}"
-        at = f"{cell.steps} step{'s' * (cell.steps > 1)}"
-        own, theirs = (spread("fd", c.figures["fd"], 1) for c in (cell, last))
-        has = f"{figure(last.fd, 1)} {theirs}".rstrip()
-        stats = [(figure(cell.fd, 1), f"FD {own}".rstrip() + f", against {who}’s {has} at {last.steps} steps")]
-        if best.of_last is not None:
-            word = f": {SAID[best.gap.word]}" if best.gap else ""
-            stats.append(_times(best.of_last, f"{who}’s FD at {last.steps} steps", word))
-        if best.of_same is not None:
-            stats.append(_times(best.of_same, f"{who}’s FD at {at}"))
-        if cell.latency and last.latency:
-            faster = figure(last.latency / cell.latency, 1)
-            told = " against ".join(f"{figure(c.latency, 1)} ms{calls(c)}" for c in (cell, last))
-            stats.append((f"{faster}×", f"faster than {who} at {last.steps} steps: {told}"))
-        said.append({"cell": cell, "model": model, "steps": at, "stats": stats})
+        who = who if shown[0].own else f"the baseline {last.model}"
+        over = f"; mean and range of {len(shown)} training seeds" if len(shown) > 1 else ""
+        said.append({
+            "cell": min((gain.cell for gain in shown), key=lambda cell: cell.fd), "model": model, "steps": _at(steps),
+            "against": f"against {who} at {_at(last.steps)}{over}",
+            "stats": [*_distances(shown, who), *_costs(shown, places), *_speed(shown)],
+        })  # fmt: skip
     return said
 
 
-def _times(found: Ratio, what: str, word: str = "") -> tuple[str, str]:
-    """Returns a ratio, and its description with its interval."""
-    ends = f" ({ends_of(found, 2)})" if found.low is not None else ""
-    return f"{figure(found.value, 2)}×", f"{what}{ends}{word}"
+def _distances(of: Sequence[Gain], who: str) -> list[tuple[str, str]]:
+    """FD, and its ratios to the teacher's."""
+    last, own = of[0].last, [gain.cell.figures["fd"] for gain in of]
+    fd = over_seeds(own)
+    ends = spread("fd", fd, 1) if len(own) == 1 else f"({ends_of(fd, 1)})"
+    theirs = f"{figure(last.fd, 1)} {spread('fd', last.figures['fd'], 1)}".rstrip()
+    stats = [(figure(fd.value, 1), f"FD {ends}".rstrip() + f", {who}’s {theirs}")]
+    for ratios, steps, words in (
+        ([gain.of_last for gain in of], last.steps, _words(of, "fd")),
+        ([gain.of_same for gain in of], of[0].cell.steps, ""),
+    ):
+        if None not in ratios:
+            found = over_seeds(ratios)
+            ends = f" ({ends_of(found, 2)})" if found.low is not None else ""
+            stats.append((f"{figure(found.value, 2)}×", f"{who}’s FD at {_at(steps)}{ends}{words}"))
+    return stats
 
 
-def ends_of(found: Ratio, places: int) -> str:
-    """Formats a ratio's interval; empty if there is none."""
+def _costs(of: Sequence[Gain], places: Mapping[str, int]) -> list[tuple[str, str]]:
+    """CLIP score and attribute accuracy minus the teacher's."""
+    stats = []
+    for name, what in COST.items():
+        if all(name in gain.gaps for gain in of):
+            found = over_seeds([gain.gaps[name].gap for gain in of])
+            value, low, high = (number(name, each, places[name]) for each in (found.value, found.low, found.high))
+            stats.append(("+" * (found.value > 0) + value, f"{what} ({low} to {high}){_words(of, name)}"))
+    return stats
+
+
+def _speed(of: Sequence[Gain]) -> list[tuple[str, str]]:
+    """How much faster than the teacher, if all were timed alike."""
+    last, cells = of[0].last, [gain.cell for gain in of if gain.cell.latency]
+    if not cells or not last.latency:
+        return []
+    if differ := next(filter(None, (unlike(cell, last) for cell in cells)), ""):
+        return [("–", f"faster: {differ}")]
+    ms = sum(cell.latency for cell in cells) / len(cells)
+    own = f"{figure(ms, 1)} ms" + (calls(cells[0]) if len(cells) == 1 else "")
+    return [(f"{figure(last.latency / ms, 1)}×", f"faster: {own} against {figure(last.latency, 1)} ms{calls(last)}")]
+
+
+def _words(of: Sequence[Gain], name: str) -> str:
+    """Returns the verdict on a figure; of several training seeds all of them, with the number of seeds."""
+    words = Counter(gain.gaps[name].word for gain in of if name in gain.gaps)
+    told = words if len(of) == 1 else [f"{word} ({count} of {len(of)})" for word, count in words.items()]
+    return f": {', '.join(told)}" if words else ""
+
+
+def _at(steps: int) -> str:
+    return f"{steps} step{'s' * (steps > 1)}"
+
+
+def ends_of(found: Measured | Ratio, places: int) -> str:
+    """Formats an interval; empty if there is none."""
     return "" if found.low is None else f"{figure(found.low, places)}–{figure(found.high, places)}"
 
 
