@@ -22,7 +22,8 @@ from stepdistill.methods.base import Clock
 
 pytest.importorskip("trl")
 
-from stepdistill.baselines.language.gkd_trl import Trainer, as_trl, make_trainer, teach
+from stepdistill.baselines.language.gkd_trl import make_trainer, teach
+from stepdistill.baselines.language.trl_trainer import Trainer, as_trl
 
 PROMPT, BLOCK = 4, 12
 EVERY = torch.ones(1, 8, dtype=torch.bool)
@@ -132,6 +133,25 @@ def test_a_finished_folder_is_kept_and_refused_to_other_settings(changes, tmp_pa
     with pytest.raises(InputError, match=f"which holds a run with {next(iter(changes))} = "):
         run(dataclasses.replace(config(tmp_path, max_train_steps=1), **changes))
     assert (tmp_path / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("adamw", "adamw_torch_fused"), ("adamw8bit", "adamw_bnb_8bit")])
+def test_the_optimizer_is_the_one_that_was_asked_for(name, theirs, tmp_path):
+    trainer = make_trainer(config(tmp_path, optimizer=name), speaker(seed=2), speaker(seed=1).network, packed())
+    assert trainer.args.optim == theirs
+    if name == "adamw":
+        made = trainer.create_optimizer()
+        assert type(made) is torch.optim.AdamW and made.defaults["fused"]
+
+
+def test_a_teacher_is_kept_in_the_runs_precision_and_given_back(tmp_path):
+    teacher, student = speaker(seed=2), speaker(seed=1).network
+    whole, seen = {name: p.clone() for name, p in teacher.network.named_parameters()}, set()
+    layers = [network.model.layers[0].mlp.up_proj for network in (teacher.network, student)]
+    layers[0].register_forward_hook(lambda *_: seen.add(tuple(layer.weight.dtype for layer in layers)))
+    teach(config(tmp_path, max_train_steps=1, mixed_precision="bf16"), teacher, student, packed())
+    assert seen == {(torch.bfloat16, torch.float32)}
+    assert all(torch.equal(p, whole[name]) for name, p in teacher.network.named_parameters())
 
 
 def test_trained_in_half_precision_a_student_is_measured_in_full(tmp_path):

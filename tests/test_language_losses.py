@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 import stepdistill as sd
+from stepdistill.baselines import divergence
 from stepdistill.baselines.language import losses
+from stepdistill.baselines.reduce import masked_mean
 
 B, S, V = 3, 5, 7
 BETAS = (0, 0.01, 0.1, 0.5, 0.9, 0.99, 1)
@@ -137,6 +139,56 @@ def test_what_does_not_count_changes_nothing_and_gets_no_gradient(said):
         assert value.item() == loss(student, teacher, mask).item()
         (gradient,) = torch.autograd.grad(value, other)
         assert not gradient[~mask].any() and gradient[mask].any()
+
+
+PLAIN = {  # without parts: of log S and log T, (B, S, V)
+    "forward_kl": lambda s, t: divergence.kl(t, s),
+    "reverse_kl": divergence.kl,
+    "skew_kl": lambda s, t: divergence.kl(t, losses.log_mixture(t, s, 0.1)),
+    "skew_reverse_kl": lambda s, t: divergence.kl(s, losses.log_mixture(s, t, 0.1)),
+    "generalized_jsd": lambda s, t: (
+        0.3 * divergence.kl(t, losses.log_mixture(t, s, 0.3)) + 0.7 * divergence.kl(s, losses.log_mixture(t, s, 0.3))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("chunk", [1, 4, 1024])
+def test_in_parts_values_and_gradients_are_those_of_the_whole(said, name, chunk, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    student, teacher, mask = said
+    student.requires_grad_(True)
+    more = {"beta": 0.3} if name == "generalized_jsd" else {}
+    value = getattr(losses, name)(student, teacher, mask, temperature=2.0, **more)
+    whole = masked_mean(PLAIN[name](*((x / 2).log_softmax(-1) for x in (student, teacher))), mask)
+    assert value.item() == pytest.approx(whole.item(), rel=0, abs=1e-12)
+    ours, theirs = (torch.autograd.grad(x, student)[0] for x in (value, whole))
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-12) and ours.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("prompt", [0, 50])
+def test_no_more_positions_are_held_at_once_for_a_longer_prompt(prompt, monkeypatch):
+    """Ten tokens count, in parts of 4, 4 and 2. Nothing is kept for the backward pass, which computes them again."""
+    seen = []
+
+    def noted(log_p: Tensor, log_q: Tensor) -> Tensor:
+        seen.append(log_p.shape[:-1])
+        return divergence.kl(log_p, log_q)
+
+    monkeypatch.setattr(losses, "CHUNK", 4)
+    monkeypatch.setattr(losses, "kl", noted)
+    student, teacher = (torch.randn(2, prompt + 5, V, requires_grad=grad) for grad in (True, False))
+    mask = torch.arange(prompt + 5).expand(2, -1) >= prompt
+    value = losses.reverse_kl(student, teacher, mask)
+    assert seen == [(4,), (4,), (2,)]
+    value.backward()
+    assert sorted(seen[3:]) == [(2,), (4,), (4,)]
+
+
+def test_a_mask_of_other_tokens_is_refused(said):
+    student, teacher, mask = said
+    with pytest.raises(ValueError, match=r"mask: got shape \(3, 4\); allowed: \(3, 5\)"):
+        losses.forward_kl(student, teacher, mask[:, 1:])
 
 
 def test_nothing_to_count_is_0(said):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from speakers import Constant, sentences, speaker, tokenizer
 
+from stepdistill.baselines.language import losses, measure
+from stepdistill.baselines.language.generate import Spoken
 from stepdistill.baselines.language.measure import go_on, mean_nll, own_kl, perplexity, write_generations
 from stepdistill.baselines.language.models import logits
 from stepdistill.baselines.language.texts import Pair
@@ -52,6 +54,25 @@ def test_divergence_on_ones_own_text_is_that_of_the_two_and_0_from_itself():
     hand = 0.2 * math.log(0.2 / 0.6) + 0.5 * math.log(0.5 / 0.1)
     assert own_kl(student, teacher, spoken) == pytest.approx(hand, abs=1e-6)
     assert own_kl(student, student, spoken) == 0
+
+
+def test_of_own_texts_of_several_lengths_the_mean_is_over_tokens_and_few_rows_are_held_at_once(monkeypatch):
+    """Two networks' logits of all rows would be several gigabytes with the vocabulary of Llama 3."""
+    student, teacher = speaker(seed=1), speaker(seed=2)
+    pairs = [Pair("a", " dog"), Pair("the cat", " sees red hats."), Pair("the", " old owl")]
+    rows = pair_up(pairs, tokenizer(), prompt=4, completion=12)
+    spoken = Spoken(rows.ids, rows.attention, rows.counts)
+    said, answers = (logits(one.network, rows.ids, rows.attention) for one in (student, teacher))
+    whole = losses.reverse_kl(said[:, :-1], answers[:, :-1], rows.counts[:, 1:]).item()
+    seen = []
+
+    def noted(network, ids, attention):
+        seen.append(len(ids))
+        return logits(network, ids, attention)
+
+    monkeypatch.setattr(measure, "logits", noted)
+    assert own_kl(student.network, teacher.network, spoken) == pytest.approx(whole, rel=1e-6)
+    assert max(seen) <= 2 and sum(seen) == 2 * len(pairs)
 
 
 def test_what_all_say_stands_side_by_side(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from transformers import PreTrainedTokenizerFast
 
 from stepdistill.baselines.language import answers, tokens
 from stepdistill.baselines.language.forward_kl import ForwardKLConfig
+from stepdistill.baselines.language.gkd import GKDConfig
 from stepdistill.baselines.language.measure import perplexity
 from stepdistill.baselines.language.models import Decoder, logits, open_decoder
 from stepdistill.baselines.language.problems import Problem
 from stepdistill.baselines.language.texts import Pair, open_texts
 from stepdistill.baselines.language.tokens import begin, pack, pair_up, prompt_ids, stream
-from stepdistill.baselines.language.traces import answer
+from stepdistill.baselines.language.traces import Said, answer
+from stepdistill.baselines.sweep import take_over
 from stepdistill.cli.baselines import main
 from stepdistill.errors import InputError
 
@@ -185,11 +188,86 @@ def test_to_prompts_alone_the_teacher_says_the_completions_and_says_them_once(tm
     assert json.loads((out / "results.json").read_text())["rows"] == rows
 
 
+def test_an_answer_that_was_cut_has_no_end_even_if_its_text_has_fewer_tokens(tmp_path, monkeypatch):
+    """A text that was sampled in many tokens may come back from the tokenizer in few."""
+    said = {"the cat": Said(" sees red hats.", False), "a dog": Said(" sees red hats.", True)}
+    monkeypatch.setattr(answers, "answer", lambda _, first, some, **__: [[said[one.prompt]] for one in some])
+    config = ForwardKLConfig(block=40, prompt=20, validation=1)
+    asked, teacher = [Pair(prompt, None) for prompt in said], speaker()
+    corpus = config.open_corpus(*config.answered([asked, asked], teacher, tmp_path), teacher)
+    texts = [
+        teacher.tokenizer.decode(row[counts]) for row, counts in zip(corpus.test.ids, corpus.test.counts, strict=True)
+    ]
+    assert texts == [" sees red hats.", " sees red hats.<|endoftext|>"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_prompts_are_answered_in_the_precision_of_the_run(precision, tmp_path, monkeypatch):
+    teacher, seen = speaker(), []
+
+    def noted(one, first, some, **_):
+        layer = one.network.model.layers[0].mlp.up_proj
+        seen.append((torch.is_autocast_enabled("cpu"), layer.weight.dtype == torch.bfloat16))
+        return [[Said("so", True)]] * len(some)
+
+    monkeypatch.setattr(answers, "answer", noted)
+    sampling = {"new": 4, "seed": 0}
+    answers.answered([Pair("a", None)], teacher, tmp_path / "a.jsonl", **sampling, precision=precision)
+    assert seen == [(precision == "bf16",) * 2]
+    assert teacher.network.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    with pytest.raises(InputError, match="sampled with other settings"):
+        answers.answered([Pair("a", None)], teacher, tmp_path / "a.jsonl", **sampling, precision="fp16")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "same"),
+    [
+        ("lmbda", 0.25, True),
+        ("learning_rate", 1e-5, True),
+        ("student", "layers:1", True),
+        ("block", 32, False),
+        ("seed", 1, False),
+        ("mixed_precision", "bf16", False),
+        ("teacher", "smollm2", False),
+    ],
+)
+def test_the_runs_of_a_sweep_share_the_teachers_answers(flag, value, same, tmp_path):
+    one = GKDConfig(out=tmp_path / "one")
+    two = dataclasses.replace(one, out=tmp_path / "two", **{flag: value})
+    one.out.mkdir()
+    for split in ("train", "test"):
+        (one.out / f"answers-{split}.jsonl").write_text("said")
+    take_over(one, two)
+    assert [(two.out / f"answers-{split}.jsonl").exists() for split in ("train", "test")] == [same, same]
+
+
+LLAMA3_DATE = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (LLAMA3_DATE + "{{ date_string }}", "26 Jul 2024"),
+        ("{{ strftime_now('%A, %d %B %Y (%Y-%m-%d %H:%M)') }}", "Friday, 26 July 2024 (2024-07-26 00:00)"),
+    ],
+)
+def test_a_run_that_is_resumed_on_another_day_has_the_same_prompts(template, said):
+    assert tokens.ask(llama3(template), "the cat") == said
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, "\n{% if true %}\n  {{ messages[0].content }}{% endif %}\n\n"])
+def test_but_for_the_date_a_template_is_the_tokenizers_own(template):
+    made, message = llama3(template), [{"role": "user", "content": "the cat"}]
+    theirs = made.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    assert tokens.ask(made, "the cat") == theirs
+
+
 def test_prompts_that_nobody_can_answer_are_refused(tmp_path):
+    sampling = {"new": 4, "seed": 0, "precision": "no"}
     with pytest.raises(InputError, match=r"got prompts without completions for tiny, which learns from these"):
-        answers.answered([Pair("a", None)], Decoder(None, None, "tiny"), tmp_path / "a.jsonl", new=4, seed=0)
+        answers.answered([Pair("a", None)], Decoder(None, None, "tiny"), tmp_path / "a.jsonl", **sampling)
     mixed = open_texts(prompts(tmp_path, *[{"prompt": "a", "completion": "b"}] * 10), "train")
     with pytest.raises(InputError, match=r"data: got 40 prompts without a completion, of 45; allowed: none, or all"):
-        answers.answered(mixed, speaker(), tmp_path / "a.jsonl", new=4, seed=0)
-    assert answers.answered(mixed[-2:], speaker(), tmp_path / "a.jsonl", new=4, seed=0) == mixed[-2:]
+        answers.answered(mixed, speaker(), tmp_path / "a.jsonl", **sampling)
+    assert answers.answered(mixed[-2:], speaker(), tmp_path / "a.jsonl", **sampling) == mixed[-2:]
     assert not (tmp_path / "a.jsonl").exists()

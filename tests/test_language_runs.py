@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ from speakers import write_text
 
 from stepdistill.baselines import BASELINES, get
 from stepdistill.baselines.base import Learner
-from stepdistill.baselines.language.models import logits, open_decoder
+from stepdistill.baselines.language.corpus import Corpus
+from stepdistill.baselines.language.models import Decoder, logits, open_decoder
+from stepdistill.baselines.language.run import DecoderConfig
 from stepdistill.cli import main as cli
 from stepdistill.cli.baselines import flags, main
 from stepdistill.training.config import from_yaml
@@ -137,6 +141,31 @@ def test_a_teacher_that_comes_trained_is_fitted_to_the_text_before_it_teaches(te
     assert corrected["before"] != plain["before"]  # the student starts from the corrected teacher
     record = json.loads((tmp_path / "corrected" / "results.json").read_text())
     assert record["rows"][0]["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    "more", [["--student", "prune:layers=0.5"], ["--trainer", "trl"], ["--mixed-precision", "bf16"]]
+)
+def test_one_student_or_control_at_a_time_is_there(more, text, first, tmp_path, monkeypatch):
+    """So that a device needs room for one, not for all seeds'."""
+    if "trl" in more:
+        pytest.importorskip("trl")
+    made, maker = [], DecoderConfig._maker
+
+    def noted(self, teacher: Decoder, corpus: Corpus) -> Callable[[int], torch.nn.Module]:
+        make = maker(self, teacher, corpus)
+
+        def new(seed: int) -> torch.nn.Module:
+            assert not any(one() for one in made)
+            network = make(seed)
+            made.append(weakref.ref(network))
+            return network
+
+        return new
+
+    monkeypatch.setattr(DecoderConfig, "_maker", noted)
+    main(words("gkd", text, tmp_path, "--seeds", "0", "1", *more, steps=2))
+    assert len(made) == 1 + 4
 
 
 def test_as_many_tokens_are_seen_in_measuring_as_in_training_where_nothing_else_is_said():

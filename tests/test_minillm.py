@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +30,7 @@ from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock
 from stepdistill.training.config import LoopConfig
+from stepdistill.training.order import sample_indices
 
 PROMPT, BLOCK = 4, 12
 
@@ -57,8 +60,9 @@ def pieces() -> dict[str, torch.Tensor]:
     labels = torch.randint(5, (2, 6), generator=g)
     says, answers = (2 * torch.randn(2, 6, 5, generator=g, dtype=torch.float64) for _ in range(2))
     old = says + 0.3 * torch.randn(2, 6, 5, generator=g, dtype=torch.float64)
-    return {"says": says, "answers": answers, "labels": labels, "mask": mask,
-            "log_p": log_likelihood(answers, labels), "log_q": log_likelihood(old, labels)}  # fmt: skip
+    log_p, log_q = log_likelihood(answers, labels), log_likelihood(old, labels)
+    return {"says": says, "answers": answers, "labels": labels, "mask": mask, "log_p": log_p, "log_q": log_q,
+            "advantage": whiten(rewards_after(log_p - log_q, mask), mask)}  # fmt: skip
 
 
 def test_the_reward_of_a_token_is_the_mean_of_those_behind_it():
@@ -123,8 +127,7 @@ def test_of_ones_own_words_the_gradient_is_that_of_the_policy(pieces):
     own = {**pieces, "says": says, "log_q": log_likelihood(pieces["says"], pieces["labels"])}
     _, long = lesson(mix=1e-9).pieces(**own)
     (ours,) = torch.autograd.grad(long, says)
-    advantage = whiten(rewards_after(own["log_p"] - own["log_q"], own["mask"]), own["mask"])
-    plain = -(advantage * log_likelihood(says, own["labels"]))[own["mask"]].mean()
+    plain = -(own["advantage"] * log_likelihood(says, own["labels"]))[own["mask"]].mean()
     (hand,) = torch.autograd.grad(plain, says)
     assert torch.allclose(ours, hand, atol=1e-6) and hand.abs().max() > 1e-2
 
@@ -166,13 +169,51 @@ def test_the_text_weighs_as_much_as_is_asked_for(weight):
     assert loss.total.item() == pytest.approx(whole, rel=1e-6) and terms["cross_entropy"] > 1
 
 
-def test_batches_of_an_update_have_texts_of_their_own():
-    models = pupils(rows=4)
-    for update in range(2):
-        for first in (0, 2):
-            lesson().loss("student", batch(first), models, Clock(update, 10))
-    ids = models.rollouts.ids
-    assert torch.equal(ids[:, :PROMPT], torch.cat([batch(0)["ids"], batch(2)["ids"]])[:, :PROMPT])
+def learner(place: Path, accumulation: int, size: int) -> Learner:
+    """A learner whose updates are of four texts that never end, so that all batches have as many tokens."""
+    config = LoopConfig(out=place, max_train_steps=4, batch_size=size, gradient_accumulation=accumulation,
+                        learning_rate=1e-2, adam_epsilon=1e-3)  # fmt: skip
+    return Learner(lesson(eos=-1), pupils(rows=4), data(), config)
+
+
+def test_batches_of_an_update_have_texts_of_their_own(tmp_path):
+    run = learner(tmp_path, 2, 2)
+    run.step()
+    prompts = torch.cat([run.batch(n)["ids"] for n in range(2)])[:, :PROMPT]
+    assert torch.equal(run.models.rollouts.ids[:, :PROMPT], prompts) and len({*map(tuple, prompts.tolist())}) > 1
+
+
+def test_an_update_in_two_batches_is_that_of_one(tmp_path):
+    """Advantages are whitened over the whole update: within each batch, they would be other numbers."""
+    found, students = [], []
+    for accumulation, size in ((1, 4), (2, 2)):
+        run = learner(tmp_path / str(size), accumulation, size)
+        found.append([{name: term.item() for name, term in run.step().items()} for _ in range(4)])  # two sets of texts
+        students.append(run.models.bare)
+    for whole, split in zip(*found, strict=True):
+        assert split == pytest.approx(whole, rel=1e-4)
+    both = zip(*(student.parameters() for student in students), strict=True)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in both)
+
+
+def test_an_update_on_two_processes_is_that_of_one(tmp_path, monkeypatch):
+    """One after the other: what `gather` returns on both is what each of them says alone."""
+    run = learner(tmp_path, 1, 4)
+    whole = lesson(eos=-1).loss("student", run.batch(0), run.models, Clock(0, 10))
+    own = [Batch(data().batch(sample_indices(0, n, 2, len(data()))), Draws.at(0, n, 2)) for n in (0, 2)]
+    said = [lesson(eos=-1).speak(part, pupils()) for part in own]
+    found = []
+    for rank, part in enumerate(own):
+        texts, *likelihoods = zip(*said, strict=True)
+        every = [[getattr(x, name) for x in texts] for name in ("ids", "attention", "counts")] + likelihoods
+        gathered = iter([torch.cat(list(x)) for x in every])
+        monkeypatch.setattr("accelerate.utils.gather", lambda _, gathered=gathered: next(gathered))
+        state = SimpleNamespace(num_processes=2, process_index=rank)
+        monkeypatch.setattr("accelerate.PartialState", lambda state=state: state)
+        found.append(lesson(eos=-1).loss("student", part, pupils(rows=4), Clock(0, 10)))
+    for name in ("single", "long", "cross_entropy"):
+        mean = sum(loss.terms[name].item() for loss in found) / 2
+        assert mean == pytest.approx(whole.terms[name].item(), rel=1e-5), name
 
 
 def test_gradients_reach_the_student_alone():

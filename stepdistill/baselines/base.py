@@ -92,10 +92,15 @@ class Data(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """B training samples: tensors by name, and the samples' random numbers."""
+    """B training samples: tensors by name, and the samples' random numbers.
+
+    Attributes:
+        siblings: makes this process's batches of the same update anew, this one included; None if it is the only one.
+    """
 
     items: Mapping[str, Tensor]
     draws: Draws
+    siblings: Callable[[], list[Batch]] | None = field(default=None, repr=False, compare=False)
     _made: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -187,11 +192,21 @@ class Learner(Loop):
 
     def batch(self, number: int) -> Batch:
         """This process's share of batch `number` of the run, whose position also determines dropout and generation."""
-        size, count, seed = self.config.batch_size, self.accelerator.num_processes, self.config.seed
-        first = (number * count + self.accelerator.process_index) * size
-        torch.manual_seed(mix(~seed, first))
+        torch.manual_seed(mix(~self.config.seed, self._first(number)))
+        return self._batch(number)
+
+    def _batch(self, number: int) -> Batch:
+        size, seed, first = self.config.batch_size, self.config.seed, self._first(number)
         items = self.data.batch(sample_indices(seed, first, size, len(self.data)))
-        return Batch({k: v.to(self.device) for k, v in items.items()}, Draws.at(seed, first, size, self.device))
+        items, draws = {k: v.to(self.device) for k, v in items.items()}, Draws.at(seed, first, size, self.device)
+        split = self.config.gradient_accumulation
+        update = range(number // split * split, (number // split + 1) * split)
+        return Batch(items, draws, lambda: [self._batch(each) for each in update])
+
+    def _first(self, number: int) -> int:
+        """The position, in the run, of the first sample of this process's share of batch `number`."""
+        state = self.accelerator
+        return (number * state.num_processes + state.process_index) * self.config.batch_size
 
     def _finish(self) -> Path:
         if self.accelerator.is_main_process:
@@ -240,9 +255,10 @@ def learn(lesson: Lesson, models: Pupils, data: Data | Callable[[], Data], confi
 
 def unwrap(network: nn.Module) -> None:
     """Restores a network's own forward, in full precision, as if accelerate had never prepared it, so that a student
-    which is a teacher next can be prepared again."""
+    which is a teacher next can be prepared again, and one that is dropped leaves the device at once."""
     extract_model_from_parallel(network, keep_fp32_wrapper=False)
     vars(network).pop("_is_accelerate_prepared", None)
+    vars(network).pop("forward", None)  # left by accelerate: the class's without its decorators, bound to the network
 
 
 def _state() -> PartialState:

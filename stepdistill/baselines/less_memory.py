@@ -41,6 +41,14 @@ def halved(network: nn.Module | None, precision: str) -> Iterator[None]:
             p.data = whole.to(p.device)
 
 
+@contextmanager
+def as_in_training(network: nn.Module, precision: str) -> Iterator[None]:
+    """Context in which a frozen network generates in the precision in which it teaches: `halved`, under autocast."""
+    dtype, device = HALF[precision], next(network.parameters()).device
+    with halved(network, precision), torch.autocast(device.type, dtype, dtype is not None):
+        yield
+
+
 def recomputes(network: nn.Module) -> bool:
     """Whether a network, or one within it, supports gradient checkpointing."""
     return _switch(network) is not None

@@ -11,18 +11,19 @@ from stepdistill.baselines.language.problems import Problem
 from stepdistill.baselines.language.texts import Pair
 from stepdistill.baselines.language.tokens import ask
 from stepdistill.baselines.language.traces import answer, sample_all, unopened
+from stepdistill.baselines.less_memory import as_in_training
 from stepdistill.errors import InputError
 from stepdistill.training.processes import in_turn
 
 TOGETHER = 16  # prompts that are answered in one batch
 
 
-def answered(pairs: Sequence[Pair], teacher: Decoder, file: Path, *, new: int, seed: int) -> list[Pair]:
+def answered(pairs: Sequence[Pair], teacher: Decoder, file: Path, *, new: int, seed: int, precision: str) -> list[Pair]:
     """Completes prompts with the teacher's answers, sampled at temperature 1: the control trains on them, and they are
     measured. Pairs that have completions are returned unchanged.
 
     Args:
-        file: keeps the answers. new: tokens at most.
+        file: keeps the answers. new: tokens at most. precision: of the teacher: no, fp16 or bf16.
 
     Raises:
         InputError: only some have completions, the teacher is a tiny model, which is not trained yet, or the file is
@@ -41,11 +42,12 @@ def answered(pairs: Sequence[Pair], teacher: Decoder, file: Path, *, new: int, s
             "that can answer; give another --teacher, or completions"
         )
     problems = [Problem(pair.prompt, "") for pair in pairs]
-    settings = {"teacher": teacher.name, "new": new, "seed": seed, "prompts": [pair.prompt for pair in pairs]}
+    prompts = [pair.prompt for pair in pairs]
+    settings = {"teacher": teacher.name, "new": new, "seed": seed, "mixed_precision": precision, "prompts": prompts}
     say = partial(answer, teacher, samples=1, new=new, temperature=1.0, seed=seed)
-    with in_turn(file):
-        said = sample_all(file, problems, say, TOGETHER, settings)
+    with in_turn(file), as_in_training(teacher.network, precision):
+        found = sample_all(file, problems, say, TOGETHER, settings)
     return [
-        Pair(pair.prompt, unopened(ask(teacher.tokenizer, pair.prompt), texts[0].text))
-        for pair, texts in zip(pairs, said, strict=True)
+        Pair(prompt, unopened(ask(teacher.tokenizer, prompt), said.text), said.ended)
+        for prompt, (said,) in zip(prompts, found, strict=True)
     ]

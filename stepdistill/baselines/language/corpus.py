@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -13,6 +14,9 @@ from stepdistill.baselines.language.models import Decoder
 from stepdistill.baselines.language.texts import Pair, check_kinds
 from stepdistill.baselines.language.tokens import Tokens, ask, begin, pack, pair_up, stream
 from stepdistill.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class CorpusConfig(BaselineConfig):
         if isinstance(train[0], Pair):
             sizes = {"prompt": self.prompt, "completion": self.block - self.prompt}
             rows, held = (
-                pair_up([Pair(ask(tokenizer, p.prompt), p.completion or "") for p in pairs], tokenizer, **sizes)
+                pair_up([_asked(pair, tokenizer) for pair in pairs], tokenizer, **sizes)
                 for pairs in (train[: self.limit], test[: self._most])
             )
             text = None
@@ -112,7 +116,7 @@ class CorpusConfig(BaselineConfig):
         given = zip(("train", "test"), texts, (self.limit, self._most), strict=True)
         return [
             answered(pairs[:most], teacher, folder / f"answers-{name}.jsonl", new=self.block - self.prompt,
-                     seed=self.seed)
+                     seed=self.seed, precision=self.mixed_precision)
             for name, pairs, most in given
         ]  # fmt: skip
 
@@ -122,3 +126,7 @@ class CorpusConfig(BaselineConfig):
             return f"{len(corpus.test):,} held-out completions of {self.test or self.data}"
         over = "windows of {window} at stride {stride}".format(**self.windows)
         return f"{len(corpus.text):,} held-out tokens of {self.test or self.data}, {over}"
+
+
+def _asked(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> Pair:
+    return replace(pair, prompt=ask(tokenizer, pair.prompt), completion=pair.completion or "")

@@ -8,18 +8,23 @@ skew_reverse_kl    KL(S ‖ (1 - α) T + α S)
 contrastive_pair   skew_kl on the teacher's answers + skew_reverse_kl on S's own   DistiLLM-2, Ko et al. 2025
 
 Logits are (B, S, V) and the mask (B, S): the logits at a position predict the token that the mask there is of, so shift
-first (`shift`). Logits are divided by the temperature; no factor compensates. Computed in float32, or float64 if given.
+first (`shift`). Logits are divided by the temperature; no factor compensates. Computed in float32, or float64 if given,
+at CHUNK positions at once: with a vocabulary of 150,000, one tensor of 4,096 positions is 2.5 GB.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stepdistill.baselines.divergence import kl
-from stepdistill.baselines.reduce import masked_mean, wide
+from stepdistill.baselines.reduce import wide
+
+CHUNK = 256  # positions whose vocabulary is held several times at once
 
 
 def shift(logits: Tensor, ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,22 +39,40 @@ def shift(logits: Tensor, ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, 
     return logits[:, :-1], ids[:, 1:], counts[:, 1:]
 
 
+def each(values: Callable[..., Tensor], mask: Tensor, *tensors: Tensor) -> Tensor:
+    """`values` of the N positions that the mask counts, CHUNK at once, and computed again in the backward pass, for
+    which only the tensors at these positions are kept.
+
+    Args:
+        values: takes the tensors at n positions, (n, ...) each, to (n, ...). mask: (B, S). tensors: (B, S, ...) each.
+    """
+    for x in tensors:
+        if x.shape[:2] != mask.shape:
+            raise ValueError(f"mask: got shape {tuple(mask.shape)}; allowed: {tuple(x.shape[:2])}, that of the tokens")
+    places = mask.nonzero(as_tuple=True)
+    parts = zip(*(x[places].split(CHUNK) for x in tensors), strict=True)
+    return torch.cat([checkpoint(values, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+
+
+def mean(values: Callable[..., Tensor], mask: Tensor, *tensors: Tensor) -> Tensor:
+    """The mean of `each` over the positions; 0 if none counts."""
+    found = each(values, mask, *tensors)
+    return found.sum(0) / max(len(found), 1)
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """-log S(label): the mean over the mask."""
-    values = nn.functional.cross_entropy(wide(logits).transpose(1, 2), labels, reduction="none")
-    return masked_mean(values, mask)
+    return mean(lambda s, label: nn.functional.cross_entropy(wide(s), label, reduction="none"), mask, logits, labels)
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, temperature: float = 1.0) -> Tensor:
     """KL(T ‖ S): the student has to cover everything that the teacher considers likely."""
-    s, t = _log_probs(student_logits, temperature), _log_probs(teacher_logits, temperature)
-    return masked_mean(kl(t, s), mask)
+    return _divergence(lambda s, t: kl(t, s), student_logits, teacher_logits, mask, temperature)
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, temperature: float = 1.0) -> Tensor:
     """KL(S ‖ T): the student must not generate what the teacher considers unlikely."""
-    s, t = _log_probs(student_logits, temperature), _log_probs(teacher_logits, temperature)
-    return masked_mean(kl(s, t), mask)
+    return _divergence(kl, student_logits, teacher_logits, mask, temperature)
 
 
 def generalized_jsd(
@@ -68,25 +91,27 @@ def generalized_jsd(
     if beta in (0, 1):
         divergence = reverse_kl if beta else forward_kl
         return divergence(student_logits, teacher_logits, mask, temperature=temperature)
-    s, t = _log_probs(student_logits, temperature), _log_probs(teacher_logits, temperature)
-    m = log_mixture(t, s, beta)
-    return masked_mean(beta * kl(t, m) + (1 - beta) * kl(s, m), mask)
+
+    def jsd(s: Tensor, t: Tensor) -> Tensor:
+        m = log_mixture(t, s, beta)
+        return beta * kl(t, m) + (1 - beta) * kl(s, m)
+
+    return _divergence(jsd, student_logits, teacher_logits, mask, temperature)
 
 
 def skew_kl(
     student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, alpha: float = 0.1, temperature: float = 1.0
 ) -> Tensor:
     """KL(T ‖ α T + (1 - α) S): finite even if the student assigns no probability, at most -log α."""
-    s, t = _log_probs(student_logits, temperature), _log_probs(teacher_logits, temperature)
-    return masked_mean(kl(t, log_mixture(t, s, alpha)), mask)
+    skew = lambda s, t: kl(t, log_mixture(t, s, alpha))  # noqa: E731
+    return _divergence(skew, student_logits, teacher_logits, mask, temperature)
 
 
 def skew_reverse_kl(
     student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, alpha: float = 0.1, temperature: float = 1.0
 ) -> Tensor:
     """KL(S ‖ (1 - α) T + α S)."""
-    s, t = _log_probs(student_logits, temperature), _log_probs(teacher_logits, temperature)
-    return masked_mean(kl(s, log_mixture(s, t, alpha)), mask)
+    return _divergence(lambda s, t: kl(s, log_mixture(s, t, alpha)), student_logits, teacher_logits, mask, temperature)
 
 
 def contrastive_pair(
@@ -105,5 +130,13 @@ def log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
 
 
-def _log_probs(logits: Tensor, temperature: float) -> Tensor:
-    return (wide(logits) / temperature).log_softmax(-1)
+def _divergence(
+    divergence: Callable[[Tensor, Tensor], Tensor], student_logits: Tensor, teacher_logits: Tensor, mask: Tensor,
+    temperature: float,
+) -> Tensor:  # fmt: skip
+    """The mean over the mask of a divergence, which takes log S and log T, (n, V) each, to (n,)."""
+
+    def values(*both: Tensor) -> Tensor:
+        return divergence(*((wide(x) / temperature).log_softmax(-1) for x in both))
+
+    return mean(values, mask, student_logits, teacher_logits)

@@ -100,10 +100,17 @@ def go_on(network: nn.Module, teacher: Decoder, held: Tokens, seed: int) -> Spok
 
 @torch.no_grad()
 def own_kl(network: nn.Module, teacher: nn.Module, spoken: Spoken) -> float:
-    """KL(network || teacher), nats per token, over the text that the network itself generated."""
-    said, answers = (logits(model, spoken.ids, spoken.attention) for model in (network, teacher))
-    said, _, mask = losses.shift(said, spoken.ids, spoken.counts)
-    return losses.reverse_kl(said, answers[:, :-1], mask).item()
+    """KL(network || teacher), nats per token, over the text that the network itself generated; a row at once, as two
+    networks' logits of it may be a gigabyte each."""
+    total, n = 0.0, 0
+    for row in range(len(spoken.ids)):
+        ids, attention, counts = (x[row : row + 1] for x in (spoken.ids, spoken.attention, spoken.counts))
+        said, answers = (logits(model, ids, attention) for model in (network, teacher))
+        said, _, mask = losses.shift(said, ids, counts)
+        count = int(mask.sum())
+        total += losses.reverse_kl(said, answers[:, :-1], mask).item() * count
+        n += count
+    return total / max(n, 1)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor, kept: Tensor) -> list[str]:

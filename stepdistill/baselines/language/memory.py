@@ -5,6 +5,8 @@ All processes keep the same state, gathered from all of them, so that one checkp
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -81,17 +83,30 @@ class Rollouts(nn.Module):
         self.register_buffer("log_q", torch.zeros(rows, length - 1))  # of the student, when they were sampled
         self.register_buffer("seen", torch.tensor(0))  # samples of the run
 
-    def next(self, count: int, new: Spoken | None, log_p: Tensor | None, log_q: Tensor | None) -> dict[str, Tensor]:
-        """This process's `count` rows of the run's next batch; new ones, if given, replace the stored ones."""
-        from accelerate import PartialState
+    @property
+    def at_start(self) -> bool:
+        """Whether the next batch is the first of an update."""
+        return self.seen.item() % len(self.ids) == 0
+
+    def keep(self, said: Iterable[tuple[Spoken, Tensor, Tensor]]) -> None:
+        """Stores the texts of an update, with log p and log q: those of this process's batches, in order, and of the
+        batches of the others."""
         from accelerate.utils import gather
 
-        state = PartialState()
-        start = self.seen.item() % len(self.ids)
-        if new is not None:
+        start = 0
+        for new, log_p, log_q in said:
             values = {"ids": new.ids, "attention": new.attention, "counts": new.counts, "log_p": log_p, "log_q": log_q}
-            for name, value in values.items():
-                getattr(self, name)[start : start + count * state.num_processes] = gather(value)
+            found = {name: gather(value) for name, value in values.items()}
+            end = start + len(found["ids"])
+            for name, value in found.items():
+                getattr(self, name)[start:end] = value
+            start = end
+
+    def next(self, count: int) -> slice:
+        """The place of this process's next `count` rows of the run."""
+        from accelerate import PartialState
+
+        state = PartialState()
+        start = self.seen.item() % len(self.ids) + count * state.process_index
         self.seen += count * state.num_processes
-        own = slice(start + count * state.process_index, start + count * (state.process_index + 1))
-        return {name: getattr(self, name)[own] for name in ("ids", "attention", "counts", "log_p", "log_q")}
+        return slice(start, start + count)

@@ -39,7 +39,7 @@ def rewards_after(rewards: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Scales to mean 0 and variance 1 over the mask, as the authors' code does with advantages."""
+    """Scales to mean 0 and variance 1 over the mask, as the authors' code does with the advantages of all processes."""
     mean = masked_mean(x, mask)
     return (x - mean) * torch.rsqrt(masked_mean((x - mean).square(), mask) + 1e-8)
 
@@ -49,18 +49,25 @@ def clipped(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
+def chosen(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """log p(label): (..., V) and (...) to (...)."""
+    return log_probs.gather(-1, labels[..., None]).squeeze(-1)
+
+
 def log_likelihood(said: Tensor, labels: Tensor) -> Tensor:
     """log p(label): (B, S, V) logits to (B, S), float32, or float64 if given."""
-    return wide(said).log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
+    return chosen(wide(said).log_softmax(-1), labels)
 
 
 @dataclass(frozen=True)
 class MiniLLM(Lesson):
-    """Single + long + corpus_weight × cross-entropy with the text (section 2.2, algorithm 1):
+    """Single + long + corpus_weight × L_PT (section 2.2, algorithm 1):
 
         p̃ = mix p + (1 - mix) q,   w_t = q_old / p̃,   r_t = log p - log q_old   at the sampled token y_t ~ p̃
         single   w_t KL(q ‖ p) over the vocabulary: the step's own reward, without sampling
-        long     R_t+1, the mean of r after t, through the clipped ρ_t = q / p̃
+        long     R_t+1, the mean of r after t, whitened over the update, through the clipped ρ_t = q / p̃
+
+    L_PT is cross-entropy on the task's own completions here, language modelling on a pretraining corpus in the paper.
 
     Attributes:
         mix: the teacher's share of the mixture. clip: ε. reuse: updates on the same texts.
@@ -77,33 +84,45 @@ class MiniLLM(Lesson):
 
     def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
         """The loss of the student; the texts are kept in `models.rollouts`."""
-        said = self.speak(batch, models) if clock.update % self.reuse == 0 else (None, None, None)
-        rows = models.rollouts.next(len(batch["ids"]), *said)
-        both = [torch.cat([rows[name], batch[name]]) for name in ("ids", "attention", "counts")]
+        rolls: Rollouts = models.rollouts
+        if clock.update % self.reuse == 0 and rolls.at_start:
+            batches = batch.siblings() if batch.siblings else [batch]
+            rolls.keep(self.speak(each, models) for each in batches)
+        mask = rolls.counts[:, 1:]
+        advantage = whiten(rewards_after(rolls.log_p - rolls.log_q, mask), mask)
+        own = rolls.next(len(batch["ids"]))
+        both = [torch.cat([getattr(rolls, name)[own], batch[name]]) for name in ("ids", "attention", "counts")]
         says, labels, mask = losses.shift(logits(models.student, both[0], both[1]), both[0], both[2])
-        n = len(rows["ids"])
+        n = len(batch["ids"])
         corpus = losses.cross_entropy(says[n:], labels[n:], mask[n:])
         with torch.no_grad():
-            answers = logits(models.teacher, rows["ids"], rows["attention"])[:, :-1]
-        single, long = self.pieces(says[:n], answers, labels[:n], mask[:n], rows["log_p"], rows["log_q"])
+            answers = logits(models.teacher, both[0][:n], both[1][:n])[:, :-1]
+        log_p, log_q = rolls.log_p[own], rolls.log_q[own]
+        single, long = self.pieces(says[:n], answers, labels[:n], mask[:n], log_p, log_q, advantage[own])
         total = single + long + self.corpus_weight * corpus
         return Loss(total, {"single": single, "long": long, "cross_entropy": corpus})
 
     def pieces(
-        self, says: Tensor, answers: Tensor, labels: Tensor, mask: Tensor, log_p: Tensor, log_q: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, says: Tensor, answers: Tensor, labels: Tensor, mask: Tensor, log_p: Tensor, log_q: Tensor,
+        advantage: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Returns the single-step and the long-term loss.
 
         Args:
             says, answers: logits of student and teacher (B, S, V). labels, mask: (B, S).
-            log_p, log_q: of the labels, by the teacher and by the student when they were sampled.
+            log_p, log_q: of the labels, by the teacher and by the student when they were sampled. advantage: (B, S).
         """
         log_mix = losses.log_mixture(log_p, log_q, self.mix)
-        exact = kl(wide(says).log_softmax(-1), wide(answers).log_softmax(-1))
-        single = masked_mean((log_q - log_mix).exp() * exact, mask)
-        advantage = whiten(rewards_after(log_p - log_q, mask), mask)
-        ratio = (log_likelihood(says, labels) - log_mix).exp()
-        return single, masked_mean(clipped(ratio, advantage, self.clip), mask)
+
+        def values(says: Tensor, answers: Tensor, label: Tensor, weight: Tensor, mixed: Tensor, gain: Tensor) -> Tensor:
+            now = wide(says).log_softmax(-1)
+            ratio = (chosen(now, label) - mixed).exp()
+            exact = kl(now, wide(answers).log_softmax(-1))
+            return torch.stack([weight * exact, clipped(ratio, gain, self.clip)], -1)
+
+        weight = (log_q - log_mix).exp()
+        single, long = losses.mean(values, mask, says, answers, labels, weight, log_mix, advantage)
+        return single, long
 
     @torch.no_grad()
     def speak(self, batch: Batch, models: Pupils) -> tuple[Spoken, Tensor, Tensor]:
@@ -114,8 +133,11 @@ class MiniLLM(Lesson):
             new=batch["ids"].shape[1] - self.prompt, eos=self.eos, pad=self.pad,
         )  # fmt: skip
         with evaluating(models.bare):
-            both = [logits(m, spoken.ids, spoken.attention)[:, :-1] for m in (models.teacher, models.bare)]
-        return spoken, *(log_likelihood(said, spoken.ids[:, 1:]) for said in both)
+            both = [
+                log_likelihood(logits(network, spoken.ids, spoken.attention)[:, :-1], spoken.ids[:, 1:])
+                for network in (models.teacher, models.bare)
+            ]
+        return spoken, *both
 
 
 @dataclass(frozen=True)
@@ -135,7 +157,7 @@ class MiniLLMConfig(DecoderConfig):
     reuse: int = 4
     """Updates on the same texts."""
     corpus_weight: float = 1.0
-    """Weight of the cross-entropy with the text."""
+    """Weight of L_PT: cross-entropy on the task's own completions (the paper's is on a pretraining corpus)."""
 
     NAME: ClassVar[str] = "minillm"
     QUICK: ClassVar[Mapping[str, object]] = QUICK

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
+from accelerate import PartialState
 from torch import nn
 
 from stepdistill.baselines.base import Batch, Lesson, Pupils, learn
@@ -17,10 +20,12 @@ from stepdistill.baselines.language.corpus import Corpus, CorpusConfig
 from stepdistill.baselines.language.models import TINY, Decoder, check_length, logits, open_decoder
 from stepdistill.baselines.language.prune import pruned
 from stepdistill.baselines.language.students import TINY_RATE, check_rate, make_student, without_dropout
+from stepdistill.baselines.language.table import Table
 from stepdistill.baselines.language.texts import Pair, joined, open_texts
-from stepdistill.baselines.results import Results, Role, Row, count_parameters
+from stepdistill.baselines.results import Results
 from stepdistill.files import replacing
 from stepdistill.methods.base import Clock, Loss
+from stepdistill.training.processes import on_cpu
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,7 +82,11 @@ class DecoderConfig(CorpusConfig):
 
     NAME: ClassVar[str] = ""  # in BASELINES
     FREE: ClassVar[frozenset[str]] = CorpusConfig.FREE | {"seeds"}  # no part depends on the others' seeds
-    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {"teacher": ("student",)}
+    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "teacher": ("student",),
+        "answers": ("student", "correction_steps", "teacher_learning_rate", "max_train_steps", "learning_rate",
+                    "batch_size", "gradient_accumulation"),
+    }  # fmt: skip
 
     def lesson(self, teacher: Decoder, corpus: Corpus) -> Lesson:
         """The loss of the student."""
@@ -122,78 +131,56 @@ class DecoderConfig(CorpusConfig):
 
     def run(self) -> Results:
         """Trains the teacher once, and a control and a student for each seed; the primary figure is held-out nll."""
-        from accelerate import PartialState
-
-        from stepdistill.training.processes import on_cpu
-
         self.check()
+        device = PartialState(cpu=on_cpu()).device
+        teacher, corpus, spent = self._prepare(device)
+        table = Table(self, teacher, corpus, Results(self.NAME, "nll", False, self.held_out(corpus), note=measure.NOTE))
+        table.add("teacher", self.teacher, teacher.network, spent)
+        new = self._maker(teacher, corpus)
+        table.add("before", self.student, new(self.seeds[0]).to(device))
+        for seed in self.seeds:
+            for role in ("control", "student"):
+                self._train(role, seed, new(seed).to(device), table)  # unnamed: it leaves the device when trained
+        table.write(self.out / "generations.md")
+        return table.results
+
+    def _prepare(self, device: torch.device) -> tuple[Decoder, Corpus, float | None]:
+        """The teacher, trained as far as it has to be, the corpus, and the seconds of that training; None if there was
+        none. Nothing is sampled or trained before teacher, student and corpus are known to fit each other."""
         texts = [open_texts(self.data, split, test=self.test) for split in ("train", "test")]
-        state, shared = PartialState(cpu=on_cpu()), self.shared
         teacher = open_decoder(self.teacher, joined(texts[0]), seed=self.seed)
-        teacher.network.to(state.device)
+        teacher.network.to(device)
         corpus = self.open_corpus(*texts, teacher)
-        first = self.make_student(teacher, corpus, self.seeds[0]).to(state.device)
-        for network in (teacher.network, first):
-            needed = max(self.block, 0 if corpus.text is None else self.windows["window"] + len(corpus.first))
+        needed = max(self.block, 0 if corpus.text is None else self.windows["window"] + len(corpus.first))
+        for network in (self.make_student(teacher, corpus, self.seeds[0]), teacher.network):
             check_length(network, needed, "block, window")
         if not self.dry_run and any(isinstance(t, Pair) and t.completion is None for part in texts for t in part):
-            corpus = self.open_corpus(*self.answered(texts, teacher, shared.out), teacher)
-            first = self.make_student(teacher, corpus, self.seeds[0]).to(state.device)
+            corpus = self.open_corpus(*self.answered(texts, teacher, self.shared.out), teacher)
+        steps = self.teacher_steps if self.teacher in TINY else self.correction_steps
+        if not steps:
+            return teacher, corpus, None
+        rate = self.teacher_learning_rate or self.learning_rate
+        part = self.shared.part("teacher", max_train_steps=steps, learning_rate=rate)
+        return teacher, corpus, learn(CrossEntropy(), Pupils(teacher.network), corpus.train, part)
 
-        spent = None
-        if steps := self.teacher_steps if self.teacher in TINY else self.correction_steps:
-            rate = self.teacher_learning_rate or self.learning_rate
-            config = shared.part("teacher", max_train_steps=steps, learning_rate=rate)
-            spent = learn(CrossEntropy(), Pupils(teacher.network), corpus.train, config)
-            first = self.make_student(teacher, corpus, self.seeds[0]).to(state.device)  # from the trained teacher
-        results = Results(self.NAME, "nll", False, self.held_out(corpus), note=measure.NOTE)
-        said: dict[str, list[str]] = {}
+    def _maker(self, teacher: Decoder, corpus: Corpus) -> Callable[[int], PreTrainedModel]:
+        """What makes the initial student or control of a seed; a pruned one is the same for all, and slow to make."""
+        if not self.student.startswith("prune:"):
+            return partial(self.make_student, teacher, corpus)
+        judged = self.make_student(teacher, corpus, self.seeds[0]).cpu()
+        return lambda seed: copy.deepcopy(judged)
 
-        def row(role: Role, name: str, network: nn.Module, seconds: float | None, seed: int | None = None) -> None:
-            if self.dry_run:
-                return
-            figures, texts = self._measure(network, teacher, corpus)
-            results.rows.append(Row(role, name, figures, count_parameters(network), seconds, seed))
-            said[role if seed is None else f"{role}, seed {seed}"] = texts
-
-        row("teacher", self.teacher, teacher.network, spent)
-        row("before", self.student, first, None)
-        judged = first.cpu() if self.student.startswith("prune:") else None
-        del first
-
-        def new(seed: int) -> PreTrainedModel:
-            """The initial student or control; a pruned one is the same for every seed, and slow to make."""
-            made = self.make_student(teacher, corpus, seed) if judged is None else copy.deepcopy(judged)
-            return made.to(state.device)
-
-        for seed in self.seeds:
-            control = new(seed)
-            part = shared.part(f"control-{seed}", seed=seed)
-            seconds = learn(CrossEntropy(), Pupils(control), corpus.train, part)
-            row("control", "cross-entropy", control, seconds, seed)
-            if not self.dry_run and state.is_main_process:
-                save(control, teacher.tokenizer, part.out / "model")
-            del control
-            student = new(seed)
-            part = self.part(f"student-{seed}", seed=seed)
-            row("student", self.NAME, student, part.teach(teacher, student, corpus), seed)
-            if not self.dry_run and state.is_main_process:
-                save(student, teacher.tokenizer, part.out / "model")
-        if not self.dry_run and state.is_main_process:
-            prompts = corpus.test.ids[: self.shown, : self.prompt], corpus.test.attention[: self.shown, : self.prompt]
-            measure.write_generations(self.out / "generations.md", measure.decode(teacher.tokenizer, *prompts), said)
-        return results
-
-    def _measure(self, network: nn.Module, teacher: Decoder, corpus: Corpus) -> tuple[dict[str, float], list[str]]:
-        """The figures of a network, and its continuations of the held-out prompts."""
-        if corpus.text is None:
-            figures = measure.with_perplexity(measure.mean_nll(network, corpus.test))
+    def _train(self, role: Literal["control", "student"], seed: int, network: PreTrainedModel, table: Table) -> None:
+        """Trains, measures and saves a seed's control or student."""
+        if role == "control":
+            name, part = "cross-entropy", self.shared.part(f"control-{seed}", seed=seed)
+            seconds = learn(CrossEntropy(), Pupils(network), table.corpus.train, part)
         else:
-            figures = measure.perplexity(network, corpus.text, first=corpus.first, **self.windows)
-        spoken = measure.go_on(network, teacher, corpus.test[: self.shown], self.seed)
-        if network is not teacher.network:
-            figures["own_kl"] = measure.own_kl(network, teacher.network, spoken)
-        return figures, measure.decode(teacher.tokenizer, spoken.ids, spoken.counts)
+            name, part = self.NAME, self.part(f"student-{seed}", seed=seed)
+            seconds = part.teach(table.teacher, network, table.corpus)
+        table.add(role, name, network, seconds, seed)
+        if not self.dry_run and PartialState().is_main_process:
+            save(network, table.teacher.tokenizer, part.out / "model")
 
 
 def save(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:

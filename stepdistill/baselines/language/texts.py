@@ -26,10 +26,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and its completion; None if a teacher has yet to generate it."""
+    """A prompt and its completion; None if a teacher has yet to generate it. `ended`: whether its text ends there."""
 
     prompt: str
     completion: str | None
+    ended: bool = True
 
 
 def open_texts(spec: str, split: str, *, test: str | None = None) -> list[str] | list[Pair]:

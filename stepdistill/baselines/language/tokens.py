@@ -6,6 +6,7 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,10 @@ from stepdistill.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TODAY = date(2024, 7, 26)  # of all prompts; what Llama 3's template takes for want of a clock
 PIECE = 1 << 18  # characters tokenised at once: the tokenizer keeps 200 times as much memory for each
+_WRITTEN = "".join(f"|replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in "aAbBdHIjmMpSyY")
+_CLOCK = "{% macro strftime_now(format) %}{{ format" + _WRITTEN + " }}{% endmacro %}{{ '' }}"  # before a template
 _CUT = re.compile(r"(?<=\S)(?= )")
 
 
@@ -56,14 +60,17 @@ def begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def ask(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """A prompt as it is passed to a model: in its chat template if it has one.
+    """A prompt as it is passed to a model: in its chat template if it has one, of which several write the date. It is
+    always TODAY's, so that a run resumed on another day has the same tokens.
 
     Only prompts go through templates: several strip the reasoning from an assistant's reply.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         return prompt
-    message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], chat_template=_CLOCK + tokenizer.get_chat_template(),
+        add_generation_prompt=True, tokenize=False, date_string=TODAY.strftime("%d %b %Y"),
+    )  # fmt: skip
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, asked: str) -> list[int]:
@@ -116,7 +123,8 @@ def pair_up(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, *, prompt
     Args:
         pairs: prompts as they are passed to a model, see `ask`.
         prompt: columns of prompt: of a longer one, the last tokens are kept, and those of `begin`.
-        completion: columns of completion, end of text included: a longer one is cut, and has no end.
+        completion: columns of completion, end of text included: a longer one is cut, and has no end, as one that had
+            not `ended`.
 
     Raises:
         InputError: there are none.
@@ -132,7 +140,8 @@ def pair_up(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, *, prompt
     for row, pair in enumerate(pairs):
         before = prompt_ids(tokenizer, pair.prompt) or [eos]
         before = before[:kept] + before[kept + max(len(before) - prompt, 0) :]
-        after = [*tokenizer(pair.completion, add_special_tokens=False).input_ids, eos][:completion]
+        words = tokenizer(pair.completion, add_special_tokens=False).input_ids
+        after = [*words, *([eos] * pair.ended)][:completion]
         first, end = prompt - len(before), prompt + len(after)
         ids[row, first:end] = torch.tensor(before + after)
         attention[row, first:end] = True
