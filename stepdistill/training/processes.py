@@ -122,8 +122,8 @@ class StopSignal:
             signal.raise_signal(number)
 
     def asked(self) -> bool:
-        """True once a signal was received. All processes must call it before each update, to stop at the same one:
-        torchrun kills them half a minute after it sends the signal."""
+        """True once a signal was received. All processes must call it before each update, to stop at the same one: they
+        are killed half a minute after torchrun sends the signal."""
         seen = torch.tensor(float(self.seen is not None))
         if self.several:
             dist.all_reduce(seen, group=_hosts())
