@@ -150,9 +150,10 @@ def our_trainer(config: Config, parts: Parts, folder: str) -> Trainer:
         out=Path(folder) / "run", batch_size=config.batch, rank=config.rank, mixed_precision=config.mixed_precision,
         compile=config.compile, gradient_checkpointing=config.gradient_checkpointing, seed=config.seed,
     )  # fmt: skip
-    source = SimpleNamespace(components={})
-    teacher = SimpleNamespace(denoiser=denoiser, source=source, to=denoiser.to)
-    return Trainer(run.method(), teacher, Cached(parts), run)
+    data, source = Cached(parts), SimpleNamespace(components={})
+    coder = SimpleNamespace(encode=lambda prompts, size: data.batch(range(len(prompts)))[1])  # of validation prompts
+    teacher = SimpleNamespace(denoiser=denoiser, conditioner=coder, source=source, image_size=None, to=denoiser.to)
+    return Trainer(run.method(), teacher, data, run)
 
 
 def unavoidable(trainer: Trainer) -> dict[str, Callable[[], None]]:
