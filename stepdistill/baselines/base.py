@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from stepdistill.training.config import LoopConfig
 from stepdistill.training.loop import Loop
 from stepdistill.training.networks import Networks
 from stepdistill.training.order import sample_indices
-from stepdistill.training.processes import on_cpu
+from stepdistill.training.processes import world
 
 T = TypeVar("T")
 
@@ -239,11 +238,11 @@ def learn(lesson: Lesson, models: Pupils, data: Data | Callable[[], Data], confi
         with halved(models.teacher, config.mixed_precision):
             Learner(lesson, models, found, config).fit()
     else:
-        folder.claim(config, _state().num_processes, write=False)
+        folder.claim(config, world().num_processes, write=False)
         load_model(models.bare, str(done / "student.safetensors"))
         for role in filter(lambda role: role in models.trained, models.others):
             load_model(models.others[role], str(done / f"{role}.safetensors"))
-        models.to(_state().device)
+        models.to(world().device)
     models.student = models.bare.eval()
     for network in (models.student, models.teacher):
         if network is not None:
@@ -259,7 +258,3 @@ def unwrap(network: nn.Module) -> None:
     extract_model_from_parallel(network, keep_fp32_wrapper=False)
     vars(network).pop("_is_accelerate_prepared", None)
     vars(network).pop("forward", None)  # left by accelerate: the class's without its decorators, bound to the network
-
-
-def _state() -> PartialState:
-    return PartialState(cpu=on_cpu())

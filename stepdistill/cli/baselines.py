@@ -65,15 +65,13 @@ def flags(name: str, argv: Sequence[str]) -> BaselineConfig:
 
 def finish(config: BaselineConfig) -> dict:
     """Runs a baseline, prints its table, writes results.json; returns its content, or {} for a dry run."""
-    from accelerate import PartialState
-
-    from stepdistill.training.processes import on_cpu
+    from stepdistill.training.processes import world
 
     out, record = Path(config.out), config.record()
     found = config.run()
     if config.dry_run:
         return {}
-    state = PartialState(cpu=on_cpu())
+    state = world()
     if state.is_main_process:
         file = found.write(out, record)
         files.write(out / "run.json", json.dumps(record, indent=2) + "\n")  # of a complete run, for `eval`

@@ -15,7 +15,7 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 
 from stepdistill.errors import InputError
@@ -31,6 +31,11 @@ def on_cpu() -> bool:
     """Whether to compute on the CPU. accelerate must know, or several processes on it do not connect."""
     forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in YES
     return forced or not torch.accelerator.is_available()
+
+
+def world() -> PartialState:
+    """The run's processes and their devices; they wait for each other up to PATIENCE, not NCCL's ten minutes."""
+    return PartialState(cpu=on_cpu(), timeout=PATIENCE)
 
 
 @contextmanager

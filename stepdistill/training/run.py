@@ -41,16 +41,15 @@ def distil(config: TrainConfig) -> Path:
 
 def begin(config: TrainConfig):
     """Checks flags and folder before, not after, hours of encoding; returns accelerate's PartialState."""
-    from accelerate import PartialState
 
     from stepdistill.training import sharding
-    from stepdistill.training.processes import PATIENCE, on_cpu
+    from stepdistill.training.processes import world
 
     config.check()
     _ = config.samples  # raises if there are none
     sharding.check(config)
     with sharding.kept_from_accelerate():
-        state = PartialState(cpu=on_cpu(), timeout=PATIENCE)
+        state = world()
     folder.claim(config, state.num_processes, write=False)
     return state
 

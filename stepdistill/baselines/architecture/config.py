@@ -89,13 +89,11 @@ class ArchitectureConfig(BaselineConfig, PipelineConfig):
 
     def open_teacher(self) -> Teacher:
         """See training.run.open_teacher; on the run's device."""
-        from accelerate import PartialState
-
-        from stepdistill.training.processes import on_cpu
+        from stepdistill.training.processes import world
         from stepdistill.training.run import open_teacher
 
         _ = self.samples  # raises if there are none
-        return open_teacher(self, PartialState(cpu=on_cpu()).device)
+        return open_teacher(self, world().device)
 
     def files(self, path: str) -> dict[str, str | None]:
         """Selects a pipeline's files: --variant and --revision apply to the teacher's only."""

@@ -125,9 +125,7 @@ class DistilBertConfig(EncoderConfig):
 
     def run(self) -> Results:
         """Trains the teacher first if it needs it; then a control and a student for each seed."""
-        from accelerate import PartialState
-
-        from stepdistill.training.processes import on_cpu
+        from stepdistill.training.processes import world
 
         self.check()
         opened = self.open(self.mask_rate)
@@ -139,7 +137,7 @@ class DistilBertConfig(EncoderConfig):
         kept = self._kept(encoder.network.config.num_hidden_layers)
         test = joined(open_texts(self.data, "test", test=self.test))
         held = cut_lines(test, encoder.tokenizer, self.length, self.held_out)
-        state = PartialState(cpu=on_cpu())
+        state = world()
         teacher = MaskedLM(encoder.network).to(state.device)
         seconds = self.pretrain(teacher, opened) if self.teacher_steps else None
 

@@ -19,7 +19,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from accelerate import PartialState
 from accelerate.tracking import filter_trackers
 from datasets import Dataset
 from safetensors.torch import load_model, save_model
@@ -34,7 +33,7 @@ from stepdistill.baselines.language.trl_trainer import Record, Settings, Trainer
 from stepdistill.baselines.less_memory import halved
 from stepdistill.files import replacing
 from stepdistill.training import folder
-from stepdistill.training.processes import on_cpu
+from stepdistill.training.processes import on_cpu, world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,7 +50,7 @@ def teach(config: GKDConfig, teacher: Decoder, student: PreTrainedModel, data: T
     Raises:
         InputError: the folder holds another run.
     """
-    state, out = PartialState(cpu=on_cpu()), Path(config.out)
+    state, out = world(), Path(config.out)
     folder.claim(config, state.num_processes, write=state.is_main_process and not config.dry_run)
     weights = out / "weights"
     if config.dry_run:

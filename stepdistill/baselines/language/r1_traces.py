@@ -94,14 +94,12 @@ class R1TracesConfig(BaselineConfig):
     def run(self) -> Results:
         """Samples the teacher's answers once; then trains, for each seed, a control on the correct answers and a
         student on the teacher's reasoning."""
-        from accelerate import PartialState
-
-        from stepdistill.training.processes import on_cpu
+        from stepdistill.training.processes import world
 
         self.check()
         train, held = open_problems(self.task, self.problems, self.held_out, digits=self.digits, seed=self.seed,
                                     test=self.test)  # fmt: skip
-        state, spent = PartialState(cpu=on_cpu()), None
+        state, spent = world(), None
         if self.teacher == "tiny":
             teacher = Decoder(*arithmetic.build(self.seed), "tiny")
         else:

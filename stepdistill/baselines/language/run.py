@@ -25,7 +25,7 @@ from stepdistill.baselines.language.texts import Pair, joined, open_texts
 from stepdistill.baselines.results import Results
 from stepdistill.files import replacing
 from stepdistill.methods.base import Clock, Loss
-from stepdistill.training.processes import on_cpu
+from stepdistill.training.processes import world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -132,7 +132,7 @@ class DecoderConfig(CorpusConfig):
     def run(self) -> Results:
         """Trains the teacher once, and a control and a student for each seed; the primary figure is held-out nll."""
         self.check()
-        device = PartialState(cpu=on_cpu()).device
+        device = world().device
         teacher, corpus, spent = self._prepare(device)
         table = Table(self, teacher, corpus, Results(self.NAME, "nll", False, self.held_out(corpus), note=measure.NOTE))
         table.add("teacher", self.teacher, teacher.network, spent)

@@ -99,9 +99,7 @@ class TinyBertConfig(EncoderConfig):
 
     def run(self) -> Results:
         """Trains the teacher and its task classifier; then a control and a student for each seed, stage by stage."""
-        from accelerate import PartialState
-
-        from stepdistill.training.processes import on_cpu
+        from stepdistill.training.processes import world
 
         self.check()
         opened = self.open(mask_rate=0.15)
@@ -130,7 +128,7 @@ class TinyBertConfig(EncoderConfig):
             add("control", *self._control(opened, known, seed), seed)
             student, seconds = self._student(teacher, tutor, text, task, seed)
             add("student", student, seconds, seed)
-            if not self.dry_run and PartialState(cpu=on_cpu()).is_main_process:
+            if not self.dry_run and world().is_main_process:
                 save(student.body, tokenizer, self.out / f"student-{seed}" / "model")
         return results
 
