@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-
 from stepdistill.baselines.language.models import Decoder, check_length
 from stepdistill.baselines.language.problems import Problem
 from stepdistill.baselines.language.texts import Pair
 from stepdistill.baselines.language.tokens import Tokens, ask, pair_up, prompt_ids
 from stepdistill.baselines.language.traces import answer, keep, sample_all, unopened
-from stepdistill.baselines.less_memory import halved
+from stepdistill.baselines.less_memory import as_in_training
 from stepdistill.errors import InputError
-from stepdistill.training.processes import HALF, in_turn
+from stepdistill.training.processes import in_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,9 +44,8 @@ def collect(teacher: Decoder, problems: Sequence[Problem], config: R1TracesConfi
     settings = {name: getattr(config, name) for name in SETTINGS}
     say = partial(answer, teacher, samples=config.samples, new=config.completion, temperature=config.temperature,
                   seed=config.seed)  # fmt: skip
-    device, half = teacher.network.device, HALF[config.mixed_precision]
-    file, autocast = config.out / "traces.jsonl", torch.autocast(device.type, half, half is not None)
-    with in_turn(file), halved(teacher.network, config.mixed_precision), autocast:
+    file = config.out / "traces.jsonl"
+    with in_turn(file), as_in_training(teacher.network, config.mixed_precision):
         answers = sample_all(file, problems, say, config.together, settings)
     fell: Counter[str] = Counter()
     kept = []
