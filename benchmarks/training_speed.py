@@ -151,7 +151,7 @@ def our_trainer(config: Config, parts: Parts, folder: str) -> Trainer:
         compile=config.compile, gradient_checkpointing=config.gradient_checkpointing, seed=config.seed,
     )  # fmt: skip
     data, source = Cached(parts), SimpleNamespace(components={})
-    coder = SimpleNamespace(encode=lambda prompts, size: data.batch(range(len(prompts)))[1])  # of validation prompts
+    coder = SimpleNamespace(encode=lambda prompts, size: data.batch([*range(len(prompts))])[1])  # of validation prompts
     teacher = SimpleNamespace(denoiser=denoiser, conditioner=coder, source=source, image_size=None, to=denoiser.to)
     return Trainer(run.method(), teacher, data, run)
 

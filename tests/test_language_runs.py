@@ -255,13 +255,23 @@ def test_pretrained_weights_are_not_trained_at_a_tiny_models_rate(more, flag, st
     assert cli(["baselines", "run", "forward_kl", *more]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"error: {flag}: got 0.00" in line and f" for {start}, which is pretrained; allowed: below 0.002" in line
-    flags("forward_kl", [*more, "--learning-rate", "5e-4"])
+    lower = flags("forward_kl", [*more, "--learning-rate", "5e-4"])
+    lower.check()
+    assert lower.learning_rate == 5e-4
 
 
-def test_random_weights_are_trained_at_a_tiny_models_rate():
-    flags("forward_kl", ["--teacher", "tiny-gpt2", "--correction-steps", "9"])
-    flags("forward_kl", ["--teacher", "org/large", "--student", "config:num_hidden_layers=2"])
-    flags("r1_traces", ["--student", "layers:1"])
+@pytest.mark.parametrize(
+    ("name", "more", "rate"),
+    [
+        ("forward_kl", ["--teacher", "tiny-gpt2", "--correction-steps", "9"], 2e-3),
+        ("forward_kl", ["--teacher", "org/large", "--student", "config:num_hidden_layers=2"], 2e-3),
+        ("r1_traces", ["--student", "layers:1"], 3e-3),
+    ],
+)
+def test_random_weights_are_trained_at_a_tiny_models_rate(name, more, rate):
+    config = flags(name, more)
+    config.check()
+    assert config.learning_rate == rate
 
 
 def test_seeds_are_added_to_a_finished_run_and_none_is_refused(text, first, tmp_path, capsys):

@@ -41,7 +41,6 @@ def distil(config: TrainConfig) -> Path:
 
 def begin(config: TrainConfig):
     """Checks flags and folder before, not after, hours of encoding; returns accelerate's PartialState."""
-
     from stepdistill.training import sharding
     from stepdistill.training.processes import world
 
