@@ -50,19 +50,19 @@ def batch(n: int = 6, dim: int = 2, label: float = 0.3, seed: int = 0) -> Batch:
     return Batch(x0, cond, {"labels": torch.zeros(n)}, Draws.at(seed, 0, n))
 
 
-@pytest.mark.parametrize("own_share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("backward_simulation", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("weighting", ["x0", "v"])
 @pytest.mark.parametrize("loss_type", ["huber", "l2"])
-def test_the_loss_equals_a_hand_computation(loss_type, weighting, own_share):
-    settings = {"loss_type": loss_type, "weighting": weighting, "own_share": own_share}
+def test_the_loss_equals_a_hand_computation(loss_type, weighting, backward_simulation):
+    settings = {"loss_type": loss_type, "weighting": weighting, "backward_simulation": backward_simulation}
     method = LatentConsistency(guidance_min=2.0, guidance_max=6.0, huber_c=1e-3, **settings)
     teacher, student, target = (Affine(ALPHA_BAR, w) for w in (0.8, 0.5, 0.6))
     loss = method.loss("student", batch(), Trio(teacher, student, target), CLOCK).total.item()
 
     sample, total = batch(), 0.0
     index, u, noise = sample.draws.integers(50), sample.draws.uniform(), sample.draws.normal(2).double()
-    own, first = sample.draws.uniform() < own_share, sample.draws.normal(2).double()
-    assert own.any() == (own_share > 0) and own.all() == (own_share == 1)
+    own, first = sample.draws.uniform() < backward_simulation, sample.draws.normal(2).double()
+    assert own.any() == (backward_simulation > 0) and own.all() == (backward_simulation == 1)
     table = DDIMScheduler(**BETAS).alphas_cumprod.double()
 
     def f(weight, x, time, alpha, sigma):
@@ -252,7 +252,7 @@ def test_huber_is_quadratic_near_zero_and_linear_far_away():
         ({"solver_steps": 1}, "solver_steps: got 1; allowed: 2 or more"),
         ({"loss_type": "l1"}, "loss: got 'l1'; allowed: huber, l2"),
         ({"huber_c": 0.0}, "huber_c: got 0"),
-        ({"own_share": 1.5}, "own_share: got 1.5; allowed: 0 to 1"),
+        ({"backward_simulation": 1.5}, "backward_simulation: got 1.5; allowed: 0 to 1"),
         ({"timestep_scaling": 0.0}, "timestep_scaling: got 0; allowed: above 0"),
         ({"guidance_max": math.inf}, "guidance: got 4 to inf"),
     ],

@@ -130,8 +130,8 @@ def test_weights_that_cannot_be_had_are_one_line_that_names_the_alternative(monk
         ("vgg", 0, "feature_network: got 'vgg'; allowed: efficientnet_lite2, dino_vits16, dinov2_vits14, timm:NAME"),
         ("timm:nope", 0, "feature_network: got timm:nope, which timm cannot make"),
         ("timm:resnet10t", 0, "feature_network: got timm:resnet10t, a ResNet; allowed: timm's VisionTransformer"),
-        ("dino_vits16", 100, "picture_size: got 100 with dino_vits16; allowed: multiples of 16"),
-        ("efficientnet_lite2", 16, "picture_size: got 16 with efficientnet_lite2; allowed: 32 or more"),
+        ("dino_vits16", 100, "feature_resolution: got 100 with dino_vits16; allowed: multiples of 16"),
+        ("efficientnet_lite2", 16, "feature_resolution: got 16 with efficientnet_lite2; allowed: 32 or more"),
     ],
 )
 def test_what_cannot_be_loaded_is_named_before_anything_is_downloaded(monkeypatch, name, size, message):

@@ -82,7 +82,7 @@ def shares(method: Jump, clock: Clock, count: int = 20000) -> list[float]:
     ("update", "weight"), [(0, 1.0), (25, 2.5), (50, 4.0), (99, 4.0)], ids=["start", "half up", "risen", "end"]
 )
 def test_the_noisiest_time_comes_to_its_weight(update, weight):
-    got = shares(Jump(student_steps=4, warm_share=0.5, last_weight=4.0), Clock(update, 100))
+    got = shares(Jump(student_steps=4, curriculum_share=0.5, last_weight=4.0), Clock(update, 100))
     expected = [weight / (weight + 3), *[1 / (weight + 3)] * 3]
     for share, p in zip(got, expected, strict=True):
         assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / 20000)
@@ -143,8 +143,8 @@ def test_on_edm_a_one_step_sample_of_the_exact_denoiser_has_the_datas_mean():
     [
         ({"student_steps": 0}, "student_steps: got 0; allowed: 1 to 40"),
         ({"student_steps": 41}, "student_steps: got 41"),
-        ({"warm_share": 1.5}, "warm_share: got 1.5; allowed: 0 to 1"),
-        ({"head_start": -1}, "head_start: got -1; allowed: 0 or more"),
+        ({"curriculum_share": 1.5}, "curriculum_share: got 1.5; allowed: 0 to 1"),
+        ({"discriminator_warmup": -1}, "discriminator_warmup: got -1; allowed: 0 or more"),
         ({"last_weight": 0.0}, "last_weight: got 0; allowed: above 0"),
         ({"last_weight": math.inf}, "last_weight: got inf"),
         ({"last_weight": math.nan}, "last_weight: got nan"),
@@ -170,7 +170,9 @@ def test_its_share_of_samples_is_noised_from_the_students_own_first_answer(sched
     x0 = torch.randn(n, 2, dtype=torch.float64)
     times = Jump(student_steps=4).times(schedule, Grid())
     (plain_x, t, _, known), (x_t, same, _, own_known) = (
-        Jump(student_steps=4, own_share=share).drawn(Batch(x0, {}, {}, Draws.at(0, 0, n)), models, Clock(0, 1))
+        Jump(student_steps=4, backward_simulation=share).drawn(
+            Batch(x0, {}, {}, Draws.at(0, 0, n)), models, Clock(0, 1)
+        )
         for share in (0.0, 0.5)
     )
     draws = Draws.at(0, 0, n)

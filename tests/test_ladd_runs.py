@@ -99,8 +99,8 @@ def test_the_export_names_the_blocks_that_were_judged(tmp_path, pipelines, pictu
     assert named.split(", ")[0] == "down_blocks.0.attentions.0" and named in (out / "README.md").read_text()
 
 
-def test_in_its_head_start_the_discriminator_alone_learns(tmp_path, pipelines, pictures):
-    run = trainer(tmp_path / "run", pipelines["sd"], pictures, head_start=2)
+def test_in_its_discriminator_warmup_the_discriminator_alone_learns(tmp_path, pipelines, pictures):
+    run = trainer(tmp_path / "run", pipelines["sd"], pictures, discriminator_warmup=2)
 
     def weights() -> dict[str, torch.Tensor]:
         return {role: torch.cat([p.flatten() for p in group.values()]) for role, group in run.models.trained.items()}
@@ -114,9 +114,11 @@ def test_in_its_head_start_the_discriminator_alone_learns(tmp_path, pipelines, p
     assert changed == [alone, alone, both]
 
 
-def test_a_head_start_is_shorter_than_the_run(tmp_path, pipelines, pictures):
-    with pytest.raises(InputError, match=r"head_start: got 4 of 4 updates; allowed: fewer than all; try a tenth"):
-        trainer(tmp_path / "run", pipelines["sd"], pictures, head_start=4).config.check()
+def test_a_discriminator_warmup_is_shorter_than_the_run(tmp_path, pipelines, pictures):
+    with pytest.raises(
+        InputError, match=r"discriminator_warmup: got 4 of 4 updates; allowed: fewer than all; try a tenth"
+    ):
+        trainer(tmp_path / "run", pipelines["sd"], pictures, discriminator_warmup=4).config.check()
 
 
 def test_a_student_may_begin_with_another_runs_and_its_teacher_stays_the_teacher(tmp_path, pipelines, pictures):

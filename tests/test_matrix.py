@@ -110,7 +110,7 @@ def settings_of(method: str, family: str) -> tuple[type, dict]:
     if method == "progressive":
         return ProgressiveConfig, {"guidance": (scale,), "start_steps": 4, "end_steps": 2, "final_factor": 1.0}
     if method == "add":
-        return ADDConfig, {"guidance": scale, "feature_network": "efficientnet_lite2", "picture_size": 64}
+        return ADDConfig, {"guidance": scale, "feature_network": "efficientnet_lite2", "feature_resolution": 64}
     return LADDConfig, {"guidance": scale}
 
 

@@ -83,15 +83,15 @@ def test_one_ddim_step_to_the_target_lands_where_two_steps_of_the_teacher_do(nam
         assert (landed - x_s).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("own_share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("backward_simulation", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("weighting", ["truncated_snr", "snr+1"])
-def test_the_loss_equals_a_hand_computation(weighting, own_share):
+def test_the_loss_equals_a_hand_computation(weighting, backward_simulation):
     teacher, student = Affine(ALPHA_BAR, 0.8), Affine(ALPHA_BAR, 0.5)
-    method = Progressive(steps=4, weighting=weighting, own_share=own_share)
+    method = Progressive(steps=4, weighting=weighting, backward_simulation=backward_simulation)
     sample = batch(12)
     index, _, noise = sample.draws.integers(4), sample.draws.uniform(), sample.draws.normal(2).double()
-    own = (sample.draws.uniform() < own_share) & (index > 0)
-    assert own.any() == (own_share > 0) and (own == (index > 0)).all() == (own_share == 1)
+    own = (sample.draws.uniform() < backward_simulation) & (index > 0)
+    assert own.any() == (backward_simulation > 0) and (own == (index > 0)).all() == (backward_simulation == 1)
     loss = method.loss("student", batch(12), duo(teacher, student), CLOCK).total.item()
 
     scheduler = DDIMScheduler(**BETAS, timestep_spacing="trailing")
@@ -335,7 +335,7 @@ def test_a_clock_in_thousandths_moves_the_clock_and_not_the_coefficients():
         ({"solver": "dpmpp_2m"}, "solver: got 'dpmpp_2m'; allowed: ddim, heun"),
         ({"stage": "all"}, "stage: got 'all'; allowed: guide, halve"),
         ({"eps_student": "flow"}, "eps_student: got 'flow'; allowed: v, x0, eps"),
-        ({"own_share": 1.5}, "own_share: got 1.5; allowed: 0 to 1"),
+        ({"backward_simulation": 1.5}, "backward_simulation: got 1.5; allowed: 0 to 1"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

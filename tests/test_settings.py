@@ -55,7 +55,7 @@ def test_a_run_goes_on_for_more_updates_only_where_none_depends_on_their_number(
     kept = {"out": settings.out, "data": settings.data}
     for kind, changes, free in (
         (LCMConfig, {}, True), (LCMConfig, {"lr_scheduler": "linear"}, False),
-        (LADDConfig, {}, True), (LADDConfig, {"warm_share": 0.5}, False),
+        (LADDConfig, {}, True), (LADDConfig, {"curriculum_share": 0.5}, False),
         (ProgressiveConfig, {"lr_scheduler": "constant"}, False),  # later stages would start from another export
         (DistiLLMConfig, {}, False),
     ):  # fmt: skip
@@ -192,7 +192,7 @@ def test_only_an_embedded_teacher_has_data_of_its_own(settings, monkeypatch, tmp
         assert (config.samples, config.record()["data"]) == ("avatars", "avatars")
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])  # FSDP of version 1, its default
+@pytest.mark.parametrize("kind", ["FSDP", "MEGATRON_LM"])  # FSDP of version 1, its default
 def test_ways_of_splitting_that_are_not_known_are_refused(settings, monkeypatch, kind):
     monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
     with pytest.raises(InputError, match=f"accelerate: got {kind}[ ,]"):

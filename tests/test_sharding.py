@@ -21,7 +21,7 @@ from stepdistill.training.lcm import LCMConfig
 
 SCRIPTS = Path(__file__).parent.parent / "train_scripts"
 RUNS = {
-    "lcm of flux": ("train_lcm_lora", "flux", ("--own-share", "0.5", "--gradient-accumulation", "2")),
+    "lcm of flux": ("train_lcm_lora", "flux", ("--backward-simulation", "0.5", "--gradient-accumulation", "2")),
     "ladd of sd3": ("train_ladd", "sd3", ("--gradient-checkpointing",)),
     "ladd of pixart": ("train_ladd", "pixart", ()),
     "full ladd of sd3": ("train_ladd", "sd3", ("--no-lora", "--gradient-checkpointing", "--export-ema", "0.5")),
@@ -111,7 +111,6 @@ def test_a_full_run_goes_on_divided_from_where_it_was_whole(tmp_path, pictures, 
 @pytest.mark.parametrize(
     ("told", "lora", "message"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, True, "accelerate: got DEEPSPEED, whose engine holds one network"),
         ({"ACCELERATE_USE_FSDP": "true"}, True, "accelerate: got FSDP of version 1; allowed: 2; set fsdp_version: 2"),
         (FSDP, False, "mixed_precision: got fp16 for a full student under FSDP2; allowed there: bf16 or no; or a LoRA"),
     ],
@@ -133,8 +132,7 @@ def test_every_process_loads_its_own_text_encoders(monkeypatch):
 
 
 def test_nothing_is_divided_unasked(monkeypatch):
-    for key in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        monkeypatch.delenv(key, raising=False)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
     assert not any(sharding.check(LCMConfig(teacher="", out=Path(), lora=lora)) for lora in (True, False))
 
 

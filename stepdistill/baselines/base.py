@@ -21,7 +21,7 @@ from stepdistill.draws import Draws, mix
 from stepdistill.errors import InputError
 from stepdistill.files import replacing
 from stepdistill.methods.base import Clock, Loss
-from stepdistill.training import folder, sharding
+from stepdistill.training import folder, sharding, zero
 from stepdistill.training.config import LoopConfig
 from stepdistill.training.loop import Loop
 from stepdistill.training.networks import Networks
@@ -154,8 +154,8 @@ class Learner(Loop):
     models: Pupils
 
     def __init__(self, lesson: Lesson, models: Pupils, data: Data, config: LoopConfig) -> None:
-        if sharding.asked_for():
-            raise InputError("accelerate: got FSDP2; allowed: one process, or several with all weights each")
+        if got := "FSDP2" * sharding.asked_for() or "DEEPSPEED" * bool(zero.asked_for()):
+            raise InputError(f"accelerate: got {got}; allowed: one process, or several with all weights each")
         if len(data) < 1:
             raise InputError("data: got no samples; allowed: one or more")
         super().__init__(lesson, config)

@@ -51,7 +51,7 @@ FULL = Size(
         "ladd": {
             "max_train_steps": 80,
             "rank": 32,
-            "head_start": 40,
+            "discriminator_warmup": 40,
             "learning_rate": 2e-4,
             "discriminator_learning_rate": 3e-2,  # high, because the updates are few
         },

@@ -31,7 +31,7 @@ from stepdistill.denoiser.base import Cond
 from stepdistill.errors import InputError
 from stepdistill.guidance import guided
 from stepdistill.methods.augmentation import augment
-from stepdistill.methods.base import Batch, Clock, Loss, Models, Role
+from stepdistill.methods.base import Batch, Clock, Loss, Models, Role, check_share
 from stepdistill.methods.discriminators import LOSSES, Heads, Logits, check_loss, pooled_text, r1
 from stepdistill.methods.feature_networks import check_name, load_feature_network
 from stepdistill.methods.jumps import Jumper
@@ -129,7 +129,7 @@ class Adversarial(Jumper):
 
     Args:
         feature_network: network whose features the discriminator judges, see `feature_networks`.
-        picture_size: its input size in pixels; 0 for the network's own.
+        feature_resolution: its input size in pixels; 0 for the network's own.
         adversarial_loss: "hinge" or "softplus" (binary cross-entropy on logits).
         r1_weight: gamma, the weight of R1 on the heads' input; 0 for none.
         condition_on_image: condition the discriminator on the real image that x_t was made from (zero at pure noise).
@@ -144,7 +144,7 @@ class Adversarial(Jumper):
     """
 
     feature_network: str = "dino_vits16"
-    picture_size: int = 0
+    feature_resolution: int = 0
     adversarial_loss: str = "hinge"
     r1_weight: float = 1e-5
     condition_on_image: bool = True
@@ -164,14 +164,13 @@ class Adversarial(Jumper):
         super().__post_init__()
         check_name(self.feature_network)
         check_loss(self.adversarial_loss)
-        for setting in ("picture_size", "r1_weight", "distillation_weight"):
+        for setting in ("feature_resolution", "r1_weight", "distillation_weight"):
             if not 0 <= getattr(self, setting) < math.inf:
                 raise InputError(f"{setting}: got {getattr(self, setting):g}; allowed: 0 or more")
         for setting, allowed in (("distillation_weighting", WEIGHTINGS), ("distillation_space", SPACES)):
             if getattr(self, setting) not in allowed:
                 raise InputError(f"{setting}: got {getattr(self, setting)!r}; allowed: {', '.join(allowed)}")
-        if not 0 <= self.augmentation <= 1:
-            raise InputError(f"augmentation: got {self.augmentation:g}; allowed: 0 to 1; 0 is none")
+        check_share("augmentation", self.augmentation, "0 is none")
 
     def networks(self, teacher: Teacher) -> dict[str, nn.Module]:
         """Creates the discriminator, its feature network and the decoder.
@@ -179,7 +178,7 @@ class Adversarial(Jumper):
         Raises:
             InputError: see `load_feature_network`.
         """
-        trunk = load_feature_network(self.feature_network, self.picture_size)
+        trunk = load_feature_network(self.feature_network, self.feature_resolution)
         one = teacher.conditioner.encode(["0"])  # a prompt, or a class
         text = pooled_text(one, 1, teacher.denoiser.classes).shape[1]
         told = text + (trunk.width if self.condition_on_image else 0)

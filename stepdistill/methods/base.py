@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser.base import Denoiser
 from stepdistill.draws import Draws
+from stepdistill.errors import InputError
 from stepdistill.prediction import Kind
 from stepdistill.schedules import Schedule, Time
 from stepdistill.timegrid import Grid
@@ -139,6 +140,12 @@ class Method(ABC):
     @abstractmethod
     def scheduler(self, teacher: Teacher):
         """Returns the diffusers scheduler exported with a student of this teacher."""
+
+
+def check_share(name: str, value: float, fix: str) -> None:
+    """Raises InputError if a setting is not a share."""
+    if not 0 <= value <= 1:
+        raise InputError(f"{name}: got {value:g}; allowed: 0 to 1; {fix}")
 
 
 def huber(difference: Tensor, c: float) -> Tensor:

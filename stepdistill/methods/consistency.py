@@ -25,7 +25,7 @@ from stepdistill.denoiser.base import Cond, Denoiser
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.guidance import guided
-from stepdistill.methods.base import Batch, Clock, Loss, Method, Models, Role, huber
+from stepdistill.methods.base import Batch, Clock, Loss, Method, Models, Role, check_share, huber
 from stepdistill.methods.schedulers import lcm_scheduler
 from stepdistill.schedules import AlphaBar, RectifiedFlow, Schedule, Time, from_noise, match
 from stepdistill.solvers import ddim_step
@@ -173,9 +173,9 @@ class LatentConsistency(Method):
             sigma_t / sqrt(alpha_t² + sigma_t²), the share of a v-predicting network's output in its x0. All times then
             move the network equally, and learning at high noise does not degrade its predictions at low noise, where
             every multistep sample ends.
-        own_share: the share of samples whose x_t is noised from the target's own one-step output instead of an image,
-            as in multistep sampling (backward distillation, Kohler et al. 2024; backward simulation, Yin et al. 2024).
-            The teacher's path from there corrects the blur of the first step. 0 in the LCM papers.
+        backward_simulation: the share of samples whose x_t is noised from the target's own one-step output instead of
+            an image, as in multistep sampling (Yin et al. 2024; backward distillation in Kohler et al. 2024). The
+            teacher's path from there corrects the blur of the first step. 0 in the LCM papers.
         timestep_scaling: how fast c_skip falls with distance from the clean end.
         embed_guidance: the student takes w as an input through `time_cond_proj_dim` (full students only).
 
@@ -189,7 +189,7 @@ class LatentConsistency(Method):
     loss_type: str = "huber"
     huber_c: float = 1e-3
     weighting: str = "x0"
-    own_share: float = 0.0
+    backward_simulation: float = 0.0
     timestep_scaling: float = 10.0
     embed_guidance: bool = False
 
@@ -208,8 +208,7 @@ class LatentConsistency(Method):
             raise InputError(f"huber_c: got {self.huber_c:g}; allowed: above 0; the papers use 0.001")
         if self.weighting not in ("x0", "v"):
             raise InputError(f"weighting: got {self.weighting!r}; allowed: x0, v")
-        if not 0 <= self.own_share <= 1:
-            raise InputError(f"own_share: got {self.own_share:g}; allowed: 0 to 1; 0 is none, as the papers, try 0.5")
+        check_share("backward_simulation", self.backward_simulation, "0 is none, as the papers, try 0.5")
         if not self.timestep_scaling > 0:
             raise InputError(f"timestep_scaling: got {self.timestep_scaling:g}; allowed: above 0; the papers use 10")
 
@@ -258,8 +257,8 @@ class LatentConsistency(Method):
         return Loss(total, {"consistency": total.detach()})
 
     def _begin(self, batch: Batch, models: Models, cond: Cond) -> Tensor:
-        """The clean images that x_t is noised from: the batch's, or for `own_share` of them the target's output."""
-        if not self.own_share:
+        """The clean images that x_t is noised from: the batch's, or a share of them the target's output."""
+        if not self.backward_simulation:
             return batch.x0
         schedule = models.teacher.schedule
         last = torch.full((len(batch.x0),), self.solver_steps - 1, device=batch.x0.device)
@@ -268,7 +267,7 @@ class LatentConsistency(Method):
         def answer(x_T: Tensor) -> Tensor:
             return consistency(models.target, x_T, t, cond, self.timestep_scaling)
 
-        return own_answers(batch.x0, self.own_share, batch.draws, schedule, t, answer)[0]
+        return own_answers(batch.x0, self.backward_simulation, batch.draws, schedule, t, answer)[0]
 
     def sample(self, student: Denoiser, x_T: Tensor, cond: Cond, *, steps: int, draws: Draws) -> Tensor:
         """Multistep consistency sampling; guidance-conditioned students, at the middle of the range."""

@@ -113,7 +113,7 @@ def load_feature_network(name: str, size: int = 0) -> FeatureNetwork:
     if name == "efficientnet_lite2":
         size = size or 260
         if size < 32:
-            raise InputError(f"picture_size: got {size} with {name}; allowed: 32 or more; its own is 260")
+            raise InputError(f"feature_resolution: got {size} with {name}; allowed: 32 or more; its own is 260")
         identity = f"{name}:{LITE2_SHA256}@{size}"
         mean, std = [127 / 255], [128 / 255]
         return FeatureNetwork(load_lite2(), LITE2_TAPS, size=size, mean=mean, std=std, identity=identity)
@@ -132,7 +132,7 @@ def from_vit(net: nn.Module, name: str) -> FeatureNetwork:
         raise InputError(f"feature_network: got {name}, a {type(net).__name__}; allowed: timm's VisionTransformer")
     size, patch, depth = net.patch_embed.img_size[0], net.patch_embed.patch_size[0], len(net.blocks)
     if size % patch:
-        raise InputError(f"picture_size: got {size} with {name}; allowed: multiples of {patch}, its patch")
+        raise InputError(f"feature_resolution: got {size} with {name}; allowed: multiples of {patch}, its patch")
     taps = ["pos_drop", *dict.fromkeys(f"blocks.{max(1, (i + 1) * depth // 4) - 1}" for i in range(4))]
     identity, config = f"{name}:{_hash(net)}@{size}", net.pretrained_cfg
     return FeatureNetwork(net, taps, size=size, mean=config["mean"], std=config["std"], identity=identity)

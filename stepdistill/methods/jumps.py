@@ -18,7 +18,7 @@ from torch import Tensor
 from stepdistill.denoiser.base import Cond, Denoiser
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
-from stepdistill.methods.base import Batch, Clock, FrozenDenoiser, Method, Models
+from stepdistill.methods.base import Batch, Clock, FrozenDenoiser, Method, Models, check_share
 from stepdistill.methods.consistency import lcm_times, own_answers, sample_lcm
 from stepdistill.methods.schedulers import lcm_scheduler
 from stepdistill.schedules import Schedule, from_noise, match
@@ -37,13 +37,13 @@ class Jumper(Method):
 
     Args:
         student_steps: N, the number of times the student is trained at.
-        warm_share: the share of the run over which the noisiest time's weight rises to `last_weight` (the student-time
-            curriculum); 0 for no curriculum.
+        curriculum_share: the share of the run over which the noisiest time's weight rises to `last_weight` (the
+            student-time curriculum); 0 for no curriculum.
         last_weight: final probability of the noisiest time relative to each of the others.
-        own_share: the share of samples whose x_t is noised from the student's own one-step output instead of an image,
-            as its second step will receive it (backward simulation, Yin et al. 2024). 0 in the papers.
-        head_start: initial updates that train the discriminator alone. Untrained heads would lead a well-initialised
-            student astray.
+        backward_simulation: the share of samples whose x_t is noised from the student's own one-step output instead of
+            an image, as its second step will receive it (Yin et al. 2024). 0 in the papers.
+        discriminator_warmup: initial updates that train the discriminator alone. Untrained heads would lead a
+            well-initialised student astray.
         guidance: scale that a guidance-conditioned student (Flux) is trained and sampled with.
 
     Raises:
@@ -51,21 +51,20 @@ class Jumper(Method):
     """
 
     student_steps: int = 4
-    warm_share: float = 0.0
+    curriculum_share: float = 0.0
     last_weight: float = 1.0
-    own_share: float = 0.0
-    head_start: int = 0
+    backward_simulation: float = 0.0
+    discriminator_warmup: int = 0
     guidance: float = 4.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.student_steps <= ORIGIN:
             raise InputError(f"student_steps: got {self.student_steps}; allowed: 1 to {ORIGIN}; the papers use 4")
-        if not 0 <= self.warm_share <= 1:
-            raise InputError(f"warm_share: got {self.warm_share:g}; allowed: 0 to 1; 0 is no curriculum")
-        if not 0 <= self.own_share <= 1:
-            raise InputError(f"own_share: got {self.own_share:g}; allowed: 0 to 1; 0 is none, as the papers, try 0.5")
-        if self.head_start < 0:
-            raise InputError(f"head_start: got {self.head_start}; allowed: 0 or more; 0 is none, as the papers")
+        check_share("curriculum_share", self.curriculum_share, "0 is no curriculum")
+        check_share("backward_simulation", self.backward_simulation, "0 is none, as the papers, try 0.5")
+        if self.discriminator_warmup < 0:
+            got = self.discriminator_warmup
+            raise InputError(f"discriminator_warmup: got {got}; allowed: 0 or more; 0 is none, as the papers")
         if not 0 < self.last_weight < math.inf:
             raise InputError(f"last_weight: got {self.last_weight:g}; allowed: above 0; 1 is all times alike")
         if not 1 <= self.guidance < math.inf:
@@ -73,7 +72,7 @@ class Jumper(Method):
 
     def phases(self, clock: Clock) -> tuple[str, ...]:
         """The discriminator, then the student; the discriminator alone in its head start."""
-        return ("discriminator",) if clock.update < self.head_start else ("discriminator", "student")
+        return ("discriminator",) if clock.update < self.discriminator_warmup else ("discriminator", "student")
 
     def guidance_scale(self, student: Denoiser) -> float:
         """The scale to sample with: `guidance` for a guidance-conditioned student, else 1.0."""
@@ -86,7 +85,7 @@ class Jumper(Method):
     def draw_times(self, draws: Draws, schedule: Schedule, grid: Grid, clock: Clock) -> Tensor:
         """One of the student's times for each sample, (B,) float64."""
         times = self.times(schedule, grid).to(draws.device, non_blocking=True)
-        risen = min(1.0, clock.update / (self.warm_share * clock.total)) if self.warm_share else 1.0
+        risen = min(1.0, clock.update / (self.curriculum_share * clock.total)) if self.curriculum_share else 1.0
         first = 1 + (self.last_weight - 1) * risen
         u = draws.uniform().double() * (first + len(times) - 1)  # the noisiest has [0, first), each other time one unit
         return times[(u - first + 1).floor().clamp(0, len(times) - 1).long()]
@@ -105,11 +104,13 @@ class Jumper(Method):
         cond = self.told(models.student, batch.cond, len(t), batch.x0.device)
         top = self.times(schedule, grid)[0].item()
         x0, known = batch.x0, t < top
-        if self.own_share:
+        if self.backward_simulation:
             first = torch.full_like(t, top)
-            x0, own = own_answers(
-                x0, self.own_share, draws, schedule, top, lambda x_T: models.student(x_T, first, cond, kind="x0")
-            )
+
+            def answer(x_T: Tensor) -> Tensor:
+                return models.student(x_T, first, cond, kind="x0")
+
+            x0, own = own_answers(x0, self.backward_simulation, draws, schedule, top, answer)
             known = known & ~own
         return self.noised(schedule, grid, x0, eps, t), t, cond, known
 

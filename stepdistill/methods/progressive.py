@@ -32,7 +32,7 @@ from stepdistill.denoiser.base import Cond, Denoiser
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.guidance import guided
-from stepdistill.methods.base import Batch, Clock, FrozenDenoiser, Loss, Method, Models, Role
+from stepdistill.methods.base import Batch, Clock, FrozenDenoiser, Loss, Method, Models, Role, check_share
 from stepdistill.methods.schedulers import ddim_scheduler
 from stepdistill.prediction import Kind, convert
 from stepdistill.schedules import EDM, RectifiedFlow, Schedule, Time, from_noise, match
@@ -158,7 +158,8 @@ class Progressive(Method):
         weighting: w(t). "truncated_snr": max(SNR, 1), the larger of the errors of x0 and eps. "snr+1": the error of v.
         solver: solver of the teacher's two steps: "ddim" or "heun".
         eps_student: prediction type of an eps teacher's student: "v", "x0" or "eps"; others keep their teacher's.
-        own_share: of the samples past the first step, the share that start where a step of the student's own ended.
+        backward_simulation: of the samples past the first step, the share that start where a step of the student's own
+            ended, as they do in sampling (Yin et al. 2024). 0 in the papers.
         embed_guidance: the student takes the scale as an input through `time_cond_proj_dim` (full students only).
 
     Raises:
@@ -172,7 +173,7 @@ class Progressive(Method):
     weighting: str = "truncated_snr"
     solver: str = "ddim"
     eps_student: Kind = "v"
-    own_share: float = 0.0
+    backward_simulation: float = 0.0
     embed_guidance: bool = False
 
     name: ClassVar[str] = "progressive"
@@ -184,8 +185,7 @@ class Progressive(Method):
         if not 1 <= self.guidance_min <= self.guidance_max < math.inf:
             got = f"{self.guidance_min:g} to {self.guidance_max:g}"
             raise InputError(f"guidance: got {got}; allowed: 1 or more, rising; 1 means no guidance, try 2")
-        if not 0 <= self.own_share <= 1:
-            raise InputError(f"own_share: got {self.own_share:g}; allowed: 0 to 1; 0 is none, as the paper, try 0.5")
+        check_share("backward_simulation", self.backward_simulation, "0 is none, as the paper, try 0.5")
         named = {"stage": ("guide", "halve"), "weighting": WEIGHTINGS, "solver": ("ddim", "heun"),
                  "eps_student": ("v", "x0", "eps")}  # fmt: skip
         for setting, allowed in named.items():
@@ -218,11 +218,11 @@ class Progressive(Method):
         x_t = on_grid(schedule, batch.x0, eps, points, index)
 
         with torch.no_grad():
-            if self.own_share and self.steps > 1:
+            if self.backward_simulation and self.steps > 1:
                 before = (index - stride).clamp(min=0)
                 x_b, b = on_grid(schedule, batch.x0, eps, points, before), points[before]
                 x0 = x0_of(models.student, x_b, b, batch.cond, scale=told(models.student, scale))
-                own = (draws.uniform() < self.own_share) & (index > 0)
+                own = (draws.uniform() < self.backward_simulation) & (index > 0)
                 x_t = torch.where(match(own, x_t) > 0, ddim_step(schedule, x_b, x0, b, t).to(x_t.dtype), x_t)
             if self.stage == "guide":
                 fixed = self.guidance_min == self.guidance_max == 1

@@ -20,7 +20,7 @@ class ADDConfig(AdversarialConfig):
 
     feature_network: str = "dino_vits16"
     """The discriminator's network: efficientnet_lite2 (no download), dino_vits16, dinov2_vits14 or timm:NAME."""
-    picture_size: int = 0
+    feature_resolution: int = 0
     """Input size of the feature network in pixels; 0 for its own."""
     r1_weight: float = 1e-5
     """Weight of the R1 gradient penalty on the heads' input; 0 for none."""
@@ -55,4 +55,4 @@ class ADDConfig(AdversarialConfig):
                 f"guidance: got {self.guidance:g} with {teacher.path}, a pixel model without text; allowed: 1; give "
                 "--guidance 1"
             )
-        load_feature_network(self.feature_network, self.picture_size)
+        load_feature_network(self.feature_network, self.feature_resolution)

@@ -28,13 +28,13 @@ class AdversarialConfig(TrainConfig):
     Its rank must be the same."""
     student_steps: int = 4
     """Number of times the student is trained at: those that sampling with this step count visits."""
-    warm_share: float = 0.0
+    curriculum_share: float = 0.0
     """Share of the run over which the noisiest time reaches its last weight; 0 for no curriculum."""
     last_weight: float = 1.0
     """Final probability of the noisiest time relative to each of the others."""
-    own_share: float = 0.0
+    backward_simulation: float = 0.0
     """Share of samples noised from the student's own one-step output, as in multistep sampling, not from an image."""
-    head_start: int = 0
+    discriminator_warmup: int = 0
     """Initial updates that train the discriminator alone: untrained heads would lead a good student astray."""
     adversarial_loss: Literal["hinge", "softplus"] = "hinge"
     """Loss of the discriminator and the student. softplus is binary cross-entropy (BCE) on logits, non-saturating."""
@@ -48,16 +48,16 @@ class AdversarialConfig(TrainConfig):
     @property
     def extendable(self) -> bool:
         """See LoopConfig.extendable; the curriculum is a share of the run."""
-        return super().extendable and not self.warm_share
+        return super().extendable and not self.curriculum_share
 
     def check(self) -> None:
         """Raises InputError if a setting is out of range, or needs a package that is not installed."""
         super().check()
         if self.start and not self.lora:
             raise InputError(f"start: got {self.start} with --no-lora; allowed: with a LoRA; leave one of them out")
-        if self.head_start >= self.max_train_steps:
-            got = f"{self.head_start} of {self.max_train_steps} updates"
-            raise InputError(f"head_start: got {got}; allowed: fewer than all; try a tenth")
+        if self.discriminator_warmup >= self.max_train_steps:
+            got = f"{self.discriminator_warmup} of {self.max_train_steps} updates"
+            raise InputError(f"discriminator_warmup: got {got}; allowed: fewer than all; try a tenth")
         if not 0 < self.discriminator_learning_rate < math.inf:
             got = f"{self.discriminator_learning_rate:g}"
             raise InputError(f"discriminator_learning_rate: got {got}; allowed: above 0; try 1e-4")

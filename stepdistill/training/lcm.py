@@ -27,7 +27,7 @@ class LCMConfig(GuidedConfig):
     """Below this difference the Huber loss is quadratic, above it linear."""
     weighting: Literal["x0", "v"] = "x0"
     """x0 compares the ends directly; v divides by the share of a v output in its x0: steadier at low noise."""
-    own_share: float = 0.0
+    backward_simulation: float = 0.0
     """Share of samples noised from the student's own one-step output, as in multistep sampling, not from an image."""
     target_ema: float = 0.95
     """Decay of the target's moving average; 0 makes the student its own target."""
@@ -50,7 +50,7 @@ class LCMConfig(GuidedConfig):
         return LatentConsistency(
             guidance_min=low, guidance_max=high, solver_steps=self.solver_steps,
             loss_type=self.loss, huber_c=self.huber_c, weighting=self.weighting,
-            own_share=self.own_share, timestep_scaling=self.timestep_scaling,
+            backward_simulation=self.backward_simulation, timestep_scaling=self.timestep_scaling,
             embed_guidance=self.embed_guidance,
         )  # fmt: skip
 

@@ -228,7 +228,7 @@ class Loop:
                 for phase in self.method.phases(clock):
                     with self.models.only(phase):
                         loss = self.method.loss(phase, batch, self.models, clock)
-                        self.accelerator.backward(loss.total)
+                        self._backward(phase, loss.total)
                         self._apply(phase)
                     for name, value in loss.terms.items():
                         terms[name] = terms.get(name, 0) + value.detach().float() / config.gradient_accumulation
@@ -237,6 +237,10 @@ class Loop:
         for name, value in terms.items():
             self._sums.setdefault(name, value.new_zeros(2)).add_(torch.stack([value, torch.ones_like(value)]))
         return terms
+
+    def _backward(self, role: str, loss: Tensor) -> None:
+        """Adds the gradients of one role's loss on one batch."""
+        self.accelerator.backward(loss)
 
     def _apply(self, role: str) -> None:
         """Takes the optimizer step of one role; of accumulated batches, only after the last."""

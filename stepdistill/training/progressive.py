@@ -56,7 +56,7 @@ class ProgressiveConfig(GuidedConfig):
     """Weight of the error of x0: max(SNR, 1), or SNR + 1, the error of v."""
     teacher_solver: Literal["ddim", "heun"] = "ddim"
     """Solver of the teacher's two steps."""
-    own_share: float = 0.0
+    backward_simulation: float = 0.0
     """Share of samples that start where a step of the student's own ended, as its later steps do, not at an image."""
 
     @property
@@ -99,8 +99,8 @@ class ProgressiveConfig(GuidedConfig):
         low, high = self.guidance_range
         return Progressive(
             steps=steps, stage=stage, guidance_min=low, guidance_max=high, weighting=self.weighting,
-            solver=self.teacher_solver, eps_student=self.student_prediction, own_share=self.own_share,
-            embed_guidance=self.embed_guidance,
+            solver=self.teacher_solver, eps_student=self.student_prediction, embed_guidance=self.embed_guidance,
+            backward_simulation=self.backward_simulation,
         )  # fmt: skip
 
     @property

@@ -41,12 +41,13 @@ def distil(config: TrainConfig) -> Path:
 
 def begin(config: TrainConfig):
     """Checks flags and folder before, not after, hours of encoding; returns accelerate's PartialState."""
-    from stepdistill.training import sharding
+    from stepdistill.training import sharding, zero
     from stepdistill.training.processes import world
 
     config.check()
     _ = config.samples  # raises if there are none
     sharding.check(config)
+    zero.check(config)
     with sharding.kept_from_accelerate():
         state = world()
     folder.claim(config, state.num_processes, write=False)

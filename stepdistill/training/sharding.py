@@ -35,12 +35,11 @@ def asked_for() -> bool:
     Raises:
         InputError: it requests a kind of sharding that this trainer does not support.
     """
-    for name in ("DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in YES:
-            raise InputError(
-                f"accelerate: got {name}, whose engine holds one network and one optimizer; allowed: FSDP2, several "
-                "processes with all weights each, or one; see train_scripts/configs/accelerate/"
-            )
+    if os.environ.get("ACCELERATE_USE_MEGATRON_LM", "").lower() in YES:
+        raise InputError(
+            "accelerate: got MEGATRON_LM; allowed: FSDP2, DeepSpeed, several processes with all weights each, or one; "
+            "see train_scripts/configs/accelerate/"
+        )
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in YES:
         return False
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
@@ -70,13 +69,14 @@ def check(config: TrainConfig) -> bool:
 
 @contextmanager
 def kept_from_accelerate() -> Iterator[None]:
-    """Context that hides FSDP from accelerate, which would shard the adapter and its optimizer too."""
-    told = os.environ.pop("ACCELERATE_USE_FSDP", None)
+    """Context that hides FSDP and DeepSpeed from accelerate: FSDP would shard the adapter and its optimizer too, and of
+    DeepSpeed it knows a single engine."""
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    told = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        if told is not None:
-            os.environ["ACCELERATE_USE_FSDP"] = told
+        os.environ.update(told)
 
 
 def divide(backbone: nn.Module, device: torch.device, *, adapted: bool) -> None:

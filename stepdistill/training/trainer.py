@@ -19,7 +19,7 @@ from stepdistill.denoiser.load import Teacher, move_coders
 from stepdistill.draws import Draws, mix
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Batch, Method
-from stepdistill.training import sharding, trackers
+from stepdistill.training import sharding, trackers, zero
 from stepdistill.training.config import TrainConfig
 from stepdistill.training.export import export, push_rest
 from stepdistill.training.loop import Loop
@@ -52,13 +52,15 @@ class Trainer(Loop):
         self, method: Method, teacher: Teacher, data, config: TrainConfig, models: Models | None = None,
         target: Path | None = None,
     ) -> None:  # fmt: skip
-        sharded = sharding.check(config)
+        sharded, stage = sharding.check(config), zero.check(config)
         if len(data) < 1:
             raise InputError("data: got no samples; allowed: one or more")
         super().__init__(method, config)
         self.teacher, self.data = teacher, data
         self._target = target or self.out / "export"
-        self.sharded = sharded and self.accelerator.num_processes > 1
+        several = self.accelerator.num_processes > 1
+        self.sharded, self.stage = sharded and several, stage if several else 0
+        self.engines: list[nn.Module] = []  # DeepSpeed's
         # while the text encoders are where they were loaded, since one thread of a CPU takes minutes for a large one
         networks = method.networks(teacher) if models is None else {}
         self._shown = self._encoded()
@@ -97,16 +99,38 @@ class Trainer(Loop):
 
         Autocast wraps each call of a network, not the loss, which is computed in float32.
         """
-        models = self.models
-        models.student.backbone = self.accelerator.prepare_model(self.backbone, evaluation_mode=self.sharded)
+        models, own = self.models, self.sharded or self.stage > 0
+        models.student.backbone = self.accelerator.prepare_model(self.backbone, evaluation_mode=own)
         if self.sharded and not self.divided:
             self._divide(self.backbone)
-        models.wrapped = {
-            role: self.accelerator.prepare(module) for role, module in models.others.items() if role in models.trained
-        }
+        trained = {role: module for role, module in models.others.items() if role in models.trained}
+        if self.stage:
+            models.student.backbone = self._engine("student", models.student.backbone)
+            models.wrapped = {role: self._engine(role, module) for role, module in trained.items()}
+        else:
+            models.wrapped = {role: self.accelerator.prepare(module) for role, module in trained.items()}
+
+    def _engine(self, role: str, network: nn.Module) -> nn.Module:
+        """A network with its optimizer in a DeepSpeed engine."""
+        engine = zero.engine(network, self.optimizers[role], self.stage, self.config)
+        self.optimizers[role] = zero.ShardedOptimizer(engine, list(self.models.trained[role].values()))
+        self.engines.append(engine)
+        return engine
 
     def _wrapped(self) -> Iterable[nn.Module]:
-        return self.models.student.backbone, *self.models.wrapped.values()
+        return () if self.stage else (self.models.student.backbone, *self.models.wrapped.values())
+
+    def _backward(self, role: str, loss: Tensor) -> None:
+        if self.stage:
+            self.optimizers[role].backward(loss)
+        else:
+            super()._backward(role, loss)
+
+    def _apply(self, role: str) -> None:
+        if self.stage:
+            self.optimizers[role].step()
+        else:
+            super()._apply(role)
 
     def _facts(self) -> dict[str, object]:
         return super()._facts() | {"data": getattr(self.data, "key", None)}
@@ -164,6 +188,14 @@ class Trainer(Loop):
                 raise
             self.accelerator.print(f"validation: left out; {self.device} has no room for it beside the training")
             return None
+
+    def fit(self) -> Path:
+        """See Loop.fit."""
+        try:
+            return super().fit()
+        finally:
+            for engine in self.engines:  # DeepSpeed would keep their networks, a chain's next ones beside them
+                engine.destroy()
 
     def _finish(self) -> Path:
         self.models.student.backbone = self.backbone
