@@ -186,3 +186,7 @@ def test_its_share_of_samples_is_noised_from_the_students_own_first_answer(sched
     assert torch.equal(same, t) and torch.equal(known, below) and torch.equal(own_known, below & ~own)
     torch.testing.assert_close(x_t, expected, rtol=1e-6, atol=1e-6)
     assert 10 < (own & below).sum() < 40
+
+
+def test_the_card_gives_the_step_count_that_a_student_was_trained_at():
+    assert [Jump(student_steps=steps).steps for steps in (1, 2, 4)] == [1, 2, 4]

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from test_trainer import environment, in_two_processes
 
@@ -159,25 +158,20 @@ def test_what_a_student_cannot_begin_with_is_named(tmp_path, pipelines, pictures
 
 
 def test_scaled_losses_of_accumulated_batches_train_both_roles_as_unscaled_ones(tmp_path, pipelines, pictures):
-    """As in fp16: the discriminator's step must not unscale what the student is still accumulating."""
+    """As in fp16: the discriminator's step must neither unscale what the student is still accumulating, nor change the
+    scale under it, as growth after every step would."""
     scaled, plain = (
         trainer(tmp_path / name, pipelines["sd"], pictures, gradient_accumulation=2, max_grad_norm=1e-2)
         for name in ("scaled", "plain")
     )
     plain.step()
+    plain.step()
     expected = [p.detach().clone() for group in plain.models.trained.values() for p in group.values()]
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # a power of two, so that scaling does not round
-    scaled.accelerator.state._mixed_precision, scaled.accelerator.native_amp = "fp16", True
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)  # powers of two: scaling does not round
     scaled.accelerator.scaler = scaler
-    scaled.optimizers = {
-        role: AcceleratedOptimizer(each.optimizer, device_placement=False, scaler=scaler)
-        for role, each in scaled.optimizers.items()
-    }
-    scaled.accelerator._optimizers = list(scaled.optimizers.values())
-    try:
-        scaled.step()
-    finally:
-        scaled.accelerator.state._mixed_precision = "no"
+    scaled.step()
+    scaled.step()
+    assert scaler.get_scale() == 4096.0  # grew once an update
     found = [p.detach() for group in scaled.models.trained.values() for p in group.values()]
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
@@ -187,11 +181,13 @@ def test_scaled_losses_of_accumulated_batches_train_both_roles_as_unscaled_ones(
     ("family", "flags"), [("sd", ["--rank", "2"]), ("sd3", ["--no-lora", "--gradient-accumulation", "2"])]
 )
 def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(tmp_path, pictures, family, flags):
-    """Adam's epsilon is raised: if a gradient is pure rounding error, Adam takes full steps of its sign."""
+    """Adam's epsilon is raised: if a gradient is pure rounding error, Adam takes full steps of its sign. So is R1's
+    perturbation: of a small one, the logits' difference is mostly rounding. A mean of logits may cross zero."""
     teacher = str(tiny.save(tmp_path / family, family))
     words = [
         sys.executable, str(SCRIPT), "--teacher", teacher, "--data", pictures, *flags, "--log-every", "1",
         "--max-train-steps", "10", "--adam-epsilon", "1e-3", "--learning-rate", "1e-3", "--r1-weight", "0.1",
+        "--r1-size", "0.5",
         "--discriminator-learning-rate", "1e-3", "--reconstruction-weight", "0.1",
     ]  # fmt: skip
     in_two_processes([*words, "--out", str(tmp_path / "two"), "--batch-size", "2"])
@@ -202,7 +198,7 @@ def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(tmp_path,
     assert len(logs[0]) == len(logs[1]) == 10
     for mine, theirs in zip(*logs, strict=True):
         for name in ("discriminator", "adversarial", "r1", "reconstruction"):
-            assert theirs[name] == pytest.approx(mine[name], rel=1e-5, abs=1e-6), (mine["update"], name)
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-5, abs=1e-7), (mine["update"], name)
 
 
 def test_bad_flags_are_one_line_and_exit_2(tmp_path, pipelines, pictures):

@@ -99,11 +99,11 @@ def awaken(module: nn.Module, seed: int, gain: float = 1.0) -> None:
 
 
 def scheduler(kind: str, **options):
-    """A DDIMScheduler on Stable Diffusion's betas; `kind` is diffusers' prediction_type."""
+    """A DDIMScheduler, by default on Stable Diffusion's betas; `kind` is diffusers' prediction_type."""
     from diffusers import DDIMScheduler
 
-    settings = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1} | options
-    return DDIMScheduler(**BETAS, prediction_type=kind, **settings)
+    settings = BETAS | {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1} | options
+    return DDIMScheduler(prediction_type=kind, **settings)
 
 
 def sd(kind: str = "epsilon", seed: int = 0, unet_options: dict | None = None, vae_options: dict | None = None):
@@ -261,7 +261,8 @@ def pixart(seed: int = 0, *, sized: bool = False):
         ),
     }, 4000 + 10 * seed)  # fmt: skip
     kind = PixArtAlphaPipeline if sized else PixArtSigmaPipeline
-    pipe = kind(**parts, tokenizer=word_tokenizer(), scheduler=scheduler("epsilon"))
+    betas = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    pipe = kind(**parts, tokenizer=word_tokenizer(), scheduler=scheduler("epsilon", **betas))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

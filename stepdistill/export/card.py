@@ -100,7 +100,7 @@ def model_card(
     use = template.format(scheduler=scheduler, base=base or teacher, out=out, draw=draw, part=peft_part)
     kind = "LoRA" if lora else "pipeline"
     rows = "\n".join(f"| {key} | {str(value).replace('|', '/')} |" for key, value in settings.items())
-    picture = f"\n![samples of the student, four steps]({grid})\n" if grid else ""
+    picture = f"\n![samples of the student: a row per prompt, at 1, 2, 4 and 8 steps]({grid})\n" if grid else ""
     return f"""{front}
 
 # {method} {kind} of {teacher}

@@ -70,6 +70,11 @@ class Jumper(Method):
         if not 1 <= self.guidance < math.inf:
             raise InputError(f"guidance: got {self.guidance:g}; allowed: 1 or more; 1 means no guidance, try 4")
 
+    @property
+    def steps(self) -> int:
+        """See Method."""
+        return self.student_steps
+
     def phases(self, clock: Clock) -> tuple[str, ...]:
         """The discriminator, then the student; the discriminator alone in its head start."""
         return ("discriminator",) if clock.update < self.discriminator_warmup else ("discriminator", "student")

@@ -136,4 +136,4 @@ class AdversarialConfig(TrainConfig):
                 f"start: got {self.start}, whose student predicts {kind}, for a teacher that predicts {denoiser.kind}; "
                 "allowed: one that predicts as the teacher does; leave it out"
             )
-        check_noisiest(teacher, denoiser.schedule.t_max)
+        check_noisiest(teacher, denoiser.schedule.t_max, self.mixed_precision)

@@ -59,5 +59,5 @@ class LCMConfig(GuidedConfig):
         import torch
 
         super().check_teacher(teacher)
-        check_noisiest(teacher, teacher.denoiser.schedule.t_max)
+        check_noisiest(teacher, teacher.denoiser.schedule.t_max, self.mixed_precision)
         self.method().times(torch.zeros(1, dtype=torch.long), teacher.denoiser.schedule)

@@ -103,13 +103,17 @@ class Loop:
         self._sums: dict[str, Tensor] = {}
 
     def _start(self) -> None:
-        """Builds the optimizers, and wraps all for the device, the processes and the precision."""
+        """Builds the optimizers, and wraps the networks for the device, the processes and the precision."""
         self.optimizers = {
             role: build_optimizer(list(group.values()), self.config.of(role))
             for role, group in self.models.trained.items()
         }
         self._prepare()
-        self.optimizers = {role: self.accelerator.prepare(optimizer) for role, optimizer in self.optimizers.items()}
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """Scales the losses in fp16, of all roles alike."""
+        return getattr(self.accelerator, "scaler", None)
 
     # -------------------------------------------------------------------------------------- for subclasses to implement
 
@@ -232,6 +236,8 @@ class Loop:
                         self._apply(phase)
                     for name, value in loss.terms.items():
                         terms[name] = terms.get(name, 0) + value.detach().float() / config.gradient_accumulation
+        if self.scaler is not None:  # not after each role: gradients of the next are still accumulating at this scale
+            self.scaler.update()
         self.models.after_update()
         self.update += 1
         for name, value in terms.items():
@@ -244,13 +250,18 @@ class Loop:
 
     def _apply(self, role: str) -> None:
         """Takes the optimizer step of one role; of accumulated batches, only after the last."""
-        if self.accelerator.sync_gradients:
-            self._before_step(role)
-            # accelerate's own clipping would unscale the gradients that other roles are still accumulating in fp16
-            self.accelerator.unscale_gradients(self.optimizers[role])
-            nn.utils.clip_grad_norm_(self.models.trained[role].values(), self.config.max_grad_norm)
-        self.optimizers[role].step()
-        self.optimizers[role].zero_grad(set_to_none=True)
+        if not self.accelerator.sync_gradients:
+            return
+        optimizer = self.optimizers[role]
+        self._before_step(role)
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(self.models.trained[role].values(), self.config.max_grad_norm)
+        if self.scaler is not None:
+            self.scaler.step(optimizer)
+        else:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     # ---------------------------------------------------------------------------------------------- around the loop
 
@@ -261,14 +272,13 @@ class Loop:
     def _state(self) -> dict:
         """Everything that a run resumes from, on the main process; sharded tensors are gathered there."""
         averages = {"averages": self.models.averages, "exported": self.models.exported}
-        scaler = getattr(self.accelerator, "scaler", None)
         state = {
             "trained": {role: {k: p.detach() for k, p in group.items()} for role, group in self.models.trained.items()},
             "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
             "buffers": self._buffers(),
             **{name: a.values if a else {} for name, a in averages.items()},
             "seconds": self.seconds,
-            "scaler": scaler.state_dict() if scaler is not None else {},
+            "scaler": self.scaler.state_dict() if self.scaler is not None else {},
         }
         return sharding.gather(state, self.accelerator.is_main_process)
 
@@ -306,8 +316,8 @@ class Loop:
             saved = state["optimizers"][role]
             sharding.spread(saved["state"], list(self.models.trained[role].values()))
             optimizer.load_state_dict(saved)
-        if state["scaler"] and getattr(self.accelerator, "scaler", None) is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] and self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
         self.accelerator.print(f"resuming from update {self.update}")
 
     def _log(self, metrics: trackers.Metrics, seconds: float) -> dict[str, str]:

@@ -134,7 +134,7 @@ class ProgressiveConfig(GuidedConfig):
             raise InputError(f"end_steps: got {got}; allowed: fewer; try 1")
         first = halving_times(denoiser.schedule, self.start_steps, denoiser.grid)[0]
         pure_noise = denoiser.schedule.coeffs(first)[0].item() == 0
-        check_noisiest(teacher, first)
+        check_noisiest(teacher, first, self.mixed_precision)
         if denoiser.kind == self.student_prediction == "eps" and self.end_steps == 1:
             raise InputError(
                 f"student_prediction: got eps for one step with {teacher.path}, which predicts eps: where all is noise "
