@@ -70,6 +70,7 @@ CHECKS: tuple[Claim, ...] = (  # of the teacher, whatever the student
 GOALS: tuple[Claim, ...] = (  # of a student
     ("student at 1 step / teacher at 1", lambda r: fd(r, STUDENT, 1) / fd(r, TEACHER, 1), 0.5),
     ("student at 2 steps / teacher at 2", lambda r: fd(r, STUDENT, 2) / fd(r, TEACHER, 2), 0.5),
+    ("student at 1 step / teacher at 50", lambda r: fd(r, STUDENT, 1) / fd(r, TEACHER, 50), 2.0),
     ("student at 4 steps / teacher at 50", lambda r: fd(r, STUDENT, 4) / fd(r, TEACHER, 50), 1.25),
     ("teacher's attributes at 50 - student's at 4", lambda r: obeys(r, TEACHER, 50) - obeys(r, STUDENT, 4), 0.05),
 )

@@ -456,7 +456,7 @@ def test_flags_become_the_method_of_the_same_names():
     ("settings", "message"),
     [
         ({"feature_network": "vgg"}, "feature_network: got 'vgg'; allowed: efficientnet_lite2"),
-        ({"adversarial_loss": "l2"}, "adversarial_loss: got 'l2'; allowed: hinge, softplus"),
+        ({"adversarial_loss": "l2"}, "adversarial_loss: got 'l2'; allowed: hinge, softplus, bce"),
         ({"r1_weight": -1.0}, "r1_weight: got -1; allowed: 0 or more"),
         ({"distillation_weight": math.inf}, "distillation_weight: got inf"),
         ({"distillation_weighting": "snr"}, "distillation_weighting: got 'snr'; allowed: exponential, uniform, sds"),

@@ -346,7 +346,7 @@ def test_the_discriminators_optimizer_has_settings_of_its_own():
         ({"r1_weight": -1.0}, "r1_weight: got -1; allowed: 0 or more"),
         ({"r1_size": 0.0}, "r1_size: got 0"),
         ({"reconstruction_weight": math.inf}, "reconstruction_weight: got inf"),
-        ({"adversarial_loss": "bce"}, "adversarial_loss: got 'bce'; allowed: hinge, softplus"),
+        ({"adversarial_loss": "l2"}, "adversarial_loss: got 'l2'; allowed: hinge, softplus, bce"),
         ({"guidance": 0.5}, "guidance: got 0.5; allowed: 1 or more"),
         ({"student_steps": 0}, "student_steps: got 0"),
     ],

@@ -130,7 +130,7 @@ class Adversarial(Jumper):
     Args:
         feature_network: network whose features the discriminator judges, see `feature_networks`.
         feature_resolution: its input size in pixels; 0 for the network's own.
-        adversarial_loss: "hinge" or "softplus" (binary cross-entropy on logits).
+        adversarial_loss: "hinge", or "softplus" or "bce", which are one.
         r1_weight: gamma, the weight of R1 on the heads' input; 0 for none.
         condition_on_image: condition the discriminator on the real image that x_t was made from (zero at pure noise).
         distillation_weight: lambda; 0 omits the teacher.

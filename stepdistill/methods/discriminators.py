@@ -156,18 +156,15 @@ def _softplus(real: Logits, fake: Logits) -> Tensor:
 # by name: the discriminator's loss of (real, fake), and the student's of fake
 LOSSES: dict[str, tuple[Callable[[Logits, Logits], Tensor], Callable[[Logits], Tensor]]] = {
     "hinge": (_hinge, lambda fake: -_mean(fake)),  # Lim and Ye 2017; the student's is linear
-    "softplus": (
-        _softplus,
-        lambda fake: _mean([F.softplus(-f.float()) for f in fake]),
-    ),  # Goodfellow et al. 2014: binary cross-entropy on logits
+    "softplus": (_softplus, lambda fake: _mean([F.softplus(-f.float()) for f in fake])),  # Goodfellow et al. 2014
 }
+LOSSES["bce"] = LOSSES["softplus"]  # the same: binary cross-entropy on logits, non-saturating for the student
 
 
 def check_loss(name: str) -> None:
     """Raises InputError if there is no adversarial loss of this name."""
     if name not in LOSSES:
-        got = f"{name!r}; allowed: {', '.join(LOSSES)} (binary cross-entropy on logits)"
-        raise InputError(f"adversarial_loss: got {got}; try hinge")
+        raise InputError(f"adversarial_loss: got {name!r}; allowed: {', '.join(LOSSES)}; try hinge")
 
 
 def r1(judge: Callable[[Sequence[Tensor]], Logits], maps: Sequence[Tensor]) -> Tensor:

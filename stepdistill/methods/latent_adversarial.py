@@ -69,7 +69,7 @@ class LatentAdversarial(Jumper):
     Args:
         blocks: names of the teacher's submodules whose outputs are judged; by default four spread over its depth.
         logit_mean, logit_std: m and s. The resolution shift of the teacher's grid is added to m as log(shift).
-        adversarial_loss: "hinge" or "softplus" (binary cross-entropy on logits).
+        adversarial_loss: "hinge", or "softplus" or "bce", which are one.
         r1_weight: gamma, the weight of the approximate R1 on the noised input; 0 for none.
         r1_size: standard deviation of the noise it is estimated with.
         reconstruction_weight: rho; 0 for none.

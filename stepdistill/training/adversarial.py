@@ -36,8 +36,8 @@ class AdversarialConfig(TrainConfig):
     """Share of samples noised from the student's own one-step output, as in multistep sampling, not from an image."""
     discriminator_warmup: int = 0
     """Initial updates that train the discriminator alone: untrained heads would lead a good student astray."""
-    adversarial_loss: Literal["hinge", "softplus"] = "hinge"
-    """Loss of the discriminator and the student. softplus is binary cross-entropy (BCE) on logits, non-saturating."""
+    adversarial_loss: Literal["hinge", "softplus", "bce"] = "hinge"
+    """Loss of the discriminator and the student. softplus and bce are one: binary cross-entropy on logits."""
     discriminator_learning_rate: float = 1e-4
     """Peak learning rate of the discriminator."""
     discriminator_betas: tuple[float, float] = (0.0, 0.99)
