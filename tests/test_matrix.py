@@ -56,6 +56,8 @@ for case in json.load(open(sys.argv[1])):
         pipe.scheduler = getattr(diffusers, scheduler).from_pretrained(case["export"], subfolder="scheduler")
     got = {k: p.detach().contiguous() for k, p in network.named_parameters() if ".lora_" in k}
     got = {"lora:" + k.replace(".default_0.", ".").replace(".default.", "."): p for k, p in got.items()}
+    if not case["lora"]:
+        got |= {"full:" + k: v.contiguous() for k, v in network.state_dict().items()}
     if case["lora"]:
         config = next(iter(network.peft_config.values()))
         got["r_alpha"] = torch.tensor([config.r, config.lora_alpha])
@@ -196,6 +198,17 @@ def test_every_tensor_of_a_lora_is_loaded_with_its_rank_and_alpha(matrix, method
     assert loaded.keys() == plain.keys() and len(loaded) > 0
     assert all(torch.equal(loaded[k], plain[k]) for k in loaded)
     assert theirs[name]["r_alpha"].tolist() == [RANK, ALPHA]
+
+
+@pytest.mark.parametrize(("method", "family"), [(method, family) for method, family, lora in CASES if not lora])
+def test_every_tensor_of_a_full_student_is_loaded(matrix, method, family):
+    ours, theirs, _ = matrix
+    name = name_of(method, family, lora=False)
+    files = [*ours[name, "export"].glob("unet/*.safetensors"), *ours[name, "export"].glob("transformer/*.safetensors")]
+    saved = {key: value for file in files for key, value in load_file(file).items()}
+    loaded = {k.removeprefix("full:"): v for k, v in theirs[name].items() if k.startswith("full:")}
+    assert loaded.keys() == saved.keys() and len(loaded) > 0
+    assert all(torch.equal(loaded[k], saved[k]) for k in loaded)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
