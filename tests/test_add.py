@@ -417,13 +417,14 @@ main()
 """
 
 
-def test_two_processes_log_the_losses_of_one_at_the_same_global_batch(tmp_path, pipelines, pictures):
+@pytest.mark.parametrize("student", [["--rank", "2"], ["--no-lora"]], ids=["lora", "full"])
+def test_two_processes_log_the_losses_of_one_at_the_same_global_batch(tmp_path, pipelines, pictures, student):
     """Uses a feature network without kinks: in EfficientNet-Lite2 the last bit of an image can switch a ReLU6, which
     changes the gradient by a hundredth. Adam's epsilon is raised: see test_trainer."""
     script = tmp_path / "smooth.py"
     script.write_text(SMOOTH.format(tests=str(Path(__file__).parent), scripts=str(SCRIPT.parent)))
     words = [sys.executable, str(script), "--teacher", pipelines["sd"], "--data", pictures, "--guidance", "2"]
-    words += ["--rank", "2", "--max-train-steps", "10", "--log-every", "1", "--adam-epsilon", "1e-3"]
+    words += [*student, "--max-train-steps", "10", "--log-every", "1", "--adam-epsilon", "1e-3"]
     words += ["--learning-rate", "1e-3", "--discriminator-learning-rate", "1e-3"]
     in_two_processes([*words, "--out", str(tmp_path / "two"), "--batch-size", "2"])
     one = [*words, "--out", str(tmp_path / "one"), "--batch-size", "4"]

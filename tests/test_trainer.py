@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -137,8 +138,14 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(tmp_path, pipelines, p
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def in_two_processes(words: list[str]) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+ACCELERATE = (
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"
+)  # fmt: skip
+
+
+def in_two_processes(words: list[str], by: Sequence[str] = TORCHRUN) -> None:
+    launcher = [sys.executable, *by]
     done = subprocess.run([*launcher, *words[1:]], env=environment(), check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -209,6 +216,26 @@ def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(tmp_path,
     assert [line["update"] for line in logs[0]] == [line["update"] for line in logs[1]] == list(range(1, 11))
     for mine, theirs in zip(*logs, strict=True):
         assert theirs["consistency"] == pytest.approx(mine["consistency"], rel=1e-5)
+
+
+def test_two_processes_of_accelerate_launch_train_a_full_student_as_one_does(tmp_path, pipelines, pictures):
+    """`--multi_gpu` makes accelerate start several, also on a CPU. The student takes the guidance scale as an input."""
+    flags = ["--teacher", pipelines["sd"], "--data", pictures, "--guidance", "1", "3", "--max-train-steps", "10"]
+    flags += ["--adam-epsilon", "1e-3", "--learning-rate", "1e-4", "--log-every", "1", "--backward-simulation", "0.5"]
+    words = [sys.executable, str(SCRIPT.with_name("train_lcm.py")), *flags]
+    in_two_processes([*words, "--out", str(tmp_path / "two"), "--batch-size", "2"], by=ACCELERATE)
+    one = [*words, "--out", str(tmp_path / "one"), "--batch-size", "4"]
+    subprocess.run(one, env=environment(), check=True, capture_output=True)
+    logs = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+            for n in ("one", "two")]  # fmt: skip
+    assert len(logs[0]) == len(logs[1]) == 10
+    for mine, theirs in zip(*logs, strict=True):
+        assert theirs["consistency"] == pytest.approx(mine["consistency"], rel=1e-5)
+    file = "unet/diffusion_pytorch_model.safetensors"
+    a, b = (load_file(tmp_path / name / "export" / file) for name in ("one", "two"))
+    before = load_file(Path(pipelines["sd"]) / file)
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
+    assert sum((b[k] - before[k]).abs().max() > 1e-5 for k in before) > 0.9 * len(before)
 
 
 def test_two_processes_with_a_tracker_come_to_their_end(tmp_path, pictures):
