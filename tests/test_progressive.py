@@ -263,6 +263,8 @@ def test_the_times_of_n_steps_are_every_other_one_of_twice_as_many(grid):
             few, many = halving_times(schedule, steps, grid), halving_times(schedule, 2 * steps, grid)
             assert torch.allclose(few, many[::2], rtol=0, atol=1e-12) and few[-1] == schedule.t_min
             assert (many.diff() < 0).all()
+            if isinstance(schedule, EDM):  # never below what the network was trained at
+                assert many[0] == pytest.approx(schedule.t_max) and many[-2] > schedule.sigma_min
 
 
 def exported(schedule, kind: str, steps: int, pipeline: str, grid: Grid):

@@ -55,10 +55,10 @@ def in_thousandths(schedule: Schedule, grid: Grid) -> bool:
 def halving_times(schedule: Schedule, steps: int, grid: Grid | None = None) -> Tensor:
     """The times visited in `steps` steps: every other one of those visited in twice as many.
 
-    Evenly spaced in t from the noisy end to the clean one, then moved by the grid's resolution shift. On EDM
-    sigma = sigma_max (1 - i/N)^7, which is Karras's spacing for sigma_min = 0 (the original, ending on sigma_min, has
-    no points in common with that of 2N). Flows that diffusers samples with DPMSolverMultistepScheduler start at
-    999/1000, as it does.
+    Evenly spaced in t from the noisy end to the clean one, then moved by the grid's resolution shift. On EDM evenly in
+    sigma^(1/7), as Karras's, but to reach sigma_min after N steps, not N - 1, where the clean end stands instead: his
+    grid has no points in common with that of 2N. Flows that diffusers samples with DPMSolverMultistepScheduler start
+    at 999/1000, as it does.
 
     Returns:
         (steps + 1,) float64 on the CPU, descending; the last is the clean end.
@@ -67,7 +67,9 @@ def halving_times(schedule: Schedule, steps: int, grid: Grid | None = None) -> T
         InputError: steps below 1, or more than AlphaBar has timesteps.
     """
     if isinstance(schedule, EDM):
-        return schedule.t_max * torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** RHO
+        ends = (level ** (1 / RHO) for level in (schedule.t_max, schedule.sigma_min))
+        times = torch.linspace(*ends, steps + 1, dtype=torch.float64) ** RHO
+        return torch.cat([times[:-1], times.new_zeros(1)])
     grid = grid or Grid()
     times = inference_times(schedule, steps, spacing="trailing")
     if in_thousandths(schedule, grid):
