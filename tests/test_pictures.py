@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from test_suite import PROMPTS, TINY, instruments
 from test_trainer import environment
 
-from stepdistill import holds
+from stepdistill import holds, provenance
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.evaluation import generate, models, pictures, records, spec, suite
@@ -177,7 +177,7 @@ def test_whatever_can_change_a_picture_changes_its_folder(base, cache, tmp_path,
     shutil.copytree(base, tmp_path / "moved")
     same = [folder(model=f"{tmp_path / 'moved'},scheduler=ddim"), folder(protocol=dataclasses.replace(TINY, n=4))]
     assert set(same) == {others[0]}
-    monkeypatch.setattr(records, "versions", lambda: {"torch": "0"})
+    monkeypatch.setattr(provenance, "versions", lambda: {"torch": "0"})
     assert len({*others, folder()}) == len(others) + 1
 
 

@@ -38,7 +38,7 @@ def lora(folder, pipe, *, alpha: int = 2, scheduler: bool = True):
             folder / "scheduler"
         )
     (folder / "config.json").write_text(
-        json.dumps({"method": "lcm", "teacher": "T", "train_seconds": 7.5, "rank": 4, "seed": 3})
+        json.dumps({"method": "lcm", "teacher": "T", "train_seconds": 7.5, "rank": 4, "seed": 3, "commit": "c0ffee"})
     )
     return folder
 
@@ -239,6 +239,16 @@ def test_an_export_brings_its_scheduler_and_no_guidance(base, student):
     assert models.training_record(asked) == {"method": "lcm", "teacher": "T", "train_seconds": 7.5}
     row = models.told(asked, Sampler(pipe))
     assert (row["method"], row["train_seconds"], row["train_seed"]) == ("lcm", 7.5, 3)
+    assert row["train_commit"] == "c0ffee"
+
+
+def test_the_hash_of_a_students_settings_is_that_of_its_method_not_of_its_seed(base, student):
+    def hashed(**changed) -> str:
+        (student / "config.json").write_text(json.dumps(record | changed))
+        return models.trained(parse(f"{base},lora={student}"))["train_settings"]
+
+    record = json.loads((student / "config.json").read_text())
+    assert hashed() == hashed(seed=4, train_seconds=9.0, out="elsewhere", commit="ba5eba11") != hashed(rank=8)
 
 
 def test_guidance_is_the_specs_then_the_protocols_then_the_pipelines(base):

@@ -12,7 +12,8 @@ import tiny
 import torch
 from test_suite import QUIET, TINY, instruments
 
-from stepdistill.evaluation import generate, latency, records, suite, timing
+from stepdistill import provenance
+from stepdistill.evaluation import generate, latency, suite, timing
 from stepdistill.evaluation.cells import cells
 from stepdistill.evaluation.latency import PipelineMemory, resident
 from stepdistill.evaluation.records import read_rows
@@ -73,7 +74,7 @@ def test_other_timing_flags_or_another_device_take_times_anew_and_draw_nothing(
     taken.clear()
     monkeypatch.setattr(generate.Series, "draw", None)
     if what == "device":
-        monkeypatch.setattr(records, "device_name", lambda _: "another card")
+        monkeypatch.setattr(provenance, "device_name", lambda _: "another card")
     row = run(base, tmp_path, **CHANGES[what]).rows[-1]
     assert [call["batch"] for call in taken] == [1, 2][: 1 + (what == "batch")]
     assert taken[0]["compiled"] == (what == "compiled") and taken[0]["repeats"] == (3 if what == "repeats" else 1)

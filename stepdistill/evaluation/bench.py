@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepdistill import provenance
 from stepdistill.errors import InputError
 from stepdistill.evaluation import departures, generate, hashes, latency, records, timing
 from stepdistill.evaluation.figures import Figure
@@ -78,8 +79,8 @@ class Bench:
             "protocol": protocol.name, "protocol_hash": protocol.hash(dict(tools.content)),
             "n": protocol.n, "settings": protocol.settings() | {"content": dict(tools.content)},
             "batch": settings.batch_of(), "channels_last": settings.channels_last,
-            "device": records.device_name(settings.device), "versions": records.versions(),
-            "commit": records.commit(), "command": command,
+            "device": provenance.device_name(settings.device), "versions": provenance.versions(),
+            "commit": provenance.commit(), "command": command,
         }  # fmt: skip
         self.book = records.Book(out, self.facts)
         self.book.prompts(list((tools.prompts.prompts or [])[: settings.grid]))

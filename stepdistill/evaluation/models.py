@@ -201,7 +201,19 @@ def told(spec: ModelSpec, sampler: Sampler) -> dict[str, Any]:
         "sigmas": "even" if sampler.even else None,
         "call": dict(sampler.call) or None,
         "dtype": str(backbone(pipeline).dtype).removeprefix("torch."),
-        "train_seconds": record.get("train_seconds"), "train_seed": _record(spec).get("seed"),
+        **trained(spec),
+    }  # fmt: skip
+
+
+def trained(spec: ModelSpec) -> dict[str, Any]:
+    """Returns a row's fields about a student's training: what it cost, its seed, a hash of its other settings,
+    its commit."""
+    record = {} if spec.ready else _record(spec)
+    settings = {k: v for k, v in record.items() if k not in ("out", "config", "seed", "train_seconds", "commit")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return {
+        "train_seconds": record.get("train_seconds"), "train_seed": record.get("seed"),
+        "train_settings": digest if "train_seconds" in record else None, "train_commit": record.get("commit"),
     }  # fmt: skip
 
 

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import platform
 import re
-import shlex
-import subprocess
-import sys
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +17,8 @@ from stepdistill.errors import InputError
 from stepdistill.evaluation import arrays
 from stepdistill.evaluation.figures import Figure
 from stepdistill.evaluation.protocols import OMITTED, flat
+from stepdistill.provenance import provenance
 
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "timm", "stepdistill")
 KEY = ("protocol_hash", "model", "weights", "steps", "guidance", "seed")
 TIMES = ("timing", "latency_ms", "latency_ms_batch", "pipeline_memory_mb")  # fields of a row with a separate key
 FIELDS = (
@@ -32,7 +26,7 @@ FIELDS = (
     "steps", "nfe", "guidance", "scheduler", "spacing", "sigmas", "call", "n", "seed",
     "fd", "fd_low", "fd_high", "fd_extractor", "clip_score", "clip_model", "attribute_accuracy", "metrics",
     *TIMES, "batch", "channels_last", "dtype", "device", "versions", "commit", "command", "train_seconds",
-    "train_seed",
+    "train_seed", "train_settings", "train_commit",
 )  # fmt: skip
 FOREIGN = ("config.json", "model_index.json", "manifest.json", "metrics.jsonl", "checkpoints", "export")
 TILE, LARGE = 96, 384  # pixels: images in a grid are enlarged by a whole factor up to TILE, and reduced to LARGE
@@ -263,54 +257,7 @@ def read_units(folder: Path, row: dict[str, Any]) -> dict[str, tuple[Tensor, str
     return {name: (influence.double(), units[name]) for name, influence in moved.items()}
 
 
-def provenance(device: str = "cpu") -> dict[str, Any]:
-    """Returns what produces a figure in this process: device, commit, versions and command."""
-    command = " ".join(map(shlex.quote, sys.argv))
-    return {"device": device_name(device), "commit": commit(), "versions": versions(), "command": command}
-
-
 def write_record(file: Path, record: Mapping[str, Any], device: str = "cpu") -> None:
     """Writes what a script measured, with its provenance."""
     file.parent.mkdir(parents=True, exist_ok=True)
     files.write(file, json.dumps({**record, **provenance(device)}, indent=2) + "\n")
-
-
-@lru_cache(maxsize=1)
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that figures depend on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-@lru_cache(maxsize=1)
-def commit() -> str | None:
-    """Returns this checkout's commit, with + if tracked files were changed; None in a wheel."""
-    root = Path(__file__).parents[2]
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def device_name(device: str) -> str:
-    """Returns a device's name, with the number of threads if it is a CPU."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    count = torch.get_num_threads()
-    return f"{name}, {count} thread{'s' * (count > 1)}"

@@ -13,7 +13,8 @@ from typing import Any
 from stepdistill.errors import InputError
 
 TEXTS = ("protocol", "protocol_hash", "model", "method", "teacher", "spec", "weights", "scheduler", "spacing",
-         "fd_extractor", "clip_model", "dtype", "device", "commit", "command")  # fmt: skip
+         "fd_extractor", "clip_model", "dtype", "device", "commit", "command", "train_settings",
+         "train_commit")  # fmt: skip
 NUMBERS = ("nfe", "guidance", "n", "seed", "fd", "fd_low", "fd_high", "clip_score", "attribute_accuracy",
            "pipeline_memory_mb", "peak_memory_mb", "batch", "train_seconds", "train_seed")  # fmt: skip
 MAPS = ("settings", "attributes", "metrics", "latency_ms", "latency_ms_batch", "timing", "versions")

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stepdistill.evaluation import latency, records
+from stepdistill import provenance
+from stepdistill.evaluation import latency
 from stepdistill.evaluation.generate import Sampler
 from stepdistill.evaluation.merged import merged
 from stepdistill.evaluation.settings import Settings
@@ -25,7 +26,7 @@ def asked(settings: Settings, dtype: str) -> dict[str, Any] | None:
         return None
     often = {} if settings.latency_repeats is None else {"repeats": settings.latency_repeats}
     return {
-        "device": records.device_name(settings.device), "dtype": dtype, "compiled": settings.compiled,
+        "device": provenance.device_name(settings.device), "dtype": dtype, "compiled": settings.compiled,
         "channels_last": settings.channels_last, "batch": settings.latency_batch, "merged": True, **often,
     }  # fmt: skip
 
@@ -37,7 +38,7 @@ def take(sampler: Sampler, prompts: Sequence[str], steps: int, how: Mapping[str,
     with merged(sampler.pipeline):
         one = latency.measure(sampler, prompts, batch=1, **options)
         many = latency.measure(sampler, prompts, batch=how["batch"], **options) if how["batch"] > 1 else None
-    made = {"torch": records.versions().get("torch"), "commit": records.commit(), "command": command}
+    made = {"torch": provenance.versions().get("torch"), "commit": provenance.commit(), "command": command}
     return {
         "timing": {**how, "repeats": one.repeats, **made}, "latency_ms": one.row(),
         "latency_ms_batch": many and many.row(), "pipeline_memory_mb": one.pipeline_memory_mb,

@@ -16,6 +16,7 @@ from stepdistill.evaluation.places import drawn_size
 from stepdistill.export.card import model_card
 from stepdistill.export.lora import save_lora, save_pipeline
 from stepdistill.methods.base import Method
+from stepdistill.provenance import commit
 from stepdistill.training.config import TrainConfig
 from stepdistill.training.roles import Models
 from stepdistill.training.validation import prompts_for
@@ -38,7 +39,7 @@ def export(
     scheduler = method.scheduler(teacher)
     name = f"{method.name}-lora" if config.lora else method.name
     stamp = method.stamp(models)
-    record = config.record() | stamp | {"method": name, "train_seconds": round(seconds, 1)}
+    record = config.record() | stamp | {"method": name, "train_seconds": round(seconds, 1), "commit": commit()}
     if even := needs_sigmas(teacher.source, scheduler):
         record["sigmas"] = "even"
     height, side = teacher.image_size

@@ -15,9 +15,12 @@ from stepdistill.evaluation.summary import digits, figure, label, number, percen
 
 FACTS = (
     "protocol", "protocol_hash", "model", "method", "teacher", "spec", "steps", "nfe", "guidance", "scheduler",
-    "sigmas", "call", "n", "seed", "fd_extractor", "clip_model",
+    "spacing", "sigmas", "call", "n", "seed", "fd_extractor", "clip_model",
 )  # fmt: skip
-COSTS = ("batch", "channels_last", "dtype", "device", "train_seconds", "train_seed", "commit", "command")
+COSTS = (
+    "batch", "channels_last", "dtype", "device", "train_seconds", "train_seed", "train_settings", "train_commit",
+    "commit", "command",
+)  # fmt: skip
 TIMES = ("latency_ms", "latency_ms_batch")  # for one image per call, and for several
 
 
