@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 
@@ -21,7 +20,7 @@ from stepdistill.baselines.classifier.networks import build
 from stepdistill.baselines.divergence import softened_kl
 from stepdistill.baselines.reduce import masked_mean
 from stepdistill.baselines.results import Results, Row, gap_closed, show
-from stepdistill.baselines.sweep import points, take_over
+from stepdistill.baselines.sweep import points
 from stepdistill.cli import main
 from stepdistill.draws import Draws
 from stepdistill.methods.base import Clock
@@ -130,12 +129,18 @@ def test_a_gap_is_closed_by_a_share_or_not_told():
     assert gap_closed(1.0, 3.0, 2.5) == pytest.approx(0.25)  # for a loss, lower is better
     assert gap_closed(0.701, 0.70, 0.8) is None
     rows = [Row("teacher", "t", {"accuracy": 0.9}, 10), Row("control", "s", {"accuracy": 0.6}, 5, 1.0, 0)]
-    rows += [Row("student", "s", {"accuracy": a}, 5, 1.0, seed) for seed, a in enumerate((0.7, 0.8))]
+    rows += [
+        Row("student", "s", {"accuracy": a, "latency_ms": ms}, 5, 1.0, seed)
+        for seed, (a, ms) in enumerate(((0.7, 2.0), (0.8, 4.0)))
+    ]
     results = Results("hinton", "accuracy", True, "4 pictures", rows)
     assert results.gaps() == {"s": pytest.approx(0.5)}
     assert gap_closed(0.0, 0.0, 0.0) is None
     swept = points({4.0: results.record()})
-    assert swept[0]["student"] == {"mean": pytest.approx(0.75), "seeds": [0.7, 0.8]}
+    assert swept[0]["student"] == {
+        "mean": pytest.approx(0.75), "seeds": [0.7, 0.8], "other_figures": {"latency_ms": 3.0}, "parameters": {"s": 5}
+    }  # fmt: skip
+    assert swept[0]["teacher"]["parameters"] == {"t": 10} and swept[0]["gap_closed"] == {"s": pytest.approx(0.5)}
 
 
 @pytest.mark.parametrize(
@@ -233,64 +238,6 @@ def test_from_the_command_line_to_the_table_and_again(tmp_path, capsys):
     assert json.loads((out / "run.json").read_text())["temperature"] == 4.0  # that of the existing run, for `eval`
 
 
-def test_a_sweep_puts_runs_side_by_side_and_trains_once_what_they_share(tmp_path, capsys, monkeypatch):
-    trained, begin = [], Learner.__init__
-
-    def noted(self, lesson, models, data, config):
-        trained.append(config.out.relative_to(tmp_path).as_posix())
-        begin(self, lesson, models, data, config)
-
-    monkeypatch.setattr(Learner, "__init__", noted)
-    argv = ["baselines", "sweep", "hinton", "--over", "temperature=1.0,4.0", "--quick", *QUICK, "--out", str(tmp_path)]
-    assert main([*argv, "--label", "background"]) == 0
-    record = json.loads((tmp_path / "sweep.json").read_text())
-    assert [point["value"] for point in record["points"]] == [1.0, 4.0] and record["flag"] == "temperature"
-    assert Image.open(tmp_path / "sweep.png").size[0] > 500
-    assert trained == [*(f"temperature-1.0/{part}" for part in ("teacher", "control-0", "student-0")),
-                       "temperature-4.0/student-0"]  # fmt: skip
-    assert record["points"][0]["control"] == record["points"][1]["control"]
-    capsys.readouterr()
-
-
-@pytest.mark.parametrize(
-    ("name", "flag", "value", "shared"),
-    [
-        ("hinton", "temperature", 2.0, ["control-0", "teacher"]),
-        ("hinton", "student", "resnet14", ["teacher"]),
-        ("hinton", "teacher", "resnet14", ["control-0"]),
-        ("hinton", "learning_rate", 0.1, []),
-        ("forward_kl", "temperature", 3.0, ["control-0", "teacher"]),
-        ("gkd", "lmbda", 0.25, ["control-0", "teacher"]),
-        ("forward_kl", "block", 32, []),
-        ("r1_traces", "keep", 1, ["control-0", "teacher", "traces.jsonl"]),
-        ("r1_traces", "samples", 1, ["control-0", "teacher"]),
-        ("distilbert", "init", "random", ["teacher"]),
-        ("distilbert", "kl_weight", 1.0, ["control-0", "teacher"]),
-        ("tinybert", "layers", 1, ["task", "teacher"]),
-        ("tinybert", "temperature", 2.0, ["control-0", "task", "teacher"]),
-        ("tinybert", "task_limit", 10, ["teacher"]),
-        ("bk_sdm", "feature_weight", 0.5, ["control-0"]),
-        ("bk_sdm", "size", "small", []),
-        ("snapfusion", "cfg_probability", 0.5, ["blocks.json", "control-0"]),
-        ("snapfusion", "saving", 0.1, []),
-        ("prune_then_steps", "distiller", "ladd", ["data", "prune-small"]),
-        ("prune_then_steps", "size", ("tiny",), ["data", "prune-small"]),
-    ],
-)
-def test_the_runs_of_a_sweep_share_what_the_flag_does_not_change(name, flag, value, shared, tmp_path):
-    one = get(name).config(out=tmp_path / "one")
-    two = dataclasses.replace(one, out=tmp_path / "two", **{flag: value})
-    for place in ("teacher", "task", "control-0", "student-0", "steps-student-0", "bench", "data", "prune-small"):
-        (one.out / place).mkdir(parents=True)
-    for place in ("results.json", "run.json", "traces.jsonl", "blocks.json"):
-        (one.out / place).write_text(place)
-    (two.out / "student-0").mkdir(parents=True)
-    take_over(one, two)
-    links = [place for place in sorted(two.out.iterdir()) if place.is_symlink()]
-    assert [place.name for place in links] == shared
-    assert all(place.samefile(one.out / place.name) for place in links)
-
-
 @pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["sweep", "-h"], ["eval", "--help"]])
 def test_help_names_every_baseline(argv, capsys):
     assert main(["baselines", *argv]) == 0
@@ -318,7 +265,8 @@ def test_help_names_every_baseline(argv, capsys):
             "got googlenet, which gives no logits (B, 36) in training",
         ),
         (["run", "hinton", "--quick", "--seeds", "0", "1", "0"], "seeds: got 0 1 0; allowed: each once"),
-        (["sweep", "hinton", "--over", "mood=1"], "--over: got mood=1"),
+        (["eval", "out/hinton", "--guidance", "7"], "baselines eval: got out/hinton --guidance 7; allowed: a run's"),
+        (["list", "nonsense"], "baselines list: got nonsense; allowed: nothing behind it"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(argv, says, tmp_path, monkeypatch, capsys):
