@@ -22,6 +22,7 @@ from stepdistill.baselines.reduce import masked_mean
 from stepdistill.baselines.results import Results, Row, gap_closed, show
 from stepdistill.baselines.sweep import points
 from stepdistill.cli import main
+from stepdistill.data.sources import fitted
 from stepdistill.draws import Draws
 from stepdistill.methods.base import Clock
 from stepdistill.training.config import LoopConfig
@@ -206,8 +207,9 @@ def test_a_finished_training_is_loaded_onto_the_runs_device(tmp_path, monkeypatc
     assert {p.device.type for network in (again.student, again.teacher) for p in network.parameters()} == {"meta"}
 
 
-def test_a_student_learns_the_toy_data(tmp_path):
-    models = Pupils(build("resnet8", 2, 8, seed=1))
+@pytest.mark.parametrize("name", ["resnet8", "timm:test_resnet"])
+def test_a_student_learns_the_toy_data(name, tmp_path):
+    models = Pupils(build(name, 2, 8, seed=1))
     config = LoopConfig(out=tmp_path, max_train_steps=30, batch_size=8, learning_rate=3e-3)
     learn(Hinton(1.0, 0.0, 1.0, True), models, shapes(), config)
     data = shapes()
@@ -294,6 +296,42 @@ def test_a_folder_of_folders_is_read_in_order(tmp_path):
     found = open_labelled(str(tmp_path), "test", label=(), limit=None)
     assert found.classes == ["dark", "light"] and found.labels.tolist() == [0, 1]
     assert found.pixels[:, 0, 0, 0].tolist() == [0, 200]
+
+
+def test_pictures_of_any_shape_are_cut_to_squares_if_a_side_is_given(tmp_path, capsys):
+    """Bars of three colours: of a wide or a tall picture the middle one is left."""
+    for split in ("train", "test"):
+        for i, (name, size) in enumerate((("dark", (24, 8)), ("light", (16, 48)))):
+            (tmp_path / split / name).mkdir(parents=True)
+            bars = Image.new("RGB", size, (9, 9, 9))
+            side = min(size)
+            bars.paste((50 + 100 * i,) * 3, ((size[0] - side) // 2, (size[1] - side) // 2,
+                                             (size[0] + side) // 2, (size[1] + side) // 2))  # fmt: skip
+            bars.save(tmp_path / split / name / "a.png")
+    found = open_labelled(str(tmp_path), "train", label=(), limit=None, resolution=8)
+    assert found.pixels.shape == (2, 3, 8, 8) and found.pixels.dtype == torch.uint8
+    assert found.pixels[0].unique().tolist() == [50] and (found.pixels[1, :, 1:-1].int() - 150).abs().max() <= 2
+    words = ["run", "hinton", "--quick", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(["baselines", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "got pictures of 2 shapes in" in line and line.endswith("allowed: squares of one size; give --resolution")
+
+
+def test_the_embedded_pictures_are_made_smaller_as_the_folders_are():
+    whole, small = (open_labelled("avatars", "test", label=("background",), limit=3, resolution=r) for r in (None, 8))
+    hand = [fitted(picture.permute(1, 2, 0).numpy(), (8, 8)) for picture in whole.pixels]
+    assert np.array_equal(small.pixels.permute(0, 2, 3, 1).numpy(), np.stack(hand))
+
+
+def test_train_and_test_pictures_of_different_sizes_are_refused(tmp_path, capsys):
+    for split, side in (("train", 8), ("test", 16)):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (side, side)).save(tmp_path / split / name / "a.png")
+    words = ["run", "hinton", "--quick", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(["baselines", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--test: got pictures of 16 pixels; allowed: 8, as to train; give --resolution" in line
 
 
 def test_a_limit_leaves_pictures_of_every_class(tmp_path):

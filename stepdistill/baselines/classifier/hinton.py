@@ -61,6 +61,9 @@ class HintonConfig(BaselineConfig):
     """For a data folder: the folder of test images, if it is not the subfolder test/."""
     label: tuple[str, ...] = ("left hair color", "right hair color")
     """For the embedded set: the attributes whose combination is the class."""
+    resolution: int | None = None
+    """Side of the images in pixels: they are resized and centre-cropped to it. By default their own, if all are squares
+    of one size."""
     limit: int | None = None
     """Training images at most; None for all. A teacher trained on few of them memorises them, and then has little to
     teach."""
@@ -109,15 +112,19 @@ class HintonConfig(BaselineConfig):
         if not self.soft_weight + self.hard_weight:
             raise InputError("soft_weight, hard_weight: got 0 and 0; allowed: one of them above 0; raise it")
         self.require("limit", least=2, fix="None is all")
+        self.require("resolution", least=1, fix="leave it out for the images' own")
 
     def run(self) -> Results:
         """Trains the teacher once, and a control and a student for each seed; measures accuracy on the test split."""
         self.check()
-        data = partial(open_labelled, self.data, label=self.label, test=self.test, seed=self.seed)
+        data = partial(open_labelled, self.data, label=self.label, test=self.test, seed=self.seed,
+                       resolution=self.resolution)  # fmt: skip
         train, held = data("train", limit=self.limit), data("test", limit=None)
         if list(train.classes) != list(held.classes):
             raise InputError(f"--test: got classes other than the training pictures'; allowed: {len(train.classes)}")
-        side, classes = held.pixels.shape[-1], len(train.classes)
+        side, other, classes = train.pixels.shape[-1], held.pixels.shape[-1], len(train.classes)
+        if side != other:
+            raise InputError(f"--test: got pictures of {other} pixels; allowed: {side}, as to train; give --resolution")
         results = Results("hinton", "accuracy", True, f"{len(held):,} test pictures, {classes} classes")
 
         plain = Hinton(self.temperature, 0.0, 1.0, train.flip)
