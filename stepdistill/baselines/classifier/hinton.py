@@ -40,7 +40,7 @@ class Hinton(Lesson):
         """The loss of the student. Teacher and student see the same view."""
         pixels = view(batch["pixels"], batch.draws, self.flip)
         logits = models.student(pixels)
-        hard = nn.functional.cross_entropy(wide(logits), batch["labels"])
+        hard = masked_mean(nn.functional.cross_entropy(wide(logits), batch["labels"], reduction="none"))
         if not self.soft_weight:
             return Loss(self.hard_weight * hard, {"hard": hard})
         with torch.no_grad():

@@ -121,7 +121,8 @@ class MiniLLM(Lesson):
             return torch.stack([weight * exact, clipped(ratio, gain, self.clip)], -1)
 
         weight = (log_q - log_mix).exp()
-        single, long = losses.mean(values, mask, says, answers, labels, weight, log_mix, advantage)
+        found = losses.each(values, mask, says, answers, labels, weight, log_mix, advantage)
+        single, long = map(masked_mean, found.unbind(-1))
         return single, long
 
     @torch.no_grad()
