@@ -14,6 +14,7 @@ from torch import nn
 
 from stepdistill.baselines import BASELINES, get
 from stepdistill.baselines.base import Batch, Learner, Pupils, learn
+from stepdistill.baselines.classifier import hinton
 from stepdistill.baselines.classifier.data import Labelled, normalise, open_labelled, view
 from stepdistill.baselines.classifier.hinton import Hinton, HintonConfig
 from stepdistill.baselines.classifier.networks import build
@@ -62,16 +63,20 @@ class Fixed(nn.Module):
         return self.logits.expand(len(pixels), -1)
 
 
-def test_weights_are_named_and_the_temperature_is_on_the_soft_term_alone():
+def test_weights_are_named_and_the_temperature_is_on_the_soft_term_alone(monkeypatch):
     z, v = torch.tensor([[[0.0, math.log(3.0)]], [[math.log(3.0), 0.0]]], dtype=torch.float64)
     batch = Batch({"pixels": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "labels": torch.tensor([1, 0])}, Draws([1, 2]))
-    lesson = Hinton(temperature=1.0, soft_weight=2.0, hard_weight=3.0, flip=False)
+    lesson = Hinton(temperature=4.0, soft_weight=2.0, hard_weight=3.0, flip=False)
     models = Pupils(Fixed(z), Fixed(v))
     loss = lesson.loss("student", batch, models, Clock(0, 1))
     hard = (-math.log(0.75) - math.log(0.25)) / 2
-    soft = 0.75 * math.log(3.0) + 0.25 * math.log(1 / 3.0)
+    p = 3**0.25 / (1 + 3**0.25)  # of the likelier class at T = 4
+    soft = 4**2 * (p - (1 - p)) * math.log(p / (1 - p))
     assert loss.total.item() == pytest.approx(2 * soft + 3 * hard, abs=1e-10)
     assert {k: v.item() for k, v in loss.terms.items()} == pytest.approx({"hard": hard, "soft": soft}, abs=1e-10)
+    with monkeypatch.context() as shared:
+        shared.setattr(hinton, "masked_mean", lambda values: values.new_tensor(7.0))
+        assert lesson.loss("student", batch, models, Clock(0, 1)).total.item() == (2 + 3) * 7
     loss.total.backward()
     assert models.teacher.logits.grad is None and models.student.logits.grad is not None
 
