@@ -13,12 +13,13 @@ from PIL import Image
 from torch import nn
 
 from stepdistill.baselines import BASELINES, get
-from stepdistill.baselines.base import Batch, Learner, Pupils, learn
+from stepdistill.baselines.base import Batch, Pupils
 from stepdistill.baselines.classifier import hinton
 from stepdistill.baselines.classifier.data import Labelled, normalise, open_labelled, view
 from stepdistill.baselines.classifier.hinton import Hinton, HintonConfig
 from stepdistill.baselines.classifier.networks import build
 from stepdistill.baselines.divergence import softened_kl
+from stepdistill.baselines.learner import Learner, learn
 from stepdistill.baselines.reduce import masked_mean
 from stepdistill.baselines.results import Results, Row, gap_closed, show
 from stepdistill.baselines.sweep import points

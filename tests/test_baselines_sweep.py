@@ -11,7 +11,7 @@ from PIL import Image
 from test_baselines_classifier import QUICK
 
 from stepdistill.baselines import BASELINES, get
-from stepdistill.baselines.base import Learner
+from stepdistill.baselines.learner import Learner
 from stepdistill.baselines.results import read, show
 from stepdistill.baselines.sweep import parse_over, take_over, variants
 from stepdistill.cli import main

@@ -11,7 +11,7 @@ from speakers import sentences, speaker, tokenizer
 from test_resume import stop_at
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepdistill.baselines.base import Batch, Learner, Pupils, learn
+from stepdistill.baselines.base import Batch, Pupils
 from stepdistill.baselines.language import losses
 from stepdistill.baselines.language.distillm import DistiLLM, DistiLLMConfig, turn
 from stepdistill.baselines.language.generate import Spoken
@@ -19,6 +19,7 @@ from stepdistill.baselines.language.measure import mean_nll
 from stepdistill.baselines.language.memory import Replay
 from stepdistill.baselines.language.models import logits
 from stepdistill.baselines.language.tokens import Tokens, pack
+from stepdistill.baselines.learner import Learner, learn
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock

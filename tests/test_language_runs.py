@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from speakers import lines_of, write_text
 
 from stepdistill.baselines import BASELINES, get
-from stepdistill.baselines.base import Learner
 from stepdistill.baselines.language.corpus import Corpus
 from stepdistill.baselines.language.models import Decoder, logits, open_decoder
 from stepdistill.baselines.language.run import DecoderConfig
+from stepdistill.baselines.learner import Learner
 from stepdistill.cli import main as cli
 from stepdistill.cli.baselines import flags, main
 from stepdistill.training.config import from_yaml

@@ -13,20 +13,15 @@ from safetensors.torch import load_file
 from speakers import sentences, speaker, tokenizer
 from test_resume import stop_at
 
-from stepdistill.baselines.base import Batch, Learner, Pupils
+from stepdistill.baselines.base import Batch, Pupils
 from stepdistill.baselines.language import losses
 from stepdistill.baselines.language.generate import sample
 from stepdistill.baselines.language.memory import Rollouts
-from stepdistill.baselines.language.minillm import (
-    MiniLLM,
-    MiniLLMConfig,
-    clipped,
-    log_likelihood,
-    rewards_after,
-    whiten,
-)
+from stepdistill.baselines.language.minillm import MiniLLMConfig
 from stepdistill.baselines.language.models import logits
+from stepdistill.baselines.language.policy import MiniLLM, clipped, log_likelihood, rewards_after, whiten
 from stepdistill.baselines.language.tokens import Tokens, pack
+from stepdistill.baselines.learner import Learner
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock

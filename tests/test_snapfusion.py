@@ -16,10 +16,11 @@ from test_progressive import Affine
 
 from stepdistill.baselines.architecture import blocks, snapfusion
 from stepdistill.baselines.architecture.blocks import Cost, evolve, removals
+from stepdistill.baselines.architecture.cfg_aware import CFGAware
 from stepdistill.baselines.architecture.contest import exported
 from stepdistill.baselines.architecture.paths import Paths
 from stepdistill.baselines.architecture.prune import Shape, pruned
-from stepdistill.baselines.architecture.snapfusion import CFGAware, SnapFusionConfig
+from stepdistill.baselines.architecture.snapfusion import SnapFusionConfig
 from stepdistill.baselines.architecture.unets import Samples, Untaught
 from stepdistill.baselines.base import Batch
 from stepdistill.baselines.results import count_parameters

@@ -17,10 +17,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils, learn
+from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils
 from stepdistill.baselines.classifier.data import Labelled, normalise, open_labelled, view
 from stepdistill.baselines.classifier.networks import build
 from stepdistill.baselines.divergence import softened_kl
+from stepdistill.baselines.learner import learn
 from stepdistill.baselines.reduce import masked_mean, wide
 from stepdistill.baselines.results import Results, Row, count_parameters
 from stepdistill.errors import InputError
