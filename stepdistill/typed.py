@@ -28,7 +28,23 @@ def read_yaml(file: Path, what: str) -> Any:
     """Returns the content of a YAML file.
 
     Raises:
-        InputError: it cannot be read, is not YAML in UTF-8, or repeats a name, of which YAML would keep the last.
+        InputError: it cannot be read; see parse_yaml.
+    """
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{what}: got {file} ({error.strerror}); allowed: a YAML file; check the path") from error
+    return parse_yaml(content, what, str(file))
+
+
+def parse_yaml(content: bytes, what: str, got: str) -> Any:
+    """Returns the value of a YAML text.
+
+    Args:
+        what, got: the flag and its value, for error messages.
+
+    Raises:
+        InputError: it is not YAML in UTF-8, or repeats a name, of which YAML would keep the last.
     """
     import yaml
 
@@ -41,15 +57,13 @@ def read_yaml(file: Path, what: str) -> Any:
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", POWER, list("-+0123456789"))
     try:
-        return yaml.load(file.read_text(encoding="utf-8"), Loader)
-    except OSError as error:
-        raise InputError(f"{what}: got {file} ({error.strerror}); allowed: a YAML file; check the path") from error
+        return yaml.load(content.decode("utf-8"), Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # invalid dates and numbers are ValueErrors
         mark = getattr(error, "problem_mark", None)
         said = getattr(error, "problem", None) or next(iter(str(error).splitlines()), "") or type(error).__name__
         line = f" in line {mark.line + 1}" if mark else ""
         raise InputError(
-            f"{what}: got {file}, which is no YAML ({said}{line}); allowed: names and values in UTF-8, each name once; "
+            f"{what}: got {got}, which is no YAML ({said}{line}); allowed: names and values in UTF-8, each name once; "
             "mend it"
         ) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,6 +27,12 @@ def write_text(file: Path, count: int = 400) -> str:
     """A text file of sentences; returns its path."""
     file.write_text("\n".join(sentences(count)) + "\n")
     return str(file)
+
+
+def lines_of(stderr: str) -> list[str]:
+    """Its lines, progress bars apart."""
+    lines = re.split(r"[\r\n]+", stderr)
+    return [line for line in lines if line.strip() and not re.search(r"\d+%\|", line)]
 
 
 @lru_cache

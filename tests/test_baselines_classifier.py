@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 
@@ -14,15 +13,18 @@ from PIL import Image
 from torch import nn
 
 from stepdistill.baselines import BASELINES, get
-from stepdistill.baselines.base import Batch, Learner, Pupils, learn
+from stepdistill.baselines.base import Batch, Pupils
+from stepdistill.baselines.classifier import hinton
 from stepdistill.baselines.classifier.data import Labelled, normalise, open_labelled, view
 from stepdistill.baselines.classifier.hinton import Hinton, HintonConfig
 from stepdistill.baselines.classifier.networks import build
 from stepdistill.baselines.divergence import softened_kl
+from stepdistill.baselines.learner import Learner, learn
 from stepdistill.baselines.reduce import masked_mean
 from stepdistill.baselines.results import Results, Row, gap_closed, show
-from stepdistill.baselines.sweep import points, take_over
+from stepdistill.baselines.sweep import points
 from stepdistill.cli import main
+from stepdistill.data.sources import fitted
 from stepdistill.draws import Draws
 from stepdistill.methods.base import Clock
 from stepdistill.training.config import LoopConfig
@@ -62,16 +64,20 @@ class Fixed(nn.Module):
         return self.logits.expand(len(pixels), -1)
 
 
-def test_weights_are_named_and_the_temperature_is_on_the_soft_term_alone():
+def test_weights_are_named_and_the_temperature_is_on_the_soft_term_alone(monkeypatch):
     z, v = torch.tensor([[[0.0, math.log(3.0)]], [[math.log(3.0), 0.0]]], dtype=torch.float64)
     batch = Batch({"pixels": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "labels": torch.tensor([1, 0])}, Draws([1, 2]))
-    lesson = Hinton(temperature=1.0, soft_weight=2.0, hard_weight=3.0, flip=False)
+    lesson = Hinton(temperature=4.0, soft_weight=2.0, hard_weight=3.0, flip=False)
     models = Pupils(Fixed(z), Fixed(v))
     loss = lesson.loss("student", batch, models, Clock(0, 1))
     hard = (-math.log(0.75) - math.log(0.25)) / 2
-    soft = 0.75 * math.log(3.0) + 0.25 * math.log(1 / 3.0)
+    p = 3**0.25 / (1 + 3**0.25)  # of the likelier class at T = 4
+    soft = 4**2 * (p - (1 - p)) * math.log(p / (1 - p))
     assert loss.total.item() == pytest.approx(2 * soft + 3 * hard, abs=1e-10)
     assert {k: v.item() for k, v in loss.terms.items()} == pytest.approx({"hard": hard, "soft": soft}, abs=1e-10)
+    with monkeypatch.context() as shared:
+        shared.setattr(hinton, "masked_mean", lambda values: values.new_tensor(7.0))
+        assert lesson.loss("student", batch, models, Clock(0, 1)).total.item() == (2 + 3) * 7
     loss.total.backward()
     assert models.teacher.logits.grad is None and models.student.logits.grad is not None
 
@@ -130,12 +136,18 @@ def test_a_gap_is_closed_by_a_share_or_not_told():
     assert gap_closed(1.0, 3.0, 2.5) == pytest.approx(0.25)  # for a loss, lower is better
     assert gap_closed(0.701, 0.70, 0.8) is None
     rows = [Row("teacher", "t", {"accuracy": 0.9}, 10), Row("control", "s", {"accuracy": 0.6}, 5, 1.0, 0)]
-    rows += [Row("student", "s", {"accuracy": a}, 5, 1.0, seed) for seed, a in enumerate((0.7, 0.8))]
+    rows += [
+        Row("student", "s", {"accuracy": a, "latency_ms": ms}, 5, 1.0, seed)
+        for seed, (a, ms) in enumerate(((0.7, 2.0), (0.8, 4.0)))
+    ]
     results = Results("hinton", "accuracy", True, "4 pictures", rows)
     assert results.gaps() == {"s": pytest.approx(0.5)}
     assert gap_closed(0.0, 0.0, 0.0) is None
     swept = points({4.0: results.record()})
-    assert swept[0]["student"] == {"mean": pytest.approx(0.75), "seeds": [0.7, 0.8]}
+    assert swept[0]["student"] == {
+        "mean": pytest.approx(0.75), "seeds": [0.7, 0.8], "other_figures": {"latency_ms": 3.0}, "parameters": {"s": 5}
+    }  # fmt: skip
+    assert swept[0]["teacher"]["parameters"] == {"t": 10} and swept[0]["gap_closed"] == {"s": pytest.approx(0.5)}
 
 
 @pytest.mark.parametrize(
@@ -201,8 +213,9 @@ def test_a_finished_training_is_loaded_onto_the_runs_device(tmp_path, monkeypatc
     assert {p.device.type for network in (again.student, again.teacher) for p in network.parameters()} == {"meta"}
 
 
-def test_a_student_learns_the_toy_data(tmp_path):
-    models = Pupils(build("resnet8", 2, 8, seed=1))
+@pytest.mark.parametrize("name", ["resnet8", "timm:test_resnet"])
+def test_a_student_learns_the_toy_data(name, tmp_path):
+    models = Pupils(build(name, 2, 8, seed=1))
     config = LoopConfig(out=tmp_path, max_train_steps=30, batch_size=8, learning_rate=3e-3)
     learn(Hinton(1.0, 0.0, 1.0, True), models, shapes(), config)
     data = shapes()
@@ -233,64 +246,6 @@ def test_from_the_command_line_to_the_table_and_again(tmp_path, capsys):
     assert json.loads((out / "run.json").read_text())["temperature"] == 4.0  # that of the existing run, for `eval`
 
 
-def test_a_sweep_puts_runs_side_by_side_and_trains_once_what_they_share(tmp_path, capsys, monkeypatch):
-    trained, begin = [], Learner.__init__
-
-    def noted(self, lesson, models, data, config):
-        trained.append(config.out.relative_to(tmp_path).as_posix())
-        begin(self, lesson, models, data, config)
-
-    monkeypatch.setattr(Learner, "__init__", noted)
-    argv = ["baselines", "sweep", "hinton", "--over", "temperature=1.0,4.0", "--quick", *QUICK, "--out", str(tmp_path)]
-    assert main([*argv, "--label", "background"]) == 0
-    record = json.loads((tmp_path / "sweep.json").read_text())
-    assert [point["value"] for point in record["points"]] == [1.0, 4.0] and record["flag"] == "temperature"
-    assert Image.open(tmp_path / "sweep.png").size[0] > 500
-    assert trained == [*(f"temperature-1.0/{part}" for part in ("teacher", "control-0", "student-0")),
-                       "temperature-4.0/student-0"]  # fmt: skip
-    assert record["points"][0]["control"] == record["points"][1]["control"]
-    capsys.readouterr()
-
-
-@pytest.mark.parametrize(
-    ("name", "flag", "value", "shared"),
-    [
-        ("hinton", "temperature", 2.0, ["control-0", "teacher"]),
-        ("hinton", "student", "resnet14", ["teacher"]),
-        ("hinton", "teacher", "resnet14", ["control-0"]),
-        ("hinton", "learning_rate", 0.1, []),
-        ("forward_kl", "temperature", 3.0, ["control-0", "teacher"]),
-        ("gkd", "lmbda", 0.25, ["control-0", "teacher"]),
-        ("forward_kl", "block", 32, []),
-        ("r1_traces", "keep", 1, ["control-0", "teacher", "traces.jsonl"]),
-        ("r1_traces", "samples", 1, ["control-0", "teacher"]),
-        ("distilbert", "init", "random", ["teacher"]),
-        ("distilbert", "kl_weight", 1.0, ["control-0", "teacher"]),
-        ("tinybert", "layers", 1, ["task", "teacher"]),
-        ("tinybert", "temperature", 2.0, ["control-0", "task", "teacher"]),
-        ("tinybert", "task_limit", 10, ["teacher"]),
-        ("bk_sdm", "feature_weight", 0.5, ["control-0"]),
-        ("bk_sdm", "size", "small", []),
-        ("snapfusion", "cfg_probability", 0.5, ["blocks.json", "control-0"]),
-        ("snapfusion", "saving", 0.1, []),
-        ("prune_then_steps", "distiller", "ladd", ["data", "prune-small"]),
-        ("prune_then_steps", "size", ("tiny",), ["data", "prune-small"]),
-    ],
-)
-def test_the_runs_of_a_sweep_share_what_the_flag_does_not_change(name, flag, value, shared, tmp_path):
-    one = get(name).config(out=tmp_path / "one")
-    two = dataclasses.replace(one, out=tmp_path / "two", **{flag: value})
-    for place in ("teacher", "task", "control-0", "student-0", "steps-student-0", "bench", "data", "prune-small"):
-        (one.out / place).mkdir(parents=True)
-    for place in ("results.json", "run.json", "traces.jsonl", "blocks.json"):
-        (one.out / place).write_text(place)
-    (two.out / "student-0").mkdir(parents=True)
-    take_over(one, two)
-    links = [place for place in sorted(two.out.iterdir()) if place.is_symlink()]
-    assert [place.name for place in links] == shared
-    assert all(place.samefile(one.out / place.name) for place in links)
-
-
 @pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["sweep", "-h"], ["eval", "--help"]])
 def test_help_names_every_baseline(argv, capsys):
     assert main(["baselines", *argv]) == 0
@@ -318,7 +273,8 @@ def test_help_names_every_baseline(argv, capsys):
             "got googlenet, which gives no logits (B, 36) in training",
         ),
         (["run", "hinton", "--quick", "--seeds", "0", "1", "0"], "seeds: got 0 1 0; allowed: each once"),
-        (["sweep", "hinton", "--over", "mood=1"], "--over: got mood=1"),
+        (["eval", "out/hinton", "--guidance", "7"], "baselines eval: got out/hinton --guidance 7; allowed: a run's"),
+        (["list", "nonsense"], "baselines list: got nonsense; allowed: nothing behind it"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(argv, says, tmp_path, monkeypatch, capsys):
@@ -346,6 +302,42 @@ def test_a_folder_of_folders_is_read_in_order(tmp_path):
     found = open_labelled(str(tmp_path), "test", label=(), limit=None)
     assert found.classes == ["dark", "light"] and found.labels.tolist() == [0, 1]
     assert found.pixels[:, 0, 0, 0].tolist() == [0, 200]
+
+
+def test_pictures_of_any_shape_are_cut_to_squares_if_a_side_is_given(tmp_path, capsys):
+    """Bars of three colours: of a wide or a tall picture the middle one is left."""
+    for split in ("train", "test"):
+        for i, (name, size) in enumerate((("dark", (24, 8)), ("light", (16, 48)))):
+            (tmp_path / split / name).mkdir(parents=True)
+            bars = Image.new("RGB", size, (9, 9, 9))
+            side = min(size)
+            bars.paste((50 + 100 * i,) * 3, ((size[0] - side) // 2, (size[1] - side) // 2,
+                                             (size[0] + side) // 2, (size[1] + side) // 2))  # fmt: skip
+            bars.save(tmp_path / split / name / "a.png")
+    found = open_labelled(str(tmp_path), "train", label=(), limit=None, resolution=8)
+    assert found.pixels.shape == (2, 3, 8, 8) and found.pixels.dtype == torch.uint8
+    assert found.pixels[0].unique().tolist() == [50] and (found.pixels[1, :, 1:-1].int() - 150).abs().max() <= 2
+    words = ["run", "hinton", "--quick", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(["baselines", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "got pictures of 2 shapes in" in line and line.endswith("allowed: squares of one size; give --resolution")
+
+
+def test_the_embedded_pictures_are_made_smaller_as_the_folders_are():
+    whole, small = (open_labelled("avatars", "test", label=("background",), limit=3, resolution=r) for r in (None, 8))
+    hand = [fitted(picture.permute(1, 2, 0).numpy(), (8, 8)) for picture in whole.pixels]
+    assert np.array_equal(small.pixels.permute(0, 2, 3, 1).numpy(), np.stack(hand))
+
+
+def test_train_and_test_pictures_of_different_sizes_are_refused(tmp_path, capsys):
+    for split, side in (("train", 8), ("test", 16)):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (side, side)).save(tmp_path / split / name / "a.png")
+    words = ["run", "hinton", "--quick", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(["baselines", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--test: got pictures of 16 pixels; allowed: 8, as to train; give --resolution" in line
 
 
 def test_a_limit_leaves_pictures_of_every_class(tmp_path):

@@ -8,7 +8,7 @@ from speakers import speaker
 from test_baselines_classifier import shapes
 from test_encoders import MASKING, batch, bert, lines
 
-from stepdistill.baselines.base import Batch, Learner, Pupils, learn
+from stepdistill.baselines.base import Batch, Pupils
 from stepdistill.baselines.classifier.hinton import Hinton
 from stepdistill.baselines.classifier.networks import build
 from stepdistill.baselines.language import arithmetic, collect
@@ -18,6 +18,7 @@ from stepdistill.baselines.language.problems import Problem
 from stepdistill.baselines.language.r1_traces import R1TracesConfig
 from stepdistill.baselines.language.run import CrossEntropy
 from stepdistill.baselines.language.traces import Said
+from stepdistill.baselines.learner import Learner, learn
 from stepdistill.baselines.less_memory import halved, recompute, recomputes
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 from speakers import sentences, speaker, tokenizer
 from test_resume import stop_at
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepdistill.baselines.base import Batch, Learner, Pupils, learn
+from stepdistill.baselines.base import Batch, Pupils
 from stepdistill.baselines.language import losses
 from stepdistill.baselines.language.distillm import DistiLLM, DistiLLMConfig, turn
 from stepdistill.baselines.language.generate import Spoken
@@ -18,6 +19,7 @@ from stepdistill.baselines.language.measure import mean_nll
 from stepdistill.baselines.language.memory import Replay
 from stepdistill.baselines.language.models import logits
 from stepdistill.baselines.language.tokens import Tokens, pack
+from stepdistill.baselines.learner import Learner, learn
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock
@@ -44,6 +46,19 @@ def spoken(*first: int) -> Spoken:
     """Rows that each repeat one of these tokens."""
     ids = torch.tensor(first)[:, None].expand(-1, BLOCK).clone()
     return Spoken(ids, ids > 0, ids > 0)
+
+
+class Written(TorchDispatchMode):
+    """Notes the places that values are assigned to by index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[list[int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index_put_.default:
+            self.places.append(args[1][0].tolist())
+        return func(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize(
@@ -82,6 +97,17 @@ def test_the_oldest_rows_are_forgotten_first():
     assert replay.filled == 3 and replay.ids[:, 0].tolist() == [4, 2, 3]
 
 
+def test_of_more_rows_than_there_is_room_for_the_last_are_kept():
+    """None is written twice: which of two would stay is not defined on a GPU."""
+    replay, written = Replay(3, BLOCK, 0.5), Written()
+    with written:
+        replay.keep(spoken(1, 2, 3, 4, 5, 6, 7))
+    assert replay.filled == 3 and replay.ids[:, 0].tolist() == [7, 5, 6]
+    assert [sorted(places) for places in written.places] == 3 * [[0, 1, 2]]
+    replay.keep(spoken(8))
+    assert replay.ids[:, 0].tolist() == [7, 8, 6]
+
+
 def test_rows_are_recalled_by_the_samples_own_numbers_and_only_such_as_there_are():
     replay = Replay(100, BLOCK, 0.5)
     replay.keep(spoken(7, 8, 9))
@@ -90,12 +116,14 @@ def test_rows_are_recalled_by_the_samples_own_numbers_and_only_such_as_there_are
     assert set(rows.tolist()) == {7, 8, 9}
 
 
+@pytest.mark.parametrize("alpha", [0.1, 0.3])
 @pytest.mark.parametrize("divergence", ["skew_kl", "skew_reverse_kl"])
-def test_at_threshold_0_the_loss_is_the_skewed_divergence_on_the_text(divergence):
+def test_at_threshold_0_the_loss_is_the_skewed_divergence_on_the_text(divergence, alpha):
     models, rows = pupils(0.0), data().batch([0, 1])
-    loss = lesson(divergence=divergence).loss("student", Batch(rows, Draws.at(0, 0, 2)), models, Clock(1, 10))
+    own = lesson(divergence=divergence, alpha=alpha)
+    loss = own.loss("student", Batch(rows, Draws.at(0, 0, 2)), models, Clock(1, 10))
     s, t = (logits(m, rows["ids"], rows["attention"])[:, :-1] for m in (models.student, models.teacher))
-    hand = getattr(losses, divergence)(s, t, rows["counts"][:, 1:], alpha=0.1)
+    hand = getattr(losses, divergence)(s, t, rows["counts"][:, 1:], alpha=alpha)
     assert loss.total.item() == hand.item() and f"{divergence}_read" in loss.terms
     assert models.replay.filled == 0
 

@@ -12,6 +12,7 @@ import torch
 
 from stepdistill import cli
 from stepdistill.baselines import BASELINES, get
+from stepdistill.baselines.sweep import parse_over, variants
 from stepdistill.cli import baselines
 from stepdistill.cli._run import parse
 from stepdistill.cli.training import parse_training
@@ -53,11 +54,13 @@ def test_a_documented_command_is_parsed(command, monkeypatch):
     if name != "baselines":
         parse(import_module(f"stepdistill.cli.{name.split()[-1]}").Config, argv)
     elif argv[0] in ("run", "sweep"):
+        over = []
         if "--over" in argv:
             at = argv.index("--over")
-            assert argv[at + 1].partition("=")[0] in get(argv[1]).config.__dataclass_fields__
+            over = [parse_over(argv[at + 1], get(argv[1]).config)]
             del argv[at : at + 2]
-        baselines.flags(argv[1], argv[2:])
+        config = baselines.flags(argv[1], argv[2:])
+        assert all(variants(config, *each) for each in over)
     else:
         assert argv[0] in baselines.VERBS
 

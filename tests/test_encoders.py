@@ -10,15 +10,17 @@ import torch
 import transformers as hf
 from torch import nn
 
-from stepdistill.baselines.base import Batch, Learner, Pupils
+from stepdistill.baselines.base import Batch, Pupils
 from stepdistill.baselines.language import encoder_run, encoders, layers, masked, tinybert
-from stepdistill.baselines.language.distilbert import DistilBert, DistilBertConfig, cosine_distance
+from stepdistill.baselines.language.distilbert import DistilBertConfig
 from stepdistill.baselines.language.labelled import Classifier, Labelled, open_task
 from stepdistill.baselines.language.layers import Answers, Layers, Projections
 from stepdistill.baselines.language.masked import Lines, MaskedLM, Masking
 from stepdistill.baselines.language.models import check_length
 from stepdistill.baselines.language.students import copy_layers, evenly
 from stepdistill.baselines.language.tinybert import TinyBertConfig
+from stepdistill.baselines.language.triple import DistilBert, cosine_distance
+from stepdistill.baselines.learner import Learner
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock

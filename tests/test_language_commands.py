@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
-from speakers import sentences, speaker
+from speakers import lines_of, sentences, speaker
 from test_trainer import in_two_processes
 
 from stepdistill.baselines import get
@@ -70,7 +71,9 @@ def test_a_quick_run_ends_with_a_table_and_measured_anew_it_is_the_same(name, tm
     assert cli(command) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert {"teacher", "control", "student"} <= {row["role"] for row in rows}
-    assert "student" in capsys.readouterr().out and (tmp_path / "student-0" / "model" / "config.json").exists()
+    told = capsys.readouterr()
+    assert "student" in told.out and (tmp_path / "student-0" / "model" / "config.json").exists()
+    assert re.search(r"measuring: +\d+%\|", told.err)
     assert cli(["baselines", "eval", str(tmp_path)]) == 0
     again = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["figures"] for row in again] == [row["figures"] for row in rows]
@@ -99,7 +102,7 @@ def test_a_quick_run_ends_with_a_table_and_measured_anew_it_is_the_same(name, tm
 def test_bad_input_ends_in_one_line_and_2(name, more, said, tmp_path, capsys):
     command = ["baselines", "run", name, *FEW, *COMMANDS[name], "--out", str(tmp_path), *more]
     assert cli(command) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    (error,) = lines_of(capsys.readouterr().err)
     assert error.startswith("error: ") and said in error
 
 
@@ -110,7 +113,7 @@ def test_a_student_with_another_tokenizer_is_refused(tmp_path, capsys):
     models = ["--teacher", str(tmp_path / "one"), "--student", str(tmp_path / "other")]
     models += ["--learning-rate", "1e-3"]
     assert cli(["baselines", "run", "forward_kl", "--quick", *models, "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    (error,) = lines_of(capsys.readouterr().err)
     assert error.startswith("error: student: got ") and "whose tokenizer is not that of" in error
 
 

@@ -63,15 +63,16 @@ def test_a_sample_says_the_same_in_any_batch():
     assert torch.equal(say(network, rows=slice(1, 3)).ids, whole[1:])
 
 
-def test_the_prompt_and_what_stands_behind_the_first_end_do_not_count():
-    """A model that ends or continues by the number drawn: with u < 1/2 it generates 1, the end."""
+@pytest.mark.parametrize("pad", [0, 1])
+def test_the_prompt_and_what_stands_behind_the_first_end_do_not_count(pad):
+    """A model that ends or continues by the number drawn: with u < 1/2 it generates 1, the end, which may pad too."""
     network, u = Constant([0.0, 0.5, 0.5]), numbers()
     ids, attention = prompts()
-    spoken = sample([(network, 1.0)], ids, attention, Draws.at(5, 0, 3), new=NEW, eos=1, pad=0)
+    spoken = sample([(network, 1.0)], ids, attention, Draws.at(5, 0, 3), new=NEW, eos=1, pad=pad)
     for row, values in enumerate(u.tolist()):
         ends = next(i for i, value in enumerate(values) if value < 0.5)
         said = [2] * ends + [1]
-        assert spoken.ids[row, 12:].tolist() == said + [0] * (NEW - len(said))
+        assert spoken.ids[row, 12:].tolist() == said + [pad] * (NEW - len(said))
         assert spoken.counts[row].tolist() == [False] * 12 + [True] * len(said) + [False] * (NEW - len(said))
         assert torch.equal(spoken.attention[row], torch.cat([attention[row], spoken.counts[row, 12:]]))
     assert network.calls < NEW  # no call once all rows have ended

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import stepdistill as sd
 from stepdistill.baselines import divergence
-from stepdistill.baselines.language import losses
+from stepdistill.baselines.language import losses, policy
 from stepdistill.baselines.reduce import masked_mean
 
 B, S, V = 3, 5, 7
@@ -183,6 +183,20 @@ def test_no_more_positions_are_held_at_once_for_a_longer_prompt(prompt, monkeypa
     assert seen == [(4,), (4,), (2,)]
     value.backward()
     assert sorted(seen[3:]) == [(2,), (4,), (4,)]
+
+
+def test_all_means_are_the_shared_one(said, monkeypatch):
+    for module in (losses, policy):
+        monkeypatch.setattr(module, "masked_mean", lambda values, mask=None: values.new_tensor(7.0))
+    student, teacher, mask = said
+    for loss in (losses.forward_kl, losses.reverse_kl, losses.skew_kl, losses.skew_reverse_kl):
+        assert loss(student, teacher, mask).item() == 7
+    assert losses.generalized_jsd(student, teacher, mask, beta=0.5).item() == 7
+    labels = student.argmax(-1)
+    assert losses.cross_entropy(student, labels, mask).item() == 7
+    log_p, log_q = (policy.log_likelihood(x, labels) for x in (teacher, student))
+    own = policy.MiniLLM(mix=0.2, clip=0.2, reuse=1, corpus_weight=1.0, prompt=1, eos=1, pad=0)
+    assert [x.item() for x in own.pieces(student, teacher, labels, mask, log_p, log_q, log_p)] == [7, 7]
 
 
 def test_a_mask_of_other_tokens_is_refused(said):

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from speakers import write_text
+from speakers import lines_of, write_text
 
 from stepdistill.baselines import BASELINES, get
-from stepdistill.baselines.base import Learner
 from stepdistill.baselines.language.corpus import Corpus
 from stepdistill.baselines.language.models import Decoder, logits, open_decoder
 from stepdistill.baselines.language.run import DecoderConfig
+from stepdistill.baselines.learner import Learner
 from stepdistill.cli import main as cli
 from stepdistill.cli.baselines import flags, main
 from stepdistill.training.config import from_yaml
@@ -213,17 +213,18 @@ def test_bad_input_ends_in_one_line_and_2_before_anything_is_trained(more, said,
     (folder / "mixed.jsonl").write_text("\n".join([*pairs, *['{"text": "a dog"}'] * 4] * 10))
     command = words("forward_kl", text, tmp_path, *[word.format(folder) for word in more])
     assert cli(["baselines", *command]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said in error and not list(tmp_path.glob("*/metrics.jsonl"))
+    (error,) = lines_of(capsys.readouterr().err)
+    assert error.startswith("error: ") and said in error and not list(tmp_path.glob("*/metrics.jsonl"))
 
 
+@pytest.mark.parametrize("name", ["gkd", "distilbert"])
 @pytest.mark.parametrize(("content", "part"), [("", "train"), (" \n", "train"), ("a few words", "test")])
-def test_a_corpus_of_nothing_ends_in_one_line_and_2(content, part, tmp_path, capsys):
+def test_a_corpus_of_nothing_ends_in_one_line_and_2(name, content, part, tmp_path, capsys):
     file = tmp_path / "text.txt"
     file.write_text(content)
-    command = words("gkd", str(file), tmp_path / "run")
+    command = ["run", name, "--quick", "--data", str(file), "--out", str(tmp_path / "run")]
     assert cli(["baselines", *command]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = lines_of(capsys.readouterr().err)
     assert line.startswith(f"error: --data: got {file}, whose {part} text is empty; allowed: avatars, a .txt")
 
 

@@ -13,19 +13,15 @@ from safetensors.torch import load_file
 from speakers import sentences, speaker, tokenizer
 from test_resume import stop_at
 
-from stepdistill.baselines.base import Batch, Learner, Pupils
+from stepdistill.baselines.base import Batch, Pupils
 from stepdistill.baselines.language import losses
+from stepdistill.baselines.language.generate import sample
 from stepdistill.baselines.language.memory import Rollouts
-from stepdistill.baselines.language.minillm import (
-    MiniLLM,
-    MiniLLMConfig,
-    clipped,
-    log_likelihood,
-    rewards_after,
-    whiten,
-)
+from stepdistill.baselines.language.minillm import MiniLLMConfig
 from stepdistill.baselines.language.models import logits
+from stepdistill.baselines.language.policy import MiniLLM, clipped, log_likelihood, rewards_after, whiten
 from stepdistill.baselines.language.tokens import Tokens, pack
+from stepdistill.baselines.learner import Learner
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock
@@ -154,11 +150,30 @@ def test_kept_likelihoods_are_those_of_the_two_who_spoke():
         said = logits(network, rolls.ids, rolls.attention)[:, :-1].double().log_softmax(-1)
         hand = said.gather(-1, rolls.ids[:, 1:, None]).squeeze(-1)
         assert torch.allclose(getattr(rolls, name).double(), hand, atol=1e-5)
+    q, p = (logits(m, rolls.ids, rolls.attention).double().softmax(-1) for m in (models.bare, models.teacher))
+    singles = []
+    for b, i in rolls.counts.nonzero().tolist():  # what stands at i - 1 tells the token at i
+        own, theirs, token = q[b, i - 1], p[b, i - 1], rolls.ids[b, i]
+        weight = own[token] / (0.2 * theirs[token] + 0.8 * own[token])
+        singles.append((weight * (own * (own / theirs).log()).sum()).item())
+    assert loss.terms["single"].item() == pytest.approx(sum(singles) / len(singles), rel=1e-5)
     rows = batch()
     said = logits(models.student, rows["ids"], rows["attention"])
     corpus = losses.cross_entropy(*losses.shift(said, rows["ids"], rows["counts"]))
     assert loss.terms["cross_entropy"].item() == pytest.approx(corpus.item(), rel=1e-5)
     assert loss.total.item() == pytest.approx(sum(v.item() for v in loss.terms.values()), rel=1e-6)
+
+
+def test_a_fifth_of_what_is_said_is_the_teachers():
+    models, rows = pupils(), batch()
+    spoken, *_ = lesson().speak(rows, models)
+    prompts = rows["ids"][:, :PROMPT], rows["attention"][:, :PROMPT]
+    hand, swapped = (
+        sample([(models.teacher, share), (models.bare, 1 - share)], *prompts, Draws.at(0, 0, 2), new=BLOCK - PROMPT,
+               eos=2, pad=0)
+        for share in (0.2, 0.8)
+    )  # fmt: skip
+    assert torch.equal(spoken.ids, hand.ids) and not torch.equal(hand.ids, swapped.ids)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 3.0])

@@ -10,6 +10,7 @@ import tiny
 from diffusers import StableDiffusionPipeline
 from test_suite import instruments
 
+from stepdistill.baselines.architecture.fewer_steps import fewer_steps, settings
 from stepdistill.baselines.architecture.prune_then_steps import PruneThenStepsConfig
 from stepdistill.cli import baselines as cli
 from stepdistill.errors import InputError
@@ -61,7 +62,7 @@ def test_architecture_and_steps_end_in_one_table_and_one_plot(config):
 
 def test_ladd_goes_on_from_lcm_on_blocks_that_are_left(config):
     config = dataclasses.replace(config, distiller="ladd")
-    lora, seconds = config.fewer_steps(config.teacher, config.data, config.out / "steps", 0)
+    lora, seconds = fewer_steps(config, config.teacher, config.data, config.out / "steps", 0)
     record = json.loads((config.out / "steps" / "ladd" / "config.json").read_text())
     assert record["start"] == str(config.out / "steps" / "lcm" / "export") and record["blocks"] == []
     assert seconds > 0 and (lora / "model_index.json").is_file()
@@ -85,5 +86,5 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_trained(config
 def test_the_shipped_settings_fit_the_embedded_teacher():
     config = PruneThenStepsConfig(**PruneThenStepsConfig.QUICK)
     config.check()
-    found = config.settings("ladd", "folder", "data", config.out / "x", config.out / "lcm", 3)
+    found = settings(config, "ladd", "folder", "data", config.out / "x", config.out / "lcm", 3)
     assert (found.teacher, found.seed, found.max_train_steps, found.blocks) == ("folder", 3, 2, ())

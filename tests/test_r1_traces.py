@@ -10,7 +10,6 @@ import torch
 import transformers as hf
 from accelerate import PartialState
 
-from stepdistill.baselines.base import Learner
 from stepdistill.baselines.language import arithmetic, collect, r1_traces, tiny, traces
 from stepdistill.baselines.language.collect import as_rows
 from stepdistill.baselines.language.models import Decoder
@@ -18,6 +17,7 @@ from stepdistill.baselines.language.problems import Problem, bare_answer, open_p
 from stepdistill.baselines.language.r1_traces import R1TracesConfig
 from stepdistill.baselines.language.texts import Pair
 from stepdistill.baselines.language.traces import Said, keep, sample_all
+from stepdistill.baselines.learner import Learner
 from stepdistill.errors import InputError
 
 STRIPS = (  # as DeepSeek-R1's: strips an assistant's reasoning, and opens <think> for it

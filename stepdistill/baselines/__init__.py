@@ -4,8 +4,9 @@
     stepdistill baselines run hinton --quick
 
 Every baseline trains a student with its teacher and, at the same budget, a control without, and ends with a table of
-teacher, control and student. All share base.py (a run and its networks), reduce.py (one masked mean), results.py (the
-table, and the share of the gap that was closed) and stepdistill/hooks.py (what layers take in and return).
+teacher, control and student. All share base.py (a run and its networks), learner.py (its loop), reduce.py (one masked
+mean), results.py (the table, and the share of the gap that was closed) and stepdistill/hooks.py (what layers take in
+and return).
 """
 
 from __future__ import annotations

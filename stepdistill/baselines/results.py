@@ -53,6 +53,20 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     note: str = ""
 
+    @classmethod
+    def of(cls, record: Mapping) -> Results:
+        """The inverse of `record`.
+
+        Raises:
+            KeyError, TypeError, ValueError: these are other data.
+        """
+        rows = [
+            Row(**row | {"figures": {name: float(value) for name, value in dict(row["figures"]).items()}})
+            for row in record["rows"]
+        ]
+        names = ("method", "figure", "higher_is_better", "n")
+        return cls(*(record[name] for name in names), rows, record["note"])
+
     def mean(self, role: Role, name: str | None = None) -> float | None:
         """The primary figure of a role (and name), averaged over seeds; None if not measured."""
         found = [r.figures[self.figure] for r in self.rows if r.role == role and name in (None, r.name)]
@@ -110,12 +124,18 @@ def read(out: Path) -> dict:
     """Reads a run's results.json.
 
     Raises:
-        InputError: it is missing or cannot be read.
+        InputError: it is missing, cannot be read, or is not of a baseline.
     """
+    fix = "allowed: a finished run's folder; run it first"
     try:
-        return json.loads((Path(out) / "results.json").read_text())
+        record = json.loads((Path(out) / "results.json").read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"results: got {out} ({error}); allowed: a finished run's folder; run it first") from error
+        raise InputError(f"results: got {out} ({error}); {fix}") from error
+    try:
+        Results.of(record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"results: got {out}, whose results.json is not a baseline's; {fix}") from error
+    return record
 
 
 def show(record: Mapping) -> None:
@@ -134,9 +154,8 @@ def show(record: Mapping) -> None:
         table.add_row(row["role"], row["name"], seed, f"{row['parameters']:,}", *values, seconds)
     console = Console()
     console.print(table)
-    results = Results(record["method"], record["figure"], record["higher_is_better"], record["n"],
-                      [Row(**row) for row in rows])  # fmt: skip
-    for name in record["gap_closed"]:
+    results = Results.of(record)
+    for name in results.gaps():
         gap = results.gap(name)
         value = f"not reported: {gap}" if isinstance(gap, str) else f"{gap:.1%}"
         console.print(f"gap closed by {name}, in {record['figure'].replace('_', ' ')}, mean over seeds: {value}")

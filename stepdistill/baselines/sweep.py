@@ -2,15 +2,63 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from stepdistill.baselines.base import BaselineConfig, first_word
+from stepdistill.errors import InputError
+from stepdistill.training.config import spelled
+from stepdistill.typed import built, parse_yaml
 
 COLOURS = {"teacher": "#6b7280", "control": "#d97706", "student": "#2563eb"}
+OWN = ("out", "config", "quick", "dry_run")  # flags of the sweep as a whole
+
+
+def parse_over(said: str, kind: type[BaselineConfig]) -> tuple[str, list]:
+    """The flag and the values of `FLAG=A,B,C`, or of `FLAG=A;B;C` if there are commas within a value.
+
+    Raises:
+        InputError: no such flag, no values, or a value that is no YAML.
+    """
+    name, _, values = said.partition("=")
+    flag = name.strip().replace("-", "_")
+    texts = [text.strip() for text in values.split(";" if ";" in values else ",")]
+    if flag in OWN or flag not in {field.name for field in dataclasses.fields(kind)} or not all(texts):
+        example = f"{kind.SWEEP[0]}={','.join(map(str, kind.SWEEP[1][:1]))}"
+        raise InputError(f"--over: got {said}; allowed: a flag and its values, as in {example}; or with ; between them")
+    return flag, [None if text.lower() == "none" else parse_yaml(text.encode(), "--over", said) for text in texts]
+
+
+def variants(config: BaselineConfig, flag: str, values: Sequence) -> dict[object, BaselineConfig]:
+    """The configuration with each value of a flag, by value; each has a folder of its own within `out`.
+
+    Args:
+        values: as in a YAML file.
+
+    Raises:
+        InputError: a value is there twice, or of another type, or the configuration with it does not pass its check.
+    """
+    found: dict[object, BaselineConfig] = {}
+    for value in values:
+        changed = built(type(config), spelled({flag: value}, type(config)), "--over", config)
+        value = getattr(changed, flag)
+        if value in found:
+            raise InputError(f"--over: got {flag}={shown(value)} twice; allowed: each once; drop one")
+        place = re.sub(r"[/\\]", "-", f"{flag}-{shown(value)}")
+        found[value] = dataclasses.replace(changed, out=config.out / place)
+        found[value].check()
+    return found
+
+
+def shown(value: object) -> str:
+    """A value of a flag as it is written on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def take_over(done: BaselineConfig, other: BaselineConfig) -> None:
@@ -32,14 +80,21 @@ def _told(config: BaselineConfig, name: str) -> dict:
 
 
 def points(found: Mapping[object, Mapping]) -> list[dict]:
-    """For each value: the primary figure of teacher, control and student (mean and each seed), and the gaps closed."""
+    """For each value: the primary figure of teacher, control and student (mean and each seed), their other figures'
+    means, their parameters by network, and the gaps closed."""
     rows = []
     for value, record in found.items():
-        row: dict = {"value": value}
+        row: dict = {"value": json.loads(json.dumps(value, default=str))}
         for role in COLOURS:
-            each = [r["figures"][record["figure"]] for r in record["rows"] if r["role"] == role]
-            if each:
-                row[role] = {"mean": statistics.fmean(each), "seeds": each}
+            own = [r for r in record["rows"] if r["role"] == role]
+            each = {name: [r["figures"][name] for r in own] for name in (own[0]["figures"] if own else ())}
+            if own:
+                row[role] = {
+                    "mean": statistics.fmean(each[record["figure"]]),
+                    "seeds": each.pop(record["figure"]),
+                    "other_figures": {name: statistics.fmean(values) for name, values in each.items()},
+                    "parameters": {r["name"]: r["parameters"] for r in own},
+                }
         rows.append(row | {"gap_closed": record["gap_closed"]})
     return rows
 
@@ -56,15 +111,22 @@ def write_sweep(out: Path, flag: str, found: Mapping[object, Mapping]) -> Path:
     rows = points(found)
     record = {"method": one["method"], "flag": flag, "figure": one["figure"], "n": one["n"], "points": rows}
     write_record(out / "sweep.json", record, "cpu" if on_cpu() else "cuda")
-    plot(rows, flag, one, out / "sweep.png")
-    table = Table(flag, *COLOURS, title=f"{one['method']}: {one['figure']} over {one['n']}, mean of seeds")
-    for row in rows:
-        table.add_row(str(row["value"]), *(f"{row[r]['mean']:.4g}" if r in row else "–" for r in COLOURS))
+    plot(rows, list(found), flag, one, out / "sweep.png")
+    times = [name for name in rows[0]["student"]["other_figures"] if name.endswith("_ms")]
+    told = ("student's parameters", *(f"its {name.replace('_', ' ')}" for name in times))
+    table = Table(flag.replace("_", " "), *COLOURS, "gap closed", *told,
+                  title=f"{one['method']}: {one['figure']} over {one['n']}, mean of seeds")  # fmt: skip
+    for value, row in zip(found, rows, strict=True):
+        means = (f"{row[role]['mean']:.4g}" if role in row else "–" for role in COLOURS)
+        gaps = ("–" if gap is None else f"{gap:.1%}" for gap in row["gap_closed"].values())
+        sizes = (f"{count:,}" for count in row["student"]["parameters"].values())
+        rest = (f"{row['student']['other_figures'][name]:.4g}" for name in times)
+        table.add_row(shown(value), *means, ", ".join(gaps), ", ".join(sizes), *rest)
     Console().print(table)
     return out / "sweep.json"
 
 
-def plot(rows: list[dict], flag: str, record: Mapping, file: Path) -> None:
+def plot(rows: list[dict], values: Sequence, flag: str, record: Mapping, file: Path) -> None:
     """Plots the primary figure against the setting: the mean over seeds, and each seed as a point."""
     from matplotlib.figure import Figure
 
@@ -77,8 +139,7 @@ def plot(rows: list[dict], flag: str, record: Mapping, file: Path) -> None:
         axes.plot([x for x, _ in kept], [y["mean"] for _, y in kept], style, color=colour, label=role, linewidth=1.8)
         for x, y in kept if role != "teacher" else []:
             axes.plot([x] * len(y["seeds"]), y["seeds"], ".", color=colour, alpha=0.55)
-    values = [row["value"] for row in rows]
-    axes.set_xticks(list(places), [f"{v:g}" if isinstance(v, int | float) else str(v) for v in values])
+    axes.set_xticks(list(places), [f"{v:g}" if type(v) in (int, float) else shown(v) for v in values])
     axes.set(xlabel=flag.replace("_", " "), ylabel=record["figure"].replace("_", " "))
     axes.set_title(f"{record['method']}, {record['n']}; dots are single seeds", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)

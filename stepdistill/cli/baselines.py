@@ -3,12 +3,12 @@
 stepdistill baselines list
 stepdistill baselines run hinton --quick
 stepdistill baselines sweep hinton --over temperature=1,2,4,8,16
+stepdistill baselines sweep minitron --over "student=prune:layers=0.5;prune:layers=0.25,neurons=0.4"
 stepdistill baselines eval out/hinton
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import shutil
@@ -30,6 +30,9 @@ def main(argv: Sequence[str]) -> None:
     verb, rest = (argv[0], list(argv[1:])) if argv else ("list", [])
     if {"-h", "--help"} & {verb, *rest[:1]}:
         print(f"{__doc__}\nNames: {', '.join(BASELINES)}. `stepdistill baselines run NAME --help` lists its flags.")
+    elif (verb == "list" and rest) or (verb == "eval" and rest[1:]):
+        allowed = "a run's folder alone" if verb == "eval" else "nothing behind it"
+        raise InputError(f"baselines {verb}: got {' '.join(rest)}; allowed: {allowed}; drop the rest")
     elif verb == "list":
         list_all()
     elif verb in VERBS and not rest:
@@ -84,40 +87,24 @@ def finish(config: BaselineConfig) -> dict:
 def sweep(name: str, argv: Sequence[str]) -> None:
     """Runs a baseline once per value of one flag, `--over flag=a,b,c`, and tabulates the rows. What the flag does not
     affect, such as the teacher, is trained in the first run and linked by the others."""
-    from stepdistill.baselines.sweep import take_over, write_sweep
+    from stepdistill.baselines.sweep import parse_over, take_over, variants, write_sweep
 
     argv = list(argv)
     kind = get(name).config
     flag, values = kind.SWEEP
     if "--over" in argv:
         at = argv.index("--over")
-        flag, _, said = (argv[at + 1] if at + 1 < len(argv) else "").partition("=")
+        flag, values = parse_over(" ".join(argv[at + 1 : at + 2]), kind)
         del argv[at : at + 2]
-        if flag not in {field.name for field in dataclasses.fields(kind)} or not said:
-            raise InputError(f"--over: got {flag}={said}; allowed: a flag of {name} and values, as {kind.SWEEP[0]}=1,2")
-        values = tuple(map(_value, said.split(",")))
     config = flags(name, argv)
-    found, first = {}, None
-    for value in values:
-        try:
-            changed = dataclasses.replace(config, **{flag: value}, out=config.out / f"{flag}-{value}")
-            changed.check()
-        except TypeError as error:
-            raise InputError(f"--over: got {flag}={value}; allowed: values such as {kind.SWEEP[1]}") from error
-        first = first or changed
+    runs = variants(config, flag, values)
+    first, found = next(iter(runs.values())), {}
+    for value, run in runs.items():
         if not config.dry_run:
-            take_over(first, changed)
-        found[value] = finish(changed)
-    if config.dry_run:
-        return
-    print(f"sweep: {write_sweep(Path(config.out), flag, found)}")
-
-
-def _value(text: str) -> object:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+            take_over(first, run)
+        found[value] = finish(run)
+    if not config.dry_run:
+        print(f"sweep: {write_sweep(Path(config.out), flag, found)}")
 
 
 def measure(out: Path) -> None:

@@ -357,6 +357,12 @@ def _whole(opened: Callable[[], Image.Image], name: str) -> Image.Image:
 
 def to_tensor(picture: Picture, size: tuple[int, int], channels: int = 3) -> Tensor:
     """Resizes (shorter side, Lanczos) and centre-crops an image: (channels, height, width) in [-1, 1]."""
+    pixels = torch.from_numpy(fitted(picture, size, channels)).permute(2, 0, 1)
+    return pixels.float().div(127.5).sub(1)
+
+
+def fitted(picture: Picture, size: tuple[int, int], channels: int = 3) -> np.ndarray:
+    """The same as (height, width, channels) uint8."""
     if isinstance(picture, np.ndarray):
         picture = Image.fromarray(picture)
     if channels == 1:
@@ -364,5 +370,4 @@ def to_tensor(picture: Picture, size: tuple[int, int], channels: int = 3) -> Ten
     height, width = size
     if picture.size != (width, height):
         picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(picture)).reshape(height, width, channels)
-    return pixels.permute(2, 0, 1).float().div(127.5).sub(1)
+    return np.array(picture).reshape(height, width, channels)

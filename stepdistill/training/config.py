@@ -8,7 +8,7 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, get_origin, get_type_hints
@@ -318,11 +318,17 @@ def from_yaml(path: Path, kind: type[C], base: C | None = None) -> C:
     Raises:
         InputError: no such file, not a mapping, an unknown name (with the nearest valid one), or a bad value.
     """
-    told, kinds = read_yaml(Path(path), "--config"), get_type_hints(kind)
+    told = read_yaml(Path(path), "--config")
     if isinstance(told, dict):
-        told = {str(name).replace("-", "_"): value for name, value in told.items()}
-        for name, value in told.items():
-            if get_origin(kinds.get(name)) is tuple and not isinstance(value, list):
-                told[name] = [value]
+        told = spelled(told, kind)
         _check_method(path, told, kind)
     return built(kind, told, f"--config {path}", base)
+
+
+def spelled(told: Mapping[str, object], kind: type) -> dict[str, object]:
+    """Settings under their fields' names, from names that may have hyphens; a list of one may be a single value."""
+    kinds, found = get_type_hints(kind), {str(name).replace("-", "_"): value for name, value in told.items()}
+    for name, value in found.items():
+        if get_origin(kinds.get(name)) is tuple and not isinstance(value, list):
+            found[name] = [value]
+    return found

@@ -14,7 +14,8 @@ from stepdistill import embedded
 from stepdistill.baselines.architecture.measure import call_times, held_out, pictures
 from stepdistill.baselines.architecture.prune import Shape, fresh, pruned
 from stepdistill.baselines.architecture.unets import Samples, UNets
-from stepdistill.baselines.base import Lesson, learn
+from stepdistill.baselines.base import Lesson
+from stepdistill.baselines.learner import learn
 from stepdistill.baselines.results import Results, Row, count_parameters
 from stepdistill.denoiser.load import find
 from stepdistill.evaluation.spec import ModelSpec

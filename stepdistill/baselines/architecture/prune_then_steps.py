@@ -7,8 +7,6 @@ stepdistill baselines run prune_then_steps --size small tiny --distiller lcm --s
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,21 +17,17 @@ from accelerate import PartialState
 
 from stepdistill.baselines.architecture.bk_sdm import BKSDMConfig, Size
 from stepdistill.baselines.architecture.contest import exported
+from stepdistill.baselines.architecture.fewer_steps import CHAIN, fewer_steps, settings
 from stepdistill.baselines.architecture.measure import pictures
 from stepdistill.baselines.results import Results, Row
 from stepdistill.data.cache import make_cache
 from stepdistill.errors import InputError
 from stepdistill.evaluation.spec import ModelSpec
-from stepdistill.export.fused import save_fused
-from stepdistill.training.config import TrainConfig, from_yaml
-from stepdistill.training.plans import FLAGS, shipped
-from stepdistill.training.run import distil
 
 if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
 
 AFTER = ("size", "distiller", "lcm", "ladd", "step_updates", "steps", "plain_steps")  # flags of what follows pruning
-CHAIN = {"lcm": ("lcm",), "ladd": ("lcm", "ladd")}  # an adversarial run this short needs a distilled start
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ class PruneThenStepsConfig(BKSDMConfig):
             got = f"{self.step_updates}, {self.steps}, {self.plain_steps}"
             raise InputError(f"step_updates, steps, plain_steps: got {got}; allowed: 1 or more each")
         for name in CHAIN[self.distiller]:
-            self.settings(name, self.teacher, self.data, self.out, None).check()
+            settings(self, name, self.teacher, self.data, self.out, None).check()
 
     def check_teacher(self, teacher: Teacher) -> None:
         """See BKSDMConfig.check_teacher, for each size."""
@@ -92,33 +86,6 @@ class PruneThenStepsConfig(BKSDMConfig):
         return BKSDMConfig(
             **own | {"out": self.out / f"prune-{size}", "size": size, "data": data, "limit": None, "pictures": 0}
         )
-
-    def settings(
-        self, name: str, teacher: str, data: str | None, out: Path, start: Path | None, seed: int = 0
-    ) -> TrainConfig:
-        """The flags of a step distillation.
-
-        Args:
-            name: lcm or ladd. start: the student that ladd starts from.
-
-        Raises:
-            InputError: there are none for this teacher.
-        """
-        flags = importlib.import_module(FLAGS[name][0])
-        file, script = getattr(self, name), {"lcm": "train_lcm_lora.py", "ladd": "train_ladd.py"}[name]
-        changes = {
-            "teacher": teacher, "data": data, "out": out, "seed": seed, "max_train_steps": self.step_updates,
-            "half": self.half,
-        }  # fmt: skip
-        if name == "ladd":  # the blocks it names may have been removed: four of those left
-            changes |= {"start": start, "blocks": ()}
-        if file is None and self.teacher != "avatars":
-            raise InputError(
-                f"{name}: got none for {self.teacher}; allowed: a YAML file of {script}'s flags that fit it, as "
-                f"train_scripts/configs/sd15_{name}_lora.yaml"
-            )
-        known = shipped(name) if file is None else from_yaml(file, getattr(flags, FLAGS[name][1]))
-        return dataclasses.replace(known, **changes | {"variant": None, "revision": None} | self.files(teacher))
 
     def run(self) -> Results:
         """Prunes, distils the steps of teacher, control and student, and measures all: <out>/pareto.png shows quality
@@ -145,7 +112,7 @@ class PruneThenStepsConfig(BKSDMConfig):
             name = row.name + ", untaught" * (row.role == "control") + f", seed {row.seed}" * (len(self.seeds) > 1)
             path = str(exported(pruning.out, row.role, row.seed))
             out = f"steps-{row.name}-{row.role}-{row.seed}"
-        few, seconds = self.fewer_steps(path, pruning.data, self.out / out, row.seed or 0)
+        few, seconds = fewer_steps(self, path, pruning.data, self.out / out, row.seed or 0)
         whole = ModelSpec(path, name, guidance=self.guidance, scheduler="ddim", **self.files(path))
         self._drawn(whole, self.plain_steps)
         found = self._drawn(ModelSpec(str(few), f"{name} + {self.distiller}"), self.steps)
@@ -155,17 +122,6 @@ class PruneThenStepsConfig(BKSDMConfig):
         return dataclasses.replace(
             row, name=f"{kind} + {self.distiller}", figures=figures, seconds=seconds + (row.seconds or 0)
         )
-
-    def fewer_steps(self, path: str, data: str, out: Path, seed: int) -> tuple[Path, float]:
-        """Distils the steps of a pipeline; returns the student, a pipeline with the adapter fused, and the seconds."""
-        lora, fused = None, out / "fused"
-        for name in CHAIN[self.distiller]:
-            lora = distil(self.settings(name, path, data, out / name, lora, seed))
-        state = PartialState()
-        if state.is_main_process and not fused.exists():
-            save_fused(lora, fused, teacher=path, **self.files(path))
-        state.wait_for_everyone()
-        return fused, json.loads((lora.parent / "done.json").read_text())["seconds"]
 
     @property
     def _decides(self) -> int:

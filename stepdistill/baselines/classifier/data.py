@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stepdistill.data.sources import PICTURES, Picture, fitted, open_picture
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 
@@ -61,8 +62,9 @@ def view(pixels: Tensor, draws: Draws, flip: bool) -> Tensor:
 
 
 def open_labelled(
-    spec: str, split: str, *, label: Sequence[str], limit: int | None, test: Path | None = None, seed: int = 0
-) -> Labelled:
+    spec: str, split: str, *, label: Sequence[str], limit: int | None, test: Path | None = None, seed: int = 0,
+    resolution: int | None = None,
+) -> Labelled:  # fmt: skip
     """Opens the images of a split.
 
     Args:
@@ -70,16 +72,17 @@ def open_labelled(
         split: train or test. label: attributes of the embedded set whose combination is the class.
         limit: images at most, drawn with `seed`, since a folder's are sorted by class.
         test: for a folder, the folder of its test images; by default `<folder>/test`, beside `<folder>/train`.
+        resolution: side in pixels that images are resized and cropped to; None if all are squares of one size.
 
     Raises:
         InputError: the data do not exist, or all images are of one class.
     """
     if spec == "avatars":
-        found = _avatars(split, label)
+        found = _avatars(split, label, resolution)
     elif spec == "cifar10":
-        found = _cifar10(split)
+        found = _cifar10(split, resolution)
     else:
-        found = _folder(_split_of(Path(spec), split, test))
+        found = _folder(_split_of(Path(spec), split, test), resolution)
     if limit is not None and limit < len(found):
         drawn = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:limit]
         found = Labelled(found.pixels[drawn], found.labels[drawn], found.classes, found.flip)
@@ -88,7 +91,21 @@ def open_labelled(
     return found
 
 
-def _avatars(split: str, label: Sequence[str]) -> Labelled:
+def _squares(pictures: Iterable[Picture], side: int | None, where: str) -> Tensor:
+    """(N, 3, S, S) uint8.
+
+    Raises:
+        InputError: no side is given, and the images are no squares of one size.
+    """
+    found = [np.asarray(picture) if side is None else fitted(picture, (side, side)) for picture in pictures]
+    if len(shapes := {p.shape[:2] for p in found}) > 1 or len(set(found[0].shape[:2])) > 1:
+        raise InputError(
+            f"--data: got pictures of {len(shapes)} shapes in {where}; allowed: squares of one size; give --resolution"
+        )
+    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous()
+
+
+def _avatars(split: str, label: Sequence[str], resolution: int | None) -> Labelled:
     from stepdistill.data import avatars
 
     data = avatars.load(split)
@@ -101,10 +118,10 @@ def _avatars(split: str, label: Sequence[str]) -> Labelled:
     places = {name: i for i, name in enumerate(classes)}
     flip = not any(word in name for name in label for word in ("left", "right", "taller"))
     labels = torch.tensor([places[name] for name in said])
-    return Labelled(torch.from_numpy(data.images).permute(0, 3, 1, 2).contiguous(), labels, classes, flip)
+    return Labelled(_squares(data.images, resolution, "avatars"), labels, classes, flip)
 
 
-def _cifar10(split: str) -> Labelled:
+def _cifar10(split: str, resolution: int | None) -> Labelled:
     from torchvision.datasets import CIFAR10
 
     try:
@@ -115,7 +132,7 @@ def _cifar10(split: str) -> Labelled:
             f"--data: got cifar10, which could not be downloaded ({reason}); allowed: a network, CIFAR-10 in data/, a "
             "folder of folders, or avatars"
         ) from error
-    pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    pixels = _squares(data.data, resolution, "cifar10")
     return Labelled(pixels, torch.tensor(data.targets), data.classes, flip=True)
 
 
@@ -128,17 +145,12 @@ def _split_of(folder: Path, split: str, test: Path | None) -> Path:
     return test or folder / "test"
 
 
-def _folder(folder: Path) -> Labelled:
-    from stepdistill.data.sources import PICTURES, open_picture
-
+def _folder(folder: Path, resolution: int | None) -> Labelled:
     if not folder.is_dir():
         raise InputError(f"--data: got {folder}, which is no folder; allowed: avatars, cifar10, or a folder of folders")
     files = sorted(f for f in folder.glob("*/*") if f.suffix.lower() in PICTURES)
     classes = sorted({f.parent.name for f in files})
     if not files:
         raise InputError(f"--data: got {folder}, without pictures; allowed: a folder for each class, pictures in it")
-    pictures = [np.asarray(open_picture(f, str(f)).convert("RGB")) for f in files]
-    if len(shapes := {p.shape[:2] for p in pictures}) > 1 or len(set(pictures[0].shape[:2])) > 1:
-        raise InputError(f"--data: got pictures of {len(shapes)} shapes in {folder}; allowed: squares of one size")
-    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    pixels = _squares((open_picture(f, str(f)) for f in files), resolution, str(folder))
     return Labelled(pixels, torch.tensor([classes.index(f.parent.name) for f in files]), classes, flip=True)

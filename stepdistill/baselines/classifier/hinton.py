@@ -17,10 +17,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils, learn
+from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils
 from stepdistill.baselines.classifier.data import Labelled, normalise, open_labelled, view
 from stepdistill.baselines.classifier.networks import build
 from stepdistill.baselines.divergence import softened_kl
+from stepdistill.baselines.learner import learn
 from stepdistill.baselines.reduce import masked_mean, wide
 from stepdistill.baselines.results import Results, Row, count_parameters
 from stepdistill.errors import InputError
@@ -40,7 +41,7 @@ class Hinton(Lesson):
         """The loss of the student. Teacher and student see the same view."""
         pixels = view(batch["pixels"], batch.draws, self.flip)
         logits = models.student(pixels)
-        hard = nn.functional.cross_entropy(wide(logits), batch["labels"])
+        hard = masked_mean(nn.functional.cross_entropy(wide(logits), batch["labels"], reduction="none"))
         if not self.soft_weight:
             return Loss(self.hard_weight * hard, {"hard": hard})
         with torch.no_grad():
@@ -61,6 +62,9 @@ class HintonConfig(BaselineConfig):
     """For a data folder: the folder of test images, if it is not the subfolder test/."""
     label: tuple[str, ...] = ("left hair color", "right hair color")
     """For the embedded set: the attributes whose combination is the class."""
+    resolution: int | None = None
+    """Side of the images in pixels: they are resized and centre-cropped to it. By default their own, if all are squares
+    of one size."""
     limit: int | None = None
     """Training images at most; None for all. A teacher trained on few of them memorises them, and then has little to
     teach."""
@@ -109,15 +113,19 @@ class HintonConfig(BaselineConfig):
         if not self.soft_weight + self.hard_weight:
             raise InputError("soft_weight, hard_weight: got 0 and 0; allowed: one of them above 0; raise it")
         self.require("limit", least=2, fix="None is all")
+        self.require("resolution", least=1, fix="leave it out for the images' own")
 
     def run(self) -> Results:
         """Trains the teacher once, and a control and a student for each seed; measures accuracy on the test split."""
         self.check()
-        data = partial(open_labelled, self.data, label=self.label, test=self.test, seed=self.seed)
+        data = partial(open_labelled, self.data, label=self.label, test=self.test, seed=self.seed,
+                       resolution=self.resolution)  # fmt: skip
         train, held = data("train", limit=self.limit), data("test", limit=None)
         if list(train.classes) != list(held.classes):
             raise InputError(f"--test: got classes other than the training pictures'; allowed: {len(train.classes)}")
-        side, classes = held.pixels.shape[-1], len(train.classes)
+        side, other, classes = train.pixels.shape[-1], held.pixels.shape[-1], len(train.classes)
+        if side != other:
+            raise InputError(f"--test: got pictures of {other} pixels; allowed: {side}, as to train; give --resolution")
         results = Results("hinton", "accuracy", True, f"{len(held):,} test pictures, {classes} classes")
 
         plain = Hinton(self.temperature, 0.0, 1.0, train.flip)

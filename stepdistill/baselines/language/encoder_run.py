@@ -6,12 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from stepdistill.baselines.base import BaselineConfig, Pupils, learn
+from stepdistill.baselines.base import BaselineConfig, Pupils
 from stepdistill.baselines.language import masked
 from stepdistill.baselines.language.encoders import Encoder, MaskedLM, open_encoder
 from stepdistill.baselines.language.masked import Lines, MaskedModelling, Masking
 from stepdistill.baselines.language.models import check_length
 from stepdistill.baselines.language.texts import joined, open_texts
+from stepdistill.baselines.learner import learn
 
 
 @dataclass(frozen=True)

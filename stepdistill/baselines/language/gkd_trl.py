@@ -26,10 +26,10 @@ from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
 from stepdistill import files
-from stepdistill.baselines.base import unwrap
 from stepdistill.baselines.language.models import Decoder
 from stepdistill.baselines.language.tokens import Tokens
 from stepdistill.baselines.language.trl_trainer import Record, Settings, Trainer, as_trl
+from stepdistill.baselines.learner import unwrap
 from stepdistill.baselines.less_memory import halved
 from stepdistill.files import replacing
 from stepdistill.training import folder

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from stepdistill.baselines.base import Batch, Lesson, Pupils
 from stepdistill.baselines.language.masked import Lines, surround
@@ -168,7 +169,7 @@ def told_class(network: Classifier, held: Labelled, batch: int = 64) -> dict[str
     """`nll`, nats per text, and `accuracy`."""
     device = next(network.parameters()).device
     nll, right = 0.0, 0
-    for first in range(0, len(held), batch):
+    for first in tqdm(range(0, len(held), batch), "measuring", leave=False, dynamic_ncols=True):
         items = {k: v.to(device) for k, v in held.batch(list(range(first, min(first + batch, len(held))))).items()}
         logits = network(items["ids"], items["attention"]).float()
         nll += nn.functional.cross_entropy(logits, items["labels"], reduction="sum").item()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stepdistill.baselines.divergence import kl
-from stepdistill.baselines.reduce import wide
+from stepdistill.baselines.reduce import masked_mean, wide
 
 CHUNK = 256  # positions whose vocabulary is held several times at once
 
@@ -56,8 +56,7 @@ def each(values: Callable[..., Tensor], mask: Tensor, *tensors: Tensor) -> Tenso
 
 def mean(values: Callable[..., Tensor], mask: Tensor, *tensors: Tensor) -> Tensor:
     """The mean of `each` over the positions; 0 if none counts."""
-    found = each(values, mask, *tensors)
-    return found.sum(0) / max(len(found), 1)
+    return masked_mean(each(values, mask, *tensors))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from stepdistill.baselines.base import Batch, Lesson, Pupils
 from stepdistill.baselines.language.encoders import MaskedLM
@@ -123,7 +124,7 @@ def told_right(network: MaskedLM, held: Lines, masking: Masking, batch: int = 32
     """`masked_nll`, nats per masked token, and `masked_accuracy`; the masking is the same for every network."""
     device = next(network.parameters()).device
     nll, right, count = 0.0, 0, 0
-    for first in range(0, len(held), batch):
+    for first in tqdm(range(0, len(held), batch), "measuring", leave=False, dynamic_ncols=True):
         items = held.batch(list(range(first, min(first + batch, len(held)))))
         ids, attention = (items[name].to(device) for name in ("ids", "attention"))
         shown, told = masking(ids, attention, Draws.at(0, first, len(ids), device))

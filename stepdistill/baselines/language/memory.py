@@ -39,13 +39,14 @@ class Replay(nn.Module):
         return min(self.said.item(), len(self.ids))
 
     def keep(self, spoken: Spoken) -> None:
-        """Stores the rows generated on all processes, overwriting the oldest."""
+        """Stores the rows generated on all processes, overwriting the oldest; of more than there is room for, the
+        last."""
         from accelerate.utils import gather
 
         rows = [gather(x) for x in (spoken.ids, spoken.attention, spoken.counts)]
-        places = (self.said + torch.arange(len(rows[0]), device=self.said.device)) % len(self.ids)
+        numbers = torch.arange(len(rows[0]), device=self.said.device)[-len(self.ids) :]
         for kept, new in zip((self.ids, self.attention, self.counts), rows, strict=True):
-            kept[places] = new
+            kept[(self.said + numbers) % len(self.ids)] = new[numbers]
         self.said += len(rows[0])
 
     def recall(self, draws: Draws) -> Spoken:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from stepdistill.baselines.base import BaselineConfig, Pupils, learn
+from stepdistill.baselines.base import BaselineConfig, Pupils
 from stepdistill.baselines.language import arithmetic
 from stepdistill.baselines.language.collect import Answered, as_rows, check_room, collect
 from stepdistill.baselines.language.models import Decoder, open_decoder
@@ -19,6 +19,7 @@ from stepdistill.baselines.language.problems import bare_answer, open_problems
 from stepdistill.baselines.language.run import CrossEntropy, save
 from stepdistill.baselines.language.students import check_rate, make_student
 from stepdistill.baselines.language.traces import solved
+from stepdistill.baselines.learner import learn
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.errors import InputError
 

@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from stepdistill.baselines.base import Batch, Lesson, Pupils, learn
+from stepdistill.baselines.base import Batch, Lesson, Pupils
 from stepdistill.baselines.language import losses, measure
 from stepdistill.baselines.language.corpus import Corpus, CorpusConfig
 from stepdistill.baselines.language.models import TINY, Decoder, check_length, logits, open_decoder
@@ -22,6 +22,7 @@ from stepdistill.baselines.language.prune import pruned
 from stepdistill.baselines.language.students import TINY_RATE, check_rate, make_student, without_dropout
 from stepdistill.baselines.language.table import Table
 from stepdistill.baselines.language.texts import Pair, joined, open_texts
+from stepdistill.baselines.learner import learn
 from stepdistill.baselines.results import Results
 from stepdistill.files import replacing
 from stepdistill.methods.base import Clock, Loss

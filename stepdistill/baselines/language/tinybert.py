@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from stepdistill.baselines.base import Pupils, learn
+from stepdistill.baselines.base import Pupils
 from stepdistill.baselines.language.encoder_run import EncoderConfig, Opened
 from stepdistill.baselines.language.encoders import MaskedLM, shape
 from stepdistill.baselines.language.labelled import Classifier, Classify, Labelled, open_task, told_class
@@ -22,6 +22,7 @@ from stepdistill.baselines.language.layers import Answers, Layers, Projections
 from stepdistill.baselines.language.masked import Lines, MaskedModelling
 from stepdistill.baselines.language.run import save
 from stepdistill.baselines.language.students import plain
+from stepdistill.baselines.learner import learn
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.errors import InputError
 

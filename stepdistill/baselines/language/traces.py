@@ -129,7 +129,7 @@ def answer(
 def solved(one: Decoder, held: Sequence[Problem], new: int, together: int) -> dict[str, float]:
     """`accuracy`, and the share that `ended` within the limit, of the likeliest answers."""
     count = Counter()
-    for first in range(0, len(held), together):
+    for first in tqdm(range(0, len(held), together), "measuring", leave=False, dynamic_ncols=True):
         part = held[first : first + together]
         found = answer(one, first, part, samples=1, new=new, temperature=GREEDY, seed=0)
         for problem, (said,) in zip(part, found, strict=True):

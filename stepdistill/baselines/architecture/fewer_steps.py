@@ -1,0 +1,63 @@
+"""The step distillations that follow a pruning: LCM, or LADD started from its student."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from accelerate import PartialState
+
+from stepdistill.errors import InputError
+from stepdistill.export.fused import save_fused
+from stepdistill.training.config import TrainConfig, from_yaml
+from stepdistill.training.plans import FLAGS, shipped
+from stepdistill.training.run import distil
+
+if TYPE_CHECKING:
+    from stepdistill.baselines.architecture.prune_then_steps import PruneThenStepsConfig
+
+CHAIN = {"lcm": ("lcm",), "ladd": ("lcm", "ladd")}  # an adversarial run this short needs a distilled start
+
+
+def settings(
+    config: PruneThenStepsConfig, name: str, teacher: str, data: str | None, out: Path, start: Path | None,
+    seed: int = 0,
+) -> TrainConfig:  # fmt: skip
+    """The flags of a step distillation.
+
+    Args:
+        name: lcm or ladd. start: the student that ladd starts from.
+
+    Raises:
+        InputError: there are none for this teacher.
+    """
+    flags = importlib.import_module(FLAGS[name][0])
+    file, script = getattr(config, name), {"lcm": "train_lcm_lora.py", "ladd": "train_ladd.py"}[name]
+    changes = {
+        "teacher": teacher, "data": data, "out": out, "seed": seed, "max_train_steps": config.step_updates,
+        "half": config.half,
+    }  # fmt: skip
+    if name == "ladd":  # the blocks it names may have been removed: four of those left
+        changes |= {"start": start, "blocks": ()}
+    if file is None and config.teacher != "avatars":
+        raise InputError(
+            f"{name}: got none for {config.teacher}; allowed: a YAML file of {script}'s flags that fit it, as "
+            f"train_scripts/configs/sd15_{name}_lora.yaml"
+        )
+    known = shipped(name) if file is None else from_yaml(file, getattr(flags, FLAGS[name][1]))
+    return dataclasses.replace(known, **changes | {"variant": None, "revision": None} | config.files(teacher))
+
+
+def fewer_steps(config: PruneThenStepsConfig, path: str, data: str, out: Path, seed: int) -> tuple[Path, float]:
+    """Distils the steps of a pipeline; returns the student, a pipeline with the adapter fused, and the seconds."""
+    lora, fused = None, out / "fused"
+    for name in CHAIN[config.distiller]:
+        lora = distil(settings(config, name, path, data, out / name, lora, seed))
+    state = PartialState()
+    if state.is_main_process and not fused.exists():
+        save_fused(lora, fused, teacher=path, **config.files(path))
+    state.wait_for_everyone()
+    return fused, json.loads((lora.parent / "done.json").read_text())["seconds"]

@@ -1,0 +1,50 @@
+"""DistilBERT's triple loss: outputs, masked tokens, hidden states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.baselines.base import Batch, Lesson, Pupils
+from stepdistill.baselines.divergence import softened_kl
+from stepdistill.baselines.language.masked import Masking
+from stepdistill.baselines.reduce import masked_mean, wide
+from stepdistill.methods.base import Clock, Loss
+
+
+def cosine_distance(student: Tensor, teacher: Tensor, attention: Tensor) -> Tensor:
+    """1 - cos of hidden states (B, S, D): the mean over attended tokens."""
+    return masked_mean(1 - nn.functional.cosine_similarity(wide(student), wide(teacher), dim=-1), attention)
+
+
+@dataclass(frozen=True)
+class DistilBert(Lesson):
+    """kl_weight T² KL(teacher_T ‖ student_T) + mlm_weight masked LM + cosine_weight (1 - cos of the last hidden
+    states). First and last are means over attended tokens; the first, with kl_on "masked", over masked ones."""
+
+    masking: Masking
+    temperature: float
+    kl_weight: float
+    mlm_weight: float
+    cosine_weight: float
+    kl_on: str
+
+    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+        """The loss of the student. Both see the same masked tokens."""
+        ids, attention = batch["ids"], batch["attention"]
+        shown, hidden = self.masking(ids, attention, batch.draws)
+        told = attention if self.kl_on == "all" else hidden
+        with torch.no_grad():
+            teacher_hidden, teacher_logits = models.teacher(shown, attention, told)
+        student_hidden, student_logits = models.student(shown, attention, told)
+        divergence = softened_kl(student_logits, teacher_logits, self.temperature)
+        masked_nll = nn.functional.cross_entropy(wide(student_logits), ids[told], reduction="none")
+        terms = {
+            "kl": masked_mean(divergence),
+            "masked": masked_mean(masked_nll, hidden[told]),
+            "cosine": cosine_distance(student_hidden, teacher_hidden, attention),
+        }
+        weights = {"kl": self.kl_weight, "masked": self.mlm_weight, "cosine": self.cosine_weight}
+        return Loss(sum(weights[name] * value for name, value in terms.items()), terms)
