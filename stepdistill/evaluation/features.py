@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.errors import InputError
+from stepdistill.evaluation.parts import MANY, Parts, in_parts
 from stepdistill.evaluation.precision import full_float32
 from stepdistill.evaluation.resize import check_images, check_resize, resize
 from stepdistill.files import sha256
@@ -26,6 +27,7 @@ from stepdistill.methods.feature_networks import LITE2_SHA256, FeatureNetwork, l
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256_PREFIX = "6726825d"
 INCEPTION_PLACE = "STEPDISTILL_INCEPTION"  # environment variable: a weights file to use instead of the published one
+STEM = 7  # Inception's layers before its first mixed block
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,10 @@ class Extractor:
     @full_float32()
     def __call__(self, images: Tensor) -> Tensor:
         """Computes features (B, dim) float32 of images (B, 3, H, W) uint8, on a GPU without TF32."""
-        pixels = resize(check_images(images).to(self.device), self.size, self.resize)
-        return self.net(pixels).float()
+        return in_parts(self._seen, check_images(images).to(self.device), MANY)
+
+    def _seen(self, images: Tensor) -> Tensor:
+        return self.net(resize(images, self.size, self.resize)).float()
 
 
 class Scaled(nn.Module):
@@ -136,9 +140,9 @@ def _inception(size: int | None, resize: str | None) -> Extractor:
     except Exception as error:  # not a checkpoint, one that would run code, or other layers
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InputError(f"extractor inception: got {file}, which holds no such weights ({reason})") from error
-    layers = [layer for name, layer in whole.named_children() if name != "fc"]
+    layers = [_folded(layer) for name, layer in whole.named_children() if name != "fc"]
     mean, std = (127.5, 127.5) if resize == "pytorch-fid" else (128.0, 128.0)
-    net = Scaled(nn.Sequential(*map(_folded, layers), nn.Flatten()), mean, std)
+    net = Scaled(nn.Sequential(Parts(*layers[:STEM]), *layers[STEM:], nn.Flatten()), mean, std)
     title = "Inception" if published else f"Inception-{digest[:8]}"
     return Extractor("inception", title, net, 2048, size or 299, resize or "torch-fidelity", digest)
 
@@ -170,7 +174,10 @@ def _dinov2(size: int | None, resize: str | None) -> Extractor:
 
 
 def _efficientnet_lite2(size: int | None, resize: str | None) -> Extractor:
-    net, title = Scaled(load_lite2(LITE2_SHA256), 127.0, 128.0), "EfficientNet-Lite2"
+    whole, title = load_lite2(LITE2_SHA256), "EfficientNet-Lite2"
+    early = Parts(whole.conv_stem, whole.bn1, *whole.blocks[:2])
+    layers = nn.Sequential(early, *whole.blocks[2:], whole.conv_head, whole.bn2, whole.global_pool)
+    net = Scaled(layers, 127.0, 128.0)
     return Extractor("efficientnet_lite2", title, net, 1280, size or 260, resize or "bilinear", LITE2_SHA256)
 
 

@@ -100,7 +100,36 @@ def frechet_figure(features: Tensor, reference: Moments) -> Figure:
     which falls as 1/N, nor the reference's own sampling error.
     """
     x = _finite(features)
-    return _figure(x, x @ _checked(reference, x.shape[1]).root, reference)
+    reference = _checked(reference, x.shape[1])
+    n = len(x)
+    if n < 2:
+        raise InputError(f"features for a covariance: got {n}; allowed: 2 or more")
+    mean = x.mean(0)
+    z_i = x - mean
+    roots, carried = _transported(x, z_i, reference)
+    gap, lengths = mean - reference.mean, z_i.square().sum(1)
+    distance = gap.square().sum() + lengths.sum() / (n - 1) + reference.covariance.trace() - 2 * roots.sum()
+    # tr S and tr T S are the means of their own terms, so centring removes them.
+    influence = 2 * z_i @ gap + lengths - (n - 1) * carried
+    return Figure(max(0.0, distance.item()), influence - influence.mean())
+
+
+def _transported(x: Tensor, z_i: Tensor, reference: Moments) -> tuple[Tensor, Tensor]:
+    """Of x (N, D) and z_i = x_i - m: the roots of the eigenvalues of S_r^1/2 S S_r^1/2; z_i^T T z_i / (N - 1), (N,).
+
+    The eigenvalues are those of the smaller of A^T A and A A^T, A = z S_r^1/2 / sqrt(N - 1); A A^T needs no root.
+    """
+    n, dim = x.shape
+    if n < dim:
+        values, vectors = torch.linalg.eigh(z_i @ reference.covariance @ z_i.T / (n - 1))
+        roots = values.clamp_min(0).sqrt()
+        return roots, vectors.square() @ roots
+    rooted = x @ reference.root
+    a = (rooted - rooted.mean(0)) / math.sqrt(n - 1)
+    values, vectors = torch.linalg.eigh(a.T @ a)
+    roots = values.clamp_min(0).sqrt()
+    inverse = torch.where(values > values[-1].clamp_min(0) * 1e-10, 1 / roots, 0.0)
+    return roots, (a @ vectors).square() @ inverse
 
 
 def _finite(features: Tensor) -> Tensor:
@@ -119,24 +148,3 @@ def _checked(reference: Moments, length: int) -> Moments:
             "extractor"
         )
     return reference
-
-
-def _figure(x: Tensor, rooted: Tensor, reference: Moments) -> Figure:
-    """Of x (N, D) and x S_r^1/2. The eigenvalues of S_r^1/2 S S_r^1/2 are those of the smaller of A^T A and A A^T."""
-    n, dim = x.shape
-    if n < 2:
-        raise InputError(f"features for a covariance: got {n}; allowed: 2 or more")
-    mean = x.mean(0)
-    z_i, a = x - mean, (rooted - rooted.mean(0)) / math.sqrt(n - 1)
-    values, vectors = torch.linalg.eigh(a @ a.T if n < dim else a.T @ a)
-    roots = values.clamp_min(0).sqrt()
-    if n < dim:
-        carried = vectors.square() @ roots
-    else:
-        inverse = torch.where(values > values[-1].clamp_min(0) * 1e-10, 1 / roots, 0.0)
-        carried = (a @ vectors).square() @ inverse
-    gap, lengths = mean - reference.mean, z_i.square().sum(1)
-    distance = gap.square().sum() + lengths.sum() / (n - 1) + reference.covariance.trace() - 2 * roots.sum()
-    # tr S and tr T S are the means of their own terms, so centring removes them.
-    influence = 2 * z_i @ gap + lengths - (n - 1) * carried
-    return Figure(max(0.0, distance.item()), influence - influence.mean())

@@ -41,7 +41,7 @@ def _tensorflow1(images: Tensor, size: int) -> Tensor:
         high = (low + 1).clamp_max(length - 1)
         share = (at - low).view(-1, *[1] * (3 - axis))
         below, above = images.index_select(axis, low), images.index_select(axis, high)
-        images = below + (above - below) * share
+        images = above.sub_(below).mul_(share).add_(below)
     return images
 
 
