@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from stepdistill.baselines import BASELINES, get
-from stepdistill.baselines.base import Batch, Pupils
+from stepdistill.baselines.base import Batch, TeacherStudent
 from stepdistill.baselines.classifier import hinton
 from stepdistill.baselines.classifier.data import Labelled, normalise, open_labelled, view
 from stepdistill.baselines.classifier.hinton import Hinton, HintonConfig
@@ -67,9 +67,9 @@ class Fixed(nn.Module):
 def test_weights_are_named_and_the_temperature_is_on_the_soft_term_alone(monkeypatch):
     z, v = torch.tensor([[[0.0, math.log(3.0)]], [[math.log(3.0), 0.0]]], dtype=torch.float64)
     batch = Batch({"pixels": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "labels": torch.tensor([1, 0])}, Draws([1, 2]))
-    lesson = Hinton(temperature=4.0, soft_weight=2.0, hard_weight=3.0, flip=False)
-    models = Pupils(Fixed(z), Fixed(v))
-    loss = lesson.loss("student", batch, models, Clock(0, 1))
+    objective = Hinton(temperature=4.0, soft_weight=2.0, hard_weight=3.0, flip=False)
+    models = TeacherStudent(Fixed(z), Fixed(v))
+    loss = objective.loss("student", batch, models, Clock(0, 1))
     hard = (-math.log(0.75) - math.log(0.25)) / 2
     p = 3**0.25 / (1 + 3**0.25)  # of the likelier class at T = 4
     soft = 4**2 * (p - (1 - p)) * math.log(p / (1 - p))
@@ -77,13 +77,13 @@ def test_weights_are_named_and_the_temperature_is_on_the_soft_term_alone(monkeyp
     assert {k: v.item() for k, v in loss.terms.items()} == pytest.approx({"hard": hard, "soft": soft}, abs=1e-10)
     with monkeypatch.context() as shared:
         shared.setattr(hinton, "masked_mean", lambda values: values.new_tensor(7.0))
-        assert lesson.loss("student", batch, models, Clock(0, 1)).total.item() == (2 + 3) * 7
+        assert objective.loss("student", batch, models, Clock(0, 1)).total.item() == (2 + 3) * 7
     loss.total.backward()
     assert models.teacher.logits.grad is None and models.student.logits.grad is not None
 
 
 def test_a_control_never_asks_the_teacher():
-    models = Pupils(Fixed(torch.zeros(1, 2)))
+    models = TeacherStudent(Fixed(torch.zeros(1, 2)))
     batch = Batch({"pixels": torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "labels": torch.tensor([0])}, Draws([1]))
     loss = Hinton(4.0, 0.0, 1.0, False).loss("student", batch, models, Clock(0, 1))
     assert loss.total.item() == pytest.approx(math.log(2)) and models.teacher is None
@@ -182,40 +182,40 @@ def shapes() -> Labelled:
 def test_a_run_that_was_cut_ends_with_the_same_bits(tmp_path):
     """Includes batch normalisation's running statistics."""
 
-    def pupils() -> Pupils:
-        return Pupils(build("resnet8", 2, 8, seed=1), build("resnet8", 2, 8, seed=2))
+    def teacher_student() -> TeacherStudent:
+        return TeacherStudent(build("resnet8", 2, 8, seed=1), build("resnet8", 2, 8, seed=2))
 
-    lesson = Hinton(2.0, 1.0, 1.0, True)
+    objective = Hinton(2.0, 1.0, 1.0, True)
     config = LoopConfig(out=tmp_path / "whole", max_train_steps=6, batch_size=4, checkpoint_every=3)
-    whole = pupils()
-    learn(lesson, whole, shapes(), config)
+    whole = teacher_student()
+    learn(objective, whole, shapes(), config)
     cut = LoopConfig(out=tmp_path / "cut", max_train_steps=6, batch_size=4, checkpoint_every=3)
-    first = Learner(lesson, pupils(), shapes(), cut)
+    first = Learner(objective, teacher_student(), shapes(), cut)
     for _ in range(3):
         first.step()
     first._save()
-    second = pupils()
-    learn(lesson, second, shapes(), cut)
+    second = teacher_student()
+    learn(objective, second, shapes(), cut)
     for (name, a), b in zip(whole.bare.state_dict().items(), second.bare.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    third = pupils()
-    learn(lesson, third, lambda: pytest.fail("a finished training opens no data"), cut)
+    third = teacher_student()
+    learn(objective, third, lambda: pytest.fail("a finished training opens no data"), cut)
     assert torch.equal(third.bare.head.weight, whole.bare.head.weight) and not third.bare.training
 
 
 def test_a_finished_training_is_loaded_onto_the_runs_device(tmp_path, monkeypatch):
     config = LoopConfig(out=tmp_path, max_train_steps=1, batch_size=4)
-    learn(Hinton(2.0, 1.0, 1.0, True), Pupils(build("resnet8", 2, 8, seed=1), build("resnet8", 2, 8, seed=2)),
+    learn(Hinton(2.0, 1.0, 1.0, True), TeacherStudent(build("resnet8", 2, 8, seed=1), build("resnet8", 2, 8, seed=2)),
           shapes(), config)  # fmt: skip
     monkeypatch.setitem(PartialState._shared_state, "device", torch.device("meta"))
-    again = Pupils(build("resnet8", 2, 8, seed=1), build("resnet8", 2, 8, seed=2))
+    again = TeacherStudent(build("resnet8", 2, 8, seed=1), build("resnet8", 2, 8, seed=2))
     learn(Hinton(2.0, 1.0, 1.0, True), again, shapes(), config)
     assert {p.device.type for network in (again.student, again.teacher) for p in network.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("name", ["resnet8", "timm:test_resnet"])
 def test_a_student_learns_the_toy_data(name, tmp_path):
-    models = Pupils(build(name, 2, 8, seed=1))
+    models = TeacherStudent(build(name, 2, 8, seed=1))
     config = LoopConfig(out=tmp_path, max_train_steps=30, batch_size=8, learning_rate=3e-3)
     learn(Hinton(1.0, 0.0, 1.0, True), models, shapes(), config)
     data = shapes()

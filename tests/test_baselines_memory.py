@@ -8,7 +8,7 @@ from speakers import speaker
 from test_baselines_classifier import shapes
 from test_encoders import MASKING, batch, bert, lines
 
-from stepdistill.baselines.base import Batch, Pupils
+from stepdistill.baselines.base import Batch, TeacherStudent
 from stepdistill.baselines.classifier.hinton import Hinton
 from stepdistill.baselines.classifier.networks import build
 from stepdistill.baselines.language import arithmetic, collect
@@ -60,7 +60,7 @@ def test_a_training_keeps_its_teacher_in_its_precision_and_gives_it_back(tmp_pat
     whole, seen = {name: p.clone() for name, p in teacher.named_parameters()}, []
     teacher.register_forward_hook(lambda module, *_: seen.append((module.head.weight.dtype, student.head.weight.dtype)))
     config = LoopConfig(out=tmp_path, max_train_steps=1, batch_size=4, mixed_precision="bf16")
-    learn(Hinton(2.0, 1.0, 1.0, True), Pupils(student, teacher), shapes(), config)
+    learn(Hinton(2.0, 1.0, 1.0, True), TeacherStudent(student, teacher), shapes(), config)
     assert seen == [(torch.bfloat16, torch.float32)]
     assert all(torch.equal(p, whole[name]) for name, p in teacher.named_parameters())
 
@@ -83,10 +83,10 @@ def test_a_teacher_answers_problems_in_the_precision_of_the_run(tmp_path, monkey
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_activations_that_are_computed_twice_give_the_same_gradients(kind):
     if kind == "bert":
-        network, lesson = MaskedLM(bert()), MaskedModelling(MASKING)
+        network, objective = MaskedLM(bert()), MaskedModelling(MASKING)
         inner, data = network.network.base_model.encoder.layer[0], batch(lines(5, 12, 8), 3)
     else:
-        network, lesson = speaker(kind).network.double(), CrossEntropy()
+        network, objective = speaker(kind).network.double(), CrossEntropy()
         inner = network.model.layers[0] if kind == "llama" else network.transformer.h[0]
         every = torch.ones_like(IDS, dtype=torch.bool)
         data = Batch({"ids": IDS, "attention": every, "counts": every}, Draws.at(0, 0, 2))
@@ -101,7 +101,7 @@ def test_activations_that_are_computed_twice_give_the_same_gradients(kind):
         if twice:
             recompute(network)
         network.zero_grad()
-        lesson.loss("student", data, Pupils(network), CLOCK).total.backward()
+        objective.loss("student", data, TeacherStudent(network), CLOCK).total.backward()
         found.append({name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None})
         data = Batch(data.items, Draws.at(0, 0, len(data["ids"])))
     assert len(calls) == 1 + 2
@@ -112,7 +112,7 @@ def test_activations_that_are_computed_twice_give_the_same_gradients(kind):
 def test_advice_for_a_full_device_is_one_that_is_taken(tmp_path):
     for number, (network, told) in enumerate(((build("resnet8", 2, 8, seed=1), False), (speaker().network, True))):
         config = R1TracesConfig(out=tmp_path / str(number), max_train_steps=1, batch_size=4)
-        run = Learner(Hinton(2.0, 0.0, 1.0, True), Pupils(network), shapes(), config)
+        run = Learner(Hinton(2.0, 0.0, 1.0, True), TeacherStudent(network), shapes(), config)
 
         def full():
             raise torch.OutOfMemoryError

@@ -22,9 +22,9 @@ RECORDED = sorted((Path(__file__).parents[1] / "benchmarks/results/baselines").g
 def test_a_sweep_puts_runs_side_by_side_and_trains_once_what_they_share(tmp_path, capsys, monkeypatch):
     trained, begin = [], Learner.__init__
 
-    def noted(self, lesson, models, data, config):
+    def noted(self, objective, models, data, config):
         trained.append(config.out.relative_to(tmp_path).as_posix())
-        begin(self, lesson, models, data, config)
+        begin(self, objective, models, data, config)
 
     monkeypatch.setattr(Learner, "__init__", noted)
     argv = ["baselines", "sweep", "hinton", "--over", "temperature=1,4", "--quick", *QUICK, "--out", str(tmp_path)]

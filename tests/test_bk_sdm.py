@@ -87,8 +87,8 @@ def test_the_loss_is_the_authors_by_hand(tmp_path, kind):
     models, whole, shape = networks(folder)
     for network in (models.bare, models.teacher):
         network.double()
-    lesson = BlockRemoval(feature_pairs(whole, shape), 0.5, 2.0, 0.25)
-    loss = lesson.loss("student", sample(dtype=torch.float64), models, CLOCK)
+    objective = BlockRemoval(feature_pairs(whole, shape), 0.5, 2.0, 0.25)
+    loss = objective.loss("student", sample(dtype=torch.float64), models, CLOCK)
 
     batch = sample(dtype=torch.float64)
     t, eps = batch.draws.integers(1000), batch.draws.normal(4, 8, 8).double()
@@ -121,13 +121,13 @@ def test_the_loss_is_the_authors_by_hand(tmp_path, kind):
 
 def test_activations_that_are_computed_twice_give_the_same_gradients(deep):
     models, whole, shape = networks(deep)
-    lesson, calls, found = BlockRemoval(feature_pairs(whole, shape)), [], []
+    objective, calls, found = BlockRemoval(feature_pairs(whole, shape)), [], []
     models.bare.up_blocks[0].resnets[0].conv1.register_forward_hook(lambda *_: calls.append(1))
     for twice in (False, True):
         if twice:
             recompute(models.bare)
         models.bare.zero_grad()
-        lesson.loss("student", sample(), models, CLOCK).total.backward()
+        objective.loss("student", sample(), models, CLOCK).total.backward()
         found.append([p.grad.clone() for p in models.bare.parameters()])
     assert len(calls) == 1 + 2
     assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(*found, strict=True))

@@ -11,7 +11,7 @@ from speakers import sentences, speaker, tokenizer
 from test_resume import stop_at
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepdistill.baselines.base import Batch, Pupils
+from stepdistill.baselines.base import Batch, TeacherStudent
 from stepdistill.baselines.language import losses
 from stepdistill.baselines.language.distillm import DistiLLM, DistiLLMConfig, turn
 from stepdistill.baselines.language.generate import Spoken
@@ -32,14 +32,14 @@ def data() -> Tokens:
     return pack(sentences(30), tokenizer(), BLOCK, prompt=PROMPT)
 
 
-def lesson(**changes) -> DistiLLM:
+def objective(**changes) -> DistiLLM:
     settings = {"divergence": "skew_kl", "alpha": 0.1, "look_every": 2, "held": data()[-2:], "prompt": PROMPT,
                 "eos": 2, "pad": 0, "seed": 0}  # fmt: skip
     return DistiLLM(**settings | changes)
 
 
-def pupils(threshold: float, capacity: int = 5) -> Pupils:
-    return Pupils(speaker(seed=1).network, speaker(seed=2).network, replay=Replay(capacity, BLOCK, threshold))
+def teacher_student(threshold: float, capacity: int = 5) -> TeacherStudent:
+    return TeacherStudent(speaker(seed=1).network, speaker(seed=2).network, replay=Replay(capacity, BLOCK, threshold))
 
 
 def spoken(*first: int) -> Spoken:
@@ -119,8 +119,8 @@ def test_rows_are_recalled_by_the_samples_own_numbers_and_only_such_as_there_are
 @pytest.mark.parametrize("alpha", [0.1, 0.3])
 @pytest.mark.parametrize("divergence", ["skew_kl", "skew_reverse_kl"])
 def test_at_threshold_0_the_loss_is_the_skewed_divergence_on_the_text(divergence, alpha):
-    models, rows = pupils(0.0), data().batch([0, 1])
-    own = lesson(divergence=divergence, alpha=alpha)
+    models, rows = teacher_student(0.0), data().batch([0, 1])
+    own = objective(divergence=divergence, alpha=alpha)
     loss = own.loss("student", Batch(rows, Draws.at(0, 0, 2)), models, Clock(1, 10))
     s, t = (logits(m, rows["ids"], rows["attention"])[:, :-1] for m in (models.student, models.teacher))
     hand = getattr(losses, divergence)(s, t, rows["counts"][:, 1:], alpha=alpha)
@@ -129,12 +129,12 @@ def test_at_threshold_0_the_loss_is_the_skewed_divergence_on_the_text(divergence
 
 
 def test_what_the_student_says_is_kept_and_used_again():
-    models, rows = pupils(1.0, capacity=2), Batch(data().batch([0, 1]), Draws.at(0, 0, 2))
-    first = lesson().loss("student", rows, models, Clock(1, 10))
+    models, rows = teacher_student(1.0, capacity=2), Batch(data().batch([0, 1]), Draws.at(0, 0, 2))
+    first = objective().loss("student", rows, models, Clock(1, 10))
     assert "skew_kl_speak" in first.terms and models.replay.filled == 2
     assert torch.equal(models.replay.ids[:, :PROMPT], rows["ids"][:, :PROMPT])
     kept = models.replay.ids.clone()
-    later = lesson().loss("student", Batch(rows.items, Draws.at(0, 2, 2)), models, Clock(10, 10))
+    later = objective().loss("student", Batch(rows.items, Draws.at(0, 2, 2)), models, Clock(10, 10))
     assert "skew_kl_recall" in later.terms and torch.equal(models.replay.ids, kept)
     places = Draws.at(0, 2, 2).integers(2)
     s, t = (logits(m, kept[places], models.replay.attention[places])[:, :-1] for m in (models.student, models.teacher))
@@ -144,17 +144,17 @@ def test_what_the_student_says_is_kept_and_used_again():
 
 def test_the_validation_loss_is_looked_at_once_an_update_and_without_dropout():
     network = speaker("gpt2", resid_pdrop=0.5).network
-    models = Pupils(network, speaker("gpt2", seed=2).network, replay=Replay(5, BLOCK, 0.0))
+    models = TeacherStudent(network, speaker("gpt2", seed=2).network, replay=Replay(5, BLOCK, 0.0))
     quiet = mean_nll(network, data()[-2:])
     network.train()
     rows = Batch(data().batch([0, 1]), Draws.at(0, 0, 2))
-    lesson().loss("student", rows, models, Clock(0, 10))
+    objective().loss("student", rows, models, Clock(0, 10))
     assert models.replay.lowest.item() == pytest.approx(quiet, rel=1e-6) and network.training
     models.replay.lowest.fill_(-1.0)
-    lesson().loss("student", rows, models, Clock(0, 10))  # another batch of the same update
-    lesson().loss("student", rows, models, Clock(1, 10))
+    objective().loss("student", rows, models, Clock(0, 10))  # another batch of the same update
+    objective().loss("student", rows, models, Clock(1, 10))
     assert models.replay.lowest.item() == -1 and models.replay.threshold.item() == 0
-    lesson().loss("student", rows, models, Clock(2, 10))
+    objective().loss("student", rows, models, Clock(2, 10))
     assert models.replay.threshold.item() == pytest.approx(0.1)
 
 
@@ -163,9 +163,9 @@ def test_a_cut_run_goes_on_with_the_same_memory(tmp_path):
     config = LoopConfig(out=tmp_path / "cut", max_train_steps=8, batch_size=2, learning_rate=1e-2, checkpoint_every=3,
                         gradient_accumulation=2, lr_scheduler="cosine")  # fmt: skip
 
-    def start(out) -> tuple[Learner, Pupils]:
-        models = pupils(0.6, capacity=7)
-        return Learner(lesson(), models, data(), dataclasses.replace(config, out=out)), models
+    def start(out) -> tuple[Learner, TeacherStudent]:
+        models = teacher_student(0.6, capacity=7)
+        return Learner(objective(), models, data(), dataclasses.replace(config, out=out)), models
 
     cut, models = start(tmp_path / "cut")
     stop_at(cut, 5)
@@ -178,19 +178,21 @@ def test_a_cut_run_goes_on_with_the_same_memory(tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
     for name, buffer in straight.replay.named_buffers():
         assert torch.equal(buffer, dict(resumed.replay.named_buffers())[name]), name
-    fresh = Learner(lesson(), pupils(0.6, capacity=7), data(), dataclasses.replace(config, out=tmp_path / "cut"))
+    fresh = Learner(
+        objective(), teacher_student(0.6, capacity=7), data(), dataclasses.replace(config, out=tmp_path / "cut")
+    )
     assert fresh.models.replay.filled == 0 < resumed.replay.filled  # it came from the checkpoint
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
     config = LoopConfig(out=tmp_path, max_train_steps=2, batch_size=2)
-    first, again = pupils(0.6), pupils(0.6)
-    seconds = learn(lesson(), first, data(), config)
+    first, again = teacher_student(0.6), teacher_student(0.6)
+    seconds = learn(objective(), first, data(), config)
 
     def never() -> Tokens:
         raise AssertionError("data was asked for")
 
-    assert learn(lesson(), again, never, config) == seconds
+    assert learn(objective(), again, never, config) == seconds
     pairs = zip(first.bare.parameters(), again.bare.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 

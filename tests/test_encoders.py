@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from stepdistill.baselines.base import Batch, Pupils
+from stepdistill.baselines.base import Batch, TeacherStudent
 from stepdistill.baselines.language import encoder_run, encoders, layers, masked, tinybert
 from stepdistill.baselines.language.distilbert import DistilBertConfig
 from stepdistill.baselines.language.labelled import Classifier, Labelled, open_task
@@ -126,8 +126,8 @@ def triple(student, teacher, data: Lines, kl_on: str) -> dict[str, float]:
 @pytest.mark.parametrize("kl_on", ["all", "masked"])
 def test_distilberts_loss_is_its_three_terms_over_what_is_not_padding(kl_on):
     teacher, student, data = bert(4), bert(2, seed=1), lines(5, 12, 8)
-    lesson = DistilBert(MASKING, 2.0, 5.0, 2.0, 1.0, kl_on)
-    loss = lesson.loss("student", batch(data, 3), Pupils(MaskedLM(student), MaskedLM(teacher)), CLOCK)
+    objective = DistilBert(MASKING, 2.0, 5.0, 2.0, 1.0, kl_on)
+    loss = objective.loss("student", batch(data, 3), TeacherStudent(MaskedLM(student), MaskedLM(teacher)), CLOCK)
     truth = triple(student, teacher, data, kl_on)
     assert {name: value.item() for name, value in loss.terms.items()} == pytest.approx(truth, abs=1e-10)
     assert loss.total.item() == pytest.approx(5 * truth["kl"] + 2 * truth["masked"] + truth["cosine"], abs=1e-10)
@@ -140,7 +140,9 @@ def test_distilberts_loss_is_its_three_terms_over_what_is_not_padding(kl_on):
 
 def test_a_batch_in_which_nothing_is_hidden_has_a_loss_of_zero():
     data, nothing = lines(5, 5), Masking(0.0, 12, 4, (0, 1, 2, 3, 4), 23)
-    value = masked.MaskedModelling(nothing).loss("student", batch(data, 2), Pupils(MaskedLM(bert())), CLOCK).total
+    value = (
+        masked.MaskedModelling(nothing).loss("student", batch(data, 2), TeacherStudent(MaskedLM(bert())), CLOCK).total
+    )
     assert value.item() == 0
 
 
@@ -207,7 +209,7 @@ def test_a_student_of_four_layers_follows_every_third_of_twelve():
 def test_the_layers_loss_adds_embeddings_hidden_states_and_attention_of_the_mapped_layers():
     teacher, student, data = bert(4, 12).base_model, bert(2, 8, seed=1).base_model, lines(6, 11)
     widen = Projections(8, 12).double()
-    models = Pupils(student, teacher, projections=widen)
+    models = TeacherStudent(student, teacher, projections=widen)
     loss = Layers().loss("student", batch(data, 2), models, CLOCK)
     items = data.batch([0, 1])
     s, t = (layers.look(body, body, items["ids"], items["attention"]) for body in (student, teacher))
@@ -225,7 +227,7 @@ def test_the_layers_loss_adds_embeddings_hidden_states_and_attention_of_the_mapp
 def test_both_phases_take_the_gradient_of_one_loss_from_one_forward():
     teacher, student, data = bert(4, 12).base_model, bert(2, 8, seed=1).base_model, lines(6, 11)
     widen = Projections(8, 12).double()
-    models, calls = Pupils(student, teacher, projections=widen), []
+    models, calls = TeacherStudent(student, teacher, projections=widen), []
     for network in (student, teacher):
         network.register_forward_hook(lambda *_: calls.append(1))
     joint = Layers().loss("student", batch(data, 2), models, CLOCK).total
@@ -252,7 +254,7 @@ def test_a_tasks_answers_are_learnt_from_the_mean_over_what_is_not_padding():
         hidden = one.body(data.lines.ids, attention_mask=data.lines.attention.long()).last_hidden_state
         logits.append(torch.stack([one.head(hidden[0, :5].mean(0)), one.head(hidden[1].mean(0))]))
     truth = nn.functional.cross_entropy(logits[0], logits[1].softmax(-1))
-    value = Answers(1.0).loss("student", batch(data, 2), Pupils(student, teacher), CLOCK).total
+    value = Answers(1.0).loss("student", batch(data, 2), TeacherStudent(student, teacher), CLOCK).total
     assert value.item() == pytest.approx(truth.item(), abs=1e-10)
 
 
@@ -336,7 +338,7 @@ def test_the_texts_whose_class_is_told_are_spread_over_all_and_the_student_learn
     assert data.spread(None) is data
     seen = {}
 
-    def learnt(lesson, models, data, config):
+    def learnt(objective, models, data, config):
         seen["/".join(config.out.relative_to(tmp_path).parts)] = len(data)
         return 0.0
 

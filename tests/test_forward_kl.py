@@ -6,7 +6,7 @@ import pytest
 import torch
 from speakers import speaker, tokenizer
 
-from stepdistill.baselines.base import Batch, Pupils
+from stepdistill.baselines.base import Batch, TeacherStudent
 from stepdistill.baselines.language.forward_kl import ForwardKL
 from stepdistill.baselines.language.models import logits
 from stepdistill.baselines.language.run import CrossEntropy
@@ -25,12 +25,12 @@ def batch() -> Batch:
     return Batch(rows.batch([0, 1]), Draws.at(0, 0, 2))
 
 
-def pupils() -> Pupils:
-    return Pupils(*(speaker("gpt2", seed=seed).network.double() for seed in (1, 2)))
+def teacher_student() -> TeacherStudent:
+    return TeacherStudent(*(speaker("gpt2", seed=seed).network.double() for seed in (1, 2)))
 
 
 @torch.no_grad()
-def by_hand(models: Pupils, temperature: float) -> tuple[float, float]:
+def by_hand(models: TeacherStudent, temperature: float) -> tuple[float, float]:
     """KL(teacher at T || student at T) and -log S(token), in nats per token that counts."""
     rows = batch()
     s, t = (logits(m, rows["ids"], rows["attention"]) for m in (models.student, models.teacher))
@@ -44,7 +44,7 @@ def by_hand(models: Pupils, temperature: float) -> tuple[float, float]:
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_the_soft_term_has_the_square_of_the_temperature_and_each_its_own_weight(temperature):
-    models = pupils()
+    models = teacher_student()
     loss = ForwardKL(temperature, 0.7, 0.2).loss("student", batch(), models, CLOCK)
     soft, hard = by_hand(models, temperature)
     terms = {name: value.item() for name, value in loss.terms.items()}
@@ -53,14 +53,14 @@ def test_the_soft_term_has_the_square_of_the_temperature_and_each_its_own_weight
 
 
 def test_the_controls_loss_is_the_cross_entropy_with_what_counts():
-    models = pupils()
-    loss = CrossEntropy().loss("student", batch(), Pupils(models.bare), CLOCK)
+    models = teacher_student()
+    loss = CrossEntropy().loss("student", batch(), TeacherStudent(models.bare), CLOCK)
     hard = by_hand(models, 1.0)[1]
     assert loss.total.item() == loss.terms["cross_entropy"].item() == pytest.approx(hard, rel=1e-10)
 
 
 def test_gradients_reach_the_student_alone():
-    models = pupils()
+    models = teacher_student()
     ForwardKL(2.0, 0.5, 0.5).loss("student", batch(), models, CLOCK).total.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in models.bare.parameters())
     assert all(p.grad is None for p in models.teacher.parameters())

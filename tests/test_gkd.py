@@ -8,7 +8,7 @@ import pytest
 import torch
 from speakers import sentences, speaker, tokenizer
 
-from stepdistill.baselines.base import Batch, Pupils
+from stepdistill.baselines.base import Batch, TeacherStudent
 from stepdistill.baselines.language.generate import coin, sample
 from stepdistill.baselines.language.gkd import GKD, GKDConfig
 from stepdistill.baselines.language.models import logits
@@ -29,18 +29,18 @@ def batch() -> Batch:
     return Batch(data().batch([0, 1, 2]), Draws.at(7, 0, 3))
 
 
-def pupils() -> Pupils:
+def teacher_student() -> TeacherStudent:
     """In float64, so that losses equal what is computed by hand."""
-    return Pupils(speaker(seed=1).network.double(), speaker(seed=2).network.double())
+    return TeacherStudent(speaker(seed=1).network.double(), speaker(seed=2).network.double())
 
 
-def lesson(**changes) -> GKD:
+def objective(**changes) -> GKD:
     settings = {"lmbda": 1.0, "beta": 0.3, "temperature": 1.0, "prompt": PROMPT, "eos": 2, "pad": 0, "seed": 0}
     return GKD(**settings | changes)
 
 
 @torch.no_grad()
-def jsd_by_hand(models: Pupils, ids, attention, counts, beta: float) -> list[float]:
+def jsd_by_hand(models: TeacherStudent, ids, attention, counts, beta: float) -> list[float]:
     """The divergence of each token that counts, in float64."""
     s, t = (logits(m, ids, attention).double().softmax(-1) for m in (models.student, models.teacher))
     values = []
@@ -52,8 +52,8 @@ def jsd_by_hand(models: Pupils, ids, attention, counts, beta: float) -> list[flo
 
 
 def test_on_policy_the_mean_is_over_what_the_student_said_up_to_its_first_end():
-    models, given = pupils(), batch()
-    loss = lesson().loss("student", given, models, CLOCK)
+    models, given = teacher_student(), batch()
+    loss = objective().loss("student", given, models, CLOCK)
     spoken = sample([(models.bare, 1.0)], given["ids"][:, :PROMPT], given["attention"][:, :PROMPT], Draws.at(7, 0, 3),
                     new=BLOCK - PROMPT, eos=2, pad=0)  # fmt: skip
     values = jsd_by_hand(models, spoken.ids, spoken.attention, spoken.counts, 0.3)
@@ -63,12 +63,12 @@ def test_on_policy_the_mean_is_over_what_the_student_said_up_to_its_first_end():
 
 def test_over_other_tokens_than_those_said_it_is_another_number():
     """The usual mistakes: counting the prompt, counting all after the end, or dividing the sum by every position."""
-    models, given = pupils(), batch()
+    models, given = teacher_student(), batch()
     models.teacher.load_state_dict(speaker(seed=4).network.state_dict())
     first = sample([(models.bare, 1.0)], given["ids"][:, :PROMPT], given["attention"][:, :PROMPT], Draws.at(7, 0, 3),
                    new=BLOCK - PROMPT, eos=-1, pad=0)  # fmt: skip
     end = first.ids[0, PROMPT + 2].item()  # a token that one of them generates early
-    loss = lesson(eos=end).loss("student", given, models, CLOCK).total.item()
+    loss = objective(eos=end).loss("student", given, models, CLOCK).total.item()
     spoken = sample([(models.bare, 1.0)], given["ids"][:, :PROMPT], given["attention"][:, :PROMPT], Draws.at(7, 0, 3),
                     new=BLOCK - PROMPT, eos=end, pad=0)  # fmt: skip
     values = jsd_by_hand(models, spoken.ids, spoken.attention, spoken.counts, 0.3)
@@ -86,11 +86,11 @@ def test_over_other_tokens_than_those_said_it_is_another_number():
 
 def test_where_the_end_of_text_pads_the_first_end_counts_and_no_other():
     """As for GPT-2, whose padding is known by its place alone."""
-    models, given = pupils(), batch()
+    models, given = teacher_student(), batch()
     whole = sample([(models.bare, 1.0)], given["ids"][:, :PROMPT], given["attention"][:, :PROMPT], Draws.at(7, 0, 3),
                    new=BLOCK - PROMPT, eos=-1, pad=0)  # fmt: skip
     end = whole.ids[0, PROMPT + 2].item()  # a token that one of them generates early
-    loss = lesson(eos=end, pad=end).loss("student", given, models, CLOCK).total.item()
+    loss = objective(eos=end, pad=end).loss("student", given, models, CLOCK).total.item()
     ids, counts = whole.ids.clone(), torch.zeros_like(whole.counts)
     for row in range(3):
         ends = [i for i in range(PROMPT, BLOCK) if ids[row, i] == end][:1] or [BLOCK]
@@ -104,8 +104,8 @@ def test_where_the_end_of_text_pads_the_first_end_counts_and_no_other():
 
 
 def test_the_temperature_is_of_what_the_student_says_and_not_of_the_divergence():
-    models, given = pupils(), batch()
-    loss = lesson(temperature=0.2).loss("student", given, models, CLOCK).total.item()
+    models, given = teacher_student(), batch()
+    loss = objective(temperature=0.2).loss("student", given, models, CLOCK).total.item()
     prompts = given["ids"][:, :PROMPT], given["attention"][:, :PROMPT]
     cold, warm = (
         sample([(models.bare, 1.0)], *prompts, Draws.at(7, 0, 3), new=BLOCK - PROMPT, eos=2, pad=0, temperature=t)
@@ -117,32 +117,32 @@ def test_the_temperature_is_of_what_the_student_says_and_not_of_the_divergence()
 
 
 def test_lambda_is_the_share_of_updates_on_the_students_own_text():
-    models = pupils()
+    models = teacher_student()
     for lmbda in (0.0, 0.4, 1.0):
         terms = [
-            next(iter(lesson(lmbda=lmbda).loss("student", batch(), models, Clock(u, 20)).terms)) for u in range(20)
+            next(iter(objective(lmbda=lmbda).loss("student", batch(), models, Clock(u, 20)).terms)) for u in range(20)
         ]
         assert terms == ["jsd_own" if coin(0, u) < lmbda else "jsd_text" for u in range(20)]
 
 
 def test_off_policy_every_token_of_the_text_but_the_first_counts():
-    models, given = pupils(), batch()
-    loss = lesson(lmbda=0.0).loss("student", given, models, CLOCK)
+    models, given = teacher_student(), batch()
+    loss = objective(lmbda=0.0).loss("student", given, models, CLOCK)
     values = jsd_by_hand(models, given["ids"], given["attention"], given["counts"], 0.3)
     assert len(values) == 3 * (BLOCK - 1)
     assert loss.total.item() == pytest.approx(sum(values) / len(values), abs=1e-10)
 
 
 def test_gradients_reach_the_student_alone():
-    models = pupils()
-    lesson().loss("student", batch(), models, CLOCK).total.backward()
+    models = teacher_student()
+    objective().loss("student", batch(), models, CLOCK).total.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in models.bare.parameters())
     assert all(p.grad is None for p in models.teacher.parameters())
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn():
-    models = Pupils(*(speaker(seed=1).network.double() for _ in range(2)))
-    assert lesson().loss("student", batch(), models, CLOCK).total.item() == pytest.approx(0, abs=1e-12)
+    models = TeacherStudent(*(speaker(seed=1).network.double() for _ in range(2)))
+    assert objective().loss("student", batch(), models, CLOCK).total.item() == pytest.approx(0, abs=1e-12)
 
 
 def test_without_trl_its_trainer_is_refused(monkeypatch):

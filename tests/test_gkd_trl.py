@@ -11,7 +11,7 @@ import pytest
 import torch
 from speakers import sentences, speaker, tokenizer
 
-from stepdistill.baselines.base import Batch, Pupils
+from stepdistill.baselines.base import Batch, TeacherStudent
 from stepdistill.baselines.language.gkd import GKD, GKDConfig
 from stepdistill.baselines.language.models import logits
 from stepdistill.baselines.language.texts import Pair
@@ -53,9 +53,9 @@ def test_trls_trainer_takes_the_same_samples_to_the_same_loss(data, kind, tmp_pa
     assert (trainer.lmbda, trainer.beta, trainer.temperature) == (0.4, 0.3, 0.8)
     assert trainer.generation_config.max_new_tokens == BLOCK - PROMPT
     theirs = trainer.compute_loss(student.network, as_trl(rows, [0, 1, 2])).item()
-    lesson = GKD(lmbda=0.0, beta=0.3, temperature=0.8, prompt=PROMPT, eos=2, pad=0, seed=0)
+    objective = GKD(lmbda=0.0, beta=0.3, temperature=0.8, prompt=PROMPT, eos=2, pad=0, seed=0)
     given = Batch(rows.batch([0, 1, 2]), Draws.at(7, 0, 3))
-    ours = lesson.loss("student", given, Pupils(student.network, teacher.network), Clock(3, 10)).total.item()
+    ours = objective.loss("student", given, TeacherStudent(student.network, teacher.network), Clock(3, 10)).total.item()
     assert math.isclose(theirs, ours, abs_tol=1e-6)
 
 

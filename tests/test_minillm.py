@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from speakers import sentences, speaker, tokenizer
 from test_resume import stop_at
 
-from stepdistill.baselines.base import Batch, Pupils
+from stepdistill.baselines.base import Batch, TeacherStudent
 from stepdistill.baselines.language import losses
 from stepdistill.baselines.language.generate import sample
 from stepdistill.baselines.language.memory import Rollouts
@@ -35,13 +35,13 @@ def data() -> Tokens:
     return pack(sentences(30), tokenizer(), BLOCK, prompt=PROMPT)
 
 
-def lesson(**changes) -> MiniLLM:
+def objective(**changes) -> MiniLLM:
     settings = {"mix": 0.2, "clip": 0.2, "reuse": 3, "corpus_weight": 1.0, "prompt": PROMPT, "eos": 2, "pad": 0}
     return MiniLLM(**settings | changes)
 
 
-def pupils(rows: int = 2) -> Pupils:
-    return Pupils(speaker(seed=1).network, speaker(seed=2).network, rollouts=Rollouts(rows, BLOCK))
+def teacher_student(rows: int = 2) -> TeacherStudent:
+    return TeacherStudent(speaker(seed=1).network, speaker(seed=2).network, rollouts=Rollouts(rows, BLOCK))
 
 
 def batch(first: int = 0) -> Batch:
@@ -94,7 +94,7 @@ def test_a_ratio_beyond_the_clip_pulls_no_further(ratio, advantage, value, slope
 @pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 def test_both_losses_are_their_sums_written_out(pieces, dtype, rel):
     given = {name: x.to(dtype) if x.is_floating_point() else x for name, x in pieces.items()}
-    single, long = lesson().pieces(**given)
+    single, long = objective().pieces(**given)
     assert single.dtype == long.dtype == dtype
     kept = pieces["mask"].nonzero().tolist()
     p, q = (pieces[n].double().softmax(-1) for n in ("answers", "says"))
@@ -121,7 +121,7 @@ def test_of_ones_own_words_the_gradient_is_that_of_the_policy(pieces):
     """Without a teacher in the mixture and before any update, weights and ratios are 1, which leaves -A ∇log q."""
     says = pieces["says"].clone().requires_grad_(True)
     own = {**pieces, "says": says, "log_q": log_likelihood(pieces["says"], pieces["labels"])}
-    _, long = lesson(mix=1e-9).pieces(**own)
+    _, long = objective(mix=1e-9).pieces(**own)
     (ours,) = torch.autograd.grad(long, says)
     plain = -(own["advantage"] * log_likelihood(says, own["labels"]))[own["mask"]].mean()
     (hand,) = torch.autograd.grad(plain, says)
@@ -129,10 +129,10 @@ def test_of_ones_own_words_the_gradient_is_that_of_the_policy(pieces):
 
 
 def test_texts_are_said_once_and_used_three_times_with_what_held_when_they_were_said():
-    models = pupils()
+    models = teacher_student()
     seen = []
     for update in range(4):
-        lesson().loss("student", batch(2 * update), models, Clock(update, 10))
+        objective().loss("student", batch(2 * update), models, Clock(update, 10))
         seen.append({name: value.clone() for name, value in models.rollouts.named_buffers()})
         with torch.no_grad():
             for p in models.bare.parameters():
@@ -143,8 +143,8 @@ def test_texts_are_said_once_and_used_three_times_with_what_held_when_they_were_
 
 
 def test_kept_likelihoods_are_those_of_the_two_who_spoke():
-    models = pupils()
-    loss = lesson().loss("student", batch(), models, Clock(0, 10))
+    models = teacher_student()
+    loss = objective().loss("student", batch(), models, Clock(0, 10))
     rolls = models.rollouts
     for name, network in (("log_p", models.teacher), ("log_q", models.bare)):
         said = logits(network, rolls.ids, rolls.attention)[:, :-1].double().log_softmax(-1)
@@ -165,8 +165,8 @@ def test_kept_likelihoods_are_those_of_the_two_who_spoke():
 
 
 def test_a_fifth_of_what_is_said_is_the_teachers():
-    models, rows = pupils(), batch()
-    spoken, *_ = lesson().speak(rows, models)
+    models, rows = teacher_student(), batch()
+    spoken, *_ = objective().speak(rows, models)
     prompts = rows["ids"][:, :PROMPT], rows["attention"][:, :PROMPT]
     hand, swapped = (
         sample([(models.teacher, share), (models.bare, 1 - share)], *prompts, Draws.at(0, 0, 2), new=BLOCK - PROMPT,
@@ -178,7 +178,7 @@ def test_a_fifth_of_what_is_said_is_the_teachers():
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 3.0])
 def test_the_text_weighs_as_much_as_is_asked_for(weight):
-    loss = lesson(corpus_weight=weight).loss("student", batch(), pupils(), Clock(0, 10))
+    loss = objective(corpus_weight=weight).loss("student", batch(), teacher_student(), Clock(0, 10))
     terms = {name: value.item() for name, value in loss.terms.items()}
     whole = terms["single"] + terms["long"] + weight * terms["cross_entropy"]
     assert loss.total.item() == pytest.approx(whole, rel=1e-6) and terms["cross_entropy"] > 1
@@ -188,7 +188,7 @@ def learner(place: Path, accumulation: int, size: int) -> Learner:
     """A learner whose updates are of four texts that never end, so that all batches have as many tokens."""
     config = LoopConfig(out=place, max_train_steps=4, batch_size=size, gradient_accumulation=accumulation,
                         learning_rate=1e-2, adam_epsilon=1e-3)  # fmt: skip
-    return Learner(lesson(eos=-1), pupils(rows=4), data(), config)
+    return Learner(objective(eos=-1), teacher_student(rows=4), data(), config)
 
 
 def test_batches_of_an_update_have_texts_of_their_own(tmp_path):
@@ -214,9 +214,9 @@ def test_an_update_in_two_batches_is_that_of_one(tmp_path):
 def test_an_update_on_two_processes_is_that_of_one(tmp_path, monkeypatch):
     """One after the other: what `gather` returns on both is what each of them says alone."""
     run = learner(tmp_path, 1, 4)
-    whole = lesson(eos=-1).loss("student", run.batch(0), run.models, Clock(0, 10))
+    whole = objective(eos=-1).loss("student", run.batch(0), run.models, Clock(0, 10))
     own = [Batch(data().batch(sample_indices(0, n, 2, len(data()))), Draws.at(0, n, 2)) for n in (0, 2)]
-    said = [lesson(eos=-1).speak(part, pupils()) for part in own]
+    said = [objective(eos=-1).speak(part, teacher_student()) for part in own]
     found = []
     for rank, part in enumerate(own):
         texts, *likelihoods = zip(*said, strict=True)
@@ -225,15 +225,15 @@ def test_an_update_on_two_processes_is_that_of_one(tmp_path, monkeypatch):
         monkeypatch.setattr("accelerate.utils.gather", lambda _, gathered=gathered: next(gathered))
         state = SimpleNamespace(num_processes=2, process_index=rank)
         monkeypatch.setattr("accelerate.PartialState", lambda state=state: state)
-        found.append(lesson(eos=-1).loss("student", part, pupils(rows=4), Clock(0, 10)))
+        found.append(objective(eos=-1).loss("student", part, teacher_student(rows=4), Clock(0, 10)))
     for name in ("single", "long", "cross_entropy"):
         mean = sum(loss.terms[name].item() for loss in found) / 2
         assert mean == pytest.approx(whole.terms[name].item(), rel=1e-5), name
 
 
 def test_gradients_reach_the_student_alone():
-    models = pupils()
-    lesson().loss("student", batch(), models, Clock(0, 10)).total.backward()
+    models = teacher_student()
+    objective().loss("student", batch(), models, Clock(0, 10)).total.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in models.bare.parameters())
     assert all(p.grad is None for p in models.teacher.parameters())
 
@@ -244,8 +244,8 @@ def test_a_cut_between_uses_of_the_same_texts_changes_nothing(tmp_path, accumula
                         gradient_accumulation=accumulation)  # fmt: skip
 
     def start(name: str) -> Learner:
-        models = pupils(rows=2 * accumulation)
-        return Learner(lesson(), models, data(), dataclasses.replace(config, out=tmp_path / name))
+        models = teacher_student(rows=2 * accumulation)
+        return Learner(objective(), models, data(), dataclasses.replace(config, out=tmp_path / name))
 
     stop_at(start("cut"), 5)  # resumes from update 4, whose texts are from update 3
     start("cut").fit()

@@ -226,7 +226,7 @@ def test_a_control_learns_bare_answers_and_what_is_too_long_for_the_student_is_c
     monkeypatch.setattr(collect, "answer", short_and_long)
     learnt = {}
 
-    def noted(lesson, models, rows, config):
+    def noted(objective, models, rows, config):
         learnt[config.out.name] = rows
         return 0.0
 

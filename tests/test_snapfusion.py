@@ -96,8 +96,8 @@ def test_the_target_is_where_two_guided_ddim_steps_of_the_teacher_lead(kind, sca
 @pytest.mark.parametrize("guided", [False, True])
 def test_the_distillation_loss_is_equation_9_by_hand(guided):
     teacher, student = Affine(SCHEDULE, 0.8, "v"), Affine(SCHEDULE, 0.5, "v")
-    lesson = CFGAware(4, (2.0, 14.0), float(guided), original_weight=0.0)
-    loss = lesson.loss("student", sample(), duo(teacher, student), Clock(0, 1))
+    objective = CFGAware(4, (2.0, 14.0), float(guided), original_weight=0.0)
+    loss = objective.loss("student", sample(), duo(teacher, student), Clock(0, 1))
     assert set(loss.terms) == {"guided" if guided else "vanilla"}
 
     batch = sample()
@@ -118,8 +118,8 @@ def test_the_distillation_loss_is_equation_9_by_hand(guided):
 def test_the_original_loss_is_added_with_gamma_brought_to_size_or_as_it_is(balanced):
     teacher, student = Affine(SCHEDULE, 0.8, "v"), Affine(SCHEDULE, 0.5, "v")
     models = duo(teacher, student)
-    lesson = CFGAware(4, guided_share=0.0, original_weight=0.2, balanced=balanced)
-    loss = lesson.loss("student", sample(), models, Clock(0, 1))
+    objective = CFGAware(4, guided_share=0.0, original_weight=0.2, balanced=balanced)
+    loss = objective.loss("student", sample(), models, Clock(0, 1))
     first, original = loss.terms["vanilla"], loss.terms["original"]
     after = sample()
     for draw in ("integers", "uniform", "normal"):  # skips the distillation's draws
@@ -146,8 +146,8 @@ def _moved() -> Batch:
 
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.1, 100), (0.2, 200), (0.35, 350), (1.0, 1000)])
 def test_guided_updates_are_their_share_of_all_evenly_spread(share, count):
-    lesson = CFGAware(8, guided_share=share)
-    updates = [u for u in range(1000) if lesson.guided(u)]
+    objective = CFGAware(8, guided_share=share)
+    updates = [u for u in range(1000) if objective.guided(u)]
     assert len(updates) == count
     gaps = {b - a for a, b in itertools.pairwise(updates)}
     assert max(gaps, default=1) - min(gaps, default=1) <= 1

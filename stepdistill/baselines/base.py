@@ -103,19 +103,19 @@ class Batch:
         return self._made[name]
 
 
-class Lesson:
+class Objective:
     """A baseline's loss: a frozen dataclass without network, optimizer, device or state."""
 
     def phases(self, clock: Clock) -> tuple[str, ...]:
         """Returns the roles trained in this update, in order."""
         return ("student",)
 
-    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+    def loss(self, phase: str, batch: Batch, models: TeacherStudent, clock: Clock) -> Loss:
         """Returns the loss of one phase."""
         raise NotImplementedError
 
 
-class Pupils(Networks):
+class TeacherStudent(Networks):
     """A student, its frozen teacher, and other networks trained with it, such as projections.
 
     Attributes:

@@ -11,7 +11,7 @@ from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from stepdistill.baselines.base import Batch, Data, Lesson, Pupils
+from stepdistill.baselines.base import Batch, Data, Objective, TeacherStudent
 from stepdistill.baselines.less_memory import halved, recompute, recomputes
 from stepdistill.draws import Draws, mix
 from stepdistill.errors import InputError
@@ -27,17 +27,17 @@ class Learner(Loop):
     """Trains `models.student` in place; its weights go to `<out>/weights/student.safetensors`.
 
     Args:
-        lesson: the loss. data: see Data. config: see LoopConfig.
+        objective: the loss. data: see Data. config: see LoopConfig.
     """
 
-    models: Pupils
+    models: TeacherStudent
 
-    def __init__(self, lesson: Lesson, models: Pupils, data: Data, config: LoopConfig) -> None:
+    def __init__(self, objective: Objective, models: TeacherStudent, data: Data, config: LoopConfig) -> None:
         if got := "FSDP2" * sharding.asked_for() or "DEEPSPEED" * bool(zero.asked_for()):
             raise InputError(f"accelerate: got {got}; allowed: one process, or several with all weights each")
         if len(data) < 1:
             raise InputError("data: got no samples; allowed: one or more")
-        super().__init__(lesson, config)
+        super().__init__(objective, config)
         self.models, self.data = models, data
         models.to(self.device)
         models.bare.train()
@@ -97,7 +97,7 @@ class Learner(Loop):
         return self.target
 
 
-def learn(lesson: Lesson, models: Pupils, data: Data | Callable[[], Data], config: LoopConfig) -> float:
+def learn(objective: Objective, models: TeacherStudent, data: Data | Callable[[], Data], config: LoopConfig) -> float:
     """Trains `models.student` in place, resuming an earlier run of the same command. It ends in evaluation mode, full
     precision and on the run's device, as it does if its weights are only loaded.
 
@@ -115,7 +115,7 @@ def learn(lesson: Lesson, models: Pupils, data: Data | Callable[[], Data], confi
     if done is None:
         found = data() if callable(data) else data  # the teacher may have to generate it
         with halved(models.teacher, config.mixed_precision):
-            Learner(lesson, models, found, config).fit()
+            Learner(objective, models, found, config).fit()
     else:
         folder.claim(config, world().num_processes, write=False)
         load_model(models.bare, str(done / "student.safetensors"))

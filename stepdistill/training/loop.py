@@ -55,7 +55,7 @@ class Learned(Protocol):
         """Called after each update."""
 
 
-class Lesson(Protocol):
+class Objective(Protocol):
     """What a loop requires of a method: what is trained in an update, and with which loss."""
 
     def phases(self, clock: Clock) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ class Loop:
 
     models: Learned
 
-    def __init__(self, method: Lesson, config: LoopConfig) -> None:
+    def __init__(self, method: Objective, config: LoopConfig) -> None:
         config.check()
         self.method, self.config = method, config
         self.out = Path(config.out)

@@ -21,7 +21,7 @@ from stepdistill.baselines.architecture.config import ArchitectureConfig
 from stepdistill.baselines.architecture.contest import Contest
 from stepdistill.baselines.architecture.prune import Shape, origin
 from stepdistill.baselines.architecture.unets import UNets, Untaught, dropped, noised
-from stepdistill.baselines.base import Batch, Lesson
+from stepdistill.baselines.base import Batch, Objective
 from stepdistill.baselines.reduce import masked_mean, wide
 from stepdistill.baselines.results import Results
 from stepdistill.errors import InputError
@@ -91,7 +91,7 @@ def feature_distance(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], pa
 
 
 @dataclass(frozen=True)
-class BlockRemoval(Lesson):
+class BlockRemoval(Objective):
     """task_weight |y - y*|² + output_weight |y - y_T|² + feature_weight Σ |f - f_T|², all means, the last summed over
     blocks (section 3.2). y* is the target from the data in the teacher's prediction type, eps or v."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.baselines.architecture.unets import UNets, conditions, task_loss
-from stepdistill.baselines.base import Batch, Lesson
+from stepdistill.baselines.base import Batch, Objective
 from stepdistill.baselines.reduce import masked_mean
 from stepdistill.methods.base import Clock, Loss
 from stepdistill.methods.progressive import Progressive, halving_times, on_grid, two_step_x0, x0_of
@@ -16,7 +16,7 @@ from stepdistill.schedules import match
 
 
 @dataclass(frozen=True)
-class CFGAware(Lesson):
+class CFGAware(Objective):
     """L = L_dstl + gamma L_ori (equation 11), at the times of `steps` steps.
 
     L_dstl is max(SNR, 1) |x0 - x0~|², x0~ where the teacher's two DDIM steps go (equation 9). In a share `guided_share`

@@ -14,7 +14,7 @@ from stepdistill import embedded
 from stepdistill.baselines.architecture.measure import call_times, held_out, pictures
 from stepdistill.baselines.architecture.prune import Shape, fresh, pruned
 from stepdistill.baselines.architecture.unets import Samples, UNets
-from stepdistill.baselines.base import Lesson
+from stepdistill.baselines.base import Objective
 from stepdistill.baselines.learner import learn
 from stepdistill.baselines.results import Results, Row, count_parameters
 from stepdistill.denoiser.load import find
@@ -66,8 +66,8 @@ class Contest:
     extra: Callable[[nn.Module], dict[str, float]] = field(default=lambda unet: {})
     note: str = ""
 
-    def run(self, lessons: Mapping[str, Lesson]) -> Results:
-        """Trains and measures, for each seed, a network with the lesson of each role."""
+    def run(self, objectives: Mapping[str, Objective]) -> Results:
+        """Trains and measures, for each seed, a network with the objective of each role."""
         config, teacher = self.config, self.teacher
         results = Results(
             self.method,
@@ -81,10 +81,10 @@ class Contest:
         results.rows.append(self._row("teacher", config.teacher, whole, source, self.teacher_steps or self.steps))
         results.rows.append(self._row("before", self.name, pruned(whole, self.shape, config.seeds[0])))
         for seed in config.seeds:
-            for role, lesson in lessons.items():
+            for role, objective in objectives.items():
                 unet = self.start(role, seed)
                 models = UNets(teacher.denoiser, unet, alone=role == "control")
-                seconds = learn(lesson, models, self.train, config.part(f"{role}-{seed}", seed=seed))
+                seconds = learn(objective, models, self.train, config.part(f"{role}-{seed}", seed=seed))
                 place = exported(config.out, role, seed)
                 if not config.dry_run:
                     self._export(unet, place, seconds)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from stepdistill.baselines.base import Batch, Lesson, Pupils
+from stepdistill.baselines.base import Batch, Objective, TeacherStudent
 from stepdistill.baselines.reduce import masked_mean
 from stepdistill.conditioning.base import expand
 from stepdistill.data.cache import LatentCache
@@ -45,7 +45,7 @@ class Samples:
         return self.cache.captions[self.first : self.first + self.count]
 
 
-class UNets(Pupils):
+class UNets(TeacherStudent):
     """A student UNet and its teacher; a control has none.
 
     Args:
@@ -96,7 +96,7 @@ def task_loss(student: Denoiser, batch: Batch, caption_dropout: float) -> Tensor
 
 
 @dataclass(frozen=True)
-class Untaught(Lesson):
+class Untaught(Objective):
     """The usual training loss of a diffusion model, without a teacher: a control's."""
 
     caption_dropout: float

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from stepdistill.baselines.base import BaselineConfig, Batch, Lesson, Pupils
+from stepdistill.baselines.base import BaselineConfig, Batch, Objective, TeacherStudent
 from stepdistill.baselines.classifier.data import Labelled, normalise, open_labelled, view
 from stepdistill.baselines.classifier.networks import build
 from stepdistill.baselines.divergence import softened_kl
@@ -29,7 +29,7 @@ from stepdistill.methods.base import Clock, Loss
 
 
 @dataclass(frozen=True)
-class Hinton(Lesson):
+class Hinton(Objective):
     """soft_weight T² KL(teacher_T ‖ student_T) + hard_weight cross-entropy; the control uses only the latter."""
 
     temperature: float
@@ -37,7 +37,7 @@ class Hinton(Lesson):
     hard_weight: float
     flip: bool
 
-    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+    def loss(self, phase: str, batch: Batch, models: TeacherStudent, clock: Clock) -> Loss:
         """The loss of the student. Teacher and student see the same view."""
         pixels = view(batch["pixels"], batch.draws, self.flip)
         logits = models.student(pixels)
@@ -132,16 +132,17 @@ class HintonConfig(BaselineConfig):
         build(self.student, classes, side, seed=0)  # reports a wrong name before anything is trained
         teacher = build(self.teacher, classes, side, seed=self.seed)
         config = self.part("teacher", max_train_steps=self.teacher_steps)
-        results.rows.append(_row("teacher", self.teacher, teacher, learn(plain, Pupils(teacher), train, config), held))
-        lessons = {
+        seconds = learn(plain, TeacherStudent(teacher), train, config)
+        results.rows.append(_row("teacher", self.teacher, teacher, seconds, held))
+        objectives = {
             "control": plain,
             "student": dataclasses.replace(plain, soft_weight=self.soft_weight, hard_weight=self.hard_weight),
         }
         for seed in self.seeds:
-            for role, lesson in lessons.items():
+            for role, objective in objectives.items():
                 network = build(self.student, classes, side, seed=seed)
-                models = Pupils(network, teacher if role == "student" else None)
-                seconds = learn(lesson, models, train, self.part(f"{role}-{seed}", seed=seed))
+                models = TeacherStudent(network, teacher if role == "student" else None)
+                seconds = learn(objective, models, train, self.part(f"{role}-{seed}", seed=seed))
                 results.rows.append(_row(role, self.student, network, seconds, held, seed))
         return results
 

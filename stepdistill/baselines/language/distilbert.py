@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from stepdistill.baselines.base import Pupils
+from stepdistill.baselines.base import TeacherStudent
 from stepdistill.baselines.language.encoder_run import EncoderConfig
 from stepdistill.baselines.language.encoders import MaskedLM, shape
 from stepdistill.baselines.language.masked import MaskedModelling, cut_lines, told_right
@@ -114,13 +114,13 @@ class DistilBertConfig(EncoderConfig):
 
         add("teacher", teacher, seconds)
         weights = (self.temperature, self.kl_weight, self.mlm_weight, self.cosine_weight)
-        lessons = {"control": MaskedModelling(masking), "student": DistilBert(masking, *weights, self.kl_on)}
+        objectives = {"control": MaskedModelling(masking), "student": DistilBert(masking, *weights, self.kl_on)}
         for seed in self.seeds:
             add("before", self._begin(teacher, kept, seed), seed=seed)
-            for role, lesson in lessons.items():
+            for role, objective in objectives.items():
                 network, part = self._begin(teacher, kept, seed), self.part(f"{role}-{seed}", seed=seed)
-                models = Pupils(network, teacher if role == "student" else None)
-                add(role, network, learn(lesson, models, train, part), seed)
+                models = TeacherStudent(network, teacher if role == "student" else None)
+                add(role, network, learn(objective, models, train, part), seed)
                 if role == "student" and not self.dry_run and state.is_main_process:
                     save(network.network, encoder.tokenizer, part.out / "model")
         return results

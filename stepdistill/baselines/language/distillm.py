@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from stepdistill.baselines.base import Batch, Lesson, Pupils
+from stepdistill.baselines.base import Batch, Objective, TeacherStudent
 from stepdistill.baselines.language import losses
 from stepdistill.baselines.language.corpus import Corpus
 from stepdistill.baselines.language.generate import coin, evaluating, sample
@@ -40,7 +40,7 @@ def turn(share: float, threshold: float, progress: float, full: bool) -> Literal
 
 
 @dataclass(frozen=True)
-class DistiLLM(Lesson):
+class DistiLLM(Objective):
     """A skewed divergence, on the text or on the student's own, kept or new.
 
     Attributes:
@@ -57,7 +57,7 @@ class DistiLLM(Lesson):
     pad: int
     seed: int
 
-    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+    def loss(self, phase: str, batch: Batch, models: TeacherStudent, clock: Clock) -> Loss:
         """The loss of the student; its text and the validation loss are kept in `models.replay`."""
         replay: Replay = models.replay
         if clock.update % self.look_every == 0 and replay.looked.item() != clock.update:
@@ -120,7 +120,7 @@ class DistiLLMConfig(DecoderConfig):
         self.require("threshold", least=0, most=1, fix="the paper begins with 0")
         self.require("look_every", "capacity", least=1)
 
-    def lesson(self, teacher: Decoder, corpus: Corpus) -> DistiLLM:
+    def objective(self, teacher: Decoder, corpus: Corpus) -> DistiLLM:
         """The loss of the student."""
         return DistiLLM(self.divergence, self.alpha, self.look_every, corpus.validation, self.prompt, teacher.eos,
                         teacher.pad, self.seed)  # fmt: skip

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from stepdistill.baselines.base import BaselineConfig, Pupils
+from stepdistill.baselines.base import BaselineConfig, TeacherStudent
 from stepdistill.baselines.language import masked
 from stepdistill.baselines.language.encoders import Encoder, MaskedLM, open_encoder
 from stepdistill.baselines.language.masked import Lines, MaskedModelling, Masking
@@ -72,4 +72,4 @@ class EncoderConfig(BaselineConfig):
     def pretrain(self, network: MaskedLM, opened: Opened) -> float:
         """Trains the teacher on masked tokens, in place; returns the seconds of training."""
         config = self.part("teacher", max_train_steps=self.teacher_steps, learning_rate=self.teacher_learning_rate)
-        return learn(MaskedModelling(opened.masking), Pupils(network), opened.text, config)
+        return learn(MaskedModelling(opened.masking), TeacherStudent(network), opened.text, config)

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from stepdistill.baselines.base import Batch, Lesson, Pupils
+from stepdistill.baselines.base import Batch, Objective, TeacherStudent
 from stepdistill.baselines.language import losses
 from stepdistill.baselines.language.corpus import Corpus
 from stepdistill.baselines.language.models import Decoder, logits
@@ -24,14 +24,14 @@ from stepdistill.methods.base import Clock, Loss
 
 
 @dataclass(frozen=True)
-class ForwardKL(Lesson):
+class ForwardKL(Objective):
     """soft_weight T² KL(teacher at T ‖ student at T) + hard_weight cross-entropy, over the tokens of the text."""
 
     temperature: float
     soft_weight: float
     hard_weight: float
 
-    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+    def loss(self, phase: str, batch: Batch, models: TeacherStudent, clock: Clock) -> Loss:
         """The loss of the student."""
         ids, attention = batch["ids"], batch["attention"]
         with torch.no_grad():
@@ -71,6 +71,6 @@ class ForwardKLConfig(DecoderConfig):
         if not self.soft_weight + self.hard_weight:
             raise InputError("soft_weight, hard_weight: got 0 and 0; allowed: one of them above 0; raise it")
 
-    def lesson(self, teacher: Decoder, corpus: Corpus) -> ForwardKL:
+    def objective(self, teacher: Decoder, corpus: Corpus) -> ForwardKL:
         """The loss of the student."""
         return ForwardKL(self.temperature, self.soft_weight, self.hard_weight)

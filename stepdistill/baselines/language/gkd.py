@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from stepdistill.baselines.base import Batch, Lesson, Pupils
+from stepdistill.baselines.base import Batch, Objective, TeacherStudent
 from stepdistill.baselines.language import losses
 from stepdistill.baselines.language.corpus import Corpus
 from stepdistill.baselines.language.generate import coin, sample
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class GKD(Lesson):
+class GKD(Objective):
     """D_β(teacher, student) on the student's own text with probability λ, else on the batch's; no gradient passes
     through sampling.
 
@@ -47,7 +47,7 @@ class GKD(Lesson):
     pad: int
     seed: int
 
-    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+    def loss(self, phase: str, batch: Batch, models: TeacherStudent, clock: Clock) -> Loss:
         """The loss of the student."""
         ids, attention, counts = batch["ids"], batch["attention"], batch["counts"]
         own = coin(self.seed, clock.update) < self.lmbda
@@ -95,7 +95,7 @@ class GKDConfig(DecoderConfig):
         if self.trainer == "trl" and importlib.util.find_spec("trl") is None:
             raise InputError("trainer: got trl, but trl is not installed; pip install 'stepdistill[trl]', or take own")
 
-    def lesson(self, teacher: Decoder, corpus: Corpus) -> GKD:
+    def objective(self, teacher: Decoder, corpus: Corpus) -> GKD:
         """The loss of the student."""
         return GKD(self.lmbda, self.beta, self.temperature, self.prompt, teacher.eos, teacher.pad, self.seed)
 

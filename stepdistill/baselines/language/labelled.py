@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from stepdistill.baselines.base import Batch, Lesson, Pupils
+from stepdistill.baselines.base import Batch, Objective, TeacherStudent
 from stepdistill.baselines.language.masked import Lines, surround
 from stepdistill.baselines.language.texts import held_apart, read_file, read_table
 from stepdistill.baselines.reduce import masked_mean, wide
@@ -86,10 +86,10 @@ class Classifier(nn.Module):
 
 
 @dataclass(frozen=True)
-class Classify(Lesson):
+class Classify(Objective):
     """Cross-entropy with the classes: the loss of task teachers and controls."""
 
-    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+    def loss(self, phase: str, batch: Batch, models: TeacherStudent, clock: Clock) -> Loss:
         """The mean over the texts."""
         logits = models.student(batch["ids"], batch["attention"])
         value = masked_mean(nn.functional.cross_entropy(wide(logits), batch["labels"], reduction="none"))

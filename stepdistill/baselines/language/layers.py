@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stepdistill.baselines.base import Batch, Lesson, Pupils
+from stepdistill.baselines.base import Batch, Objective, TeacherStudent
 from stepdistill.baselines.reduce import masked_mean, wide
 from stepdistill.hooks import listening
 from stepdistill.methods.base import Clock, Loss
@@ -95,7 +95,7 @@ class Projections(nn.Module):
 
 
 @dataclass(frozen=True)
-class Layers(Lesson):
+class Layers(Objective):
     """Σ over the student's layers m: embeddings (m = 0), hidden states and attention against the teacher's g(m).
 
     The projections are trained with the same forward, in a separate phase.
@@ -105,7 +105,7 @@ class Layers(Lesson):
         """The student, then the projections."""
         return ("student", "projections")
 
-    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+    def loss(self, phase: str, batch: Batch, models: TeacherStudent, clock: Clock) -> Loss:
         """The loss of the student, or of the projections."""
         attention = batch["attention"]
         student, teacher = batch.once("seen", lambda: self._look(batch, models))
@@ -120,7 +120,7 @@ class Layers(Lesson):
         terms["attention"] = sum(attention_loss(x, teacher.scores[place - 1], attention) for x, place in pairs)
         return Loss(sum(terms.values()), terms)
 
-    def _look(self, batch: Batch, models: Pupils) -> tuple[Seen, Seen]:
+    def _look(self, batch: Batch, models: TeacherStudent) -> tuple[Seen, Seen]:
         items = batch["ids"], batch["attention"]
         with torch.no_grad():
             teacher = look(models.teacher, models.teacher, *items)
@@ -128,12 +128,12 @@ class Layers(Lesson):
 
 
 @dataclass(frozen=True)
-class Answers(Lesson):
+class Answers(Objective):
     """The teacher's softened outputs on the task."""
 
     temperature: float
 
-    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+    def loss(self, phase: str, batch: Batch, models: TeacherStudent, clock: Clock) -> Loss:
         """The loss of the student."""
         items = batch["ids"], batch["attention"]
         with torch.no_grad():

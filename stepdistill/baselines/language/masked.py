@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from stepdistill.baselines.base import Batch, Lesson, Pupils
+from stepdistill.baselines.base import Batch, Objective, TeacherStudent
 from stepdistill.baselines.language.encoders import MaskedLM
 from stepdistill.baselines.reduce import masked_mean, wide
 from stepdistill.draws import Draws
@@ -72,12 +72,12 @@ class Masking:
 
 
 @dataclass(frozen=True)
-class MaskedModelling(Lesson):
+class MaskedModelling(Objective):
     """-log p(masked tokens | masked input): the loss of teachers without a head, and of controls."""
 
     masking: Masking
 
-    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+    def loss(self, phase: str, batch: Batch, models: TeacherStudent, clock: Clock) -> Loss:
         """The mean over the masked tokens."""
         shown, told = self.masking(batch["ids"], batch["attention"], batch.draws)
         _, logits = models.student(shown, batch["attention"], told)

@@ -50,7 +50,7 @@ class MiniLLMConfig(DecoderConfig):
         self.require("reuse", least=1, fix="the authors use 4")
         self.require("corpus_weight", least=0, fix="the paper uses 1")
 
-    def lesson(self, teacher: Decoder, corpus: Corpus) -> MiniLLM:
+    def objective(self, teacher: Decoder, corpus: Corpus) -> MiniLLM:
         """The loss of the student."""
         return MiniLLM(self.mix, self.clip, self.reuse, self.corpus_weight, self.prompt, teacher.eos, teacher.pad)
 

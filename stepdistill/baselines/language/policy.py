@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stepdistill.baselines.base import Batch, Lesson, Pupils
+from stepdistill.baselines.base import Batch, Objective, TeacherStudent
 from stepdistill.baselines.divergence import kl
 from stepdistill.baselines.language import losses
 from stepdistill.baselines.language.generate import Spoken, evaluating, sample
@@ -51,7 +51,7 @@ def log_likelihood(said: Tensor, labels: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class MiniLLM(Lesson):
+class MiniLLM(Objective):
     """Single + long + corpus_weight × L_PT (section 2.2, algorithm 1):
 
         p̃ = mix p + (1 - mix) q,   w_t = q_old / p̃,   r_t = log p - log q_old   at the sampled token y_t ~ p̃
@@ -73,7 +73,7 @@ class MiniLLM(Lesson):
     eos: int
     pad: int
 
-    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+    def loss(self, phase: str, batch: Batch, models: TeacherStudent, clock: Clock) -> Loss:
         """The loss of the student; the texts are kept in `models.rollouts`."""
         rolls: Rollouts = models.rollouts
         if clock.update % self.reuse == 0 and rolls.at_start:
@@ -117,7 +117,7 @@ class MiniLLM(Lesson):
         return single, long
 
     @torch.no_grad()
-    def speak(self, batch: Batch, models: Pupils) -> tuple[Spoken, Tensor, Tensor]:
+    def speak(self, batch: Batch, models: TeacherStudent) -> tuple[Spoken, Tensor, Tensor]:
         """Texts sampled from the mixture, and log p and log q of their tokens."""
         prompt, attention = batch["ids"][:, : self.prompt], batch["attention"][:, : self.prompt]
         spoken = sample(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from stepdistill.baselines.base import BaselineConfig, Pupils
+from stepdistill.baselines.base import BaselineConfig, TeacherStudent
 from stepdistill.baselines.language import arithmetic
 from stepdistill.baselines.language.collect import Answered, as_rows, check_room, collect
 from stepdistill.baselines.language.models import Decoder, open_decoder
@@ -115,14 +115,14 @@ class R1TracesConfig(BaselineConfig):
             worked: Answered = [(problem, [arithmetic.worked(problem).completion]) for problem in train]
             part = self.part("teacher", max_train_steps=self.teacher_steps)
             rows = as_rows(teacher.tokenizer, worked, self.completion)
-            spent = learn(CrossEntropy(), Pupils(teacher.network), rows, part)
+            spent = learn(CrossEntropy(), TeacherStudent(teacher.network), rows, part)
         texts: dict[str, Answered] = {"answers": [(problem, [bare_answer(problem.answer)]) for problem in train]}
         texts["traces"], note = (texts["answers"], "") if self.dry_run else collect(teacher, train, self)
 
         of = f" of {self.digits} digits" if self.task == "addition" else ""
         results = Results("r1_traces", "accuracy", True, f"{len(held):,} held-out problems: {self.task}{of}", note=note)
-        lessons = {name: as_rows(tokenizer, said, self.completion) for name, said in texts.items()}
-        for name, rows in lessons.items():
+        examples = {name: as_rows(tokenizer, said, self.completion) for name, said in texts.items()}
+        for name, rows in examples.items():
             if lost := sum(len(said) for _, said in texts[name]) - len(rows):
                 results.note += f"; {lost:,} {name} exceed --completion in the student's tokens and are dropped"
 
@@ -138,7 +138,7 @@ class R1TracesConfig(BaselineConfig):
         for seed in self.seeds:
             for role, name in (("control", "answers"), ("student", "traces")):
                 one, part = self._student(teacher, seed), self.part(f"{role}-{seed}", seed=seed)
-                add(role, name, one, learn(CrossEntropy(), Pupils(one.network), lessons[name], part), seed)
+                add(role, name, one, learn(CrossEntropy(), TeacherStudent(one.network), examples[name], part), seed)
                 if role == "student" and not self.dry_run and state.is_main_process:
                     save(one.network, one.tokenizer, part.out / "model")
         return results

@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from stepdistill.baselines.base import Batch, Lesson, Pupils
+from stepdistill.baselines.base import Batch, Objective, TeacherStudent
 from stepdistill.baselines.language import losses, measure
 from stepdistill.baselines.language.corpus import Corpus, CorpusConfig
 from stepdistill.baselines.language.models import TINY, Decoder, check_length, logits, open_decoder
@@ -39,10 +39,10 @@ CALIBRATION = 64  # training samples on whose activations a teacher is pruned
 
 
 @dataclass(frozen=True)
-class CrossEntropy(Lesson):
+class CrossEntropy(Objective):
     """-log S(next token): the loss of controls, and of teachers."""
 
-    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+    def loss(self, phase: str, batch: Batch, models: TeacherStudent, clock: Clock) -> Loss:
         """The loss of the student."""
         said = logits(models.student, batch["ids"], batch["attention"])
         value = losses.cross_entropy(*losses.shift(said, batch["ids"], batch["counts"]))
@@ -89,7 +89,7 @@ class DecoderConfig(CorpusConfig):
                     "batch_size", "gradient_accumulation"),
     }  # fmt: skip
 
-    def lesson(self, teacher: Decoder, corpus: Corpus) -> Lesson:
+    def objective(self, teacher: Decoder, corpus: Corpus) -> Objective:
         """The loss of the student."""
         raise NotImplementedError
 
@@ -109,8 +109,8 @@ class DecoderConfig(CorpusConfig):
 
     def teach(self, teacher: Decoder, student: PreTrainedModel, corpus: Corpus) -> float:
         """Trains the student in place, in this configuration's folder; returns the seconds of training."""
-        models = Pupils(student, teacher.network, **self.others(corpus))
-        return learn(self.lesson(teacher, corpus), models, corpus.train, self)
+        models = TeacherStudent(student, teacher.network, **self.others(corpus))
+        return learn(self.objective(teacher, corpus), models, corpus.train, self)
 
     def check(self) -> None:
         """See LoopConfig.check."""
@@ -162,7 +162,7 @@ class DecoderConfig(CorpusConfig):
             return teacher, corpus, None
         rate = self.teacher_learning_rate or self.learning_rate
         part = self.shared.part("teacher", max_train_steps=steps, learning_rate=rate)
-        return teacher, corpus, learn(CrossEntropy(), Pupils(teacher.network), corpus.train, part)
+        return teacher, corpus, learn(CrossEntropy(), TeacherStudent(teacher.network), corpus.train, part)
 
     def _maker(self, teacher: Decoder, corpus: Corpus) -> Callable[[int], PreTrainedModel]:
         """What makes the initial student or control of a seed; a pruned one is the same for all, and slow to make."""
@@ -175,7 +175,7 @@ class DecoderConfig(CorpusConfig):
         """Trains, measures and saves a seed's control or student."""
         if role == "control":
             name, part = "cross-entropy", self.shared.part(f"control-{seed}", seed=seed)
-            seconds = learn(CrossEntropy(), Pupils(network), table.corpus.train, part)
+            seconds = learn(CrossEntropy(), TeacherStudent(network), table.corpus.train, part)
         else:
             name, part = self.NAME, self.part(f"student-{seed}", seed=seed)
             seconds = part.teach(table.teacher, network, table.corpus)

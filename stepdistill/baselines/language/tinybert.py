@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from stepdistill.baselines.base import Pupils
+from stepdistill.baselines.base import TeacherStudent
 from stepdistill.baselines.language.encoder_run import EncoderConfig, Opened
 from stepdistill.baselines.language.encoders import MaskedLM, shape
 from stepdistill.baselines.language.labelled import Classifier, Classify, Labelled, open_task, told_class
@@ -114,7 +114,7 @@ class TinyBertConfig(EncoderConfig):
         torch.manual_seed(self.seed)
         tutor = Classifier(copy.deepcopy(teacher.base_model), len(task.classes))
         part = self.part("task", max_train_steps=self.task_steps, learning_rate=self.task_learning_rate)
-        spent += learn(Classify(), Pupils(tutor), known, part)
+        spent += learn(Classify(), TeacherStudent(tutor), known, part)
 
         of = f"{len(held):,} held-out texts of {self.task_test or self.task}, {len(task.classes)} classes"
         results = Results("tinybert", "nll", False, of)
@@ -138,10 +138,10 @@ class TinyBertConfig(EncoderConfig):
         small = self._small(opened.teacher.network, seed)
         control = Classifier(small.base_model, len(known.classes))
         part = self.part(f"control-{seed}/text", seed=seed, max_train_steps=self.general_steps)
-        seconds = learn(MaskedModelling(opened.masking), Pupils(MaskedLM(small)), opened.text, part)
+        seconds = learn(MaskedModelling(opened.masking), TeacherStudent(MaskedLM(small)), opened.text, part)
         steps = self.intermediate_steps + self.max_train_steps
         part = self.part(f"control-{seed}/task", seed=seed, max_train_steps=steps)
-        return control, seconds + learn(Classify(), Pupils(control), known, part)
+        return control, seconds + learn(Classify(), TeacherStudent(control), known, part)
 
     def _student(
         self, teacher: PreTrainedModel, tutor: Classifier, text: Lines, task: Labelled, seed: int
@@ -150,11 +150,11 @@ class TinyBertConfig(EncoderConfig):
         student = Classifier(self._small(teacher, seed).base_model, len(task.classes))
         beside = {"projections": Projections(self.width, teacher.config.hidden_size)}
         part = self.part(f"student-{seed}/text", seed=seed, max_train_steps=self.general_steps)
-        seconds = learn(Layers(), Pupils(student.body, teacher.base_model, **beside), text, part)
+        seconds = learn(Layers(), TeacherStudent(student.body, teacher.base_model, **beside), text, part)
         part = self.part(f"student-{seed}/layers", seed=seed, max_train_steps=self.intermediate_steps)
-        seconds += learn(Layers(), Pupils(student.body, tutor.body, **beside), task, part)
+        seconds += learn(Layers(), TeacherStudent(student.body, tutor.body, **beside), task, part)
         part = self.part(f"student-{seed}/answers", seed=seed)
-        return student, seconds + learn(Answers(self.temperature), Pupils(student, tutor), task, part)
+        return student, seconds + learn(Answers(self.temperature), TeacherStudent(student, tutor), task, part)
 
     def _small(self, teacher: PreTrainedModel, seed: int) -> PreTrainedModel:
         """A student with random weights and a head for masked tokens.

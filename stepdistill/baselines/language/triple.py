@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stepdistill.baselines.base import Batch, Lesson, Pupils
+from stepdistill.baselines.base import Batch, Objective, TeacherStudent
 from stepdistill.baselines.divergence import softened_kl
 from stepdistill.baselines.language.masked import Masking
 from stepdistill.baselines.reduce import masked_mean, wide
@@ -20,7 +20,7 @@ def cosine_distance(student: Tensor, teacher: Tensor, attention: Tensor) -> Tens
 
 
 @dataclass(frozen=True)
-class DistilBert(Lesson):
+class DistilBert(Objective):
     """kl_weight T² KL(teacher_T ‖ student_T) + mlm_weight masked LM + cosine_weight (1 - cos of the last hidden
     states). First and last are means over attended tokens; the first, with kl_on "masked", over masked ones."""
 
@@ -31,7 +31,7 @@ class DistilBert(Lesson):
     cosine_weight: float
     kl_on: str
 
-    def loss(self, phase: str, batch: Batch, models: Pupils, clock: Clock) -> Loss:
+    def loss(self, phase: str, batch: Batch, models: TeacherStudent, clock: Clock) -> Loss:
         """The loss of the student. Both see the same masked tokens."""
         ids, attention = batch["ids"], batch["attention"]
         shown, hidden = self.masking(ids, attention, batch.draws)
