@@ -92,6 +92,14 @@ def test_the_distance_and_each_pictures_influence_are_those_of_the_optimal_trans
     assert torch.allclose(figure.influence, want - want.mean(), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("n", [30, 60])
+def test_a_reference_of_fewer_pictures_than_features_has_the_distance_of_the_general_matrix_root(n):
+    x, y = draws(n, 50, 0), draws(20, 50, 1) + 0.5
+    roots = np.sqrt(np.linalg.eigvals(np.cov(x.numpy().T) @ np.cov(y.numpy().T)).astype(complex)).real
+    want = (x.mean(0) - y.mean(0)).square().sum() + x.var(0).sum() + y.var(0).sum() - 2 * roots.sum()
+    assert frechet_figure(x, Moments.of(y)).value == pytest.approx(want.item(), rel=1e-6)
+
+
 def known(d: int, spectrum: str, shift: float, scale: float):
     """Exact moments of N(0, S), the root of the covariance of N(m, scale^2 S), its mean m, and their distance."""
     eigenvalues = torch.ones(d, dtype=torch.float64)
