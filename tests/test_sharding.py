@@ -57,32 +57,42 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(next(file for file in files if file.parent.name != "vae"))
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_divided_weights_give_the_losses_and_the_export_of_whole_ones(tmp_path, pictures, monkeypatch, name):
-    """Adam's epsilon is raised: if a gradient is pure rounding error, Adam takes full steps of its sign."""
-    script, teacher, flags = RUNS[name]
-    options = {"unet_options": tiny.DEEP} if "deep" in name else {}
-    checked = tmp_path / "checked.py"  # the script, which first checks that the weights are sharded
-    checked.write_text(
-        f"{DIVIDED}\nimport runpy\nrunpy.run_path({str(SCRIPTS / script)!r} + '.py', run_name='__main__')"
-    )
-    folder = str(tiny.save(tmp_path / "teacher", teacher, **options))
+def check_two_are_one(
+    root: Path, monkeypatch, script: str, flags: list[str], check: str, launcher: dict[str, str]
+) -> None:
+    """Two processes, as a launcher starts them, have the losses and the export of one at the same global batch.
+
+    Adam's epsilon is raised: if a gradient is pure rounding error, Adam takes full steps of its sign.
+
+    Args:
+        flags: `--teacher`, its folder, and more. check: code that the two run before the script.
+    """
+    checked, file = root / "checked.py", str(SCRIPTS / f"{script}.py")
+    checked.write_text(f"{check}\nimport runpy\nrunpy.run_path({file!r}, run_name='__main__')")
     words = [
-        "--teacher", folder, "--data", pictures, "--rank", "2", "--log-every", "1", "--max-train-steps",
-        "4", "--adam-epsilon", "1e-3", "--learning-rate", "1e-3", *flags,
+        *flags, "--log-every", "1", "--max-train-steps", "4", "--adam-epsilon", "1e-3", "--learning-rate", "1e-3"
     ]  # fmt: skip
-    one = [sys.executable, str(SCRIPTS / f"{script}.py"), *words, "--out", str(tmp_path / "one"), "--batch-size", "4"]
+    one = [sys.executable, file, *words, "--out", str(root / "one"), "--batch-size", "4"]
     subprocess.run(one, env=environment(), check=True, capture_output=True)
-    for key, value in FSDP.items():
+    for key, value in launcher.items():
         monkeypatch.setenv(key, value)
-    in_two_processes([sys.executable, str(checked), *words, "--out", str(tmp_path / "two"), "--batch-size", "2"])
-    mine, theirs = losses(tmp_path / "one"), losses(tmp_path / "two")
+    in_two_processes([sys.executable, str(checked), *words, "--out", str(root / "two"), "--batch-size", "2"])
+    mine, theirs = losses(root / "one"), losses(root / "two")
     assert len(mine) == len(theirs) == 4
     for ours, others in zip(mine, theirs, strict=True):
         assert others == pytest.approx(ours, rel=1e-5, abs=1e-6)
-    a, b, before = weights(tmp_path / "one" / "export"), weights(tmp_path / "two" / "export"), weights(Path(folder))
+    a, b, before = weights(root / "one" / "export"), weights(root / "two" / "export"), weights(Path(flags[1]))
     assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
     assert any((value - before.get(key, 0)).abs().max() > 1e-4 for key, value in b.items() if "lora_A" not in key)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_divided_weights_give_the_losses_and_the_export_of_whole_ones(tmp_path, pictures, monkeypatch, name):
+    script, teacher, more = RUNS[name]
+    options = {"unet_options": tiny.DEEP} if "deep" in name else {}
+    folder = str(tiny.save(tmp_path / "teacher", teacher, **options))
+    flags = ["--teacher", folder, "--data", pictures, "--rank", "2", *more]
+    check_two_are_one(tmp_path, monkeypatch, script, flags, DIVIDED, FSDP)
 
 
 def test_a_full_run_goes_on_divided_from_where_it_was_whole(tmp_path, pictures, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 from safetensors.torch import load_file
-from test_sharding import SCRIPTS, losses, weights
+from test_sharding import SCRIPTS, check_two_are_one, losses
 from test_trainer import environment, in_two_processes
 
 from stepdistill.errors import InputError
@@ -37,7 +37,6 @@ RUNS = {
     ),
 }
 DIVIDED = """
-import runpy
 from stepdistill.training import trainer
 
 own = trainer.Trainer._finish
@@ -59,27 +58,9 @@ def launcher(stage: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_divided_optimizer_gives_the_losses_and_the_export_of_a_whole_one(tmp_path, pictures, monkeypatch, name):
-    """Adam's epsilon is raised: if a gradient is pure rounding error, Adam takes full steps of its sign."""
-    script, teacher, stage, flags = RUNS[name]
-    checked = tmp_path / "checked.py"
-    checked.write_text(f"{DIVIDED}\nrunpy.run_path({str(SCRIPTS / script)!r} + '.py', run_name='__main__')")
-    folder = str(tiny.save(tmp_path / "teacher", teacher))
-    words = [
-        "--teacher", folder, "--data", pictures, "--log-every", "1", "--max-train-steps", "4", "--adam-epsilon", "1e-3",
-        "--learning-rate", "1e-3", *flags,
-    ]  # fmt: skip
-    one = [sys.executable, str(SCRIPTS / f"{script}.py"), *words, "--out", str(tmp_path / "one"), "--batch-size", "4"]
-    subprocess.run(one, env=environment(), check=True, capture_output=True)
-    for key, value in launcher(stage).items():
-        monkeypatch.setenv(key, value)
-    in_two_processes([sys.executable, str(checked), *words, "--out", str(tmp_path / "two"), "--batch-size", "2"])
-    mine, theirs = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(mine) == len(theirs) == 4
-    for ours, others in zip(mine, theirs, strict=True):
-        assert others == pytest.approx(ours, rel=1e-5, abs=1e-6)
-    a, b, before = weights(tmp_path / "one" / "export"), weights(tmp_path / "two" / "export"), weights(Path(folder))
-    assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
-    assert any((value - before.get(key, 0)).abs().max() > 1e-4 for key, value in b.items() if "lora_A" not in key)
+    script, teacher, stage, more = RUNS[name]
+    flags = ["--teacher", str(tiny.save(tmp_path / "teacher", teacher)), "--data", pictures, *more]
+    check_two_are_one(tmp_path, monkeypatch, script, flags, DIVIDED, launcher(stage))
 
 
 def test_a_run_goes_on_with_a_divided_optimizer_from_where_it_was_whole(tmp_path, pictures, monkeypatch):
