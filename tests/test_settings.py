@@ -48,6 +48,9 @@ def test_a_teacher_that_says_nothing_where_all_is_noise_is_refused(pipelines):
 def test_a_precision_that_rounds_eps_to_noise_in_x0_is_refused(kind):
     """PixArt's alpha ends at 0.0064: bf16's rounding of eps is 0.26 of x0's noise there, fp16's 0.03."""
     pixart, sd = as_teacher(tiny.pixart(), "tiny"), as_teacher(tiny.sd(), "tiny")
+    alpha, eps = pixart.denoiser.schedule.coeffs(999.0)[0].item(), torch.randn(100_000)
+    noise = [((eps.to(half).float() - eps) / alpha).std().item() for half in (torch.bfloat16, torch.float16)]
+    assert noise == pytest.approx([0.26, 0.033], rel=0.03)
     refused = r"mixed_precision: got bf16 for tiny, which predicts eps where alpha is 0\.00\d\d: .*; allowed: fp16, no"
     with pytest.raises(InputError, match=refused):
         kind(mixed_precision="bf16").check_teacher(pixart)

@@ -33,8 +33,10 @@ class Learner(Loop):
     models: TeacherStudent
 
     def __init__(self, objective: Objective, models: TeacherStudent, data: Data, config: LoopConfig) -> None:
-        if got := "FSDP2" * sharding.asked_for() or "DEEPSPEED" * bool(zero.asked_for()):
-            raise InputError(f"accelerate: got {got}; allowed: one process, or several with all weights each")
+        if sharding.asked_for() or zero.asked_for():
+            raise InputError(
+                "accelerate: got FSDP2 or DeepSpeed; allowed: one process, or several with all weights each"
+            )
         if len(data) < 1:
             raise InputError("data: got no samples; allowed: one or more")
         super().__init__(objective, config)

@@ -76,7 +76,7 @@ class Jumper(Method):
         return self.student_steps
 
     def phases(self, clock: Clock) -> tuple[str, ...]:
-        """The discriminator, then the student; the discriminator alone in its head start."""
+        """The discriminator, then the student; the discriminator alone in its warm-up."""
         return ("discriminator",) if clock.update < self.discriminator_warmup else ("discriminator", "student")
 
     def guidance_scale(self, student: Denoiser) -> float:

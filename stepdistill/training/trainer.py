@@ -60,7 +60,6 @@ class Trainer(Loop):
         self._target = target or self.out / "export"
         several = self.accelerator.num_processes > 1
         self.sharded, self.stage = sharded and several, stage if several else 0
-        self.engines: list[nn.Module] = []  # DeepSpeed's
         # while the text encoders are where they were loaded, since one thread of a CPU takes minutes for a large one
         networks = method.networks(teacher) if models is None else {}
         self._shown = self._encoded()
@@ -114,7 +113,6 @@ class Trainer(Loop):
         """A network with its optimizer in a DeepSpeed engine."""
         engine = zero.engine(network, self.optimizers[role], self.stage, self.config)
         self.optimizers[role] = zero.ShardedOptimizer(engine, list(self.models.trained[role].values()))
-        self.engines.append(engine)
         return engine
 
     def _wrapped(self) -> Iterable[nn.Module]:
@@ -194,8 +192,8 @@ class Trainer(Loop):
         try:
             return super().fit()
         finally:
-            for engine in self.engines:  # DeepSpeed would keep their networks, a chain's next ones beside them
-                engine.destroy()
+            for optimizer in self.optimizers.values() if self.stage else ():
+                optimizer.engine.destroy()  # DeepSpeed would keep its network, a chain's next one beside it
 
     def _finish(self) -> Path:
         self.models.student.backbone = self.backbone
