@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from turns import by_turns
 
-from stepdistill.cli._run import guard, parse
 from stepdistill.cli.bench import device_of
+from stepdistill.cli.command import guard, parse
 from stepdistill.errors import InputError
 from stepdistill.evaluation import models, records, spec
 from stepdistill.evaluation.generate import Sampler, Series, backbone

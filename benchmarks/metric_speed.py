@@ -28,8 +28,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from stepdistill.cli._run import guard, parse
 from stepdistill.cli.bench import device_of
+from stepdistill.cli.command import guard, parse
 from stepdistill.errors import InputError
 from stepdistill.evaluation import features, metrics, records, sets
 from stepdistill.evaluation.protocols import ExtractorSpec, Protocol

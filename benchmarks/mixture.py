@@ -19,7 +19,7 @@ from pathlib import Path
 from modes import in_modes
 from plane import MODES, add, from_the_data, ladd, lcm, off_the_map, progressive
 
-from stepdistill.cli._run import guard, parse
+from stepdistill.cli.command import guard, parse
 from stepdistill.evaluation.records import write_record
 
 METHODS = {"lcm": lcm, "progressive": progressive, "add": add, "ladd": ladd}

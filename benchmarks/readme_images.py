@@ -17,7 +17,7 @@ from pathlib import Path
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-from stepdistill.cli._run import guard, parse
+from stepdistill.cli.command import guard, parse
 from stepdistill.errors import InputError
 from stepdistill.evaluation.cells import of_run, read_run
 from stepdistill.evaluation.records import grid_name

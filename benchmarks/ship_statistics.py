@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from stepdistill import embedded
-from stepdistill.cli._run import guard, parse
+from stepdistill.cli.command import guard, parse
 from stepdistill.evaluation.features import load_extractor
 from stepdistill.evaluation.progress import ReferenceBar
 from stepdistill.evaluation.protocols import load_protocol

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stepdistill.cli._run import guard, parse
+from stepdistill.cli.command import guard, parse
 from stepdistill.errors import InputError
 from stepdistill.evaluation.records import read_rows, write_record
 

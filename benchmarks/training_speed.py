@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from turns import by_turns
 
-from stepdistill.cli._run import guard, parse
+from stepdistill.cli.command import guard, parse
 from stepdistill.denoiser.unet import UNetDenoiser
 from stepdistill.errors import InputError
 from stepdistill.evaluation import records

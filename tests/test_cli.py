@@ -11,7 +11,7 @@ import torch
 
 import stepdistill
 from stepdistill import cli
-from stepdistill.cli._run import guard
+from stepdistill.cli.command import guard
 
 ROOT = Path(__file__).parents[1]
 

@@ -251,6 +251,7 @@ def test_more_broken_pictures_than_one_in_a_hundred_are_refused(tmp_path, teache
     with pytest.raises(InputError, match=r"and 1 before it; allowed: 1 of 6; replace or remove them") as error:
         open_data(broken(1, 3), teacher, cache_dir=tmp_path / "cache")
     one_line(error)
+    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"]  # nothing half-built is left
 
 
 def test_how_many_may_be_broken():
@@ -258,14 +259,14 @@ def test_how_many_may_be_broken():
 
 
 def test_broken_pictures_found_before_a_build_was_cut_off_are_counted(tmp_path):
-    first = BrokenList(tmp_path / "broken.jsonl", 300)
+    first = BrokenList(tmp_path, 300)
     first.add(7, PictureError("7.png", EOFError()))
-    again = BrokenList(tmp_path / "broken.jsonl", 300)
+    again = BrokenList(tmp_path, 300)
     again.add(7, PictureError("7.png", EOFError()))
     again.add(8, PictureError("8.png", EOFError()))
     assert len(again) == 2
     with pytest.raises(InputError, match=r"picture: got 9.png, which is broken \(EOFError\), and 2 before it"):
-        BrokenList(tmp_path / "broken.jsonl", 200).add(9, PictureError("9.png", EOFError()))
+        BrokenList(tmp_path, 200).add(9, PictureError("9.png", EOFError()))
 
 
 def test_a_file_that_cannot_be_read_is_not_a_broken_picture(tmp_path):

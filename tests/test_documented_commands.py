@@ -14,7 +14,7 @@ from stepdistill import cli
 from stepdistill.baselines import BASELINES, get
 from stepdistill.baselines.sweep import parse_over, variants
 from stepdistill.cli import baselines
-from stepdistill.cli._run import parse
+from stepdistill.cli.command import parse
 from stepdistill.cli.training import parse_training
 from stepdistill.training.lcm import LCMConfig
 from stepdistill.training.plans import FLAGS

@@ -25,9 +25,9 @@ from stepdistill import holds, provenance
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.evaluation import generate, models, pictures, records, spec, suite
-from stepdistill.evaluation.processes import Processes
 from stepdistill.evaluation.records import read_rows
 from stepdistill.files import cache_folder
+from stepdistill.processes import Processes
 
 TIMES = (*records.TIMES, "command")
 SETTINGS = suite.Settings(batch=2, latency_repeats=0, grid=3, floor=False, progress=False)
@@ -266,15 +266,15 @@ def test_a_cache_that_cannot_be_written_ends_no_benchmark(base, cache):
 
 
 def test_a_write_that_fails_once_costs_one_cell_and_no_other(base, cache, monkeypatch):
-    place, calls = pictures._place, []
+    write, calls = Path.write_bytes, []
 
     def fails_once(file, data):
         if file.name == "000002.png" and not calls:
             calls.append(file)
             raise OSError(errno.EIO, "Input/output error")
-        place(file, data)
+        return write(file, data)
 
-    monkeypatch.setattr(pictures, "_place", fails_once)
+    monkeypatch.setattr(Path, "write_bytes", fails_once)
     results = run(base, steps=(1, 2, 3))
     kept = [json.loads((folder / "cell.json").read_text())["steps"] for folder in results.store.cells.values()]
     assert len(results.rows) == 3 and kept == [2, 3]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from stepdistill.cli._run import guard
+from stepdistill.cli.command import guard
 
 
 def main() -> None:

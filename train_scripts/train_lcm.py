@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from stepdistill.cli._run import guard
+from stepdistill.cli.command import guard
 from stepdistill.training.lcm import LCMConfig
 
 

@@ -27,7 +27,7 @@ from teacher.text import run_text
 from teacher.unet import run_unet
 
 from stepdistill import files
-from stepdistill.cli._run import guard, parse
+from stepdistill.cli.command import guard, parse
 from stepdistill.errors import InputError
 from stepdistill.evaluation import records
 

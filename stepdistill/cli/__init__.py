@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from stepdistill import __version__
-from stepdistill.cli._run import guard, parse
+from stepdistill.cli.command import guard, parse
 from stepdistill.errors import InputError
 
 COMMANDS = {

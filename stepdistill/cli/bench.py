@@ -89,7 +89,7 @@ def main(config: Config) -> int:
     is reported at once, and the others are measured."""
     from stepdistill import files
     from stepdistill.evaluation import departures, places, records, spec, suite
-    from stepdistill.evaluation.processes import speaks
+    from stepdistill.processes import speaks
 
     if config.list_models:
         from stepdistill.evaluation.catalogue import listed

@@ -3,7 +3,10 @@
     stepdistill cache --teacher avatars --data avatars --out out/cache
     stepdistill cache --teacher FOLDER --data prompts.txt --out out/cache --guidance 7.5      # generates images
 
-Pass the folder to a training script as --data. An interrupted build resumes where it stopped.
+Pass the folder to a training script as --data. An interrupted build resumes where it stopped. Several GPUs share the
+work of either:
+
+    accelerate launch --multi_gpu --num_processes 8 -m stepdistill cache --teacher FOLDER --data DATA --out out/cache
 """
 
 from __future__ import annotations
@@ -81,22 +84,27 @@ def main(config: Config) -> int:
     from stepdistill.data.build import picture_size
     from stepdistill.data.cache import make_cache
     from stepdistill.data.sources import open_source
+    from stepdistill.processes import Processes
     from stepdistill.training.config import HALF
 
     device, source = device_of(config.device), open_source(config.data)
+    team = Processes.found(device)
     teacher = open_teacher(config, device, paints=source.picture is None)
     if config.dry_run:
         height, width = picture_size(teacher, config.resolution)
         count = min(len(source), config.limit or len(source))
         verb = "generate" if source.picture is None else "encode"
         distinct = len(set(source.captions[:count]))
-        print(f"would {verb} {count} images of {width}x{height} and {distinct} distinct captions into {config.out}")
+        if team.main:
+            print(f"would {verb} {count} images of {width}x{height} and {distinct} distinct captions into {config.out}")
         return 0
     cache = make_cache(
         config.data, teacher, config.out, resolution=config.resolution, seed=config.seed, synthetic_steps=config.steps,
         synthetic_guidance=config.guidance, limit=config.limit, half=config.half,
-        precision=HALF[config.mixed_precision],
+        precision=HALF[config.mixed_precision], team=team,
     )  # fmt: skip
+    if not team.main:
+        return 0
     record = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
     (config.out / "config.json").write_text(json.dumps(record, indent=2) + "\n")
     megabytes = sum(file.stat().st_size for file in config.out.iterdir()) / 1e6

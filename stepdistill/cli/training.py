@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TypeVar
 
-from stepdistill.cli._run import parse
+from stepdistill.cli.command import parse
 from stepdistill.training.config import LoopConfig, from_yaml
 
 C = TypeVar("C", bound=LoopConfig)

@@ -1,9 +1,10 @@
-"""Builds caches, keyed by teacher and data, shard by shard, so that an interrupted build can resume."""
+"""Builds caches, keyed by teacher and data, shard by shard: processes share them, an interrupted build resumes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from stepdistill.denoiser.load import Teacher
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.files import disk_full, sync, write
+from stepdistill.processes import Processes
 
 FORMAT = 4
 SHARD = 512  # samples, or distinct captions, per file: the most that an interrupted build loses
@@ -113,24 +115,31 @@ class Plan:
         how = (seed, steps, guidance, *([precision] if precision else [])) if self.painted else ()
         self.key = key_of(FORMAT, self.teacher_key, source.key, size, limit, half, *how)
 
-    def build(self, folder: Path) -> Path:
+    def build(self, folder: Path, team: Processes) -> Path:
         """Writes the cache to a temporary folder, then renames it to `folder`; does nothing if `folder` is a cache.
 
+        All processes of the team must call it: they share the shards. Other runs wait until the cache is built.
+
         Raises:
-            InputError: the disk is full or not writable, or too many images are broken. Finished shards are kept.
+            InputError: the disk is full or not writable, or too many images are broken. Finished shards are kept,
+                except in the last case.
         """
         from filelock import FileLock
 
         beside = folder.with_name(f".{folder.name}.{self.key}.building")
+        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_name(f".{folder.name}.lock")):  # one process builds, the others wait
-                if not (folder / "manifest.json").is_file():
-                    beside.mkdir(exist_ok=True)
-                    self._write(beside)
-                    if folder.exists():
-                        folder.rmdir()  # it is empty
-                    beside.rename(folder)
+            with team.alike():
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                if team.main:
+                    lock.acquire()
+            if not team.tell((folder / "manifest.json").is_file()):
+                self._build(beside, team)
+                with team.alike():
+                    if team.main:
+                        if folder.exists():
+                            folder.rmdir()  # it is empty
+                        beside.rename(folder)
         except (OSError, SafetensorError) as error:
             if disk_full(error):
                 raise InputError(
@@ -143,25 +152,52 @@ class Plan:
                     "STEPDISTILL_CACHE"
                 ) from error
             raise
+        finally:
+            lock.release()
         return folder
 
-    def _write(self, folder: Path) -> None:
-        self.broken = BrokenList(folder / "broken.jsonl", len(self.captions))
-        captions = list(self.distinct)
-        names = {"conditions": [], "shards": []}
+    def _build(self, folder: Path, team: Processes) -> None:
+        with team.alike():
+            folder.mkdir(exist_ok=True)
+            self.broken = BrokenList(folder, len(self.captions), team.rank)
+        try:
+            with team.alike():
+                self._make(folder, team)
+            with team.alike():
+                if team.main:
+                    self._finish(folder)
+        except InputError:
+            if team.main and self.broken.too_many():
+                shutil.rmtree(folder)  # with mended images the source, and so the cache, is another
+            raise
+
+    def _make(self, folder: Path, team: Processes) -> None:
+        """Makes this process's share of the shards, except for those that exist."""
         verb = "generating" if self.painted else "encoding"
-        jobs = (("conditions", "encoding captions", captions, self._conditions),
-                ("shards", f"{verb} {self.source.name}", self.captions, self._latents))  # fmt: skip
-        for kind, title, items, make in jobs:
-            with tqdm(total=len(items), desc=title, unit="", dynamic_ncols=True) as bar:
-                for first in range(0, len(items), SHARD):
-                    name = f"{kind}-{first // SHARD:05d}.safetensors"
-                    count = min(SHARD, len(items) - first)
+        jobs = (("conditions", "encoding captions", len(self.distinct), self._conditions),
+                ("shards", f"{verb} {self.source.name}", len(self.captions), self._latents))  # fmt: skip
+        for kind, title, count, make in jobs:
+            own = team.share(_shards(kind, count))
+            total = sum(len(indices) for _, indices in own)
+            title += f", one of {team.count} shares" * (team.count > 1)
+            with tqdm(total=total, desc=title, unit="", dynamic_ncols=True, disable=not team.main) as bar:
+                for name, indices in own:
                     if (folder / name).exists():
-                        bar.update(count)
+                        bar.update(len(indices))
                     else:
-                        _save(make(first, count, bar), folder / name)
-                    names[kind].append(name)
+                        _save(make(indices, bar), folder / name)
+
+    def _finish(self, folder: Path) -> None:
+        """Writes what there is one of, the manifest last."""
+        captions = list(self.distinct)
+        counts = {"conditions": len(captions), "shards": len(self.captions)}
+        names = {kind: [name for name, _ in _shards(kind, count)] for kind, count in counts.items()}
+        if missing := [name for kind in names for name in names[kind] if not (folder / name).exists()]:
+            raise InputError(
+                f"processes: got no {missing[0]} from another one in {folder}; allowed: a cache on a disk that all "
+                "share; set $STEPDISTILL_CACHE, or --out of `stepdistill cache`, to one"
+            )
+        self.broken.merge()
         try:
             nothing = self.teacher.conditioner.unconditional(1, size=self.size)
         except InputError:  # classes without a null label: no guidance
@@ -181,10 +217,10 @@ class Plan:
         if len(self.broken):
             tqdm.write(f"{self.source.name}: {self.broken.told()}", file=sys.stderr)
 
-    def _conditions(self, first: int, count: int, bar: tqdm) -> dict[str, Tensor]:
-        captions = list(self.distinct)[first : first + count]
+    def _conditions(self, indices: range, bar: tqdm) -> dict[str, Tensor]:
+        captions = list(self.distinct)[indices.start : indices.stop]
         parts = []
-        for start in range(0, count, BATCH):
+        for start in range(0, len(captions), BATCH):
             batch = captions[start : start + BATCH]
             parts.append(self.teacher.conditioner.encode(batch, size=self.size))
             bar.update(len(batch))
@@ -193,15 +229,15 @@ class Plan:
             joined["text"] = without_silence(joined["text"])
         return {key: self._kept(value) if key in HALVED else value.contiguous() for key, value in joined.items()}
 
-    def _latents(self, first: int, count: int, bar: tqdm) -> dict[str, Tensor]:
+    def _latents(self, indices: range, bar: tqdm) -> dict[str, Tensor]:
         parts, rows = [], []
         step = max(1, min(BATCH, PIXELS // (self.size[0] * self.size[1])))
-        for start in range(first, first + count, step):
-            indices = range(start, min(start + step, first + count))
-            whole, x0 = (indices, self._paint(indices)) if self.painted else self._encode(indices)
+        for start in range(0, len(indices), step):
+            batch = indices[start : start + step]
+            whole, x0 = (batch, self._paint(batch)) if self.painted else self._encode(batch)
             parts.append(self._kept(x0))
             rows += [self.distinct[self.captions[i]] for i in whole]
-            bar.update(len(indices))
+            bar.update(len(batch))
         return {"x0": torch.cat(parts), "caption": torch.tensor(rows, dtype=torch.long)}
 
     def _kept(self, value: Tensor) -> Tensor:
@@ -243,6 +279,12 @@ class Plan:
             uncond = expand(self.teacher.conditioner.unconditional(1, size=self.size), len(captions))
         with torch.autocast(self._device.type, self.precision, enabled=self.precision is not None):
             return sample(self.teacher.denoiser, x_T, cond, uncond, steps=self.steps, guidance=self.guidance)
+
+
+def _shards(kind: str, count: int) -> list[tuple[str, range]]:
+    """Returns each shard's file name and the indices of the samples, or captions, in it."""
+    ranges = [range(first, min(first + SHARD, count)) for first in range(0, count, SHARD)]
+    return [(f"{kind}-{number:05d}.safetensors", indices) for number, indices in enumerate(ranges)]
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:

@@ -27,6 +27,9 @@ from stepdistill.data.sources import open_source
 from stepdistill.denoiser.load import Teacher
 from stepdistill.errors import InputError
 from stepdistill.files import cache_folder
+from stepdistill.processes import Processes
+
+ALONE = Processes()
 
 
 class LatentCache:
@@ -105,6 +108,7 @@ def open_data(
     limit: int | None = None,
     half: bool = False,
     precision: torch.dtype | None = None,
+    team: Processes = ALONE,
 ) -> LatentCache:
     """Opens the cache of a `--data` value, or builds it if there is none.
 
@@ -117,6 +121,7 @@ def open_data(
         limit: use only the first `limit` samples.
         half: store latents and text in float16, in half the disk space; ignored for an existing cache.
         precision: autocast dtype in which the teacher generates; None means float32.
+        team: processes that share the building; all must call this.
 
     Raises:
         InputError: invalid data (see `sources`), a resolution the autoencoder does not support, or a cache of another
@@ -130,7 +135,7 @@ def open_data(
         guidance=GUIDANCE if synthetic_guidance is None else synthetic_guidance, limit=limit, half=half,
         precision=precision,
     )  # fmt: skip
-    return LatentCache(plan.build(Path(cache_dir or cache_folder()) / f"data-{plan.key}"))
+    return LatentCache(plan.build(Path(cache_dir or cache_folder()) / f"data-{plan.key}", team))
 
 
 def is_cache(spec: str | None) -> bool:
@@ -162,6 +167,7 @@ def make_cache(
     limit: int | None = None,
     half: bool = False,
     precision: torch.dtype | None = None,
+    team: Processes = ALONE,
 ) -> LatentCache:
     """Builds a cache at `out`, or opens the existing one. Arguments as in `open_data`.
 
@@ -179,7 +185,7 @@ def make_cache(
         raise InputError(
             f"--out: got {out}, which holds something else; allowed: a new folder, or this very cache; give another"
         )
-    return LatentCache(plan.build(out))
+    return LatentCache(plan.build(out, team))
 
 
 def _made_for(

@@ -26,12 +26,12 @@ from stepdistill.evaluation.measures import METRICS, Metric
 from stepdistill.evaluation.metrics import Instruments, Pass, row_of
 from stepdistill.evaluation.models import call_of, even_of, fingerprint, guidance_of, load, told
 from stepdistill.evaluation.pictures import LIBRARIES, Cell, Store, setup_of
-from stepdistill.evaluation.processes import Processes, reason
 from stepdistill.evaluation.progress import say
 from stepdistill.evaluation.protocols import Protocol
 from stepdistill.evaluation.settings import Settings, room
 from stepdistill.evaluation.spec import ModelSpec
 from stepdistill.files import unwritable
+from stepdistill.processes import Processes, reason
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from stepdistill.evaluation import departures, records
 from stepdistill.evaluation.bench import Bench, Failure
 from stepdistill.evaluation.metrics import Instruments, prepare
 from stepdistill.evaluation.pictures import Store
-from stepdistill.evaluation.processes import Processes
 from stepdistill.evaluation.progress import ReferenceBar, progress_bar, quiet, say
 from stepdistill.evaluation.protocols import Protocol, load_protocol
 from stepdistill.evaluation.settings import Settings
 from stepdistill.evaluation.spec import as_models, plan_of
+from stepdistill.processes import Processes
 
 STEPS = (1, 2, 4, 8, 50)
 

@@ -19,8 +19,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 
 from stepdistill.errors import InputError
-from stepdistill.evaluation.processes import PATIENCE
 from stepdistill.files import disk_full
+from stepdistill.processes import PATIENCE
 from stepdistill.training.sharding import YES
 
 HALF = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed-precision

@@ -70,16 +70,19 @@ def open_teacher(config: PipelineConfig, device) -> Teacher:
 
 
 def open_samples(config: TrainConfig, teacher: Teacher, beside: Path):
-    """Opens the cached samples; one process builds them, the others wait at its lock, however long it takes.
+    """Opens the cached samples; if there are none, the run's processes share the work of building them.
 
     Args:
         beside: folder for the few samples of a dry run.
     """
     from stepdistill.data.cache import open_data
+    from stepdistill.processes import Processes
+    from stepdistill.training.processes import world
 
     settings = {
         "resolution": config.resolution, "seed": config.seed, "synthetic_guidance": config.data_guidance,
         "half": config.half, "precision": config.half_type,
     }  # fmt: skip
-    dry = {"limit": DRY, "cache_dir": beside} if config.dry_run else {}
-    return open_data(config.samples, teacher, **settings, **dry)
+    if config.dry_run:  # each process on its own
+        return open_data(config.samples, teacher, **settings, limit=DRY, cache_dir=beside)
+    return open_data(config.samples, teacher, **settings, team=Processes.found(world().device.type))

@@ -16,6 +16,7 @@ from stepdistill.training.config import PipelineConfig
 
 if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
+    from stepdistill.processes import Processes
 
 MEASURED = ("pictures", "protocol", "sample_steps", "guidance")  # may change between measurements
 DRY = 4  # samples of a dry run
@@ -95,6 +96,13 @@ class ArchitectureConfig(BaselineConfig, PipelineConfig):
         _ = self.samples  # raises if there are none
         return open_teacher(self, world().device)
 
+    def team(self) -> Processes:
+        """The processes that share the encoding of the data; in a dry run each encodes its own few samples."""
+        from stepdistill.processes import Processes
+        from stepdistill.training.processes import world
+
+        return Processes() if self.dry_run else Processes.found(world().device.type)
+
     def files(self, path: str) -> dict[str, str | None]:
         """Selects a pipeline's files: --variant and --revision apply to the teacher's only."""
         return {"variant": self.variant, "revision": self.revision} if path == self.teacher else {}
@@ -113,7 +121,7 @@ class ArchitectureConfig(BaselineConfig, PipelineConfig):
             cache = open_data(
                 self.samples, teacher, resolution=self.resolution, cache_dir=beside, seed=self.seed,
                 synthetic_guidance=self.guidance, limit=None if count is None else count + held,
-                half=self.half, precision=self.half_type,
+                half=self.half, precision=self.half_type, team=self.team(),
             )  # fmt: skip
         rest = len(cache) - held
         if rest < 1:

@@ -134,7 +134,7 @@ class PruneThenStepsConfig(BKSDMConfig):
         make_cache(
             self.samples, self.open_teacher(), self.out / "data", resolution=self.resolution, seed=self.seed,
             synthetic_guidance=self.guidance, limit=self.limit + self.held_out, half=self.half,
-            precision=self.half_type,
+            precision=self.half_type, team=self.team(),
         )  # fmt: skip
         return str(self.out / "data")
 

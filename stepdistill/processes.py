@@ -1,10 +1,11 @@
-"""The processes started by `accelerate launch`: they share the batches of a benchmark, and fail together.
+"""The processes started by `accelerate launch`: they share the work of a benchmark or a cache, and fail together.
 
     accelerate launch --multi_gpu --num_processes 8 -m stepdistill bench --model ...
     torchrun --nproc-per-node 2 -m stepdistill bench --device cpu --model ...
 
-Process r of R generates batches r, r + R, ... of each cell. The main process, r = 0, computes and writes all figures.
-They equal those of a single process, since what is kept of a batch depends on that batch alone.
+Process r of R generates batches r, r + R, ... of each cell of a benchmark, or makes shards r, r + R, ... of a cache.
+The main process, r = 0, computes and writes all figures. All equal those of a single process, since what is kept of a
+batch or shard depends on it alone.
 """
 
 from __future__ import annotations
