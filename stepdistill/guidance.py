@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stepdistill.conditioning.base import Cond
 from stepdistill.errors import InputError
 from stepdistill.prediction import Kind, convert
 from stepdistill.schedules import Time, match
@@ -20,8 +21,6 @@ from stepdistill.solvers import Denoise
 
 if TYPE_CHECKING:
     from stepdistill.denoiser.base import Denoiser
-
-Cond = dict[str, Tensor]
 
 
 def stack(cond: Cond | None, uncond: Cond | None) -> Cond:

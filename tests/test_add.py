@@ -31,7 +31,10 @@ from stepdistill.training.roles import Models
 
 CLOCK = Clock(0, 1)
 SCRIPT = Path(__file__).parent.parent / "train_scripts" / "train_add.py"
-PLAIN = {"feature_network": "efficientnet_lite2", "guidance": 1.0, "augmentation": 0.0, "condition_on_image": False}
+PLAIN = {
+    "feature_network": "efficientnet_lite2", "guidance": 1.0, "augmentation": 0.0, "condition_on_image": False,
+    "distillation_weight": 2.5,
+}  # fmt: skip
 
 
 class Affine(Denoiser):
@@ -150,8 +153,8 @@ def test_the_discriminators_loss_equals_a_hand_computation(name, share, monkeypa
     about = sample.cond["pooled"].double().sum(1, keepdim=True)
     real, fake = (logits(shaded(2 * x0, None, share), about) for x0 in (sample.x0, 0.5 * x_t + 0.3))
     hinge = [(1 - r).clamp(min=0).mean() + (1 + f).clamp(min=0).mean() for r, f in zip(real, fake, strict=True)]
-    # D is the mean over two tokens, so d D / d token is w / 2 at each: two tokens of (|w| / 2)²
-    r1 = (2 * (0.7**2 + 0.4**2) / 4 + 2 * 0.5**2 / 4) / 2
+    # D is the sum over two tokens, so d D / d token is w at each: two tokens of |w|²
+    r1 = (2 * (0.7**2 + 0.4**2) + 2 * 0.5**2) / 2
     assert loss.terms["discriminator"].item() == pytest.approx(sum(hinge).item() / 2, rel=1e-5)
     assert loss.terms["r1"].item() == pytest.approx(r1, rel=1e-6)
     assert loss.total.item() == pytest.approx(sum(hinge).item() / 2 + 0.5 * r1, rel=1e-5)

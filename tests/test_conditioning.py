@@ -9,6 +9,7 @@ import torch
 from stepdistill import conditioning
 from stepdistill.conditioning.labels import LabelConditioner
 from stepdistill.errors import InputError
+from stepdistill.guidance import stack
 
 
 def encoded_by(pipe, negative: str | None, size: int = 32) -> dict[str, torch.Tensor]:
@@ -34,7 +35,7 @@ def test_prompts_and_their_absence_are_encoded_as_the_pipeline_does(make):
     pipe = make()
     conditioner = conditioning.from_pipeline(pipe)
     theirs = encoded_by(pipe, None)
-    both = conditioning.concat(conditioner.unconditional(2), conditioner.encode(tiny.PROMPTS))
+    both = stack(conditioner.unconditional(2), conditioner.encode(tiny.PROMPTS))
     assert both.keys() == theirs.keys() | {"pooled"}
     for key in theirs:
         assert torch.equal(both[key], theirs[key].to(both[key].dtype)), key
@@ -116,17 +117,11 @@ def test_the_conditioner_follows_from_the_pipeline():
         conditioning.from_pipeline("a string")
 
 
-def test_batches_are_joined_taken_apart_and_repeated():
-    a = {"text": torch.arange(6.0).reshape(2, 3), "labels": torch.tensor([1, 2])}
-    b = {"text": torch.ones(1, 3), "labels": torch.tensor([7])}
-    joined = conditioning.concat(a, b)
-    assert joined["labels"].tolist() == [1, 2, 7]
-    assert conditioning.take(joined, torch.tensor([2, 0]))["labels"].tolist() == [7, 1]
-    assert conditioning.take(joined, slice(0, 2))["text"].tolist() == a["text"].tolist()
-    assert conditioning.expand(b, 4)["text"].shape == (4, 3)
-    stacked = conditioning.stack([{"text": row} for row in a["text"]])
-    assert torch.equal(stacked["text"], a["text"])
+def test_batches_are_taken_apart_repeated_and_cast():
+    a = {"text": torch.arange(9.0).reshape(3, 3), "labels": torch.tensor([1, 2, 7])}
+    assert conditioning.take(a, torch.tensor([2, 0]))["labels"].tolist() == [7, 1]
+    assert conditioning.take(a, slice(0, 2))["text"].tolist() == a["text"][:2].tolist()
+    repeated = conditioning.expand(conditioning.take(a, slice(1, 2)), 4)
+    assert repeated["text"].tolist() == 4 * [[3, 4, 5]] and repeated["labels"].tolist() == 4 * [2]
     half = conditioning.to(a, "cpu", torch.float16)
     assert half["text"].dtype == torch.float16 and half["labels"].dtype == torch.int64
-    with pytest.raises(InputError, match="allowed: the same entries"):
-        conditioning.concat(a, {"text": b["text"]})

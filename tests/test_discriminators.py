@@ -87,17 +87,17 @@ def test_an_unknown_loss_is_refused():
 
 
 def test_r1_of_a_linear_head_is_its_weights_norm():
-    """D is the mean over N tokens, so each token's slope is w / N and the squares sum to ||w||² / N."""
+    """D is the sum over N tokens, so each token's slope is w and the squares sum to N ||w||²."""
     weights = [torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0]), torch.tensor([2.0, 1.0])]
     features = [maps(6, 5), maps(4, 2)]
-    expected = sum(w.square().sum().item() / tokens.shape[1] for w, tokens in zip(weights, features, strict=True)) / 2
+    expected = sum(w.square().sum().item() * tokens.shape[1] for w, tokens in zip(weights, features, strict=True)) / 2
     assert r1(Linear(weights), features).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_gradient_of_r1_is_that_of_its_closed_form():
     head = Linear([torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0])])
     r1(head, [maps(6, 5)]).backward()
-    assert torch.allclose(head.weights[0].grad, 2 * head.weights[0].detach() / 6)
+    assert torch.allclose(head.weights[0].grad, 2 * head.weights[0].detach() * 6)
 
 
 def test_approximate_r1_is_on_average_the_exact_one():

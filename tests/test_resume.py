@@ -192,7 +192,7 @@ def test_a_dry_run_of_the_command_encodes_a_few_samples_and_leaves_nothing(setti
 def test_a_push_that_failed_is_all_that_the_same_command_does_again(settings, monkeypatch, capsys):
     import huggingface_hub
 
-    config, uploads = dataclasses.replace(settings, push_to_hub="me/student"), []
+    config, uploads, cards = dataclasses.replace(settings, push_to_hub="me/student"), [], []
 
     class Hub:
         def create_repo(self, name, exist_ok):
@@ -202,7 +202,11 @@ def test_a_push_that_failed_is_all_that_the_same_command_does_again(settings, mo
             uploads.append(repo_id)
             if len(uploads) == 1:
                 raise ConnectionError("the network is gone")
-            assert (folder_path / "README.md").is_file()
+            assert f'pipe.load_lora_weights("{folder_path}")' in (folder_path / "README.md").read_text()
+
+        def upload_file(self, repo_id, path_or_fileobj, path_in_repo):
+            assert path_in_repo == "README.md"
+            cards.append(path_or_fileobj.decode())
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     with pytest.raises(InputError, match=r"push_to_hub: got me/student, .*the network is gone.*the same command again"):
@@ -210,7 +214,8 @@ def test_a_push_that_failed_is_all_that_the_same_command_does_again(settings, mo
     monkeypatch.setattr("stepdistill.denoiser.load.load_teacher", lambda *_, **__: pytest.fail("loaded"))
     for _ in range(2):
         assert distil(config) == settings.out / "export"
-    assert uploads == ["me/student"] * 2
+    assert uploads == ["me/student"] * 2 and len(cards) == 1
+    assert 'pipe.load_lora_weights("me/student")' in cards[0] and str(settings.out) not in cards[0]
     assert json.loads((settings.out / "done.json").read_text())["pushed"] == "me/student"
     assert distil(dataclasses.replace(config, push_to_hub="me/other")) and uploads[2:] == ["me/other"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stepdistill.baselines.results import Results
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
-from stepdistill.methods.base import Clock, Loss
+from stepdistill.methods.base import Clock, Loss, Remembers
 from stepdistill.training.config import LoopConfig
 from stepdistill.training.networks import Networks
 
@@ -81,7 +81,7 @@ class Data(Protocol):
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Remembers):
     """B training samples: tensors by name, and the samples' random numbers.
 
     Attributes:
@@ -91,16 +91,9 @@ class Batch:
     items: Mapping[str, Tensor]
     draws: Draws
     siblings: Callable[[], list[Batch]] | None = field(default=None, repr=False, compare=False)
-    _made: dict[str, object] = field(default_factory=dict, repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.items[name]
-
-    def once(self, name: str, make: Callable[[], T]) -> T:
-        """The result of `make`, called in the first phase of an update that needs it: one forward serves all phases."""
-        if name not in self._made:
-            self._made[name] = make()
-        return self._made[name]
 
 
 class Objective:

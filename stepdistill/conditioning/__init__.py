@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from stepdistill.conditioning.base import Cond, Conditioner, concat, expand, stack, take, to
+from stepdistill.conditioning.base import Cond, Conditioner, expand, take, to
 
-__all__ = ["Cond", "Conditioner", "concat", "expand", "from_pipeline", "stack", "take", "to"]
+__all__ = ["Cond", "Conditioner", "expand", "from_pipeline", "take", "to"]
 
 
 def from_pipeline(pipeline) -> Conditioner:

@@ -13,8 +13,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stepdistill.errors import InputError
-
 Cond = dict[str, Tensor]
 
 
@@ -26,17 +24,6 @@ class Conditioner(Protocol):
 
     def unconditional(self, n: int = 1, *, size: tuple[int, int] | None = None) -> Cond:
         """Returns the condition that guidance moves away from, n times."""
-
-
-def concat(a: Cond, b: Cond) -> Cond:
-    """Concatenates two batches.
-
-    Raises:
-        InputError: their entries differ.
-    """
-    if a.keys() != b.keys():
-        raise InputError(f"conditions: got {sorted(a)} and {sorted(b)}; allowed: the same entries; use one conditioner")
-    return {key: torch.cat([a[key], b[key]]) for key in a}
 
 
 def take(cond: Cond, index: Tensor | slice) -> Cond:
@@ -55,8 +42,3 @@ def to(cond: Cond, device: torch.device | str, dtype: torch.dtype | None = None)
 def expand(cond: Cond, n: int) -> Cond:
     """Expands a condition of batch size 1 to n, without a copy."""
     return {key: value.expand(n, *value.shape[1:]) for key, value in cond.items()}
-
-
-def stack(conds: Sequence[Cond]) -> Cond:
-    """Stacks conditions of single samples, without a batch dimension, into one batch."""
-    return {key: torch.stack([cond[key] for cond in conds]) for key in conds[0]}

@@ -9,12 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from stepdistill.conditioning.base import Cond
 from stepdistill.errors import InputError
 from stepdistill.prediction import Kind, check_kind, convert
 from stepdistill.schedules import Schedule, Time, working_dtype
 from stepdistill.timegrid import Grid
-
-Cond = dict[str, Tensor]
 
 
 def batch_times(t: Time, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ USE_LORA = """```python
 import torch
 from diffusers import DiffusionPipeline, {scheduler}
 
-pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32)
+pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.{dtype}{files}){device}
 pipe.load_lora_weights("{out}")
 pipe.scheduler = {scheduler}.from_pretrained("{out}", subfolder="scheduler")
 {draw}
@@ -25,7 +25,7 @@ import torch
 from diffusers import DiffusionPipeline, {scheduler}
 from peft import PeftModel
 
-pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32)
+pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.{dtype}{files}){device}
 pipe.{part} = PeftModel.from_pretrained(pipe.{part}, "{out}")
 pipe.scheduler = {scheduler}.from_pretrained("{out}", subfolder="scheduler")
 {draw}
@@ -35,7 +35,7 @@ USE_PIPELINE = """```python
 import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{out}", torch_dtype=torch.float32)
+pipe = DiffusionPipeline.from_pretrained("{out}", torch_dtype=torch.{dtype}){device}
 {draw}
 ```"""
 
@@ -73,6 +73,8 @@ def model_card(
     peft_part: str | None = None,
     classes: int = 0,
     shape: tuple[int, ...] = (),
+    dtype: str = "float32",
+    variant: str | None = None,
 ) -> str:
     """Returns Markdown with the hub's front matter: what it is, how to load it, how it was trained.
 
@@ -84,6 +86,7 @@ def model_card(
         base: where diffusers loads the teacher from; default: `teacher`.
         peft_part: the network that peft adds the LoRA to, if the pipeline cannot load one.
         classes: number of classes of a class-conditional network. shape: (C, H, W) of its samples.
+        dtype: torch's name of the one to load in; unless float32, on a GPU. variant: of the teacher's weight files.
     """
     tags = ["diffusers", "step-distillation", method, *(["lora"] if lora else [])]
     head = ["---", *([f"base_model: {teacher}"] if hub_id(teacher) else []), "library_name: diffusers", "tags:"]
@@ -97,7 +100,10 @@ def model_card(
         channels, height, width = shape
         draw = DRAW_CLASS.format(last=classes - 1, channels=channels, height=height, width=width, steps=steps)
     template = USE_PIPELINE if not lora else USE_PEFT if peft_part else USE_LORA
-    use = template.format(scheduler=scheduler, base=base or teacher, out=out, draw=draw, part=peft_part)
+    use = template.format(
+        scheduler=scheduler, base=base or teacher, out=out, draw=draw, part=peft_part, dtype=dtype,
+        device="" if dtype == "float32" else '.to("cuda")', files=f', variant="{variant}"' if variant else "",
+    )  # fmt: skip
     kind = "LoRA" if lora else "pipeline"
     rows = "\n".join(f"| {key} | {str(value).replace('|', '/')} |" for key, value in settings.items())
     picture = f"\n![samples of the student: a row per prompt, at 1, 2, 4 and 8 steps]({grid})\n" if grid else ""

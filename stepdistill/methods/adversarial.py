@@ -32,7 +32,7 @@ from stepdistill.errors import InputError
 from stepdistill.guidance import guided
 from stepdistill.methods.augmentation import augment
 from stepdistill.methods.base import Batch, Clock, Loss, Models, Role, check_share
-from stepdistill.methods.discriminators import LOSSES, Heads, Logits, check_loss, pooled_text, r1
+from stepdistill.methods.discriminators import LOSSES, Heads, Logits, check_loss, mean_logits, pooled_text, r1
 from stepdistill.methods.feature_networks import check_name, load_feature_network
 from stepdistill.methods.jumps import Jumper
 from stepdistill.schedules import AlphaBar, Schedule, match
@@ -67,7 +67,7 @@ class Decoder(nn.Module):
     """Decodes latents to images, differentiably, with the teacher's autoencoder; a pixel teacher needs no decoding.
 
     Args:
-        recompute: recompute activations in the backward instead of keeping them.
+        recompute: recompute activations in the backward, image by image, instead of keeping them.
     """
 
     def __init__(self, teacher: Teacher, *, recompute: bool = False) -> None:
@@ -80,7 +80,8 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """Maps (B, C, h, w) to (B, 3, H, W), about [-1, 1], float32."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._paint, latents, use_reentrant=False)
+            # one by one: the backward then holds the activations of one image
+            return torch.cat([checkpoint(self._paint, one, use_reentrant=False) for one in latents.split(1)])
         return self._paint(latents)
 
 
@@ -109,9 +110,9 @@ class Discriminator(nn.Module):
 
 
 @lru_cache(maxsize=8)
-def _levels(schedule: Schedule) -> Tensor:
+def _levels(schedule: Schedule, device: torch.device) -> Tensor:
     count = int(schedule.t_max) + 1 if isinstance(schedule, AlphaBar) else LEVELS
-    return inference_times(schedule, count)[:-1]
+    return inference_times(schedule, count)[:-1].to(device)
 
 
 def distillation_weight(weighting: str, u: Tensor, schedule: Schedule) -> Tensor:
@@ -133,7 +134,7 @@ class Adversarial(Jumper):
         adversarial_loss: "hinge", or "softplus" or "bce", which are one.
         r1_weight: gamma, the weight of R1 on the heads' input; 0 for none.
         condition_on_image: condition the discriminator on the real image that x_t was made from (zero at pure noise).
-        distillation_weight: lambda; 0 omits the teacher.
+        distillation_weight: lambda, of a mean over pixels; 0 omits the teacher.
         distillation_weighting: c: "exponential", "uniform" or "sds".
         distillation_space: compare with the teacher's x0 in "pixels", as the paper does, or in "latents".
         augmentation: probability that an image is augmented before the discriminator.
@@ -148,7 +149,7 @@ class Adversarial(Jumper):
     adversarial_loss: str = "hinge"
     r1_weight: float = 1e-5
     condition_on_image: bool = True
-    distillation_weight: float = 2.5
+    distillation_weight: float = 50.0
     distillation_weighting: str = "exponential"
     distillation_space: str = "pixels"
     augmentation: float = 1.0
@@ -205,14 +206,14 @@ class Adversarial(Jumper):
         size = len(x_t)
         with torch.no_grad():
             fake = models.decoder(models.student(x_t, t, cond, kind="x0"))
-            real = models.decoder(batch.x0)
-            told = self._told(batch, known, models, real)
+            real = self._real(batch, models)
+            told = self._told(batch, known, models)
             shown = torch.cat([augment(pictures, batch.draws, self.augmentation) for pictures in (real, fake)])
             maps, _ = models.trunk(shown)
         logits, penalty = models.discriminator(maps, torch.cat([told, told]), size if self.r1_weight else 0)
         of_real, of_fake = [each[:size] for each in logits], [each[size:] for each in logits]
         adversarial = LOSSES[self.adversarial_loss][0](of_real, of_fake)
-        terms = {"discriminator": adversarial.detach(), "r1": penalty.detach()}
+        terms = {"discriminator": adversarial.detach(), "r1": penalty.detach(), **mean_logits(of_real, of_fake)}
         return Loss(adversarial + self.r1_weight * penalty, terms)
 
     def _deceive(
@@ -220,9 +221,7 @@ class Adversarial(Jumper):
     ) -> Loss:  # fmt: skip
         student_x0 = models.student(x_t, t, cond, kind="x0")
         fake = models.decoder(student_x0)
-        with torch.no_grad():
-            real = models.decoder(batch.x0) if self.condition_on_image else None
-            told = self._told(batch, known, models, real)
+        told = self._told(batch, known, models)
         maps, _ = models.trunk(augment(fake, batch.draws, self.augmentation))
         logits, _ = models.discriminator(maps, told)
         adversarial = LOSSES[self.adversarial_loss][1](logits)
@@ -233,21 +232,27 @@ class Adversarial(Jumper):
         terms["distillation"] = distillation.detach()
         return Loss(adversarial + self.distillation_weight * distillation, terms)
 
-    def _told(self, batch: Batch, known: Tensor, models: Models, real: Tensor | None) -> Tensor:
+    def _real(self, batch: Batch, models: Models) -> Tensor:
+        """The batch's own images, decoded once for both phases."""
+        with torch.no_grad():
+            return batch.once("real", lambda: models.decoder(batch.x0))
+
+    def _told(self, batch: Batch, known: Tensor, models: Models) -> Tensor:
         """The discriminator's condition (B, D): the pooled text or the class, and the normalised embedding of the real
         image, zero for samples whose x_t contains nothing of it."""
         text = pooled_text(batch.cond, len(known), models.student.classes).to(known.device)
-        if real is None or not self.condition_on_image:
+        if not self.condition_on_image:
             return text
-        _, embedding = models.trunk(real)
+        with torch.no_grad():
+            embedding = batch.once("embedding", lambda: models.trunk(self._real(batch, models))[1])
         return torch.cat([text, F.layer_norm(embedding, embedding.shape[1:]) * known[:, None]], 1)
 
     def _distillation(self, batch: Batch, models: Models, student_x0: Tensor, fake: Tensor) -> Tensor:
         """The mean of c(u) (x0_hat - teacher_x0)², with no gradient through the teacher or its input."""
         schedule, draws = models.teacher.schedule, batch.draws
         with torch.no_grad():
-            levels = _levels(schedule)
-            u = levels.to(draws.device, non_blocking=True)[draws.integers(len(levels))]
+            levels = _levels(schedule, draws.device)
+            u = levels[draws.integers(len(levels))]
             eps = draws.normal(*student_x0.shape[1:]).to(student_x0.dtype)
             x_u = schedule.add_noise(student_x0.detach(), eps, u)
             target = guided(models.teacher, x_u, u, batch.cond, batch.uncond, self.guidance, kind="x0")

@@ -7,14 +7,15 @@ is read from the clock, and every random number comes from the batch's draws.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from stepdistill.conditioning.base import Cond
 from stepdistill.denoiser.base import Denoiser
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
@@ -25,7 +26,7 @@ from stepdistill.timegrid import Grid
 if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
 
-Cond = dict[str, Tensor]
+T = TypeVar("T")
 
 
 class Role(Enum):
@@ -45,7 +46,20 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Remembers:
+    """A batch that keeps what several phases of an update need."""
+
+    _made: dict[str, object] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """The result of `make`, called in the first phase of an update that needs it: one forward serves all phases."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+
+@dataclass(frozen=True)
+class Batch(Remembers):
     """B training samples.
 
     Attributes:

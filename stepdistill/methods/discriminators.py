@@ -20,6 +20,7 @@ from stepdistill.denoiser.base import Cond
 from stepdistill.errors import InputError
 
 WIDTH = 64  # of the projection
+MOST = 512  # channels within a head, which convolutions of a large transformer's width would make larger than a student
 NOISE_FEATURES = 8
 Logits = list[Tensor]
 
@@ -31,22 +32,21 @@ def groups_of(channels: int) -> int:
 
 
 class Block(nn.Module):
-    """Convolution, normalisation over the sample, leaky ReLU: (B, C, N) to (B, C, N), or (B, C, h, w) to the same.
+    """Convolution, normalisation over the sample, leaky ReLU: (B, C, N) to (B, D, N), or (B, C, h, w) to (B, D, h, w).
 
     Args:
+        channels, inside: C and D.
         kernel: odd size. planar: two-dimensional with zero padding; otherwise one-dimensional and circular.
     """
 
-    def __init__(self, channels: int, kernel: int, planar: bool) -> None:
+    def __init__(self, channels: int, inside: int, kernel: int, planar: bool) -> None:
         super().__init__()
         self.half = 0 if planar else kernel // 2
         conv = (
-            nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
-            if planar
-            else nn.Conv1d(channels, channels, kernel)
+            nn.Conv2d(channels, inside, kernel, padding=kernel // 2) if planar else nn.Conv1d(channels, inside, kernel)
         )
         self.conv = spectral_norm(conv)
-        self.norm = nn.GroupNorm(groups_of(channels), channels)
+        self.norm = nn.GroupNorm(groups_of(inside), inside)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.half:
@@ -64,8 +64,9 @@ class Head(nn.Module):
 
     def __init__(self, channels: int, condition: int = 0, planar: bool = False) -> None:
         super().__init__()
-        self.first, self.second = Block(channels, 1, planar), Block(channels, 3 if planar else 9, planar)
-        self.out = spectral_norm((nn.Conv2d if planar else nn.Conv1d)(channels, WIDTH if condition else 1, 1))
+        inside = min(channels, MOST)
+        self.first, self.second = Block(channels, inside, 1, planar), Block(inside, inside, 3 if planar else 9, planar)
+        self.out = spectral_norm((nn.Conv2d if planar else nn.Conv1d)(inside, WIDTH if condition else 1, 1))
         told = (nn.Linear(condition, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH)) if condition else None
         self.tell = nn.Sequential(*told) if told else None
 
@@ -167,15 +168,20 @@ def check_loss(name: str) -> None:
         raise InputError(f"adversarial_loss: got {name!r}; allowed: {', '.join(LOSSES)}; try hinge")
 
 
+def mean_logits(real: Logits, fake: Logits) -> dict[str, Tensor]:
+    """The mean logits of real and generated samples, for the log: far apart if the discriminator wins."""
+    return {"real_logits": _mean(real).detach(), "fake_logits": _mean(fake).detach()}
+
+
 def r1(judge: Callable[[Sequence[Tensor]], Logits], maps: Sequence[Tensor]) -> Tensor:
     """R1 (Mescheder et al. 2018) on a head's input: the mean over samples and maps of ||d D / d features||², where D is
-    the mean logit of a sample.
+    the sum of a sample's logits, so that each logit counts for the same on a map of any size.
 
     Args:
         judge: returns logits for maps. maps: features of real images (B, N, C).
     """
     maps = [tokens.detach().requires_grad_(True) for tokens in maps]
-    total = sum(logits.float().mean(1).sum() for logits in judge(maps))
+    total = sum(logits.float().sum() for logits in judge(maps))
     slopes = torch.autograd.grad(total, maps, create_graph=True)
     return torch.stack([slope.square().sum((1, 2)).mean() for slope in slopes]).mean()
 

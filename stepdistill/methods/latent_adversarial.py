@@ -35,6 +35,7 @@ from stepdistill.methods.discriminators import (
     approximate_r1,
     check_loss,
     laid_out,
+    mean_logits,
     noise_features,
     pooled_text,
 )  # fmt: skip
@@ -145,7 +146,7 @@ class LatentAdversarial(Jumper):
         logits = models.discriminator(*seen)  # one call: a wrapped network must be called once per backward
         real, false, *shaken = zip(*(each.chunk(len(views)) for each in logits), strict=True)
         adversarial = LOSSES[self.adversarial_loss][0](real, false)
-        terms = {"discriminator": adversarial.detach()}
+        terms = {"discriminator": adversarial.detach(), **mean_logits(real, false)}
         if not shaken:
             return Loss(adversarial, terms)
         penalty = approximate_r1(real, shaken[0], self.r1_size)

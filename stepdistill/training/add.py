@@ -33,8 +33,8 @@ class ADDConfig(AdversarialConfig):
 
     guidance: float = 4.0
     """The teacher's guidance scale in the distillation term, and for data that it generates; 1 means none."""
-    distillation_weight: float = 2.5
-    """Weight of the distillation term relative to the adversarial one; 0 omits the teacher."""
+    distillation_weight: float = 50.0
+    """Weight of the distillation term, a mean over pixels, relative to the adversarial one; 0 omits the teacher."""
     distillation_weighting: Literal["exponential", "uniform", "sds"] = "exponential"
     """Weight of each noise level: alpha, uniform, or as in score distillation sampling."""
     distillation_space: Literal["pixels", "latents"] = "pixels"
@@ -42,7 +42,7 @@ class ADDConfig(AdversarialConfig):
 
     def method(self) -> Adversarial:
         """The method these flags describe."""
-        own = {field.name for field in dataclasses.fields(Adversarial)} & vars(self).keys()
+        own = {field.name for field in dataclasses.fields(Adversarial)} - {"recompute"}
         return Adversarial(**{name: getattr(self, name) for name in own}, recompute=self.gradient_checkpointing)
 
     def check_teacher(self, teacher: Teacher) -> None:

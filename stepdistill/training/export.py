@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from stepdistill import embedded, files
@@ -56,7 +57,8 @@ def export(
         settings=shown(record, config.lora) | stamp, grid="grid.png" if extra else None, side=side if other else None,
         base=find(config.teacher) if config.teacher in embedded.TEACHERS else config.teacher,
         peft_part=None if hasattr(teacher.source, "load_lora_weights") else teacher.part,
-        classes=teacher.denoiser.classes, shape=teacher.sample_shape,
+        classes=teacher.denoiser.classes, shape=teacher.sample_shape, variant=config.variant,
+        dtype=str(config.half_type or torch.float32).removeprefix("torch."),
     )  # fmt: skip
     common = {"scheduler": scheduler, "config": record, "card": card, "extra": extra}
     if config.lora:
@@ -84,7 +86,7 @@ def push_rest(config: TrainConfig, export: Path) -> None:
 
 
 def push(folder: Path, repository: str) -> None:
-    """Uploads an export folder to a hub repository, which is created if missing.
+    """Uploads an export folder to a hub repository, which is created if missing; the card there loads from there.
 
     Raises:
         InputError: the hub refuses or cannot be reached.
@@ -95,6 +97,8 @@ def push(folder: Path, repository: str) -> None:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
+        card = (Path(folder) / "README.md").read_text().replace(f'"{folder}"', f'"{repository}"')
+        api.upload_file(repo_id=repository, path_or_fileobj=card.encode(), path_in_repo="README.md")
     except Exception as error:  # the hub and the network raise many kinds
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise InputError(

@@ -241,8 +241,14 @@ class Loop:
         self.models.after_update()
         self.update += 1
         for name, value in terms.items():
-            self._sums.setdefault(name, value.new_zeros(2)).add_(torch.stack([value, torch.ones_like(value)]))
+            self._note(name, value)
         return terms
+
+    def _note(self, name: str, value: Tensor) -> None:
+        """Adds a scalar to the sums of the log; gradients that are not finite, whose step fp16 skips, do not count."""
+        finite = torch.isfinite(value) if name.startswith("grad_norm") else torch.ones_like(value, dtype=torch.bool)
+        pair = torch.stack([torch.where(finite, value, 0), finite]).detach().float()
+        self._sums.setdefault(name, torch.zeros_like(pair)).add_(pair)
 
     def _backward(self, role: str, loss: Tensor) -> None:
         """Adds the gradients of one role's loss on one batch."""
@@ -256,7 +262,8 @@ class Loop:
         self._before_step(role)
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(self.models.trained[role].values(), self.config.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.models.trained[role].values(), self.config.max_grad_norm)
+        self._note(f"grad_norm_{role}", sharding.whole(norm))
         if self.scaler is not None:
             self.scaler.step(optimizer)
         else:
@@ -324,7 +331,7 @@ class Loop:
         """Writes the means since the last line, which synchronises with the device."""
         sums = {name: self.accelerator.reduce(pair, "sum").tolist() for name, pair in self._sums.items()}
         self._sums = {}
-        values = {name: total / count for name, (total, count) in sums.items()}
+        values = {name: total / count for name, (total, count) in sums.items() if count}
         if not all(math.isfinite(v) for v in values.values()):
             got = ", ".join(f"{k} = {v}" for k, v in values.items())
             raise InputError(
@@ -333,4 +340,4 @@ class Loop:
             )
         rate = learning_rate_at(self.update - 1, self.config)
         metrics.log(self.update, values | {"learning_rate": rate, "seconds_per_update": round(seconds, 4)})
-        return {name: f"{value:.4f}" for name, value in values.items()}
+        return {name: f"{value:.4f}" for name, value in values.items() if not name.startswith("grad_norm")}

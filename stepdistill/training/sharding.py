@@ -125,6 +125,11 @@ def own(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor in one piece, in every process; all must call it. The tensor itself if it is not sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def gather(tree: object, keep: bool) -> object:
     """Nested dictionaries and lists with every sharded tensor gathered on the CPU. All processes must call it.
 
@@ -132,8 +137,8 @@ def gather(tree: object, keep: bool) -> object:
         keep: whether this process gets them; the others get None in their places.
     """
     if isinstance(tree, DTensor):
-        whole = tree.full_tensor()
-        return whole.detach().cpu() if keep else None
+        full = whole(tree)
+        return full.detach().cpu() if keep else None
     if isinstance(tree, dict):
         return {key: gather(value, keep) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -141,11 +146,11 @@ def gather(tree: object, keep: bool) -> object:
     return tree
 
 
-def like(whole: Tensor, tensor: Tensor) -> Tensor:
+def like(full: Tensor, tensor: Tensor) -> Tensor:
     """A full tensor, which every process has, sharded like another tensor."""
     if not isinstance(tensor, DTensor):
-        return whole
-    on_device = whole.to(tensor.device)
+        return full
+    on_device = full.to(tensor.device)
     return distribute_tensor(on_device, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
