@@ -280,6 +280,32 @@ def test_the_heads_are_told_pooled_text_and_an_embedding_and_nothing_else_is_tra
     assert slope.abs().min() > 0 and torch.equal(torch.autograd.grad(again, latents)[0], slope)
 
 
+def test_images_are_decoded_again_one_by_one_in_the_backward():
+    """The activations of one image are held at a time; the gradient is that of the whole batch."""
+    teacher, sizes = as_teacher(tiny.sd(), "tiny"), []
+    latents = torch.randn(3, *teacher.sample_shape, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    (slope,) = torch.autograd.grad(Decoder(teacher)(latents).square().sum(), latents)
+    decoder = Decoder(teacher, recompute=True)
+    total = decoder(latents).square().sum()
+    teacher.vae.decoder.conv_in.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    (again,) = torch.autograd.grad(total, latents)
+    assert sizes == [1, 1, 1]
+    assert (again - slope).abs().max() < 1e-5 * slope.abs().max()
+
+
+def test_real_images_are_decoded_and_embedded_once_for_both_phases(monkeypatch):
+    method, cast = Adversarial(**PLAIN | {"condition_on_image": True, "guidance": 1.0}), Cast(ALL["alpha_bar"])
+    decoded, seen, sample = [], [], batch()
+    own, trunk = cast.decoder, cast.trunk
+    cast.decoder = lambda latents: decoded.append(latents is sample.x0) or own(latents)
+    cast.trunk = lambda pictures: seen.append(len(pictures)) or trunk(pictures)
+    for phase in ("discriminator", "student"):
+        method.loss(phase, sample, cast, CLOCK)
+    assert decoded.count(True) == 1
+    size = len(sample.x0)
+    assert seen == [size, 2 * size, size]  # the real images' embedding; real and generated; generated
+
+
 def tiny_trunk():
     import timm
 

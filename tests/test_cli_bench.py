@@ -124,7 +124,7 @@ def missing(tmp_path, pipelines, monkeypatch) -> dict[str, tuple[str, str]]:
         "empty-lora": (f"{sd},lora={tmp_path / 'empty'}", "no .safetensors"),
         "cut-lora": (f"{sd},lora={tmp_path / 'cut'}", "a run that has ended"),
         "locked-lora": (f"{sd},lora={tmp_path / 'closed'}", "(Permission denied); allowed: a folder that can be read"),
-        "flow": ("avatars-flow,scheduler=ddim", "got ddim for a model of a flow; allowed: flow-euler, flow-lcm"),
+        "flow": ("avatars-flow,scheduler=ddim", "got ddim for a flow model; allowed: flow-euler, flow-lcm"),
     }
 
 

@@ -121,6 +121,14 @@ def test_a_head_does_not_see_how_the_batch_is_split(planar):
         assert torch.allclose(logits, torch.cat([first, second]), atol=1e-6)
 
 
+@pytest.mark.parametrize("planar", [False, True])
+def test_a_head_on_a_wide_network_is_narrower_inside(planar):
+    """3 x 3 convolutions of 3,072 channels, Flux's, would have 94 million parameters a head."""
+    head = Head(1024, 3, planar)
+    assert [conv.weight.shape[:2] for conv in (head.first.conv, head.second.conv)] == [(512, 1024), (512, 512)]
+    assert head.out.weight.shape[:2] == (64, 512)
+
+
 def test_every_convolution_has_spectral_norm_one():
     torch.manual_seed(0)
     for planar in (False, True):

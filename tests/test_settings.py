@@ -22,6 +22,7 @@ from stepdistill.training.config import from_yaml
 from stepdistill.training.export import shown
 from stepdistill.training.ladd import LADDConfig
 from stepdistill.training.lcm import LCMConfig
+from stepdistill.training.optim import learning_rate_at
 from stepdistill.training.progressive import ProgressiveConfig, distil_chain
 from stepdistill.training.run import distil
 
@@ -246,3 +247,15 @@ def test_a_run_of_before_a_flag_was_dropped_is_still_its_own(tmp_path):
     folder.claim(config, write=False)
     with pytest.raises(InputError, match=r"holds a run with rank = 64 \(now 8\)"):
         folder.claim(dataclasses.replace(config, rank=8), write=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora", "rate"),
+    [(LCMConfig, True, 1e-4), (LCMConfig, False, 1e-5), (ADDConfig, False, 5e-6), (ADDConfig, True, 1e-4)],
+)
+def test_a_full_student_has_a_lower_learning_rate_unless_one_is_given(kind, lora, rate):
+    config = kind(lora=lora)
+    assert config.peak_rate == config.record()["learning_rate"] == learning_rate_at(0, config) == rate
+    told = dataclasses.replace(config, learning_rate=3e-4)
+    assert told.peak_rate == told.record()["learning_rate"] == 3e-4
+    assert ADDConfig(lora=lora).of("discriminator").peak_rate == 1e-4

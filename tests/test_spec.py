@@ -192,7 +192,7 @@ def test_options_that_nothing_would_heed_are_refused(base):
     for text, words in (
         ("x,scheduler=euler,spacing=trailing,timesteps=999+499", "timesteps=999\\+499, which are the times; leave it"),
         ("x,scheduler=flow-euler,spacing=trailing", "FlowMatchEulerDiscreteScheduler, which has times of its own"),
-        ("x,scheduler=euler,spacing=trailing", "scheduler: got euler for a model of a flow; allowed: flow-euler"),
+        ("x,scheduler=euler,spacing=trailing", "scheduler: got euler for a flow model; allowed: flow-euler"),
     ):
         with pytest.raises(InputError, match=words):
             schedulers.scheduler_of(tiny.sd() if "999" in text else flow, parse(text))
@@ -227,7 +227,7 @@ def test_what_an_export_on_the_hub_records_is_read_there(base, student, monkeypa
 
 def test_a_protocols_sampler_that_does_not_fit_a_model_is_named_as_such(tmp_path):
     flow = tiny.save(tmp_path / "sd3", "sd3")
-    with pytest.raises(InputError, match=r"got euler for a model of a flow.*this is the protocol's sampler"):
+    with pytest.raises(InputError, match=r"got euler for a flow model.*this is the protocol's sampler"):
         load(parse(str(flow)), sampler=SamplerSpec("euler", "leading"))
 
 

@@ -44,8 +44,8 @@ def load(spec: ModelSpec, *, device: str = "cpu", sampler: SamplerSpec | None = 
             setattr(pipeline, name, None)
     if "prompt" not in accepted(type(pipeline)) and backbone(pipeline).config.get("num_class_embeds"):
         raise InputError(
-            f"model: got {spec.path}, whose network is told a class, which a {type(pipeline).__name__} cannot be; "
-            "allowed: one of text or of no condition; draw with it as its card shows"
+            f"model: got {spec.path}, which is class-conditional, while {type(pipeline).__name__} takes no class; "
+            "allowed: text-to-image or unconditional models; sample it with the code in its card"
         )
     if spec.unet:
         _load_unet(pipeline, spec.unet)

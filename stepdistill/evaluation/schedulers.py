@@ -72,7 +72,7 @@ def check_process(spec: ModelSpec, kind: str, config: Mapping[str, Any]) -> None
     if spec.scheduler and (spec.scheduler in FLOWS) != flow:
         allowed = ", ".join(FLOWS if flow else (name for name in SCHEDULERS if name not in FLOWS))
         raise InputError(
-            f"scheduler: got {spec.scheduler} for a model of {'a flow' if flow else 'no flow'}; allowed: {allowed}"
+            f"scheduler: got {spec.scheduler} for a {'flow' if flow else 'diffusion'} model; allowed: {allowed}"
         )
 
 

@@ -171,8 +171,8 @@ class LatentConsistency(Method):
         huber_c: c of the pseudo-Huber loss.
         weighting: "x0" compares the ends directly, as the papers do; "v" divides their difference by
             sigma_t / sqrt(alpha_t² + sigma_t²), the share of a v-predicting network's output in its x0. All times then
-            move the network equally, and learning at high noise does not degrade its predictions at low noise, where
-            every multistep sample ends.
+            move such a network equally, and learning at high noise does not degrade its predictions at low noise,
+            where every multistep sample ends.
         backward_simulation: the share of samples whose x_t is noised from the target's own one-step output instead of
             an image, as in multistep sampling (Yin et al. 2024; backward distillation in Kohler et al. 2024). The
             teacher's path from there corrects the blur of the first step. 0 in the LCM papers.

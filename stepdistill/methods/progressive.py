@@ -157,7 +157,8 @@ class Progressive(Method):
             student's prediction type, at the times of N steps.
         guidance_min, guidance_max: the scale is drawn uniformly from this range for each sample (1 means none), in the
             stage "guide" and, for a guidance-conditioned network, in both.
-        weighting: w(t). "truncated_snr": max(SNR, 1), the larger of the errors of x0 and eps. "snr+1": the error of v.
+        weighting: w(t). "truncated_snr": max(SNR, 1), the larger of the errors of x0 and eps. "snr+1": the error of v,
+            if alpha² + sigma² = 1.
         solver: solver of the teacher's two steps: "ddim" or "heun".
         eps_student: prediction type of an eps teacher's student: "v", "x0" or "eps"; others keep their teacher's.
         backward_simulation: of the samples past the first step, the share that start where a step of the student's own

@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from stepdistill.errors import InputError
 from stepdistill.training.config import TrainConfig, check_noisiest
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class AdversarialConfig(TrainConfig):
     """Flags of a student that jumps to the clean end, and of the discriminator it is trained against."""
+
+    FULL_RATE: ClassVar[float] = 5e-6
 
     start: Path | None = None
     """Export of an earlier run on the same teacher, such as LCM, that the student starts from; by default the teacher.

@@ -137,6 +137,11 @@ class LoopConfig:
         """The dtype that networks compute in; None for float32."""
         return HALF[self.mixed_precision]
 
+    @property
+    def peak_rate(self) -> float:
+        """The peak learning rate."""
+        return self.learning_rate
+
     def of(self, role: str) -> LoopConfig:
         """The settings of a role's optimizer; by default the same for all roles."""
         return self
@@ -189,8 +194,17 @@ class PipelineConfig(LoopConfig):
 
 @dataclass(frozen=True)
 class TrainConfig(PipelineConfig):
-    """Flags of the training scripts that distil a pipeline into fewer steps."""
+    """Flags of the training scripts that distil a pipeline into fewer steps.
 
+    Attributes:
+        LORA_RATE, FULL_RATE: default peak learning rates of a LoRA and of a full student.
+    """
+
+    LORA_RATE: ClassVar[float] = 1e-4
+    FULL_RATE: ClassVar[float] = 1e-5
+
+    learning_rate: float | None = None
+    """Peak learning rate; by default 1e-4 for a LoRA and 1e-5 for a full student, 5e-6 with ADD and LADD."""
     lora: bool = True
     """Train a LoRA adapter; --no-lora trains all weights."""
     rank: int = 64
@@ -222,6 +236,15 @@ class TrainConfig(PipelineConfig):
         if self.lora:
             self.require("rank", least=1, fix="the papers use 64")
             self.require("alpha", above=0, fix="leave it out for alpha = rank")
+
+    @property
+    def peak_rate(self) -> float:
+        """See LoopConfig.peak_rate."""
+        return self.learning_rate or (self.LORA_RATE if self.lora else self.FULL_RATE)
+
+    def record(self) -> dict:
+        """See PipelineConfig.record; the learning rate is the one in use."""
+        return super().record() | {"learning_rate": self.peak_rate}
 
     def method(self) -> Method:
         """The method these flags describe; subclasses override."""
