@@ -19,7 +19,7 @@ from stepdistill.cli import _run, main
 from stepdistill.errors import InputError
 from stepdistill.evaluation import features, metrics, places, sets
 from stepdistill.evaluation.catalogue import catalogue
-from stepdistill.export.lora import LORA_FILE
+from stepdistill.export.folder import LORA_FILE
 
 
 def run(capsys, *argv: object) -> tuple[int, str, list[str]]:

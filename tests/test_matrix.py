@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from stepdistill.denoiser.load import load_teacher
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
+from stepdistill.export.folder import LORA_FILE, PEFT_FILE
 from stepdistill.export.fused import save_fused
 from stepdistill.export.kohya import save_kohya
-from stepdistill.export.lora import LORA_FILE, PEFT_FILE
 from stepdistill.training.add import ADDConfig
 from stepdistill.training.config import TrainConfig
 from stepdistill.training.ladd import LADDConfig

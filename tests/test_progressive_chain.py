@@ -25,7 +25,7 @@ from stepdistill.evaluation.models import guidance_of, load
 from stepdistill.evaluation.places import check_lora
 from stepdistill.evaluation.spec import parse
 from stepdistill.export.adapters import trained_weights
-from stepdistill.export.lora import LORA_FILE
+from stepdistill.export.folder import LORA_FILE
 from stepdistill.training import progressive
 from stepdistill.training.progressive import ProgressiveConfig, distil_chain, open_stage
 from stepdistill.training.trainer import Trainer, build_models

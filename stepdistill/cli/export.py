@@ -72,8 +72,7 @@ def find_export(folder: Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    from stepdistill.evaluation.places import export_in
-    from stepdistill.export.lora import LORA_FILE, PEFT_FILE
+    from stepdistill.export.folder import LORA_FILE, PEFT_FILE, export_in
 
     folder = Path(folder)
     place = Path(export_in(str(folder)))

@@ -64,7 +64,7 @@ def main(config: Config) -> int:
     if config.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"--out: got {config.out}; allowed: a .png, .jpg or .webp; name one")
     from stepdistill.cli.bench import device_of
-    from stepdistill.denoiser.families import even_sigmas
+    from stepdistill.denoiser.families import drawn_size, even_sigmas
     from stepdistill.evaluation import models, places
     from stepdistill.evaluation.progress import quiet
     from stepdistill.evaluation.settings import Settings
@@ -85,7 +85,7 @@ def main(config: Config) -> int:
     with quiet():
         call = models.call_of(spec, pipeline)
         call |= {"sigmas": even_sigmas(steps)} if models.even_of(spec, pipeline) else {}
-        side = config.size or call.get("height") or places.drawn_size(pipeline)
+        side = config.size or call.get("height") or drawn_size(pipeline)
         batch = config.batch or min(16, Settings().batch_of(side))
         pictures = draw(pipeline, prompts, dataclasses.replace(config, steps=steps, batch=batch), guidance, call)
     grid = tile([pictures[i : i + config.count] for i in range(0, len(pictures), config.count)])

@@ -130,3 +130,19 @@ def grid_of(pipeline, denoiser: Denoiser) -> Grid:
         low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
         shift = math.exp(low + (high - low) * (patches - few) / (many - few))
     return Grid(family_of(pipeline).flow_spacing, shift)
+
+
+def drawn_size(pipeline) -> int | None:
+    """Returns the default image size of a loaded pipeline, as `picture_size` does, also of Flux's, whose network states
+    none; None if nothing does."""
+    if (own := getattr(pipeline, "default_sample_size", None)) is not None:
+        return own * pipeline.vae_scale_factor
+    return side_of(*(getattr(getattr(pipeline, part, None), "config", {}) for part in ("unet", "transformer", "vae")))
+
+
+def side_of(unet: Mapping, transformer: Mapping, vae: Mapping) -> int | None:
+    """Returns the image size, a side in pixels, that network configurations imply; None if they state none."""
+    sides = [network.get("sample_size") for network in (unet, transformer)]
+    side = next((side for side in sides if isinstance(side, int)), None)
+    blocks = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")  # the latter is Sana's
+    return side and side * 2 ** (len(blocks) - 1 if blocks else 0)

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from stepdistill.denoiser.autoencoder import whole
-from stepdistill.denoiser.families import even_sigmas
+from stepdistill.denoiser.families import drawn_size, even_sigmas
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
-from stepdistill.evaluation.places import drawn_size
 from stepdistill.evaluation.schedulers import has_spacing
 
 # What encode_prompt returns, for pipelines whose prompts are encoded once for all step counts.

@@ -14,14 +14,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stepdistill.denoiser.families import drawn_size
 from stepdistill.errors import InputError
 from stepdistill.evaluation import hashes
 from stepdistill.evaluation.catalogue import ready
 from stepdistill.evaluation.generate import Sampler, accepted, backbone, takes_guidance, told_guidance
-from stepdistill.evaluation.places import beside, check_lora, drawn_size, fetched
+from stepdistill.evaluation.places import beside, check_lora, fetched
 from stepdistill.evaluation.protocols import SamplerSpec
 from stepdistill.evaluation.schedulers import UNGUIDED, scheduler_of
 from stepdistill.evaluation.spec import ModelSpec
+from stepdistill.export.folder import read_record
 
 
 def load(spec: ModelSpec, *, device: str = "cpu", sampler: SamplerSpec | None = None):
@@ -233,7 +235,6 @@ def _record(spec: ModelSpec) -> dict[str, Any]:
         return kohya_record(Path(spec.lora))
     try:
         file = beside(spec.lora, "config.json") if spec.lora else Path(spec.path) / "config.json"
-        record = json.loads(file.read_text()) if file else {}
-    except (OSError, ValueError):
+    except OSError:  # the hub cannot be reached
         return {}
-    return record if isinstance(record, dict) else {}
+    return read_record(file) if file else {}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,21 +13,6 @@ from stepdistill.errors import InputError
 
 if TYPE_CHECKING:
     from stepdistill.evaluation.spec import ModelSpec
-
-
-def export_in(folder: str) -> str:
-    """Returns the export in a training run's folder, which is none itself; anything else unchanged."""
-    from stepdistill.export.lora import LORA_FILE, PEFT_FILE
-
-    place = Path(folder).expanduser()
-
-    def whole(where: Path) -> bool:
-        return any((where / name).is_file() for name in (LORA_FILE, PEFT_FILE, "model_index.json"))
-
-    with contextlib.suppress(OSError):  # an unreadable folder is reported when it is loaded
-        if not whole(place) and whole(place / "export"):
-            return str(place / "export")
-    return str(place) if folder.startswith("~") else folder
 
 
 def hub_file(text: str) -> tuple[str, str] | None:
@@ -156,26 +140,11 @@ def picture_size(path: str, *, remote: bool = True) -> int | None:
     Raises:
         InputError: the path is not a pipeline.
     """
+    from stepdistill.denoiser.families import side_of
     from stepdistill.denoiser.load import find
 
     path = find(path)
     return side_of(*(_config(path, part, remote) for part in ("unet", "transformer", "vae")))
-
-
-def drawn_size(pipeline) -> int | None:
-    """Returns the default image size of a loaded pipeline, as `picture_size` does, also of Flux's, whose network states
-    none; None if nothing does."""
-    if (own := getattr(pipeline, "default_sample_size", None)) is not None:
-        return own * pipeline.vae_scale_factor
-    return side_of(*(getattr(getattr(pipeline, part, None), "config", {}) for part in ("unet", "transformer", "vae")))
-
-
-def side_of(unet: Mapping, transformer: Mapping, vae: Mapping) -> int | None:
-    """Returns the image size, a side in pixels, that network configurations imply; None if they state none."""
-    sides = [network.get("sample_size") for network in (unet, transformer)]
-    side = next((side for side in sides if isinstance(side, int)), None)
-    blocks = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")  # the latter is Sana's
-    return side and side * 2 ** (len(blocks) - 1 if blocks else 0)
 
 
 def _config(path: str, part: str, remote: bool) -> dict:

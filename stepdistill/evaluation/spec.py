@@ -19,8 +19,8 @@ from typing import Any
 from stepdistill import embedded
 from stepdistill.errors import InputError
 from stepdistill.evaluation.catalogue import ready
-from stepdistill.evaluation.places import export_in
 from stepdistill.evaluation.schedulers import SCHEDULERS, SPACINGS
+from stepdistill.export.folder import export_in
 
 DTYPES = ("fp32", "fp16", "bf16")
 SIGMAS = ("even", "own")

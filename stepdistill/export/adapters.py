@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from stepdistill.denoiser.quiet import quiet
 from stepdistill.errors import InputError
-from stepdistill.evaluation.progress import quiet
-from stepdistill.export.lora import LORA_FILE, PEFT_FILE
+from stepdistill.export.folder import LORA_FILE, PEFT_FILE
 
 
 def load_whole(pipeline, lora: str | Path, *, fuse: bool = False) -> int:

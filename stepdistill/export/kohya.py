@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepdistill.errors import InputError
-from stepdistill.export.lora import LORA_FILE, PEFT_FILE
+from stepdistill.export.folder import LORA_FILE, PEFT_FILE
 from stepdistill.files import disk_full
 
 METADATA = "lora_adapter_metadata"

@@ -9,11 +9,8 @@ from safetensors.torch import save_file
 
 from stepdistill.denoiser.load import Teacher
 from stepdistill.errors import InputError
+from stepdistill.export.folder import ADAPTER, LORA_FILE, PEFT_FILE
 from stepdistill.files import replacing
-from stepdistill.training.roles import ADAPTER
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
-PEFT_FILE = "adapter_model.safetensors"
 
 
 def save_lora(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from stepdistill.errors import InputError
+from stepdistill.export.folder import export_in, read_record
 from stepdistill.training.config import TrainConfig, check_noisiest
 from stepdistill.training.roles import adapter_like, check_fits
 
@@ -99,11 +99,7 @@ class AdversarialConfig(TrainConfig):
     @property
     def spent_before(self) -> float:
         """Training seconds of the run of `start`, as recorded in its export."""
-        from stepdistill.evaluation.models import training_record
-        from stepdistill.evaluation.spec import ModelSpec
-
-        record = training_record(ModelSpec(str(self._start), "start")) if self.start else {}
-        return record.get("train_seconds") or 0.0
+        return read_record(self._start / "config.json").get("train_seconds") or 0.0 if self.start else 0.0
 
     @property
     def _start_kind(self) -> str | None:
@@ -111,13 +107,10 @@ class AdversarialConfig(TrainConfig):
         from stepdistill.denoiser.families import KINDS
 
         file = self._start / "scheduler" / "scheduler_config.json"
-        said = json.loads(file.read_text()).get("prediction_type") if file.is_file() else None
-        return KINDS.get(said)
+        return KINDS.get(read_record(file).get("prediction_type"))
 
     @property
     def _start(self) -> Path:
-        from stepdistill.evaluation.places import export_in
-
         return Path(export_in(str(self.start)))
 
     def check_teacher(self, teacher: Teacher) -> None:

@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 
 from stepdistill import embedded, files
-from stepdistill.denoiser.families import needs_sigmas
+from stepdistill.denoiser.families import drawn_size, needs_sigmas
 from stepdistill.denoiser.load import Teacher, find
 from stepdistill.errors import InputError
-from stepdistill.evaluation.places import drawn_size
 from stepdistill.export.card import model_card
 from stepdistill.export.lora import save_lora, save_pipeline
 from stepdistill.methods.base import Method

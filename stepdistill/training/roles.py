@@ -18,13 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from stepdistill import features
 from stepdistill.denoiser.base import Cond, Denoiser
 from stepdistill.errors import InputError
+from stepdistill.export.folder import ADAPTER
 from stepdistill.prediction import Kind
 from stepdistill.schedules import Time
 from stepdistill.training.averages import Averages
 from stepdistill.training.lora import Switch, make_lean
 from stepdistill.training.networks import Networks, trainable
 
-ADAPTER = "default"
 LORA_TARGETS = (  # each network uses those it has: UNet, MMDiT, linear DiT
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
     "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
