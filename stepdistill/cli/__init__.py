@@ -13,6 +13,7 @@ from stepdistill.errors import InputError
 
 COMMANDS = {
     "demo": "distil the embedded teacher with four methods, measure them all, write the report",
+    "train": "distil a teacher of your own by one method",
     "cache": "compute latents and text embeddings once",
     "sample": "generate an image grid from any model at any step count",
     "bench": "measure quality and latency of models by step count",
@@ -32,7 +33,7 @@ Start here; nothing is downloaded:
   stepdistill demo --quick
 
 Train a student of your own, view its images, measure it:
-  accelerate launch train_scripts/train_lcm_lora.py --teacher FOLDER --data IMAGES --out student
+  accelerate launch -m stepdistill train lcm-lora --teacher FOLDER --data IMAGES --out student
   stepdistill sample --model FOLDER,lora=student --prompt "a red hat" --steps 4 --out grid.png
   stepdistill bench --model teacher=FOLDER --model student=FOLDER,lora=student --data IMAGES
 
