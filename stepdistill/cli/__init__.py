@@ -41,7 +41,7 @@ A model is a SPEC: a diffusers folder, a hub id, or avatars (the embedded teache
 separated by commas. A training run's folder stands for the student in it.
 lora=DIR scheduler=ddim|lcm|tcd|dpmpp|euler|euler-a|heun|unipc guidance=1.5 variant=fp16 dtype=bf16 name=NAME
 sigmas=even (for a flow: no step wasted at 1/1000) unet=FILE spacing=trailing timesteps=999+499 size=512 tokens=256
-revision=NAME (of a hub repository)
+revision=NAME (of a hub repository) prediction=epsilon|v_prediction|sample (of unet=FILE, if it is not the pipeline's)
 owner/name/file.safetensors is a file on the hub. Ready models, such as
 @sdxl-turbo, are listed by stepdistill bench --list-models.
 """
