@@ -23,7 +23,7 @@ METHODS = {
     "progressive": ("progressive", "ProgressiveConfig",
                     "progressive (Salimans and Ho 2022; Meng et al. 2023): repeated halving of the steps"),
     "add": ("add", "ADDConfig", "adversarial (Sauer et al. 2023): the discriminator judges decoded images"),
-    "ladd": ("ladd", "LADDConfig", "latent adversarial (Sauer et al. 2024): it judges latents through the teacher"),
+    "ladd": ("ladd", "LADDConfig", "latent adversarial (Sauer et al. 2024): the discriminator judges noised latents"),
 }  # fmt: skip
 
 
