@@ -5,7 +5,7 @@ The public names, each imported on first use:
     schedules, prediction, timegrid, solvers, guidance    the core
     convert                                               converts between prediction types
     load_teacher, Teacher, methods, Trainer, TrainConfig  distillation
-    sample, evaluate                                      sampling and measurement
+    sample, sample_lcm, evaluate                          sampling and measurement
     baselines                                             classifier, language-model and architecture distillation
 """
 
@@ -26,6 +26,7 @@ _NAMES = {
     "evaluate": "stepdistill.evaluation.suite",
     "load_teacher": "stepdistill.denoiser.load",
     "sample": "stepdistill.sampling",
+    "sample_lcm": "stepdistill.methods.consistency",
 }
 __all__ = sorted([*_MODULES, *_NAMES])
 

@@ -33,8 +33,8 @@ def sample(
         x0 (B, C, H, W) float32.
     """
     if solver not in SOLVERS:
-        allowed = ", ".join(SOLVERS)
-        raise InputError(f"solver: got {solver!r}; allowed: {allowed}; for a consistency model use sample_lcm")
+        allowed = f"{', '.join(SOLVERS)}; for a consistency model use stepdistill.sample_lcm"
+        raise InputError(f"solver: got {solver!r}; allowed: {allowed}")
     denoise = Denoise(lambda x, t: guided(denoiser, x, t, cond, uncond, guidance), denoiser.schedule)
     times = denoiser.grid.times(denoiser.schedule, steps)
     return integrate(SOLVERS[solver], denoise, x_T, times)

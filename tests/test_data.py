@@ -380,6 +380,15 @@ def test_a_cache_holds_what_the_teacher_says_of_each_sample(tmp_path, pictures, 
     assert all(torch.equal(cache.uncond[key], nothing[key]) for key in nothing)
 
 
+def test_latents_are_bit_for_bit_those_of_images_decoded_one_by_one(tmp_path, teacher, broken, monkeypatch):
+    monkeypatch.setattr(build, "BATCH", 2)
+    data = broken(1)
+    source, batches = open_source(data), ([0], [2, 3], [4, 5])
+    images = [torch.stack([to_tensor(source.picture(i), (SIDE, SIDE)) for i in batch]) for batch in batches]
+    cache = open_data(data, teacher, cache_dir=tmp_path / "cache")
+    assert torch.equal(cache.batch(range(5))[0], torch.cat([teacher.encode(batch) for batch in images]))
+
+
 def test_each_distinct_caption_is_encoded_once(tmp_path, pictures, teacher, monkeypatch):
     encoded: list[str] = []
     own = teacher.conditioner.encode

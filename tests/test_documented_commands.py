@@ -13,10 +13,10 @@ import torch
 from stepdistill import cli
 from stepdistill.baselines import BASELINES, get
 from stepdistill.baselines.sweep import parse_over, variants
-from stepdistill.cli import baselines
+from stepdistill.cli import baselines, train
 from stepdistill.cli.command import parse
 from stepdistill.cli.training import parse_training
-from stepdistill.training.lcm import LCMConfig
+from stepdistill.training.lcm import FullLCMConfig, LCMConfig
 from stepdistill.training.plans import FLAGS
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +24,7 @@ PLACES = ("README.md", "docs/*.md", "benchmarks/README.md", "assets/*/README.md"
           "train_scripts/*.py", "stepdistill/**/*.py")  # fmt: skip
 COMMAND = re.compile(r"^[\s#$]*((?:stepdistill|accelerate launch|torchrun) .*)$", re.MULTILINE)
 CONFIGS = {f"train_{method}.py": getattr(import_module(module), name) for method, (module, name) in FLAGS.items()}
-CONFIGS["train_lcm_lora.py"] = LCMConfig
+CONFIGS |= {"train_lcm.py": FullLCMConfig, "train_lcm_lora.py": LCMConfig}
 
 
 def documented() -> list[str]:
@@ -51,7 +51,9 @@ def test_a_documented_command_is_parsed(command, monkeypatch):
     name = " ".join(argv[: 2 if " ".join(argv[:2]) in cli.COMMANDS else 1])
     argv = argv[len(name.split()) :]
     assert name in cli.COMMANDS
-    if name != "baselines":
+    if name == "train":
+        train.flags(argv[0], argv[1:])
+    elif name != "baselines":
         parse(import_module(f"stepdistill.cli.{name.split()[-1]}").Config, argv)
     elif argv[0] in ("run", "sweep"):
         over = []

@@ -403,5 +403,12 @@ def test_each_run_has_its_updates_its_folders_and_an_end_of_its_own():
     assert dataclasses.replace(config, end_steps=4).run(4) == dataclasses.replace(config.run(4), push_to_hub="me/it")
 
 
+def test_the_settings_of_each_run_describe_its_stage():
+    config = ProgressiveConfig(start_steps=8, guidance=(3.0,), weighting="snr+1")
+    stages = config.methods(SimpleNamespace(kind="v", takes_guidance=False))
+    assert [(m.stage, m.steps) for m in stages] == [("guide", 8), ("halve", 4), ("halve", 2), ("halve", 1)]
+    assert [config.run(method.steps).method() for method in stages] == stages
+
+
 def test_the_method_is_found_by_name():
     assert get("progressive") is Progressive

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -88,3 +89,8 @@ def test_the_shipped_settings_fit_the_embedded_teacher():
     config.check()
     found = settings(config, "ladd", "folder", "data", config.out / "x", config.out / "lcm", 3)
     assert (found.teacher, found.seed, found.max_train_steps, found.blocks) == ("folder", 3, 2, ())
+
+
+def test_step_settings_may_be_named_as_they_ship(config):
+    found = settings(dataclasses.replace(config, lcm=Path("sd15_lcm_lora")), "lcm", "folder", "data", config.out, None)
+    assert (found.teacher, found.huber_c, found.gradient_accumulation, found.lr_warmup) == ("folder", 1e-3, 4, 100)

@@ -32,6 +32,9 @@ TRAILING = {1: [999], 2: [999, 499], 4: [999, 749, 499, 249], 8: [999, 874, 749,
 CONSISTENCY = {2: [999, 499], 4: [999, 759, 499, 259], 8: [999, 879, 759, 639, 499, 379, 259, 139]}
 # SD3's pipeline leaves its shift of 3 to the scheduler, which applies it to an even grid from 1 to its own 1/1000
 FLOW = [1000 * 3 * s / (1 + 2 * s) for s in torch.linspace(1, 0.003 / 1.002, 4).tolist()]
+# Flux's pipeline shifts an even grid by exp(mu), mu linear in the tokens: 0.5 at 256, 1.15 at 4096; here there are 16
+MU = 0.5 + (1.15 - 0.5) * (16 - 256) / (4096 - 256)
+DEV = [math.exp(MU) / (math.exp(MU) + 1 / (1 - i / 50) - 1) for i in range(50)]
 EVEN = {steps: [1 - i / steps for i in range(steps)] for steps in (1, 2, 4)}
 SPRINT = {1: [math.pi / 2], 2: [math.pi / 2, 1.3], 4: [math.pi / 2 * (1 - i / 4) for i in range(4)]}
 
@@ -80,29 +83,32 @@ def own(count):
     return {count: [times[0], times[1], times[1], *times[2:]]}
 
 
-# name: (its original pipeline, the scheduler it is sampled with, steps -> the times its network is called at)
+# name: (its original pipeline, the scheduler it is sampled with, steps -> the times its network is called at, guidance;
+# 1 stands for none, guidance_scale=0 in model cards)
 PUBLISHED = {
-    "sd15": (sd, "PNDM", own(50)),
-    "sdxl": (sdxl, "EulerDiscrete", {50: [20 * i + 1 for i in reversed(range(50))]}),
-    "sd15-lcm-lora": (sd, "LCM", CONSISTENCY),
-    "sdxl-lcm-lora": (sdxl, "LCM", CONSISTENCY),
-    "sdxl-turbo": (turbo, "EulerAncestralDiscrete", {k: TRAILING[k] for k in (1, 2, 4)}),
-    "sdxl-lightning": (sdxl, "EulerDiscrete", {k: TRAILING[k] for k in (2, 4, 8)}),
-    "sdxl-lightning-lora": (sdxl, "EulerDiscrete", {k: TRAILING[k] for k in (2, 4, 8)}),
-    "hyper-sd15": (sd, {1: "TCD", 2: "DDIM", 4: "DDIM", 8: "DDIM"}, TRAILING),
-    "hyper-sdxl": (sdxl, {1: "LCM", 2: "DDIM", 4: "DDIM", 8: "DDIM"}, TRAILING | {1: [800]}),
-    "dmd2-sdxl": (sdxl, "LCM", {4: TRAILING[4]}),
-    "sd35-large-turbo": (tiny.sd3, "FlowMatchEulerDiscrete", {4: FLOW}),
-    "flux-schnell": (schnell, "FlowMatchEulerDiscrete", EVEN),
-    "flux-dev": (tiny.flux, "FlowMatchEulerDiscrete", {50: None}),
-    "pixart-delta": (delta, "LCM", {k: CONSISTENCY[k] for k in (2, 4)}),
-    "sana-sprint": (sprint, "SCM", {k: scm(t) for k, t in SPRINT.items()}),
-    "sana-sprint-0.6b": (sprint, "SCM", {k: scm(t) for k, t in SPRINT.items()}),
-    "bk-sdm-base": (sd, "PNDM", own(25)),
-    "bk-sdm-small": (sd, "PNDM", own(25)),
-    "bk-sdm-tiny": (sd, "PNDM", own(25)),
+    "sd15": (sd, "PNDM", own(50), 7.5),
+    "sdxl": (sdxl, "EulerDiscrete", {50: [20 * i + 1 for i in reversed(range(50))]}, 5),
+    "sd15-lcm-lora": (sd, "LCM", CONSISTENCY, 1),
+    "sdxl-lcm-lora": (sdxl, "LCM", CONSISTENCY, 1),
+    "sdxl-turbo": (turbo, "EulerAncestralDiscrete", {k: TRAILING[k] for k in (1, 2, 4)}, 1),
+    "sdxl-lightning": (sdxl, "EulerDiscrete", TRAILING, 1),
+    "sdxl-lightning-lora": (sdxl, "EulerDiscrete", {k: TRAILING[k] for k in (2, 4, 8)}, 1),
+    "hyper-sd15": (sd, {1: "TCD", 2: "DDIM", 4: "DDIM", 8: "DDIM"}, TRAILING, 1),
+    "hyper-sdxl": (sdxl, {1: "LCM", 2: "DDIM", 4: "DDIM", 8: "DDIM"}, TRAILING | {1: [800]}, 1),
+    "dmd2-sdxl": (sdxl, "LCM", {4: TRAILING[4]}, 1),
+    "sd35-large-turbo": (tiny.sd3, "FlowMatchEulerDiscrete", {4: FLOW}, 1),
+    "flux-schnell": (schnell, "FlowMatchEulerDiscrete", EVEN, 1),
+    "flux-dev": (tiny.flux, "FlowMatchEulerDiscrete", {50: DEV}, 3.5),
+    "pixart-delta": (delta, "LCM", {k: CONSISTENCY[k] for k in (2, 4)}, 1),
+    "sana-sprint": (sprint, "SCM", {k: scm(t) for k, t in SPRINT.items()}, 4.5),
+    "sana-sprint-0.6b": (sprint, "SCM", {k: scm(t) for k, t in SPRINT.items()}, 4.5),
+    "bk-sdm-base": (sd, "PNDM", own(25), 7.5),
+    "bk-sdm-small": (sd, "PNDM", own(25), 7.5),
+    "bk-sdm-tiny": (sd, "PNDM", own(25), 7.5),
 }
+PREDICTED = {("sdxl-lightning", 1): "sample"}  # where it is not what the pipeline's network predicts
 GUIDED = {"sd15", "sdxl", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny"}  # by a second evaluation
+TOLD = {"flux-dev": 3.5, "sana-sprint": 0.45, "sana-sprint-0.6b": 0.45}  # the network's input, Sana's a tenth of it
 
 
 @pytest.fixture
@@ -133,20 +139,25 @@ def test_every_ready_model_has_a_published_way_here():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_ready_model_is_sampled_as_its_authors_write(name, opened):
-    make, scheduler, times = PUBLISHED[name]
+    make, scheduler, times, guidance = PUBLISHED[name]
     for part, counts in ((m, c) for _, m, c in plan_of({name: parse(f"@{name}")}, None, ())):
         pipe, _ = opened(part, make)
         wanted = scheduler if isinstance(scheduler, str) else scheduler[counts[0]]
         assert type(pipe.scheduler).__name__ == f"{wanted}Scheduler"
         spec = dataclasses.replace(part, size=32)
+        own = make().scheduler.config.get("prediction_type")
+        assert pipe.scheduler.config.get("prediction_type") == PREDICTED.get((name, *counts), own)
         sampler = Sampler(pipe, models.guidance_of(spec, pipe), call=models.call_of(spec, pipe))
         network = getattr(pipe, "transformer", None) or pipe.unet
         for steps in counts:
             seen: list[float] = []
+            told: set[float | None] = set()
 
-            def note(_, args, kwargs, seen=seen):
+            def note(_, args, kwargs, seen=seen, told=told):
                 time = args[1] if len(args) > 1 else kwargs["timestep"]
                 seen.append(float(torch.as_tensor(time).flatten()[0]))
+                given = kwargs.get("guidance")
+                told.add(None if given is None else round(float(given.flatten()[0]), 3))
 
             hook = network.register_forward_pre_hook(note, with_kwargs=True)
             with Stages(pipe) as stages:
@@ -154,7 +165,8 @@ def test_a_ready_model_is_sampled_as_its_authors_write(name, opened):
             hook.remove()
             assert len(seen) == steps + (wanted == "PNDM")
             assert stages.evaluations == len(seen) * (2 if name in GUIDED else 1)
-            assert times[steps] is None or seen == pytest.approx(times[steps], abs=2e-3 if max(seen) <= 1 else 0.01)
+            assert seen == pytest.approx(times[steps], abs=1e-5 if max(seen) <= 1 else 0.01)
+            assert (sampler.guidance, told) == (guidance, {TOLD.get(name)})
 
 
 def test_a_file_a_step_count_is_the_file_of_that_step_count(opened):

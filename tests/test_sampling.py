@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchLCMScheduler, LCMScheduler
 from oracle import BETAS
 
+import stepdistill
 from stepdistill.conditioning.base import expand
 from stepdistill.denoiser.families import even_sigmas
 from stepdistill.denoiser.load import as_teacher
@@ -133,7 +134,8 @@ def test_steps_solvers_and_noises_out_of_range_are_named():
             lcm_times(schedule, steps)
     with pytest.raises(InputError, match="original_steps: got 1001; allowed: 1 to 1000"):
         lcm_times(schedule, 4, 1001)
-    with pytest.raises(InputError, match="solver: got 'magic'; allowed: ddim, heun, dpmpp_2m"):
+    with pytest.raises(InputError, match=r"got 'magic'; allowed: ddim, heun, dpmpp_2m; .*stepdistill.sample_lcm"):
         sample(teacher.denoiser, x_T, {}, steps=1, solver="magic")
+    assert stepdistill.sample_lcm is sample_lcm
     with pytest.raises(InputError, match="noise: got 0 noises for 4 steps; allowed: 3, or draws"):
         sample_lcm(teacher.denoiser, x_T, teacher.conditioner.encode(tiny.PROMPTS), steps=4)

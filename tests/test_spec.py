@@ -170,6 +170,35 @@ def test_a_spacing_moves_the_times_of_a_scheduler_or_is_refused(name):
     assert len(set(times)) == len(times)
 
 
+@pytest.mark.parametrize("name", sorted(set(schedulers.SCHEDULERS) - {"tcd"}))
+def test_a_scheduler_told_that_x0_is_predicted_ends_at_it_or_is_refused(name):
+    """TCD's would end at the least noise instead, whatever is predicted."""
+    pipe, x0 = tiny.sd3() if name in schedulers.FLOWS else tiny.sd(), torch.linspace(-1, 1, 12).reshape(1, 3, 2, 2)
+    asked = parse(f"x,prediction=sample,scheduler={name}")
+    if name in (*schedulers.FLOWS, "euler-a", "heun"):
+        with pytest.raises(InputError, match=r"prediction: got sample for .*Scheduler"):
+            schedulers.scheduler_of(pipe, asked)
+        return
+    scheduler = schedulers.scheduler_of(pipe, asked)
+    scheduler.set_timesteps(4)
+    x_t = torch.randn(1, 3, 2, 2, generator=torch.Generator().manual_seed(0)) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        scheduler.scale_model_input(x_t, t)
+        x_t = scheduler.step(x0, t, x_t).prev_sample
+    torch.testing.assert_close(x_t, x0, atol=1e-5, rtol=1e-5)
+
+
+def test_a_prediction_is_heeded_with_a_spacing_and_where_an_export_recorded_its_scheduler(base, tmp_path):
+    student = lora(tmp_path / "lcm", tiny.sd())
+    for text, spacing in ((f"{base},scheduler=euler,spacing=trailing", "trailing"), (f"{base},lora={student}", None)):
+        own, told = load(parse(text)).scheduler, load(parse(f"{text},prediction=v_prediction")).scheduler
+        differ = {k for k in own.config if own.config[k] != told.config[k]}
+        assert type(own) is type(told) and differ == {"prediction_type"}
+        assert told.config.prediction_type == "v_prediction" and spacing in (None, told.config.timestep_spacing)
+    with pytest.raises(InputError, match=r"got prediction=samples; allowed: epsilon, .*; did you mean sample\?"):
+        parse("x,prediction=samples")
+
+
 def test_the_spacing_of_a_spec_is_heeded_where_an_export_recorded_its_scheduler(base, tmp_path):
     for kind, folder in ((DDIMScheduler, "ddim"), (LCMScheduler, "lcm")):
         student = lora(tmp_path / folder, tiny.sd(), scheduler=False)

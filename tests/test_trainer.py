@@ -119,6 +119,17 @@ def test_a_run_killed_at_any_point_ends_with_the_same_bits(tmp_path, pipelines, 
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_a_method_that_its_settings_do_not_describe_is_refused_before_anything_is_written(tmp_path):
+    config = LCMConfig(teacher="avatars", out=tmp_path / "run", guidance=(2.0,))
+    other = dataclasses.replace(config.method(), guidance_max=3.0, solver_steps=20)
+    told = r"got guidance_max = 3.0 \(config: 2.0\), solver_steps = 20 \(config: 50\); allowed: the LatentConsis"
+    with pytest.raises(InputError, match=told):
+        Trainer(other, None, [0], config)
+    with pytest.raises(InputError, match="got a LatentAdversarial; allowed: the LatentConsistency of"):
+        Trainer(LADDConfig().method(), None, [0], config)
+    assert not config.out.exists()
+
+
 def test_a_stop_signal_saves_and_the_same_command_goes_on(tmp_path, pipelines, pictures):
     first = trainer(tmp_path / "run", pipelines["sd"], pictures, checkpoint_every=100)
     step = first.step

@@ -8,30 +8,17 @@ The same command again resumes. The export in <out>/export is a pipeline folder.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 
 from stepdistill.cli.command import guard
-from stepdistill.training.lcm import LCMConfig
-
-
-@dataclass(frozen=True)
-class FullConfig(LCMConfig):
-    """Flags of a full student."""
-
-    lora: bool = False
-    """Train a LoRA adapter instead, which cannot be conditioned on guidance."""
-    learning_rate: float = 1e-5
-    """Peak learning rate."""
-    embed_guidance: bool = True
-    """Condition the student on its guidance, so that users choose guidance_scale at sampling."""
 
 
 def main() -> None:
     """Reads the flags and trains."""
     from stepdistill.cli.training import parse_training
+    from stepdistill.training.lcm import FullLCMConfig
     from stepdistill.training.run import distil
 
-    distil(parse_training(FullConfig, __doc__))
+    distil(parse_training(FullLCMConfig, __doc__))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from stepdistill.errors import InputError
 
 COMMANDS = {
     "demo": "distil the embedded teacher with four methods, measure them all, write the report",
+    "train": "distil a teacher of your own by one method",
     "cache": "compute latents and text embeddings once",
     "sample": "generate an image grid from any model at any step count",
     "bench": "measure quality and latency of models by step count",
@@ -32,7 +33,7 @@ Start here; nothing is downloaded:
   stepdistill demo --quick
 
 Train a student of your own, view its images, measure it:
-  accelerate launch train_scripts/train_lcm_lora.py --teacher FOLDER --data IMAGES --out student
+  accelerate launch -m stepdistill train lcm-lora --teacher FOLDER --data IMAGES --out student
   stepdistill sample --model FOLDER,lora=student --prompt "a red hat" --steps 4 --out grid.png
   stepdistill bench --model teacher=FOLDER --model student=FOLDER,lora=student --data IMAGES
 
@@ -40,7 +41,7 @@ A model is a SPEC: a diffusers folder, a hub id, or avatars (the embedded teache
 separated by commas. A training run's folder stands for the student in it.
 lora=DIR scheduler=ddim|lcm|tcd|dpmpp|euler|euler-a|heun|unipc guidance=1.5 variant=fp16 dtype=bf16 name=NAME
 sigmas=even (for a flow: no step wasted at 1/1000) unet=FILE spacing=trailing timesteps=999+499 size=512 tokens=256
-revision=NAME (of a hub repository)
+revision=NAME (of a hub repository) prediction=epsilon|v_prediction|sample (of unet=FILE, if it is not the pipeline's)
 owner/name/file.safetensors is a file on the hub. Ready models, such as
 @sdxl-turbo, are listed by stepdistill bench --list-models.
 """

@@ -1,4 +1,4 @@
-"""Flags of the training scripts: defaults, then the YAML file of --config, then the command line."""
+"""Flags of training runs: defaults, then the YAML file of --config, then the command line."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import TypeVar
 
 from stepdistill.cli.command import parse
 from stepdistill.training.config import LoopConfig, from_yaml
+from stepdistill.training.plans import settings_file
 
 C = TypeVar("C", bound=LoopConfig)
 
 
 def parse_training(
-    kind: type[C], description: str | None, argv: list[str] | None = None, default: C | None = None
-) -> C:
+    kind: type[C], description: str | None, argv: list[str] | None = None, default: C | None = None, *,
+    prog: str | None = None,
+) -> C:  # fmt: skip
     """Parses a command line into a configuration; unset flags come from `default` if given. --help exits with 0.
 
     Raises:
@@ -24,7 +26,8 @@ def parse_training(
     for i, word in enumerate(argv):
         name, _, value = word.partition("=")
         if name == "--config":
-            default = from_yaml(Path(value or (argv[i + 1] if i + 1 < len(argv) else "")), kind, default)
-    config = parse(kind, argv, description=description, default=default)
+            told = Path(value or (argv[i + 1] if i + 1 < len(argv) else ""))
+            default = from_yaml(settings_file(told), kind, default)
+    config = parse(kind, argv, prog=prog, description=description, default=default)
     config.check()
     return config

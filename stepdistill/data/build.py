@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepdistill.conditioning.base import expand
+from stepdistill.data.ahead import ahead
 from stepdistill.data.broken import BrokenList
 from stepdistill.data.sources import PictureError, Source, key_of, to_tensor
 from stepdistill.denoiser.load import Teacher
@@ -232,9 +234,12 @@ class Plan:
     def _latents(self, indices: range, bar: tqdm) -> dict[str, Tensor]:
         parts, rows = [], []
         step = max(1, min(BATCH, PIXELS // (self.size[0] * self.size[1])))
-        for start in range(0, len(indices), step):
-            batch = indices[start : start + step]
-            whole, x0 = (batch, self._paint(batch)) if self.painted else self._encode(batch)
+        batches = [indices[start : start + step] for start in range(0, len(indices), step)]
+        if self.painted:
+            made = ((batch, self._paint(batch)) for batch in batches)
+        else:
+            made = map(self._encode, batches, ahead(self._decoded, batches))
+        for batch, (whole, x0) in zip(batches, made, strict=True):
             parts.append(self._kept(x0))
             rows += [self.distinct[self.captions[i]] for i in whole]
             bar.update(len(batch))
@@ -253,18 +258,25 @@ class Plan:
     def _shape(self) -> tuple[int, ...]:
         return self.teacher.sample_shape[0], *(side // self.teacher.factor for side in self.size)
 
-    def _encode(self, indices: range) -> tuple[list[int], Tensor]:
-        """Returns those of the samples whose images can be decoded, and their latents."""
+    def _decoded(self, i: int) -> Tensor | PictureError:
+        """Returns the image of a sample, (C, height, width); if it is broken, why."""
         channels = 3 if self.teacher.vae is not None else self.teacher.sample_shape[0]
-        pictures = {}
-        for i in indices:
-            try:
-                pictures[i] = to_tensor(self.source.picture(i), self.size, channels)
-            except PictureError as error:
-                self.broken.add(i, error)
-        if not pictures:
+        try:
+            return to_tensor(self.source.picture(i), self.size, channels)
+        except PictureError as error:
+            return error
+
+    def _encode(self, indices: range, decoded: Iterable[Tensor | PictureError]) -> tuple[list[int], Tensor]:
+        """Returns those of the samples whose images could be decoded, and their latents."""
+        whole = {}
+        for i, picture in zip(indices, decoded, strict=True):
+            if isinstance(picture, PictureError):
+                self.broken.add(i, picture)
+            else:
+                whole[i] = picture
+        if not whole:
             return [], torch.empty(0, *self._shape)
-        return list(pictures), self.teacher.encode(torch.stack(list(pictures.values())).to(self._device))
+        return list(whole), self.teacher.encode(torch.stack(list(whole.values())).to(self._device))
 
     def _paint(self, indices: range) -> Tensor:
         """Generates the teacher's guided samples for some captions, each from its own noise."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 TRAILING = {"timestep_spacing": "trailing"}
 SPACINGS = ("trailing", "leading", "linspace")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 # name: (diffusers class, options that override the configuration of the pipeline's scheduler)
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", TRAILING | {"set_alpha_to_one": True, "clip_sample": False}),
@@ -29,6 +30,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", TRAILING | {"final_sigmas_type": "zero"}),
 }
 FLOWS = ("flow-euler", "flow-lcm")
+NO_SAMPLE = ("EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "PNDMScheduler")  # not written in diffusers
 UNGUIDED = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
 
 
@@ -36,10 +38,12 @@ def scheduler_of(pipeline, spec: ModelSpec):
     """Returns the scheduler of a SPEC: the named one; else its LoRA export's, else the pipeline's.
 
     An export's scheduler takes precedence over the options in SCHEDULERS for the same class. With `spacing` the
-    scheduler is from_config(own, timestep_spacing=...), as in model cards, without those options.
+    scheduler is from_config(own, timestep_spacing=...), as in model cards, without those options. `prediction` sets its
+    prediction_type, whatever else does.
 
     Raises:
-        InputError: a flow scheduler for another process or the reverse; a spacing that would have no effect.
+        InputError: a flow scheduler for another process or the reverse; a spacing that would have no effect; a
+            prediction that the scheduler does not know.
     """
     import diffusers
 
@@ -47,14 +51,18 @@ def scheduler_of(pipeline, spec: ModelSpec):
     name, options = SCHEDULERS[spec.scheduler] if spec.scheduler else (None, {})
     exported = _exported(spec.lora)
     own = exported if exported is not None and name in (None, type(exported).__name__) else pipeline.scheduler
+    kind = getattr(diffusers, name) if name else type(own)
+    predicts = {}
+    if spec.prediction:
+        check_prediction(kind, own.config, spec)
+        predicts = {"prediction_type": spec.prediction}
     if spec.spacing:
-        kind = getattr(diffusers, name) if name else type(own)
         check_spacing(kind, spec)
-        return kind.from_config(own.config, timestep_spacing=spec.spacing)
+        return kind.from_config(own.config, timestep_spacing=spec.spacing, **predicts)
     if name is None or own is exported or (name == type(own).__name__ and name in UNGUIDED):
-        return own
+        return kind.from_config(own.config, **predicts) if predicts else own
     config = {k: v for k, v in own.config.items() if k not in ("timestep_spacing", "final_sigmas_type")}
-    return getattr(diffusers, name).from_config(config, **options)
+    return kind.from_config(config, **options, **predicts)
 
 
 def check_process(spec: ModelSpec, kind: str, config: Mapping[str, Any]) -> None:
@@ -95,6 +103,27 @@ def check_spacing(kind: type, spec: ModelSpec) -> None:
         why = f"{kind.__name__}, which has times of its own"
     if why:
         raise InputError(f"spacing: got {spec.spacing} for {why}; leave it out")
+
+
+def check_prediction(kind: type, config: Mapping[str, Any], spec: ModelSpec) -> None:
+    """Checks that a scheduler class can step from what a SPEC says the network predicts.
+
+    Args:
+        config: of the scheduler that it takes the place of.
+
+    Raises:
+        InputError: it cannot, or that one is a flow's.
+    """
+    if config.get("prediction_type") not in PREDICTIONS:
+        raise InputError(
+            f"prediction: got {spec.prediction} for a model of a flow ({kind.__name__}), which predicts its velocity; "
+            "leave it out"
+        )
+    if spec.prediction == "sample" and kind.__name__ in NO_SAMPLE:
+        able = [name for name, (own, _) in SCHEDULERS.items() if own not in NO_SAMPLE and name not in FLOWS]
+        raise InputError(
+            f"prediction: got sample for {kind.__name__}, which does not know it; allowed: scheduler={'|'.join(able)}"
+        )
 
 
 def _exported(lora: str | None):

@@ -19,7 +19,7 @@ from typing import Any
 from stepdistill import embedded
 from stepdistill.errors import InputError
 from stepdistill.evaluation.catalogue import ready
-from stepdistill.evaluation.schedulers import SCHEDULERS, SPACINGS
+from stepdistill.evaluation.schedulers import PREDICTIONS, SCHEDULERS, SPACINGS
 from stepdistill.export.folder import export_in
 
 DTYPES = ("fp32", "fp16", "bf16")
@@ -38,6 +38,7 @@ class ModelSpec:
         sigmas: "even" passes even sigmas to a flow's scheduler, "own" leaves them to the pipeline; None follows the
             export's record.
         unet: a file of weights for the pipeline's UNet. spacing: the scheduler's timestep_spacing, as in model cards.
+        prediction: the scheduler's prediction_type, of weights that predict other than the pipeline's.
         timesteps: replace the scheduler's. size: image side in pixels. tokens: maximum length of a prompt.
         ready: the name in the catalogue. changes: options that differ by step count.
     """
@@ -53,6 +54,7 @@ class ModelSpec:
     sigmas: str | None = None
     unet: str | None = None
     spacing: str | None = None
+    prediction: str | None = None
     timesteps: tuple[int, ...] | None = None
     size: int | None = None
     tokens: int | None = None
@@ -87,6 +89,9 @@ class ModelSpec:
 
 OPTIONS = tuple(f.name for f in dataclasses.fields(ModelSpec) if f.name not in ("path", "ready", "changes"))
 NUMBERS = ("size", "tokens")
+CHOICES = {
+    "scheduler": SCHEDULERS, "spacing": SPACINGS, "prediction": PREDICTIONS, "sigmas": SIGMAS, "dtype": DTYPES,
+}  # fmt: skip
 
 
 def parse(text: str) -> ModelSpec:
@@ -137,7 +142,7 @@ def _options(parts: Sequence[str], text: str) -> dict[str, Any]:
             values[key] = _whole(key, values[key])
     if "timesteps" in values:
         values["timesteps"] = tuple(_whole("timesteps", part) for part in values["timesteps"].split("+"))
-    for key, allowed in (("scheduler", SCHEDULERS), ("spacing", SPACINGS), ("sigmas", SIGMAS), ("dtype", DTYPES)):
+    for key, allowed in CHOICES.items():
         if values.get(key) is not None and values[key] not in allowed:
             near = difflib.get_close_matches(values[key], allowed, 1)
             hint = f"; did you mean {near[0]}?" if near else ""

@@ -3,6 +3,7 @@
 config.json      the run's resolved flags           checkpoints/     the last two
 metrics.jsonl    a line every few updates           validation/      grids
 export/          the student                        done.json        written last
+wandb.json       the run's id there, if it is tracked
 """
 
 from __future__ import annotations

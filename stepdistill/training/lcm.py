@@ -61,3 +61,15 @@ class LCMConfig(GuidedConfig):
         super().check_teacher(teacher)
         check_noisiest(teacher, teacher.denoiser.schedule.t_max, self.mixed_precision)
         self.method().times(torch.zeros(1, dtype=torch.long), teacher.denoiser.schedule)
+
+
+@dataclass(frozen=True)
+class FullLCMConfig(LCMConfig):
+    """Flags of latent consistency distillation into a full student."""
+
+    lora: bool = False
+    """Train a LoRA adapter instead, which cannot be conditioned on guidance."""
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    embed_guidance: bool = True
+    """Condition the student on its guidance, so that users choose guidance_scale at sampling."""

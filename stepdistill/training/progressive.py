@@ -81,8 +81,8 @@ class ProgressiveConfig(GuidedConfig):
             raise InputError(f"final_factor: got {self.final_factor:g}; allowed: above 0; the paper's is 2")
 
     def method(self) -> Progressive:
-        """The method of the last halving."""
-        return self._method(self.end_steps)
+        """The method of the last stage: a halving, or with `end_steps` at the start steps the one that guides."""
+        return self._method(self.end_steps, "guide" if self.end_steps == self.start_steps else "halve")
 
     def methods(self, denoiser: Denoiser) -> list[Progressive]:
         """The stages of the chain for this teacher, in order.

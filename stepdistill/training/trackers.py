@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +25,11 @@ class Metrics:
 
     def __init__(self, out: Path, accelerator: Accelerator, record: dict, update: int) -> None:
         self.path, self.accelerator = out / "metrics.jsonl", accelerator
-        if accelerator.log_with:
+        if names := [str(tracker) for tracker in accelerator.log_with]:
             flat = {k: v if isinstance(v, int | float | str | bool) else json.dumps(v) for k, v in record.items()}
-            accelerator.init_trackers("stepdistill", config=flat)
+            wandb = wandb_run(out) if "wandb" in names and accelerator.is_main_process else {}
+            project = os.environ.get("WANDB_PROJECT") or "stepdistill"
+            accelerator.init_trackers(project, config=flat, init_kwargs={"wandb": wandb})
         if accelerator.is_main_process and self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if _update_of(line) <= update]
             write(self.path, "".join(line + "\n" for line in lines))
@@ -49,6 +53,15 @@ class Metrics:
         """Closes the trackers; without `end_training`, which also destroys the process group."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+def wandb_run(out: Path) -> dict[str, str]:
+    """The arguments of wandb.init with which a run that resumes goes on as the same run there, by the id that it keeps
+    in <out>/wandb.json. wandb ignores the lines that it has already, which are the same."""
+    file = out / "wandb.json"
+    if not (file.exists() and (out / "metrics.jsonl").exists()):  # a run that never logged is none, see folder.claim
+        write(file, json.dumps({"id": uuid.uuid4().hex}) + "\n")
+    return {"id": json.loads(file.read_text())["id"], "resume": "allow", "name": str(out)}
 
 
 def _update_of(line: str) -> float:

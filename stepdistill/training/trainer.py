@@ -32,7 +32,7 @@ class Trainer(Loop):
     """Trains a student.
 
     Args:
-        method: the loss and its roles.
+        method: the loss and its roles: `config.method()`, since the export records the configuration.
         teacher: what the student learns from. A LoRA is added to it in place; with mixed precision its backbone is
             cast. Its text encoders and autoencoder move to the CPU, and take no device memory in training: text and
             latents are cached.
@@ -42,7 +42,7 @@ class Trainer(Loop):
         target: the export folder; by default `<out>/export`.
 
     Raises:
-        InputError: `config.out` holds another run, or a setting is out of range.
+        InputError: `config.out` holds another run, a setting is out of range, or the method is not the configuration's.
     """
 
     config: TrainConfig
@@ -52,6 +52,7 @@ class Trainer(Loop):
         self, method: Method, teacher: Teacher, data, config: TrainConfig, models: Models | None = None,
         target: Path | None = None,
     ) -> None:  # fmt: skip
+        check_method(method, config)
         sharded, stage = sharding.check(config), zero.check(config)
         if len(data) < 1:
             raise InputError("data: got no samples; allowed: one or more")
@@ -214,6 +215,21 @@ class Trainer(Loop):
         if main and self.teacher is not None:
             push_rest(self.config, target)
         return target
+
+
+def check_method(method: Method, config: TrainConfig) -> None:
+    """Raises InputError if a method is not the one that a configuration describes."""
+    wanted = config.method()
+    if method == wanted:
+        return
+    got = f"a {type(method).__name__}"
+    if type(method) is type(wanted):
+        differ = {key: value for key, value in vars(method).items() if value != vars(wanted)[key]}
+        got = ", ".join(f"{key} = {value!r} (config: {vars(wanted)[key]!r})" for key, value in differ.items())
+    raise InputError(
+        f"method: got {got}; allowed: the {type(wanted).__name__} of config.method(), since the export records the "
+        "config; change the config"
+    )
 
 
 def build_models(

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from stepdistill.errors import InputError
 from stepdistill.export.fused import save_fused
 from stepdistill.training.config import TrainConfig, from_yaml
-from stepdistill.training.plans import FLAGS, shipped
+from stepdistill.training.plans import FLAGS, settings_file, shipped
 from stepdistill.training.run import distil
 
 if TYPE_CHECKING:
@@ -45,9 +45,9 @@ def settings(
     if file is None and config.teacher != "avatars":
         raise InputError(
             f"{name}: got none for {config.teacher}; allowed: a YAML file of {script}'s flags that fit it, as "
-            f"train_scripts/configs/sd15_{name}_lora.yaml"
+            f"sd15_{name}_lora, which ships"
         )
-    known = shipped(name) if file is None else from_yaml(file, getattr(flags, FLAGS[name][1]))
+    known = shipped(name) if file is None else from_yaml(settings_file(file), getattr(flags, FLAGS[name][1]))
     return dataclasses.replace(known, **changes | {"variant": None, "revision": None} | config.files(teacher))
 
 

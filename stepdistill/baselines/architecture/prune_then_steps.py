@@ -44,7 +44,7 @@ class PruneThenStepsConfig(BKSDMConfig):
     distiller: Literal["lcm", "ladd"] = "lcm"
     """Step distillation method; ladd starts from the student of lcm."""
     lcm: Path | None = None
-    """YAML of train_lcm_lora.py's flags; by default those shipped for the embedded teacher."""
+    """YAML of train_lcm_lora.py's flags, or a name that ships; by default the settings for the embedded teacher."""
     ladd: Path | None = None
     """The same for train_ladd.py."""
     step_updates: int = 500
