@@ -46,6 +46,7 @@ class CrossEntropy(Objective):
         """The loss of the student."""
         said = logits(models.student, batch["ids"], batch["attention"])
         value = losses.cross_entropy(*losses.shift(said, batch["ids"], batch["counts"]))
+        value = batch.weight(lambda each: losses.predicted(each["counts"])) * value
         return Loss(value, {"cross_entropy": value})
 
 
