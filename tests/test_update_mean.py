@@ -128,9 +128,9 @@ def test_an_update_on_two_processes_is_that_of_one(tmp_path):
 
 
 def test_a_run_may_go_on_with_its_updates_split_otherwise(tmp_path):
-    learner("gkd_own", tmp_path / "whole", ROWS).fit()
-    stop_at(learner("gkd_own", tmp_path / "cut", ROWS), 2)
-    learner("gkd_own", tmp_path / "cut", ROWS // 2, 2).fit()
+    learner("forward_kl", tmp_path / "whole", ROWS).fit()
+    stop_at(learner("forward_kl", tmp_path / "cut", ROWS), 2)
+    learner("forward_kl", tmp_path / "cut", ROWS // 2, 2).fit()
     assert_equal(tmp_path / "whole", tmp_path / "cut")
 
 
