@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from PIL import Image
+from safetensors.torch import load_model
 from torch import nn
 
 from stepdistill.baselines import BASELINES, get
@@ -17,7 +18,7 @@ from stepdistill.baselines.base import Batch, TeacherStudent
 from stepdistill.baselines.classifier import hinton
 from stepdistill.baselines.classifier.data import Labelled, normalise, open_labelled, view
 from stepdistill.baselines.classifier.hinton import Hinton, HintonConfig
-from stepdistill.baselines.classifier.networks import build
+from stepdistill.baselines.classifier.networks import build, load
 from stepdistill.baselines.divergence import softened_kl
 from stepdistill.baselines.learner import Learner, learn
 from stepdistill.baselines.reduce import masked_mean
@@ -241,6 +242,14 @@ def test_from_the_command_line_to_the_table_and_again(tmp_path, capsys):
     for one, two in zip(record["rows"], again["rows"], strict=True):
         assert one["figures"]["nll"] == two["figures"]["nll"] and one["seconds"] == two["seconds"]
     assert (out / "student-0/weights/student.safetensors").stat().st_mtime_ns == weights
+    held = open_labelled("avatars", "test", label=("background",), limit=8)
+    for part in ("control-0", "student-0"):
+        saved = load(out / part / "model")
+        trained = build("resnet8", 6, 32, seed=5)
+        load_model(trained, str(out / part / "weights" / "student.safetensors"))
+        assert torch.equal(saved(normalise(held.pixels)), trained.eval()(normalise(held.pixels)))
+    told = json.loads((out / "student-0/model/config.json").read_text())
+    assert told == {"network": "resnet8", "classes": list(held.classes), "resolution": 32}
     assert main([*argv, "--temperature", "3"]) == 2
     assert "temperature = 4.0 (now 3.0)" in capsys.readouterr().err
     assert json.loads((out / "run.json").read_text())["temperature"] == 4.0  # that of the existing run, for `eval`

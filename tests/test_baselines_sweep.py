@@ -104,6 +104,17 @@ def test_a_value_that_cannot_be_swept_is_refused_before_anything_is_trained(
     assert error in line and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("more", [[], ["--quick"]])
+def test_a_flag_that_is_swept_need_not_be_given_besides(more, tmp_path, monkeypatch):
+    """Its default would be refused for this student, which is pretrained."""
+    monkeypatch.setattr(get("forward_kl").config, "run", lambda self: found.append(self.learning_rate))
+    found = []
+    words = ["--dry-run", "--teacher", "/a/pretrained/model", "--out", str(tmp_path), *more]
+    assert main(["baselines", "sweep", "forward_kl", "--over", "learning_rate=1e-4,5e-5", *words]) == 0
+    assert found == [1e-4, 5e-5]
+    assert main(["baselines", "sweep", "forward_kl", "--over", "seed=0,1", *words]) == 2
+
+
 @pytest.mark.parametrize(
     "content", ["[]", '{"rows": []}', '{"rows": [1]}', '{"points": []}', "7", "{", '{"rows": [{"role": "student"}]}']
 )

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, load_model
 from torch import nn
 
 from stepdistill.baselines.base import Batch, TeacherStudent
 from stepdistill.baselines.language import encoder_run, encoders, layers, masked, tinybert
 from stepdistill.baselines.language.distilbert import DistilBertConfig
-from stepdistill.baselines.language.labelled import Classifier, Labelled, open_task
+from stepdistill.baselines.language.labelled import Classifier, Labelled, open_task, told_class
 from stepdistill.baselines.language.layers import Answers, Layers, Projections
 from stepdistill.baselines.language.masked import Lines, MaskedLM, Masking
 from stepdistill.baselines.language.models import check_length
+from stepdistill.baselines.language.saved import load_classifier
 from stepdistill.baselines.language.students import copy_layers, evenly
 from stepdistill.baselines.language.tinybert import TinyBertConfig
 from stepdistill.baselines.language.triple import DistilBert, cosine_distance
@@ -291,8 +294,37 @@ def test_a_run_that_is_cut_goes_on_to_the_same_figures(name, tmp_path, monkeypat
     assert {"teacher", "control", "student"} <= set(roles)
     assert roles["control"].parameters == roles["student"].parameters < roles["teacher"].parameters
     assert roles["control"].figures != roles["student"].figures
-    saved = hf.AutoModel.from_pretrained(tmp_path / "whole" / "student-0" / "model")
-    assert saved.config.num_hidden_layers == 2
+
+
+def test_distilberts_student_and_control_are_what_transformers_loads(tmp_path):
+    DistilBertConfig(out=tmp_path, **SMALL["distilbert"][1]).run()
+    logits = []
+    for part in ("student-0", "control-0"):
+        saved = hf.AutoModelForMaskedLM.from_pretrained(tmp_path / part / "model").eval()
+        ids = hf.AutoTokenizer.from_pretrained(tmp_path / part / "model")("a person with red hair", return_tensors="pt")
+        logits.append(saved(ids.input_ids).logits)
+        trained = copy.deepcopy(saved)
+        torch.nn.init.normal_(trained.base_model.encoder.layer[0].output.dense.weight)
+        load_model(MaskedLM(trained), str(tmp_path / part / "weights" / "student.safetensors"))
+        assert torch.equal(trained(ids.input_ids).logits, logits[-1])
+    assert not torch.equal(*logits)
+
+
+def test_tinyberts_student_and_control_are_an_encoder_that_transformers_loads_and_a_head(tmp_path):
+    results = TinyBertConfig(out=tmp_path, **SMALL["tinybert"][1]).run()
+    figures = {row.role: row.figures for row in results.rows}
+    for role, last in (("student", "answers"), ("control", "task")):
+        folder = tmp_path / f"{role}-0" / "model"
+        saved, tokenizer = load_classifier(folder), hf.AutoTokenizer.from_pretrained(folder)
+        _, held = open_task("avatars", tokenizer, 64, label="right clothes", limit=40, held_out=20)
+        assert told_class(saved, held) == figures[role]
+        assert [saved.body.config.id2label[i] for i in range(len(held.classes))] == list(held.classes)
+        weights = load_file(tmp_path / f"{role}-0" / last / "weights" / "student.safetensors")
+        body = hf.AutoModel.from_pretrained(folder).eval()
+        hidden = body(held.lines.ids, attention_mask=held.lines.attention.long()).last_hidden_state
+        mean = torch.stack([row[keep].mean(0) for row, keep in zip(hidden, held.lines.attention, strict=True)])
+        truth = mean @ weights["head.weight"].T + weights["head.bias"]
+        assert torch.allclose(saved(held.lines.ids, held.lines.attention), truth, atol=1e-6)
 
 
 @pytest.mark.parametrize(

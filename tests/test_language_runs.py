@@ -106,15 +106,6 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(text, first, tmp_path, monk
     assert figures(tmp_path) == figures(first)
 
 
-def test_a_run_does_not_go_on_with_its_updates_split_otherwise(text, tmp_path, capsys):
-    """A batch's mean is over its own tokens, so two batches of 2 give another update than one of 4."""
-    command = words("forward_kl", text, tmp_path, steps=2)
-    main(command)
-    again = ["baselines", *command, "--batch-size", "2", "--gradient-accumulation", "2"]
-    assert cli(again) == 2
-    assert "which holds a run with batch_size = 4 (now 2)" in capsys.readouterr().err
-
-
 def test_trained_in_half_precision_networks_are_measured_in_full(text, tmp_path):
     """A finished run only loads its weights, so otherwise its figures would differ from those of the first time."""
     main(words("forward_kl", text, tmp_path, "--mixed-precision", "bf16"))

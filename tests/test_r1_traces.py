@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from accelerate import PartialState
+from safetensors.torch import load_model
 
 from stepdistill.baselines.language import arithmetic, collect, r1_traces, tiny, traces
 from stepdistill.baselines.language.collect import as_rows
@@ -207,7 +208,12 @@ def test_a_run_that_is_cut_goes_on_to_the_same_figures(tmp_path, monkeypatch):
     assert [row.figures for row in again.rows] == [row.figures for row in whole.rows]
     assert [row.role for row in whole.rows] == ["teacher", "before", "control", "student"]
     assert whole.note.startswith("20 of 40 answers are kept, for 20 of 20 problems; dropped: 20 wrong")
-    assert hf.AutoModelForCausalLM.from_pretrained(tmp_path / "whole/student-0/model").config.hidden_size == 48
+    ids = torch.arange(3, 9)[None]
+    for part in ("student-0", "control-0"):
+        saved = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / part / "model")
+        trained = hf.AutoModelForCausalLM.from_config(saved.config).eval()
+        load_model(trained, str(tmp_path / "whole" / part / "weights/student.safetensors"))
+        assert saved.config.hidden_size == 48 and torch.equal(saved(ids).logits, trained(ids).logits)
 
 
 def test_a_control_learns_bare_answers_and_what_is_too_long_for_the_student_is_counted(tmp_path, monkeypatch):

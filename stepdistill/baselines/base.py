@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar
 
 import torch
+from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from stepdistill.baselines.results import Results
@@ -35,8 +36,6 @@ class BaselineConfig(LoopConfig):
     quick: bool = False
     """Small defaults for all flags that are not given, to see the method run."""
 
-    # A batch is averaged over the tokens that count in it, so splitting it differently changes the update.
-    FREE: ClassVar[frozenset[str]] = LoopConfig.FREE - {"batch_size", "gradient_accumulation"}
     QUICK: ClassVar[Mapping[str, object]] = {}  # defaults under --quick
     SWEEP: ClassVar[tuple[str, tuple]] = ("seed", (0, 1, 2))  # flag and values that `sweep` covers by default
     DRAWN: ClassVar[tuple[str, ...]] = ()  # folders of measurements, which `eval` removes first
@@ -86,14 +85,39 @@ class Batch(Remembers):
 
     Attributes:
         siblings: makes this process's batches of the same update anew, this one included; None if it is the only one.
+        place: its index among these. batches: of the update, over all processes.
     """
 
     items: Mapping[str, Tensor]
     draws: Draws
     siblings: Callable[[], list[Batch]] | None = field(default=None, repr=False, compare=False)
+    place: int = 0
+    batches: int = 1
+    _ahead: dict[str, object] = field(default_factory=dict, repr=False, compare=False)  # shared by the siblings
 
     def __getitem__(self, name: str) -> Tensor:
         return self.items[name]
+
+    def ahead(self, name: str, make: Callable[[Batch], T]) -> T:
+        """The result of `make` for this batch. The first batch of an update that needs it has it made for all."""
+        if name not in self._ahead:
+            self._ahead[name] = [make(each) for each in (self.siblings() if self.siblings else [self])]
+        return self._ahead[name][self.place]
+
+    def weight(self, count: Callable[[Batch], Tensor]) -> Tensor:
+        """The factor of a mean over this batch's tokens that makes it a share of the mean over the whole update's.
+
+        The loop averages over batches and processes, in which tokens of a batch that has few would count for more.
+        Summed over processes once per update.
+
+        Args:
+            count: the number of tokens in a batch, of any shape; each number has its own weight. 1 if it is the only
+                batch.
+        """
+        own = self.ahead("counted", count)
+        if "total" not in self._ahead:
+            self._ahead["total"] = reduce(torch.stack(self._ahead["counted"]).sum(0), "sum")
+        return own * self.batches / self._ahead["total"].clamp(min=1)
 
 
 class Objective:

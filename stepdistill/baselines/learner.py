@@ -41,6 +41,7 @@ class Learner(Loop):
             raise InputError("data: got no samples; allowed: one or more")
         super().__init__(objective, config)
         self.models, self.data = models, data
+        self._ahead: dict[str, object] = {}  # what the batches of an update share
         models.to(self.device)
         models.bare.train()
         if getattr(config, "gradient_checkpointing", False):
@@ -73,6 +74,8 @@ class Learner(Loop):
     def batch(self, number: int) -> Batch:
         """This process's share of batch `number` of the run, whose position also determines dropout and generation."""
         torch.manual_seed(mix(~self.config.seed, self._first(number)))
+        if number % self.config.gradient_accumulation == 0:
+            self._ahead = {}
         return self._batch(number)
 
     def _batch(self, number: int) -> Batch:
@@ -80,8 +83,9 @@ class Learner(Loop):
         items = self.data.batch(sample_indices(seed, first, size, len(self.data)))
         items, draws = {k: v.to(self.device) for k, v in items.items()}, Draws.at(seed, first, size, self.device)
         split = self.config.gradient_accumulation
-        update = range(number // split * split, (number // split + 1) * split)
-        return Batch(items, draws, lambda: [self._batch(each) for each in update])
+        update, place = range(number // split * split, (number // split + 1) * split), number % split
+        batches = split * self.accelerator.num_processes
+        return Batch(items, draws, lambda: [self._batch(each) for each in update], place, batches, _ahead=self._ahead)
 
     def _first(self, number: int) -> int:
         """The position, in the run, of the first sample of this process's share of batch `number`."""

@@ -20,7 +20,8 @@ from stepdistill.baselines import BASELINES, get, results
 from stepdistill.baselines.base import BaselineConfig
 from stepdistill.cli.training import parse_training
 from stepdistill.errors import InputError
-from stepdistill.training.config import from_yaml
+from stepdistill.training.config import from_yaml, spelled
+from stepdistill.typed import built
 
 VERBS = ("list", "run", "sweep", "eval")
 
@@ -59,11 +60,12 @@ def list_all() -> None:
     Console().print(table)
 
 
-def flags(name: str, argv: Sequence[str]) -> BaselineConfig:
-    """Parses the flags of a baseline; --quick replaces the defaults by its small values."""
+def flags(name: str, argv: Sequence[str], **defaults: object) -> BaselineConfig:
+    """Parses the flags of a baseline; --quick replaces the defaults by its small values, `defaults` either."""
     kind = get(name).config
-    small = kind(quick=True, **kind.QUICK) if "--quick" in argv else None
-    return parse_training(kind, get(name).config.__doc__, list(argv), default=small)
+    small = kind(quick=True, **kind.QUICK) if "--quick" in argv else kind()
+    base = built(kind, spelled(defaults, kind), "--over", small)
+    return parse_training(kind, kind.__doc__, list(argv), default=base)
 
 
 def finish(config: BaselineConfig) -> dict:
@@ -96,7 +98,7 @@ def sweep(name: str, argv: Sequence[str]) -> None:
         at = argv.index("--over")
         flag, values = parse_over(" ".join(argv[at + 1 : at + 2]), kind)
         del argv[at : at + 2]
-    config = flags(name, argv)
+    config = flags(name, argv, **{flag: values[0]})  # its own default may be refused, and is not used
     runs = variants(config, flag, values)
     first, found = next(iter(runs.values())), {}
     for value, run in runs.items():

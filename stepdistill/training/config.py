@@ -49,7 +49,7 @@ class LoopConfig:
     out: Path = Path("out/student")
     """Folder for checkpoints, logs and results. Run the same command again to resume."""
     config: Path | None = None
-    """YAML file of defaults for any of these flags; flags take precedence."""
+    """YAML file of defaults for any of these flags, or the name of settings that ship; flags take precedence."""
     seed: int = 0
     """Seed of all random numbers."""
 

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 class LCMConfig(GuidedConfig):
     """Flags of latent consistency distillation."""
 
-    guidance: tuple[float, ...] = (4.0, 16.0)
-    """The teacher's guidance scale: one value, or a range to draw from (1 means none; the paper's w is one less)."""
+    guidance: tuple[float, ...] = (8.0,)
+    """The teacher's guidance scale: one value, as suits a LoRA, which is conditioned on it only on Flux-dev, or a range
+    to draw from (1 means none; the paper's w is one less)."""
     solver_steps: int = 50
     """Points on the teacher's path."""
     loss: Literal["huber", "l2"] = "huber"
@@ -69,7 +70,7 @@ class FullLCMConfig(LCMConfig):
 
     lora: bool = False
     """Train a LoRA adapter instead, which cannot be conditioned on guidance."""
-    learning_rate: float = 1e-5
-    """Peak learning rate."""
+    guidance: tuple[float, ...] = (4.0, 16.0)
+    """The teacher's guidance scale: a range to draw from, or one value (1 means none; the paper's w is one less)."""
     embed_guidance: bool = True
     """Condition the student on its guidance, so that users choose guidance_scale at sampling."""

@@ -19,13 +19,14 @@ from torch import nn
 
 from stepdistill.baselines.base import BaselineConfig, Batch, Objective, TeacherStudent
 from stepdistill.baselines.classifier.data import Labelled, normalise, open_labelled, view
-from stepdistill.baselines.classifier.networks import build
+from stepdistill.baselines.classifier.networks import build, save
 from stepdistill.baselines.divergence import softened_kl
 from stepdistill.baselines.learner import learn
 from stepdistill.baselines.reduce import masked_mean, wide
 from stepdistill.baselines.results import Results, Row, count_parameters
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock, Loss
+from stepdistill.training.processes import world
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class HintonConfig(BaselineConfig):
     QUICK: ClassVar[Mapping[str, object]] = {
         "limit": 1000, "teacher_steps": 120, "max_train_steps": 60, "seeds": (0,)
     }  # fmt: skip
+    # Batch normalisation computes with the statistics of a batch, so splitting it differently changes the update.
+    FREE: ClassVar[frozenset[str]] = BaselineConfig.FREE - {"batch_size", "gradient_accumulation"}
     SWEEP: ClassVar[tuple[str, tuple]] = ("temperature", (1.0, 2.0, 4.0, 8.0, 16.0))
     UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "teacher": ("student", "max_train_steps", "temperature", "soft_weight", "hard_weight"),
@@ -144,6 +147,8 @@ class HintonConfig(BaselineConfig):
                 models = TeacherStudent(network, teacher if role == "student" else None)
                 seconds = learn(objective, models, train, self.part(f"{role}-{seed}", seed=seed))
                 results.rows.append(_row(role, self.student, network, seconds, held, seed))
+                if not self.dry_run and world().is_main_process:
+                    save(network, self.out / f"{role}-{seed}" / "model", self.student, train.classes, side)
         return results
 
 

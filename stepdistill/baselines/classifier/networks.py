@@ -8,13 +8,18 @@ timm:NAME                                     as timm builds it
 from __future__ import annotations
 
 import copy
+import json
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from stepdistill.errors import InputError
+from stepdistill.files import replacing
 
 SMALL = 64  # pixels; up to this size the usual stem, which downsamples by 4, would leave too few
 
@@ -86,6 +91,23 @@ def build(name: str, classes: int, side: int, *, seed: int) -> nn.Module:
             "outputs; try resnet20"
         )
     return network.train()
+
+
+def save(network: nn.Module, target: Path, name: str, classes: Sequence[str], side: int) -> None:
+    """Saves a classifier: model.safetensors, and in config.json what it was built from; an existing folder is kept."""
+    if not target.is_dir():
+        with replacing(target) as folder:
+            save_model(network, str(folder / "model.safetensors"))
+            told = {"network": name, "classes": list(classes), "resolution": side}
+            (folder / "config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: Path | str) -> nn.Module:
+    """Loads what `save` saved, in evaluation mode. It takes images as `normalise` in data.py makes them."""
+    told = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    network = build(told["network"], len(told["classes"]), told["resolution"], seed=0)
+    load_model(network, str(Path(folder) / "model.safetensors"))
+    return network.eval()
 
 
 def _named(name: str, classes: int, side: int, seed: int) -> nn.Module:

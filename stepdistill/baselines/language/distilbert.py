@@ -17,7 +17,7 @@ from stepdistill.baselines.base import TeacherStudent
 from stepdistill.baselines.language.encoder_run import EncoderConfig
 from stepdistill.baselines.language.encoders import MaskedLM, shape
 from stepdistill.baselines.language.masked import MaskedModelling, cut_lines, told_right
-from stepdistill.baselines.language.run import save
+from stepdistill.baselines.language.saved import save
 from stepdistill.baselines.language.students import copy_layers, evenly
 from stepdistill.baselines.language.texts import joined, open_texts
 from stepdistill.baselines.language.triple import DistilBert
@@ -121,7 +121,7 @@ class DistilBertConfig(EncoderConfig):
                 network, part = self._begin(teacher, kept, seed), self.part(f"{role}-{seed}", seed=seed)
                 models = TeacherStudent(network, teacher if role == "student" else None)
                 add(role, network, learn(objective, models, train, part), seed)
-                if role == "student" and not self.dry_run and state.is_main_process:
+                if not self.dry_run and state.is_main_process:
                     save(network.network, encoder.tokenizer, part.out / "model")
         return results
 

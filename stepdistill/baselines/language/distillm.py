@@ -18,7 +18,7 @@ from torch import nn
 from stepdistill.baselines.base import Batch, Objective, TeacherStudent
 from stepdistill.baselines.language import losses
 from stepdistill.baselines.language.corpus import Corpus
-from stepdistill.baselines.language.generate import coin, evaluating, sample
+from stepdistill.baselines.language.generate import Spoken, coin, evaluating, sample
 from stepdistill.baselines.language.measure import mean_nll
 from stepdistill.baselines.language.memory import Replay
 from stepdistill.baselines.language.models import Decoder, logits
@@ -63,23 +63,29 @@ class DistiLLM(Objective):
         if clock.update % self.look_every == 0 and replay.looked.item() != clock.update:
             with evaluating(models.bare):
                 replay.look(mean_nll(models.bare, self.held), clock.update)
-        threshold, full = replay.threshold.item(), replay.filled == len(replay.ids)
-        now = turn(coin(self.seed, clock.update), threshold, clock.update / clock.total, full)
-        ids, attention, counts = batch["ids"], batch["attention"], batch["counts"]
-        if now == "speak":
+        full = replay.filled == len(replay.ids)
+        chance = coin(self.seed, clock.update), replay.threshold.item(), clock.update / clock.total
+        now = batch.ahead("turn", lambda _: turn(*chance, full))  # for the whole update, whose texts may fill the rows
+
+        def read(each: Batch) -> Spoken:
+            ids, attention = each["ids"], each["attention"]
+            if now == "read":
+                return Spoken(ids, attention, each["counts"])
+            if now == "recall":
+                return replay.recall(each.draws)
             spoken = sample(
-                [(models.bare, 1.0)], ids[:, : self.prompt], attention[:, : self.prompt], batch.draws,
+                [(models.bare, 1.0)], ids[:, : self.prompt], attention[:, : self.prompt], each.draws,
                 new=ids.shape[1] - self.prompt, eos=self.eos, pad=self.pad,
             )  # fmt: skip
             replay.keep(spoken)
-        elif now == "recall":
-            spoken = replay.recall(batch.draws)
-        if now != "read":
-            ids, attention, counts = spoken.ids, spoken.attention, spoken.counts
+            return spoken
+
+        text = batch.ahead("text", read)
+        weight = batch.weight(lambda each: losses.predicted(each.ahead("text", read).counts))
         with torch.no_grad():
-            answers = logits(models.teacher, ids, attention)[:, :-1]
-        said, _, mask = losses.shift(logits(models.student, ids, attention), ids, counts)
-        value = getattr(losses, self.divergence)(said, answers, mask, alpha=self.alpha)
+            answers = logits(models.teacher, text.ids, text.attention)[:, :-1]
+        said, _, mask = losses.shift(logits(models.student, text.ids, text.attention), text.ids, text.counts)
+        value = weight * getattr(losses, self.divergence)(said, answers, mask, alpha=self.alpha)
         return Loss(value, {f"{self.divergence}_{now}": value, "threshold": replay.threshold.detach().clone()})
 
 

@@ -37,8 +37,9 @@ class ForwardKL(Objective):
         with torch.no_grad():
             answers = logits(models.teacher, ids, attention)[:, :-1]
         said, labels, mask = losses.shift(logits(models.student, ids, attention), ids, batch["counts"])
-        soft = self.temperature**2 * losses.forward_kl(said, answers, mask, temperature=self.temperature)
-        hard = losses.cross_entropy(said, labels, mask)
+        weight = batch.weight(lambda each: losses.predicted(each["counts"]))
+        soft = weight * (self.temperature**2 * losses.forward_kl(said, answers, mask, temperature=self.temperature))
+        hard = weight * losses.cross_entropy(said, labels, mask)
         return Loss(self.soft_weight * soft + self.hard_weight * hard, {"forward_kl": soft, "cross_entropy": hard})
 
 

@@ -1,6 +1,6 @@
 """GKD, Agarwal et al. (2024), *On-Policy Distillation of Language Models*: the teacher corrects the student on the
 student's own text in a share λ of the updates, and on the corpus in the others, with a generalised Jensen-Shannon
-divergence. Its mean is over the generated tokens, ends of text included.
+divergence. Its mean is over the generated tokens of an update, ends of text included.
 
 stepdistill baselines run gkd --quick
 stepdistill baselines sweep gkd --over lmbda=0,0.5,1
@@ -19,7 +19,7 @@ import torch
 from stepdistill.baselines.base import Batch, Objective, TeacherStudent
 from stepdistill.baselines.language import losses
 from stepdistill.baselines.language.corpus import Corpus
-from stepdistill.baselines.language.generate import coin, sample
+from stepdistill.baselines.language.generate import Spoken, coin, sample
 from stepdistill.baselines.language.models import Decoder, logits
 from stepdistill.baselines.language.run import QUICK, DecoderConfig
 from stepdistill.errors import InputError
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class GKD(Objective):
     """D_β(teacher, student) on the student's own text with probability λ, else on the batch's; no gradient passes
-    through sampling.
+    through sampling. All texts of an update are generated before its first batch, which has to know their lengths.
 
     Attributes:
         lmbda: λ; 1 is on-policy. beta: see losses.generalized_jsd. temperature: of sampling, not of D.
@@ -49,18 +49,23 @@ class GKD(Objective):
 
     def loss(self, phase: str, batch: Batch, models: TeacherStudent, clock: Clock) -> Loss:
         """The loss of the student."""
-        ids, attention, counts = batch["ids"], batch["attention"], batch["counts"]
         own = coin(self.seed, clock.update) < self.lmbda
-        if own:
-            spoken = sample(
-                [(models.bare, 1.0)], ids[:, : self.prompt], attention[:, : self.prompt], batch.draws,
+
+        def read(each: Batch) -> Spoken:
+            ids, attention = each["ids"], each["attention"]
+            if not own:
+                return Spoken(ids, attention, each["counts"])
+            return sample(
+                [(models.bare, 1.0)], ids[:, : self.prompt], attention[:, : self.prompt], each.draws,
                 new=ids.shape[1] - self.prompt, eos=self.eos, pad=self.pad, temperature=self.temperature,
             )  # fmt: skip
-            ids, attention, counts = spoken.ids, spoken.attention, spoken.counts
+
+        text = batch.ahead("text", read)
+        weight = batch.weight(lambda each: losses.predicted(each.ahead("text", read).counts))
         with torch.no_grad():
-            answers = logits(models.teacher, ids, attention)[:, :-1]
-        said, _, mask = losses.shift(logits(models.student, ids, attention), ids, counts)
-        value = losses.generalized_jsd(said, answers, mask, beta=self.beta)
+            answers = logits(models.teacher, text.ids, text.attention)[:, :-1]
+        said, _, mask = losses.shift(logits(models.student, text.ids, text.attention), text.ids, text.counts)
+        value = weight * losses.generalized_jsd(said, answers, mask, beta=self.beta)
         return Loss(value, {"jsd_own" if own else "jsd_text": value})
 
 
@@ -94,6 +99,11 @@ class GKDConfig(DecoderConfig):
         self.require("temperature", above=0, fix="try 1")
         if self.trainer == "trl" and importlib.util.find_spec("trl") is None:
             raise InputError("trainer: got trl, but trl is not installed; pip install 'stepdistill[trl]', or take own")
+
+    @property
+    def FREE(self) -> frozenset[str]:  # noqa: N802
+        """See LoopConfig; trl divides by the tokens of a batch, so splitting an update differently changes it."""
+        return super().FREE - ({"batch_size", "gradient_accumulation"} if self.trainer == "trl" else set())
 
     def objective(self, teacher: Decoder, corpus: Corpus) -> GKD:
         """The loss of the student."""

@@ -3,7 +3,7 @@
 Its `lmbda` is λ as in the paper and in this package, the share of updates on the student's own text (its code tests
 `random() <= lmbda`; texts that state the reverse are wrong), so it is passed on unchanged. It draws its own random
 numbers, one choice per batch and process. If the student generates, it still divides by the number of tokens of the
-text, counted beforehand; the loop here divides by the number of generated tokens.
+text, counted beforehand; the loop here divides by the number of generated tokens of the update.
 
 Its checkpoints are <out>/checkpoints/checkpoint-N, each with the seconds up to it.
 """

@@ -77,6 +77,12 @@ def prediction_loss(student: Tensor, teacher: Tensor, temperature: float) -> Ten
     return masked_mean(-(p.softmax(-1) * q.log_softmax(-1)).sum(-1))
 
 
+def attended(batch: Batch) -> Tensor:
+    """The number of attended tokens, and of pairs of them within a text."""
+    lengths = batch["attention"].sum(1)
+    return torch.stack([lengths.sum(), lengths.square().sum()])
+
+
 class Projections(nn.Module):
     """W_e and W_h, which map the student's embeddings and hidden states to the teacher's width; layers share W_h.
 
@@ -113,11 +119,12 @@ class Layers(Objective):
         hidden = student.hidden if phase == "student" else [x.detach() for x in student.hidden]
         wide = models.projections(hidden)
         parts = [hidden_loss(x, teacher.hidden[place], attention) for x, place in zip(wide, places, strict=True)]
-        terms = {"embeddings": parts[0], "hidden": sum(parts[1:])}
+        tokens, pairs = batch.weight(attended)
+        terms = {"embeddings": tokens * parts[0], "hidden": tokens * sum(parts[1:])}
         if phase == "projections":
             return Loss(sum(terms.values()), {})
-        pairs = zip(student.scores, places[1:], strict=True)
-        terms["attention"] = sum(attention_loss(x, teacher.scores[place - 1], attention) for x, place in pairs)
+        each = zip(student.scores, places[1:], strict=True)
+        terms["attention"] = pairs * sum(attention_loss(x, teacher.scores[place - 1], attention) for x, place in each)
         return Loss(sum(terms.values()), terms)
 
     def _look(self, batch: Batch, models: TeacherStudent) -> tuple[Seen, Seen]:

@@ -39,6 +39,11 @@ def shift(logits: Tensor, ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, 
     return logits[:, :-1], ids[:, 1:], counts[:, 1:]
 
 
+def predicted(counts: Tensor) -> Tensor:
+    """The number of predictions that count, from (B, S) tokens that do: a row's first is not predicted."""
+    return counts[:, 1:].sum()
+
+
 def each(values: Callable[..., Tensor], mask: Tensor, *tensors: Tensor) -> Tensor:
     """`values` of the N positions that the mask counts, CHUNK at once, and computed again in the backward pass, for
     which only the tensors at these positions are kept.

@@ -70,6 +70,10 @@ class Masking:
         shown = torch.where(fate < SHOWN, self.mask, torch.where(fate < (1 + SHOWN) / 2, other, ids))
         return torch.where(told, shown, ids), told
 
+    def of_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same for a batch of Lines."""
+        return batch.ahead("masked", lambda each: self(each["ids"], each["attention"], each.draws))
+
 
 @dataclass(frozen=True)
 class MaskedModelling(Objective):
@@ -79,9 +83,10 @@ class MaskedModelling(Objective):
 
     def loss(self, phase: str, batch: Batch, models: TeacherStudent, clock: Clock) -> Loss:
         """The mean over the masked tokens."""
-        shown, told = self.masking(batch["ids"], batch["attention"], batch.draws)
+        shown, told = self.masking.of_batch(batch)
         _, logits = models.student(shown, batch["attention"], told)
         value = masked_mean(nn.functional.cross_entropy(wide(logits), batch["ids"][told], reduction="none"))
+        value = batch.weight(lambda each: self.masking.of_batch(each)[1].sum()) * value
         return Loss(value, {"masked": value})
 
 

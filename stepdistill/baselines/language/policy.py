@@ -79,17 +79,20 @@ class MiniLLM(Objective):
         if clock.update % self.reuse == 0 and rolls.at_start:
             batches = batch.siblings() if batch.siblings else [batch]
             rolls.keep(self.speak(each, models) for each in batches)
-        mask = rolls.counts[:, 1:]
-        advantage = whiten(rewards_after(rolls.log_p - rolls.log_q, mask), mask)
+        every = rolls.counts[:, 1:]
+        advantage = whiten(rewards_after(rolls.log_p - rolls.log_q, every), every)
         own = rolls.next(len(batch["ids"]))
         both = [torch.cat([getattr(rolls, name)[own], batch[name]]) for name in ("ids", "attention", "counts")]
         says, labels, mask = losses.shift(logits(models.student, both[0], both[1]), both[0], both[2])
         n = len(batch["ids"])
         corpus = losses.cross_entropy(says[n:], labels[n:], mask[n:])
+        corpus = batch.weight(lambda each: losses.predicted(each["counts"])) * corpus
         with torch.no_grad():
             answers = logits(models.teacher, both[0][:n], both[1][:n])[:, :-1]
         log_p, log_q = rolls.log_p[own], rolls.log_q[own]
         single, long = self.pieces(says[:n], answers, labels[:n], mask[:n], log_p, log_q, advantage[own])
+        weight = mask[:n].sum() * batch.batches / every.sum().clamp(min=1)  # see Batch.weight
+        single, long = weight * single, weight * long
         total = single + long + self.corpus_weight * corpus
         return Loss(total, {"single": single, "long": long, "cross_entropy": corpus})
 

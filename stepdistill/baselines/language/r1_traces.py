@@ -16,7 +16,8 @@ from stepdistill.baselines.language import arithmetic
 from stepdistill.baselines.language.collect import Answered, as_rows, check_room, collect
 from stepdistill.baselines.language.models import Decoder, open_decoder
 from stepdistill.baselines.language.problems import bare_answer, open_problems
-from stepdistill.baselines.language.run import CrossEntropy, save
+from stepdistill.baselines.language.run import CrossEntropy
+from stepdistill.baselines.language.saved import save
 from stepdistill.baselines.language.students import check_rate, make_student
 from stepdistill.baselines.language.traces import solved
 from stepdistill.baselines.learner import learn
@@ -139,7 +140,7 @@ class R1TracesConfig(BaselineConfig):
             for role, name in (("control", "answers"), ("student", "traces")):
                 one, part = self._student(teacher, seed), self.part(f"{role}-{seed}", seed=seed)
                 add(role, name, one, learn(CrossEntropy(), TeacherStudent(one.network), examples[name], part), seed)
-                if role == "student" and not self.dry_run and state.is_main_process:
+                if not self.dry_run and state.is_main_process:
                     save(one.network, one.tokenizer, part.out / "model")
         return results
 

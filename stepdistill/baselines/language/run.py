@@ -19,17 +19,17 @@ from stepdistill.baselines.language import losses, measure
 from stepdistill.baselines.language.corpus import Corpus, CorpusConfig
 from stepdistill.baselines.language.models import TINY, Decoder, check_length, logits, open_decoder
 from stepdistill.baselines.language.prune import pruned
+from stepdistill.baselines.language.saved import save
 from stepdistill.baselines.language.students import TINY_RATE, check_rate, make_student, without_dropout
 from stepdistill.baselines.language.table import Table
 from stepdistill.baselines.language.texts import Pair, joined, open_texts
 from stepdistill.baselines.learner import learn
 from stepdistill.baselines.results import Results
-from stepdistill.files import replacing
 from stepdistill.methods.base import Clock, Loss
 from stepdistill.training.processes import world
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 QUICK: dict[str, object] = {
     "limit": 1000, "teacher_steps": 300, "max_train_steps": 60, "test_tokens": 5000, "shown": 8, "batch_size": 8
@@ -46,6 +46,7 @@ class CrossEntropy(Objective):
         """The loss of the student."""
         said = logits(models.student, batch["ids"], batch["attention"])
         value = losses.cross_entropy(*losses.shift(said, batch["ids"], batch["counts"]))
+        value = batch.weight(lambda each: losses.predicted(each["counts"])) * value
         return Loss(value, {"cross_entropy": value})
 
 
@@ -182,11 +183,3 @@ class DecoderConfig(CorpusConfig):
         table.add(role, name, network, seconds, seed)
         if not self.dry_run and PartialState().is_main_process:
             save(network, table.teacher.tokenizer, part.out / "model")
-
-
-def save(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
-    """Saves a student as transformers loads it, with its tokenizer; an existing folder is kept."""
-    if not target.is_dir():
-        with replacing(target) as folder:
-            student.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)

@@ -20,7 +20,7 @@ from stepdistill.baselines.language.encoders import MaskedLM, shape
 from stepdistill.baselines.language.labelled import Classifier, Classify, Labelled, open_task, told_class
 from stepdistill.baselines.language.layers import Answers, Layers, Projections
 from stepdistill.baselines.language.masked import Lines, MaskedModelling
-from stepdistill.baselines.language.run import save
+from stepdistill.baselines.language.saved import save_classifier
 from stepdistill.baselines.language.students import plain
 from stepdistill.baselines.learner import learn
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
@@ -120,17 +120,17 @@ class TinyBertConfig(EncoderConfig):
         results = Results("tinybert", "nll", False, of)
 
         def add(role: Role, network: Classifier, seconds: float, seed: int | None = None) -> None:
-            if not self.dry_run:
-                name, figures = shape(network.body), told_class(network, held)
-                results.rows.append(Row(role, name, figures, count_parameters(network), seconds, seed))
+            if self.dry_run:
+                return
+            name, figures = shape(network.body), told_class(network, held)
+            results.rows.append(Row(role, name, figures, count_parameters(network), seconds, seed))
+            if seed is not None and world().is_main_process:
+                save_classifier(network, tokenizer, task.classes, self.out / f"{role}-{seed}" / "model")
 
         add("teacher", tutor, spent)
         for seed in self.seeds:
             add("control", *self._control(opened, known, seed), seed)
-            student, seconds = self._student(teacher, tutor, text, task, seed)
-            add("student", student, seconds, seed)
-            if not self.dry_run and world().is_main_process:
-                save(student.body, tokenizer, self.out / f"student-{seed}" / "model")
+            add("student", *self._student(teacher, tutor, text, task, seed), seed)
         return results
 
     def _control(self, opened: Opened, known: Labelled, seed: int) -> tuple[Classifier, float]:

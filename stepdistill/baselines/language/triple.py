@@ -34,17 +34,22 @@ class DistilBert(Objective):
     def loss(self, phase: str, batch: Batch, models: TeacherStudent, clock: Clock) -> Loss:
         """The loss of the student. Both see the same masked tokens."""
         ids, attention = batch["ids"], batch["attention"]
-        shown, hidden = self.masking(ids, attention, batch.draws)
+        shown, hidden = self.masking.of_batch(batch)
         told = attention if self.kl_on == "all" else hidden
+        all_share, masked_share = batch.weight(self._count)
         with torch.no_grad():
             teacher_hidden, teacher_logits = models.teacher(shown, attention, told)
         student_hidden, student_logits = models.student(shown, attention, told)
         divergence = softened_kl(student_logits, teacher_logits, self.temperature)
         masked_nll = nn.functional.cross_entropy(wide(student_logits), ids[told], reduction="none")
         terms = {
-            "kl": masked_mean(divergence),
-            "masked": masked_mean(masked_nll, hidden[told]),
-            "cosine": cosine_distance(student_hidden, teacher_hidden, attention),
+            "kl": (all_share if self.kl_on == "all" else masked_share) * masked_mean(divergence),
+            "masked": masked_share * masked_mean(masked_nll, hidden[told]),
+            "cosine": all_share * cosine_distance(student_hidden, teacher_hidden, attention),
         }
         weights = {"kl": self.kl_weight, "masked": self.mlm_weight, "cosine": self.cosine_weight}
         return Loss(sum(weights[name] * value for name, value in terms.items()), terms)
+
+    def _count(self, batch: Batch) -> Tensor:
+        """The number of attended and of masked tokens."""
+        return torch.stack([batch["attention"].sum(), self.masking.of_batch(batch)[1].sum()])
