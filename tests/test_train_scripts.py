@@ -200,7 +200,7 @@ def test_yaml_values_become_the_fields_types(tmp_path):
         ("compile: 3", "got compile: 3; allowed: true or false"),
         ("loss: l1", "got loss: 'l1'; allowed: huber, l2"),
         ("adam_betas: [0.9]", "got adam_betas: .*; allowed: a list of 2"),
-        ("student-steps: 4\nreconstruction-weight: 1", "whose settings are of ladd; .* train_scripts/train_ladd.py"),
+        ("student-steps: 4\nreconstruction-weight: 1", "whose settings are of ladd; .* stepdistill train ladd"),
         ("lerning-rate: 1", r"got the field 'lerning_rate'; .*; did you mean learning_rate\?"),
         ("- rank", r"got \['rank'\]; allowed: fields with values"),
         ("rank: [", "no YAML .*; allowed: names and values in UTF-8"),

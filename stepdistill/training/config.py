@@ -293,10 +293,10 @@ def _check_method(path: Path, told: Iterable[str], kind: type) -> None:
     if not knows(kind):
         for method, (module, name) in FLAGS.items():
             if knows(getattr(importlib.import_module(module), name)):
-                script = "train_lcm.py or train_lcm_lora.py" if method == "lcm" else f"train_{method}.py"
+                command = "lcm (or lcm-lora)" if method == "lcm" else method
                 raise InputError(
-                    f"--config: got {path}, whose settings are of {method}; allowed: those of a {kind.__name__}; run "
-                    f"train_scripts/{script} with it"
+                    f"--config: got {path}, whose settings are of {method}; allowed: those of a {kind.__name__}; give "
+                    f"it to stepdistill train {command}"
                 )
 
 
