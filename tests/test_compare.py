@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 
 import pytest
 import test_suite
@@ -33,7 +34,7 @@ def draws(seed: int, *shape: int) -> Tensor:
 def row(model: str, steps: int, seed: int | None, found: dict[str, Figure], by: Protocol = PROTOCOL):
     metrics = {
         name: dict(zip(("low", "high"), f.interval(), strict=True))
-        | {"value": f.value, "n": len(f.influence), "of": f.unit}
+        | {"value": f.value, "n": len(f.influence), "of": f.unit, "trials": f.trials}
         for name, f in found.items()
     }
     return {
@@ -176,6 +177,32 @@ def test_intervals_between_models_of_any_seeds_cover_the_truth(seeds, effect):
         (found,) = compare(of_seeds(a), of_seeds(b))
         covered += found.gap.low <= 0 <= found.gap.high
     assert covered >= 270, covered
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_two_runs_of_a_model_that_gets_everything_right_may_differ_by_what_their_intervals_leave_open(stored, tmp_path):
+    """Not by nothing: the interval is Newcombe's, of Wilson's intervals, with influences stored and without."""
+    for name in ("a", "b"):
+        run(tmp_path / name, ("m", 4, 0, {"precision": Figure.share(torch.ones(400))}))
+        if not stored:
+            shutil.rmtree(tmp_path / name / "units")
+    (found,) = compare(*pairs(read_run(tmp_path / "a"), read_run(tmp_path / "b"))[0])
+    left = 1 - Figure.share(torch.ones(400)).interval()[0]
+    assert left > 0.009 and found.word == OPEN and found.gap.paired == stored
+    assert (found.gap.low, found.gap.high) == pytest.approx((-left, left), abs=1e-6)
+
+
+def test_what_seeds_differ_by_widens_the_interval_of_a_difference_of_shares_as_it_does_a_means():
+    """In each model 95, 80 and 65 % of images are right, as the seed has it: in the difference this cancels if the
+    seeds are the same, and else adds in quadrature."""
+    ours, theirs = (
+        {seed: Figure.share(torch.arange(400) < 380 - 60 * i) for i, seed in enumerate(seeds)}
+        for seeds in ((0, 1, 2), (3, 4, 5))
+    )
+    same, other = compare(of_seeds(ours), of_seeds(ours))[0].gap, compare(of_seeds(ours), of_seeds(theirs))[0].gap
+    more = math.hypot(*[pooled(list(ours.values())).apart] * 2)
+    assert same.high < 0.01 and more > 0.4
+    assert other.high == pytest.approx(math.hypot(same.high, more)) == -other.low
 
 
 def test_of_the_same_seeds_what_a_seed_does_to_both_cancels():

@@ -16,7 +16,15 @@ from typing import Any
 
 from stepdistill.errors import InputError
 from stepdistill.evaluation.cells import ATTRIBUTE, BETTER, Cell, Measured
-from stepdistill.evaluation.figures import Difference, Figure, Ratio, gap, log_ratio
+from stepdistill.evaluation.figures import (
+    Difference,
+    Figure,
+    Ratio,
+    gap,
+    log_ratio,
+    paired_difference,
+    unpaired_difference,
+)
 from stepdistill.evaluation.records import check_same_protocol
 from stepdistill.evaluation.seeds import alike, pooled
 
@@ -99,13 +107,14 @@ def ratio(a: Cell, b: Cell, name: str) -> Ratio | None:
 
 def _difference(a: Cell, b: Cell, name: str) -> Difference | None:
     """The difference of the cells' figures: paired if both store influences for the same units, else from the two
-    intervals, whose errors add in quadrature; None if one has none."""
+    intervals; None if one has none."""
     one, other = a.figures[name], b.figures[name]
     both = _together(a, b, name, gap)
-    if both is None and (one.half is None or other.half is None):
+    if both is not None:
+        return paired_difference(*(pooled(list(cell.by_seed[name].values())) for cell in (a, b)), both)
+    if one.half is None or other.half is None:
         return None
-    half = math.hypot(one.half, other.half) if both is None else both.half
-    return Difference.of(one.value - other.value, half, paired=both is not None)
+    return unpaired_difference((one.value, one.low, one.high), (other.value, other.low, other.high))
 
 
 def _together(a: Cell, b: Cell, name: str, of: Callable[[Figure, Figure], Figure]) -> Figure | None:
