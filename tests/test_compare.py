@@ -303,7 +303,9 @@ def said(capsys, *argv: object) -> tuple[int, str, str]:
 
 def test_the_command_compares_two_models_of_one_run_at_the_steps_of_both(folder, capsys):
     code, out, _ = said(capsys, folder, "--model-a", "student", "--model-b", "teacher")
-    assert code == 0 and re.search(r"4 +FD +25\.\d+ +50\.\d+ +−2[45]\.\d+ .* 400 +better", out) and " 50 " not in out
+    value = r"{}\.\d+ ± \d\.\d+ +"
+    line = f"4 +FD +{value.format(25)}{value.format(50)}" + r"−2[45]\.\d+ .* 400 +better"
+    assert code == 0 and re.search(line, out) and " 50 " not in out
     code, out, _ = said(
         capsys, folder, "--model-a", "student", "--steps-a", 4, "--model-b", "teacher", "--steps-b", 50, "--json"
     )
@@ -312,6 +314,12 @@ def test_the_command_compares_two_models_of_one_run_at_the_steps_of_both(folder,
     fd = told["comparisons"][0]
     assert fd["metric"] == "fd" and fd["verdict"] == OPEN and fd["paired"] and (fd["steps_a"], fd["steps_b"]) == (4, 50)
     assert fd["low"] < fd["difference"] < fd["high"] and fd["difference"] == pytest.approx(0.05)
+    own = {
+        c.steps: c.figures["fd"] for c in read_run(folder) if (c.model, c.steps) in (("student", 4), ("teacher", 50))
+    }
+    assert [fd[f"{side}_{end}"] for side in "ab" for end in ("low", "high")] == [
+        getattr(own[steps], end) for steps in (4, 50) for end in ("low", "high")
+    ]
 
 
 def test_the_command_finds_the_only_model_of_a_run(folder, capsys):

@@ -70,8 +70,10 @@ class Comparison:
         """The comparison as a JSON object."""
         return {
             "metric": self.name, "steps_a": self.cell_a.steps, "steps_b": self.cell_b.steps,
-            "a": self.a.value, "b": self.b.value, "difference": self.gap.value, "low": self.gap.low,
-            "high": self.gap.high, "paired": self.gap.paired, "n": self.a.n, "of": self.a.of,
+            "a": self.a.value, "a_low": self.a.low, "a_high": self.a.high,
+            "b": self.b.value, "b_low": self.b.low, "b_high": self.b.high,
+            "difference": self.gap.value, "low": self.gap.low, "high": self.gap.high,
+            "paired": self.gap.paired, "n": self.a.n, "of": self.a.of,
             "seeds_a": self.a.seeds, "seeds_b": self.b.seeds, "verdict": self.word,
         }  # fmt: skip
 
