@@ -275,6 +275,9 @@ def test_rows_of_two_protocols_are_refused_and_what_differs_is_named():
     old = [cells([row("m", 4, 0, found, p) | {"settings": None}])[0] for p in (PROTOCOL, other)]
     with pytest.raises(InputError, match="differ in n 400 and 300;"):
         compare(*old)
+    dated = cells([row("m", 4, 0, found) | {"clip_model": "towers"}])[0]
+    with pytest.raises(InputError, match="differ in n 400 and 300, clip_model towers and none;"):
+        compare(dated, old[1])
     blind = cells([row("m", 4, 0, found) | {"protocol_hash": "x", "settings": None}])[0]
     with pytest.raises(InputError, match="what these rows do not record"):
         compare(old[0], blind)
@@ -320,6 +323,14 @@ def test_the_command_compares_two_models_of_one_run_at_the_steps_of_both(folder,
     assert [fd[f"{side}_{end}"] for side in "ab" for end in ("low", "high")] == [
         getattr(own[steps], end) for steps in (4, 50) for end in ("low", "high")
     ]
+
+
+def test_the_command_says_where_images_are_too_few_for_the_distances_order(folder, capsys):
+    file = folder / "results.jsonl"
+    file.write_text(file.read_text().replace('"Pools"', '"EfficientNet-Lite2"').replace('"fd": null', '"fd": 50.0'))
+    argv = folder, "--model-a", "student", "--model-b", "teacher"
+    assert "n = 400 is below the 1,280 features of EfficientNet-Lite2" in said(capsys, *argv)[1]
+    assert "is below" not in said(capsys, *argv, "--metric", "kid")[1]
 
 
 def test_the_command_finds_the_only_model_of_a_run(folder, capsys):

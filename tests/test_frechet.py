@@ -207,6 +207,7 @@ def test_fd_inf_is_the_parabola_through_sets_that_leave_none_one_and_two_fifths_
     limit = frechet_limit(x, reference)
     assert limit.value == pytest.approx(np.polyfit(u, y, 2)[-1], rel=1e-9)
     assert limit.bend == pytest.approx(limit.value - np.polyfit(u[:2], y[:2], 1)[-1], rel=1e-6)
+    assert np.array(limit.fit) == pytest.approx(np.array([u, y]).T, rel=1e-9)
     whole = frechet_figure(x, reference)
     assert torch.equal(frechet_limit(x, reference, whole).influence, whole.influence)
 

@@ -96,6 +96,7 @@ def print_comparisons(config: Config, found: list[Comparison]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from stepdistill.evaluation.few import too_few
     from stepdistill.evaluation.summary import digits, label, number, spread, wide_console
 
     console, first = wide_console(), found[0]
@@ -125,6 +126,8 @@ def print_comparisons(config: Config, found: list[Comparison]) -> None:
         )  # fmt: skip
     console.print(table)
     console.print(Text("± is half a 95 % interval; in brackets are its ends"))
+    if any(one.name == "fd" for one in found) and (few := too_few(row)):
+        console.print(Text(few))
     if any(not one.gap.paired for one in found):
         console.print(Text("* not paired: influences were not stored, or are of other units; the interval is wider"))
     if len(found) > 10:

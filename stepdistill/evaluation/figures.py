@@ -34,6 +34,7 @@ class Figure:
         trials: for a share, a lower bound on its number of yes-or-no trials; None if the figure is not a share.
         bend: signed systematic error that the value may have; figures at the same n share part of it.
         apart: half-width due to differences between seeds beyond chance (see `seeds.pooled`).
+        fit: of an extrapolated figure, the points (1 / n, distance) that the curve goes through.
     """
 
     value: float
@@ -42,6 +43,7 @@ class Figure:
     trials: int | None = None
     bend: float = 0.0
     apart: float = 0.0
+    fit: tuple[tuple[float, float], ...] = ()
 
     @classmethod
     def mean(cls, values: Tensor, unit: str = "pictures") -> Figure:
