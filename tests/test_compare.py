@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import test_suite
@@ -15,14 +17,16 @@ from torch import Tensor
 
 from stepdistill import cli
 from stepdistill.errors import InputError
-from stepdistill.evaluation.cells import Cell, cells, read_run
+from stepdistill.evaluation.cells import Cell, cells, read_folder, read_run
 from stepdistill.evaluation.compare import OPEN, compare, pairs, ratio
 from stepdistill.evaluation.figures import Figure, Ratio, difference, gap
 from stepdistill.evaluation.frechet import Moments, frechet_figure
 from stepdistill.evaluation.protocols import ExtractorSpec, Protocol
 from stepdistill.evaluation.records import Book, units_file
 from stepdistill.evaluation.seeds import pooled
+from stepdistill.evaluation.summary import print_table
 
+ROOT = Path(__file__).parents[1]
 PROTOCOL = Protocol("tiny", 400, "set", "set", ExtractorSpec("pools", 32), guidance=2.0)
 CONTENT = {"prompts": "p" * 64, "reference": "r" * 64}
 
@@ -331,6 +335,19 @@ def test_the_command_says_where_images_are_too_few_for_the_distances_order(folde
     argv = folder, "--model-a", "student", "--model-b", "teacher"
     assert "n = 400 is below the 1,280 features of EfficientNet-Lite2" in said(capsys, *argv)[1]
     assert "is below" not in said(capsys, *argv, "--metric", "kid")[1]
+
+
+def test_the_documentations_example_is_what_the_commands_print(capsys):
+    text = (ROOT / "docs/benchmark.md").read_text()
+    example = text[text.index("What comes out, from the run") : text.index("Read aloud")]
+    (command,) = re.findall(r"^    stepdistill bench compare ((?:.*\\\n)?.*)$", example, re.MULTILINE)
+    argv = [str(ROOT / word) if "/" in word else word for word in shlex.split(command.replace("\\\n", " "))]
+    print_table(read_folder(ROOT / "benchmarks/results/steps"), ROOT / "benchmarks/results/steps")
+    assert cli.main(["bench", "compare", *argv]) == 0
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    lines = [" ".join(line.split()) for line in re.findall(r"^     (.+)$", example, re.MULTILINE) if "--" not in line]
+    found = [line for line in lines if line in printed]
+    assert len(lines) == 15 and found == lines, set(lines) - set(found)
 
 
 def test_the_command_finds_the_only_model_of_a_run(folder, capsys):
