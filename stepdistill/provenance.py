@@ -18,8 +18,21 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "open_clip_torch", "ti
 
 def provenance(device: str = "cpu") -> dict[str, Any]:
     """Returns what produces a figure in this process: device, commit, versions and command."""
-    command = " ".join(map(shlex.quote, sys.argv))
-    return {"device": device_name(device), "commit": commit(), "versions": versions(), "command": command}
+    return {"device": device_name(device), "commit": commit(), "versions": versions(), "command": command()}
+
+
+def command() -> str:
+    """Returns what was run, to be typed in a checkout: `stepdistill ...`, a script below this one by its relative path,
+    `python -c '...'` with the code; a bare `python` if that was typed at a prompt."""
+    program, *arguments = sys.argv or [""]
+    path = Path(program)
+    if program in ("", "-", "-c", "-m"):  # no file: the interpreter's own arguments have the code
+        return shlex.join(["python", *sys.orig_argv[1:]])
+    if path.name == "stepdistill" or path.parts[-2:] == ("stepdistill", "__main__.py"):
+        return shlex.join(["stepdistill", *arguments])
+    whole, root = path.absolute(), Path(__file__).parents[1]
+    inside = whole.is_file() and whole.is_relative_to(root)
+    return shlex.join([whole.relative_to(root).as_posix() if inside else program, *arguments])
 
 
 @lru_cache(maxsize=1)

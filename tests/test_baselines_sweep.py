@@ -12,7 +12,7 @@ from test_baselines_classifier import QUICK
 
 from stepdistill.baselines import BASELINES, get
 from stepdistill.baselines.learner import Learner
-from stepdistill.baselines.results import read, show
+from stepdistill.baselines.results import Results, Row, read, show
 from stepdistill.baselines.sweep import parse_over, take_over, variants
 from stepdistill.cli import main
 
@@ -113,6 +113,16 @@ def test_a_flag_that_is_swept_need_not_be_given_besides(more, tmp_path, monkeypa
     assert main(["baselines", "sweep", "forward_kl", "--over", "learning_rate=1e-4,5e-5", *words]) == 0
     assert found == [1e-4, 5e-5]
     assert main(["baselines", "sweep", "forward_kl", "--over", "seed=0,1", *words]) == 2
+
+
+def test_a_figure_with_an_interval_is_shown_with_it_and_one_of_an_old_record_without(capsys):
+    rows = [
+        Row("control", "tiny", {"fd": 96.8254, "latency_ms": 9.36}, 100),
+        Row("student", "tiny", {"fd": 88.4796, "fd_low": 84.25, "fd_high": 92.75, "latency_ms": 10.01}, 100),
+    ]
+    show(Results("bk_sdm", "fd", False, "300 pictures", rows).record())
+    told = " ".join(capsys.readouterr().out.split())
+    assert "88.48 (84.25–92.75)" in told and "96.83 " in told and "fd low" not in told
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
-"""The verdict of benchmarks/students.py, on rows made by hand and on the recorded ones."""
+"""The verdict of benchmarks/students.py, on rows made by hand and on the recorded ones, and the recorded commands."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from stepdistill.evaluation.records import read_rows
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+UNREPEATABLE = ("add", "avatars", "ladd", "progressive")  # results by a script of before, or by one that is not here
 ROWS = {
     ("real", 0): (10.0, 0.98), ("reconstruction", 0): (12.0, 0.98),
     ("teacher", 1): (400.0, 0.5), ("teacher", 2): (200.0, 0.8), ("teacher", 4): (120.0, 0.89),
@@ -69,3 +71,28 @@ def test_recorded_claims_are_those_of_the_rows_beside_them(script):
             assert said[key]["seeds"] == pytest.approx(claim["seeds"], abs=1e-4), (file, key)
             assert all(said[key][part] == claim[part] for part in ("at_most", "holds")), (file, key)
         assert {row["n"] for row in cells.values()} == {record["n"]}, file
+
+
+def commands(record) -> list[str]:
+    """Every `command` at any depth of a record."""
+    if isinstance(record, list):
+        return [found for each in record for found in commands(each)]
+    if not isinstance(record, dict):
+        return []
+    own = [record["command"]] if isinstance(record.get("command"), str) else []
+    return own + [found for value in record.values() for found in commands(value)]
+
+
+def test_every_recorded_command_names_what_is_in_the_repository():
+    results, strange = BENCHMARKS / "results", {}
+    for file in sorted([*results.rglob("*.json"), *results.rglob("results.jsonl")]):
+        lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
+        for command in commands([json.loads(line) for line in lines]):
+            words = shlex.split(command)
+            if words[:2] == ["accelerate", "launch"]:
+                words = [word for word in words if word.endswith(".py")]
+            script = words[0] if words else ""
+            known = script.startswith(("benchmarks/", "train_scripts/")) and (BENCHMARKS.parent / script).is_file()
+            if not known and Path(script).name != "stepdistill":
+                strange.setdefault(file.relative_to(results).parts[0], set()).add(command)
+    assert sorted(strange) == sorted(UNREPEATABLE), strange

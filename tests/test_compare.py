@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 import test_suite
@@ -14,14 +17,16 @@ from torch import Tensor
 
 from stepdistill import cli
 from stepdistill.errors import InputError
-from stepdistill.evaluation.cells import Cell, cells, read_run
+from stepdistill.evaluation.cells import Cell, cells, read_folder, read_run
 from stepdistill.evaluation.compare import OPEN, compare, pairs, ratio
 from stepdistill.evaluation.figures import Figure, Ratio, difference, gap
 from stepdistill.evaluation.frechet import Moments, frechet_figure
 from stepdistill.evaluation.protocols import ExtractorSpec, Protocol
 from stepdistill.evaluation.records import Book, units_file
 from stepdistill.evaluation.seeds import pooled
+from stepdistill.evaluation.summary import print_table
 
+ROOT = Path(__file__).parents[1]
 PROTOCOL = Protocol("tiny", 400, "set", "set", ExtractorSpec("pools", 32), guidance=2.0)
 CONTENT = {"prompts": "p" * 64, "reference": "r" * 64}
 
@@ -33,7 +38,7 @@ def draws(seed: int, *shape: int) -> Tensor:
 def row(model: str, steps: int, seed: int | None, found: dict[str, Figure], by: Protocol = PROTOCOL):
     metrics = {
         name: dict(zip(("low", "high"), f.interval(), strict=True))
-        | {"value": f.value, "n": len(f.influence), "of": f.unit}
+        | {"value": f.value, "n": len(f.influence), "of": f.unit, "trials": f.trials}
         for name, f in found.items()
     }
     return {
@@ -178,6 +183,32 @@ def test_intervals_between_models_of_any_seeds_cover_the_truth(seeds, effect):
     assert covered >= 270, covered
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_two_runs_of_a_model_that_gets_everything_right_may_differ_by_what_their_intervals_leave_open(stored, tmp_path):
+    """Not by nothing: the interval is Newcombe's, of Wilson's intervals, with influences stored and without."""
+    for name in ("a", "b"):
+        run(tmp_path / name, ("m", 4, 0, {"precision": Figure.share(torch.ones(400))}))
+        if not stored:
+            shutil.rmtree(tmp_path / name / "units")
+    (found,) = compare(*pairs(read_run(tmp_path / "a"), read_run(tmp_path / "b"))[0])
+    left = 1 - Figure.share(torch.ones(400)).interval()[0]
+    assert left > 0.009 and found.word == OPEN and found.gap.paired == stored
+    assert (found.gap.low, found.gap.high) == pytest.approx((-left, left), abs=1e-6)
+
+
+def test_what_seeds_differ_by_widens_the_interval_of_a_difference_of_shares_as_it_does_a_means():
+    """In each model 95, 80 and 65 % of images are right, as the seed has it: in the difference this cancels if the
+    seeds are the same, and else adds in quadrature."""
+    ours, theirs = (
+        {seed: Figure.share(torch.arange(400) < 380 - 60 * i) for i, seed in enumerate(seeds)}
+        for seeds in ((0, 1, 2), (3, 4, 5))
+    )
+    same, other = compare(of_seeds(ours), of_seeds(ours))[0].gap, compare(of_seeds(ours), of_seeds(theirs))[0].gap
+    more = math.hypot(*[pooled(list(ours.values())).apart] * 2)
+    assert same.high < 0.01 and more > 0.4
+    assert other.high == pytest.approx(math.hypot(same.high, more)) == -other.low
+
+
 def test_of_the_same_seeds_what_a_seed_does_to_both_cancels():
     hard, seeds = 50 + draws(0, 400), (0.0, 1.0, -1.5)
     ours = {i: Figure.mean(hard + effect + 0.1 * draws(i + 1, 400)) for i, effect in enumerate(seeds)}
@@ -248,6 +279,9 @@ def test_rows_of_two_protocols_are_refused_and_what_differs_is_named():
     old = [cells([row("m", 4, 0, found, p) | {"settings": None}])[0] for p in (PROTOCOL, other)]
     with pytest.raises(InputError, match="differ in n 400 and 300;"):
         compare(*old)
+    dated = cells([row("m", 4, 0, found) | {"clip_model": "towers"}])[0]
+    with pytest.raises(InputError, match="differ in n 400 and 300, clip_model towers and none;"):
+        compare(dated, old[1])
     blind = cells([row("m", 4, 0, found) | {"protocol_hash": "x", "settings": None}])[0]
     with pytest.raises(InputError, match="what these rows do not record"):
         compare(old[0], blind)
@@ -276,7 +310,9 @@ def said(capsys, *argv: object) -> tuple[int, str, str]:
 
 def test_the_command_compares_two_models_of_one_run_at_the_steps_of_both(folder, capsys):
     code, out, _ = said(capsys, folder, "--model-a", "student", "--model-b", "teacher")
-    assert code == 0 and re.search(r"4 +FD +25\.\d+ +50\.\d+ +−2[45]\.\d+ .* 400 +better", out) and " 50 " not in out
+    value = r"{}\.\d+ ± \d\.\d+ +"
+    line = f"4 +FD +{value.format(25)}{value.format(50)}" + r"−2[45]\.\d+ .* 400 +better"
+    assert code == 0 and re.search(line, out) and " 50 " not in out
     code, out, _ = said(
         capsys, folder, "--model-a", "student", "--steps-a", 4, "--model-b", "teacher", "--steps-b", 50, "--json"
     )
@@ -285,6 +321,33 @@ def test_the_command_compares_two_models_of_one_run_at_the_steps_of_both(folder,
     fd = told["comparisons"][0]
     assert fd["metric"] == "fd" and fd["verdict"] == OPEN and fd["paired"] and (fd["steps_a"], fd["steps_b"]) == (4, 50)
     assert fd["low"] < fd["difference"] < fd["high"] and fd["difference"] == pytest.approx(0.05)
+    own = {
+        c.steps: c.figures["fd"] for c in read_run(folder) if (c.model, c.steps) in (("student", 4), ("teacher", 50))
+    }
+    assert [fd[f"{side}_{end}"] for side in "ab" for end in ("low", "high")] == [
+        getattr(own[steps], end) for steps in (4, 50) for end in ("low", "high")
+    ]
+
+
+def test_the_command_says_where_images_are_too_few_for_the_distances_order(folder, capsys):
+    file = folder / "results.jsonl"
+    file.write_text(file.read_text().replace('"Pools"', '"EfficientNet-Lite2"').replace('"fd": null', '"fd": 50.0'))
+    argv = folder, "--model-a", "student", "--model-b", "teacher"
+    assert "n = 400 is below the 1,280 features of EfficientNet-Lite2" in said(capsys, *argv)[1]
+    assert "is below" not in said(capsys, *argv, "--metric", "kid")[1]
+
+
+def test_the_documentations_example_is_what_the_commands_print(capsys):
+    text = (ROOT / "docs/benchmark.md").read_text()
+    example = text[text.index("What comes out, from the run") : text.index("Read aloud")]
+    (command,) = re.findall(r"^    stepdistill bench compare ((?:.*\\\n)?.*)$", example, re.MULTILINE)
+    argv = [str(ROOT / word) if "/" in word else word for word in shlex.split(command.replace("\\\n", " "))]
+    print_table(read_folder(ROOT / "benchmarks/results/steps"), ROOT / "benchmarks/results/steps")
+    assert cli.main(["bench", "compare", *argv]) == 0
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    lines = [" ".join(line.split()) for line in re.findall(r"^     (.+)$", example, re.MULTILINE) if "--" not in line]
+    found = [line for line in lines if line in printed]
+    assert len(lines) == 15 and found == lines, set(lines) - set(found)
 
 
 def test_the_command_finds_the_only_model_of_a_run(folder, capsys):

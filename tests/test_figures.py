@@ -104,6 +104,54 @@ def test_the_interval_of_a_share_of_questions_is_as_wide_as_their_pictures_have_
         assert 270 <= covered < 300 and max(high for _, high in ends) <= 1, (together, covered)
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "ends"),
+    [((56, 70), (48, 80), (0.0524, 0.3339)), ((9, 10), (3, 10), (0.1705, 0.8090)),
+     ((5, 56), (0, 29), (-0.0381, 0.1926)), ((0, 10), (0, 20), (-0.1611, 0.2775)),
+     ((10, 10), (0, 20), (0.6791, 1.0))],
+)  # fmt: skip
+def test_the_difference_of_two_shares_is_newcombes(a, b, ends):
+    """Newcombe 1998, Statistics in Medicine 17, 873-890, table II, method 10."""
+    one, other = (Figure.share(torch.arange(of) < right) for right, of in (a, b))
+    found = difference(one, other, paired=False)
+    assert (found.low, found.high) == pytest.approx(ends, abs=6e-5)
+
+
+@pytest.mark.parametrize(("both", "a", "b", "ends"), [(36, 12, 2, (0.0569, 0.3404)), (36, 14, 0, (0.1528, 0.4167))])
+def test_the_difference_of_paired_shares_is_newcombes(both, a, b, ends):
+    """Newcombe 1998, Statistics in Medicine 17, 2635-2650, table III, method 10. both, a, b: right in both, in a alone
+    and in b alone, of 50."""
+    one = torch.tensor([1] * (both + a) + [0] * (50 - both - a))
+    other = torch.tensor([1] * both + [0] * a + [1] * b + [0] * (50 - both - a - b))
+    found = difference(Figure.share(one), Figure.share(other), paired=True)
+    assert (found.low, found.high) == pytest.approx(ends, abs=6e-5)
+
+
+@pytest.mark.parametrize("alike", [None, 0.0, 0.5, 1.0])  # None: unpaired
+@pytest.mark.parametrize(
+    ("p", "q", "n"),
+    [(1, 0.9995, 2000), (0.9995, 0.9995, 2000), (0.999, 0.995, 500), (0, 0.002, 500), (0.98, 0.9, 60), (0.5, 0.5, 60)],
+)
+def test_intervals_of_differences_of_shares_cover_the_truth_near_0_and_1_too(p, q, n, alike):
+    """alike: the share of images of which one number decides both answers."""
+    covered = 0
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        u, v, same = torch.rand(3, n, generator=generator)
+        one, other = Figure.share(u < p), Figure.share(torch.where(same < (alike or 0), u, v) < q)
+        gap = difference(one, other, paired=alike is not None)
+        assert gap.low < gap.high
+        covered += gap.low <= p - q <= gap.high
+    assert covered >= 180
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_two_runs_that_get_everything_right_are_open_and_not_known_to_be_equal(paired):
+    gap = difference(*(Figure.share(torch.ones(50)) for _ in range(2)), paired=paired)
+    low, _ = Figure.share(torch.ones(50)).interval()
+    assert gap.contains_zero and (gap.low, gap.high) == pytest.approx((low - 1, 1 - low))
+
+
 def test_no_share_is_known_better_than_by_one_trial():
     low, high = score_interval(0.5, 0.0, 200)
     assert high - low == pytest.approx(2 * 1.96 / 200, rel=0.01)

@@ -39,7 +39,7 @@ def test_architecture_and_steps_end_in_one_table_and_one_plot(config):
     ]  # fmt: skip
     assert record["gap_closed"].keys() == {"small + lcm", "tiny + lcm"}
     assert record["figure"] == "fd_2" and set(record["rows"][0]["figures"]) == {
-        "fd_1", "fd_2", "attribute_accuracy", "picture_ms"
+        *(name + end for name in ("fd_1", "fd_2", "attribute_accuracy") for end in ("", "_low", "_high")), "picture_ms"
     }  # fmt: skip
     cells = {(r["model"], r["steps"]): r for r in map(json.loads, (config.out / "bench" / "results.jsonl").open())}
     names = {"teacher": "teacher", "control": "{}, untaught", "student": "{}"}
@@ -48,7 +48,9 @@ def test_architecture_and_steps_end_in_one_table_and_one_plot(config):
     assert {key for key in cells if key[1]} == expected
     for row in record["rows"]:
         drawn = row["name"].replace(" +", ", untaught +") if row["role"] == "control" else row["name"]
-        assert row["figures"]["fd_1"] == cells[drawn, 1]["fd"]
+        figures, fd = row["figures"], cells[drawn, 1]["metrics"]["fd"]
+        assert figures["fd_1"] == cells[drawn, 1]["fd"]
+        assert (figures["fd_1_low"], figures["fd_1_high"]) == (fd["low"], fd["high"]) and fd["low"] < fd["high"]
     assert cells["tiny", 2]["nfe"] == 4 and cells["tiny + lcm", 2]["nfe"] == 2
     assert (config.out / "pareto.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -240,22 +240,102 @@ def test_lpips_weights_are_in_the_hash(monkeypatch):
     assert found[0] == found[1] != found[2]
 
 
-def test_hpsv2s_weights_are_in_the_hash(tmp_path, monkeypatch):
+class Hps(torch.nn.Module):
+    """A network in the form of HPSv2's: the cosine is that of the mean colour and three numbers of the prompt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.calls = torch.nn.Parameter(torch.zeros(3)), 0
+
+    def forward(self, pictures, texts):
+        self.calls += 1
+        image, text = pictures.mean((2, 3)) * self.scale, texts.float()
+        return {"image_features": image / image.norm(dim=1, keepdim=True),
+                "text_features": text / text.norm(dim=1, keepdim=True)}  # fmt: skip
+
+
+def letters(prompts):
+    return torch.tensor([[len(p), 1, ord(p[-1]) - 45] for p in prompts])
+
+
+@pytest.fixture
+def hps(tmp_path, monkeypatch):
+    """A module in the place of the package hpsv2; records what was loaded and asked for."""
     import huggingface_hub
 
-    asked = []
-    package, utils = types.ModuleType("hpsv2"), types.ModuleType("hpsv2.utils")
-    utils.hps_version_map = {"v2.1": "HPS_v2.1_compressed.pt"}
-    monkeypatch.setitem(sys.modules, "hpsv2", package)
-    monkeypatch.setitem(sys.modules, "hpsv2.utils", utils)
+    names = ("hpsv2", "hpsv2.img_score", "hpsv2.utils", "hpsv2.src", "hpsv2.src.open_clip")
+    fake = {name: types.ModuleType(name) for name in names}
+    package, score = fake["hpsv2"], fake["hpsv2.img_score"]
+    package.img_score, package.asked, package.built = score, [], 0
+    fake["hpsv2.utils"].hps_version_map = {"v2.1": "HPS_v2.1_compressed.pt"}
+    fake["hpsv2.src.open_clip"].get_tokenizer = lambda name: letters
+    score.model_dict = {}
+
+    def initialize_model():
+        package.built += 1
+        as_floats = lambda picture: torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255  # noqa: E731
+        score.model_dict.update(model=Hps(), preprocess_val=as_floats)
+
+    score.initialize_model = initialize_model
+    for name, module in fake.items():
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(preference, "find_spec", lambda name: name)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *what: asked.append(what) or tmp_path / "weights")
-    for content in (b"one", b"another"):
-        preference._loaded.cache_clear()
-        (tmp_path / "weights").write_bytes(content)
-        assert METRICS["hpsv2"].prepare("cpu") == {"hpsv2": hashlib.sha256(content).hexdigest()}
-    assert set(asked) == {("xswu/HPSv2", "HPS_v2.1_compressed.pt")}
+    weights = tmp_path / "weights"
+    torch.save({"state_dict": {"scale": torch.tensor([1.0, 2.0, 0.5])}}, weights)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *what: package.asked.append(what) or weights)
     preference._loaded.cache_clear()
+    yield package
+    preference._loaded.cache_clear()
+
+
+def test_hpsv2_is_loaded_once_and_scores_a_batch_at_a_time_with_the_published_weights(hps, tools, tmp_path):
+    metric, found = METRICS["hpsv2"], pictures(5, 4)
+    content = metric.prepare("cpu")
+    kept = torch.cat([metric.see(View(tools, first, found[first : first + 2])) for first in (0, 2, 4)])
+    model = hps.img_score.model_dict["model"]
+    assert (hps.built, model.calls) == (1, 3) and hps.asked == [("xswu/HPSv2", "HPS_v2.1_compressed.pt")]
+    image = found.float().mean((2, 3)) / 255 * torch.tensor([1.0, 2.0, 0.5])
+    want = torch.cosine_similarity(image, letters([f"a cat {i}" for i in range(5)]).float())
+    assert torch.allclose(kept, want, atol=1e-6) and kept.std() > 0
+    assert content == {"hpsv2": hashlib.sha256((tmp_path / "weights").read_bytes()).hexdigest()}
+    assert not model.training
+
+
+def test_weights_that_are_not_hpsv2s_are_refused(hps, tmp_path):
+    torch.save({"state_dict": {"other": torch.zeros(3)}}, tmp_path / "weights")
+    with pytest.raises(InputError, match=r"hpsv2: got no model of xswu/HPSv2 v2.1 .*check the network") as caught:
+        METRICS["hpsv2"].prepare("cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_imagereward_is_loaded_once_and_scores_each_image_with_its_own_prompt(tools, monkeypatch):
+    loaded, fake = [], types.ModuleType("ImageReward")
+
+    class Reward(torch.nn.Linear):
+        def score(self, prompt, picture):
+            return len(prompt) + np.asarray(picture).mean().item() / 255
+
+    fake.load = lambda name, device: loaded.append((name, device)) or Reward(1, 1)
+    monkeypatch.setitem(sys.modules, "ImageReward", fake)
+    monkeypatch.setattr(preference, "find_spec", lambda name: name)
+    preference._loaded.cache_clear()
+    metric, found = METRICS["imagereward"], pictures(4, 4)
+    content = metric.prepare("cpu")
+    kept = torch.cat([metric.see(View(tools, first, found[first : first + 2])) for first in (0, 2)])
+    preference._loaded.cache_clear()
+    assert loaded == [("ImageReward-v1.0", "cpu")] and len(content["imagereward"]) == 64
+    want = [len(f"a cat {i}") + found[i].double().mean().item() / 255 for i in range(4)]
+    assert kept.tolist() == pytest.approx(want, rel=1e-5)
+
+
+def test_an_imagereward_that_does_not_load_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ImageReward", types.ModuleType("ImageReward"))  # without `load`
+    monkeypatch.setattr(preference, "find_spec", lambda name: name)
+    preference._loaded.cache_clear()
+    with pytest.raises(
+        InputError, match=r"imagereward: got no model ImageReward-v1.0 .*; check the network and the pa"
+    ):
+        METRICS["imagereward"].prepare("cpu")
 
 
 def test_every_metric_says_what_it_cannot_be_measured_without(tools):

@@ -20,10 +20,12 @@ from stepdistill.errors import InputError
 from stepdistill.evaluation.cells import Measured, cells, measured, read_folder
 from stepdistill.evaluation.compare import compare
 from stepdistill.evaluation.conditions import conditions, unlike
+from stepdistill.evaluation.few import too_few
 from stepdistill.evaluation.records import Book
 from stepdistill.evaluation.report import curves, inline, plots, write_report
 from stepdistill.evaluation.report.families import models_of
-from stepdistill.evaluation.report.tables import cost_table, machines, tables
+from stepdistill.evaluation.report.notes import notes
+from stepdistill.evaluation.report.tables import as_csv, cost_table, machines, tables
 from stepdistill.evaluation.report.verdicts import duration, gains
 from stepdistill.evaluation.report.verdicts import verdicts as verdicts_of
 from stepdistill.evaluation.summary import columns, digits, spread
@@ -185,6 +187,33 @@ def test_the_csv_has_every_row_and_figure_and_no_formulas(page):
             shown = [line[f"{name}{part}"] for part in ("", "_low", "_high", "_n")]
             assert shown == ["" if v is None else str(v) for v in (found.value, found.low, found.high, found.n)]
     assert told[0]["kid"] == "" and float(told[3]["kid"]) == -0.0004 and told[2]["latency_ms_total_p50"] == "400.0"
+
+
+def test_fewer_images_than_features_are_said_to_be_too_few_for_the_distances_order(tmp_path):
+    """Of rows that do not record the number of features, those of known extractors."""
+    own = ROWS[1] | {"n": 1000, "fd_extractor": "EfficientNet-Lite2"}
+    line = "n = 1,000 is below the 1,280 features of EfficientNet-Lite2: FD’s bias differs between models and can turn "
+    assert too_few(own).startswith(line) and too_few(own).endswith("rely on KID, or on FD∞ from n = 1,920")
+    assert "2,048 features of Inception-0123abcd" in too_few(own | {"fd_extractor": "Inception-0123abcd"})
+    for enough in ({"n": 1280}, {"fd_features": 900}, {"fd_extractor": "Pools"}, {"fd": None}, {"n": None}):
+        assert too_few(own | enough) is None, enough
+    assert too_few(ROWS[1] | {"fd_features": 6}).startswith("n = 5 is below the 6 features of Pools")
+    book = Book(tmp_path, {"protocol_hash": "abc123", "protocol": "tiny"})
+    for each in ROWS:
+        book.add(each | {"fd_features": 6})
+    write_report(tmp_path)
+    for name in ("report.html", "report.md"):
+        assert (tmp_path / name).read_text().count("n = 5 is below the 6 features of Pools") == 1, name
+
+
+def test_how_far_an_extrapolated_figure_may_be_off_is_noted_and_in_the_csv():
+    bent = [each | {"metrics": full(20.0, 31.0, 0.004, 0.7) | {"fd_inf": figure(18.0, 2.0) | {"bend": bend}}}
+            for each, bend in ((ROWS[1], -0.7), (ROWS[2], 0.25))]  # fmt: skip
+    (line,) = notes(cells([*bent, ROWS[3]]))
+    assert "at most 0.7 here, for teacher at 1 step;" in line
+    told = list(csv.DictReader(io.StringIO(as_csv([*bent, ROWS[3]]))))
+    assert [each["fd_inf_bend"] for each in told] == ["-0.7", "0.25", ""] and notes(cells(ROWS)) == []
+    assert "fd_bend" not in told[0]
 
 
 def test_light_and_dark_and_small_screens_are_provided_for(folder):

@@ -208,11 +208,15 @@ def test_the_page_is_light_by_day_and_dark_by_night_and_so_are_its_curves(browse
 def test_on_a_phone_nothing_is_wider_than_the_screen(browser, page):
     dress(browser, 390, "light")
     browser.get(page)
-    for tab in range(3):
-        browser.execute_script("document.querySelectorAll('.tabs input')[arguments[0]].click()", tab)
-        assert browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]") == [390, 390]
     tables = "return [...document.querySelectorAll('.scroll')].every(each => each.getBoundingClientRect().right <= 390)"
-    assert browser.execute_script(tables)
+    tabs = browser.execute_script("return document.querySelectorAll('.tabs input').length")
+    assert tabs == len(browser.find_elements("css selector", ".panel")) == 4  # the last, Latency, is the widest
+    for tab in range(tabs):
+        browser.execute_script("document.querySelectorAll('.tabs input')[arguments[0]].click()", tab)
+        shown = [panel.is_displayed() for panel in browser.find_elements("css selector", ".panel")]
+        assert shown == [number == tab for number in range(tabs)]
+        assert browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]") == [390, 390], tab
+        assert browser.execute_script(tables), tab
 
 
 def test_on_a_phone_the_choices_are_whole_and_plots_can_be_read(browser, page):

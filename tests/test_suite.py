@@ -405,6 +405,23 @@ def test_nan_pictures_fail_their_cell_with_a_clear_line(protocol, tools):
     assert "NaN" in results.failed[0].reason and "dtype=fp32" in results.failed[0].reason
 
 
+def test_a_figure_that_is_not_finite_fails_its_cell_and_the_others_finish(base, protocol, tools, tmp_path, monkeypatch):
+    own, count = metrics.METRICS["clip"].figures, iter(range(9))
+
+    def broken(kept, tools):
+        found = own(kept, tools)["clip_score"]
+        return {"clip_score": dataclasses.replace(found, value=float("nan")) if next(count) == 1 else found}
+
+    monkeypatch.setattr(metrics.METRICS["clip"], "figures", staticmethod(broken))
+    quiet = dataclasses.replace(QUIET, floor=False)
+    models = f"{base},scheduler=ddim"
+    results = suite.evaluate(models, protocol, (1, 2, 4), out=tmp_path, settings=quiet, instruments=tools)
+    assert [row["steps"] for row in read_rows(tmp_path / "results.jsonl")] == [1, 4]
+    (failure,) = results.failed
+    assert failure.steps == 2 and failure.reason.startswith("metric clip_score: got nan ± ")
+    assert "allowed: finite numbers" in failure.reason and "\n" not in failure.reason
+
+
 def test_an_autoencoder_that_half_overflows_reconstructs_as_in_full_precision():
     whole, half = tiny.sdxl(), tiny.sdxl()
     for pipe in (whole, half):

@@ -36,6 +36,7 @@ class BaselineConfig(LoopConfig):
     quick: bool = False
     """Small defaults for all flags that are not given, to see the method run."""
 
+    FREE: ClassVar[frozenset[str]] = LoopConfig.FREE | {"seeds"}  # no part depends on the others' seeds
     QUICK: ClassVar[Mapping[str, object]] = {}  # defaults under --quick
     SWEEP: ClassVar[tuple[str, tuple]] = ("seed", (0, 1, 2))  # flag and values that `sweep` covers by default
     DRAWN: ClassVar[tuple[str, ...]] = ()  # folders of measurements, which `eval` removes first

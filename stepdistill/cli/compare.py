@@ -93,13 +93,13 @@ def seeds_of(cell) -> list[int]:
 def print_comparisons(config: Config, found: list[Comparison]) -> None:
     """Prints a table on the terminal, one line per figure."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from stepdistill.evaluation.summary import digits, label, number
+    from stepdistill.evaluation.few import too_few
+    from stepdistill.evaluation.summary import digits, label, number, spread, wide_console
 
-    console, first = Console(), found[0]
+    console, first = wide_console(), found[0]
     for side, folder, cell in (("A", config.a, first.cell_a), ("B", config.b or config.a, first.cell_b)):
         console.print(Text(f"{side}  {cell.model} from {folder}, seed {', '.join(map(str, seeds_of(cell))) or 'none'}"))
     row = first.cell_a.row
@@ -107,14 +107,14 @@ def print_comparisons(config: Config, found: list[Comparison]) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, justify in (
         ("steps", "right"), ("figure", "left"), ("A", "right"), ("B", "right"), ("A - B", "right"),
-        ("95 % interval", "right"), ("n", "right"), ("verdict on A", "left"),
+        ("its interval", "right"), ("n", "right"), ("verdict on A", "left"),
     ):  # fmt: skip
         table.add_column(name, justify=justify)
     colours = {"better": "green", "worse": "red"}
     for one in found:
         places = digits(one.name, [one.cell_a, one.cell_b])
-        values = (one.a.value, one.b.value, one.gap.value, one.gap.low, one.gap.high)
-        a, b, gap, low, high = (number(one.name, value, places) for value in values)
+        a, b = (f"{number(one.name, m.value, places)} {spread(one.name, m, places)}".strip() for m in (one.a, one.b))
+        gap, low, high = (number(one.name, v, places) for v in (one.gap.value, one.gap.low, one.gap.high))
         steps = (
             f"{one.cell_a.steps}" if one.cell_a.steps == one.cell_b.steps else f"{one.cell_a.steps}, {one.cell_b.steps}"
         )
@@ -125,6 +125,9 @@ def print_comparisons(config: Config, found: list[Comparison]) -> None:
             Text(one.word, colours.get(one.word, "")),
         )  # fmt: skip
     console.print(table)
+    console.print(Text("± is half a 95 % interval; in brackets are its ends"))
+    if any(one.name == "fd" for one in found) and (few := too_few(row)):
+        console.print(Text(few))
     if any(not one.gap.paired for one in found):
         console.print(Text("* not paired: influences were not stored, or are of other units; the interval is wider"))
     if len(found) > 10:

@@ -63,6 +63,7 @@ class Measured:
     Attributes:
         value, low, high: the value and its 95 % interval, which old rows may lack.
         n, of: number and kind of the units measured. seeds: number of seeds averaged.
+        bend: signed systematic error that an extrapolated figure may have; its interval includes it.
     """
 
     value: float
@@ -71,11 +72,12 @@ class Measured:
     n: int | None = None
     of: str = "pictures"
     seeds: int = 1
+    bend: float = 0.0
 
     @classmethod
     def by(cls, figure: Figure, seeds: int = 1) -> Measured:
         """Builds it from a `Figure`."""
-        return cls(figure.value, *figure.interval(), len(figure.influence), figure.unit, seeds)
+        return cls(figure.value, *figure.interval(), len(figure.influence), figure.unit, seeds, figure.bend)
 
     @property
     def half(self) -> float | None:
@@ -212,7 +214,8 @@ def by_seed(rows: Sequence[Row], folder: Path | None) -> dict[str, dict[int | No
 def _by_intervals(figures: Sequence[Measured]) -> Measured:
     """The mean over seeds. Its interval is as wide as one seed's, whose error all may share, plus the excess spread."""
     values, halves = ([getattr(f, name) for f in figures] for name in ("value", "half"))
-    mean, one = sum(values) / len(values), replace(figures[0], seeds=len(figures))
+    bend = sum(figure.bend for figure in figures) / len(figures)
+    mean, one = sum(values) / len(values), replace(figures[0], seeds=len(figures), bend=bend)
     if None in halves:
         return replace(one, value=mean, low=None, high=None)
     within = math.sqrt(sum(half**2 for half in halves) / len(halves))

@@ -16,7 +16,15 @@ from typing import Any
 
 from stepdistill.errors import InputError
 from stepdistill.evaluation.cells import ATTRIBUTE, BETTER, Cell, Measured
-from stepdistill.evaluation.figures import Difference, Figure, Ratio, gap, log_ratio
+from stepdistill.evaluation.figures import (
+    Difference,
+    Figure,
+    Ratio,
+    gap,
+    log_ratio,
+    paired_difference,
+    unpaired_difference,
+)
 from stepdistill.evaluation.records import check_same_protocol
 from stepdistill.evaluation.seeds import alike, pooled
 
@@ -62,8 +70,10 @@ class Comparison:
         """The comparison as a JSON object."""
         return {
             "metric": self.name, "steps_a": self.cell_a.steps, "steps_b": self.cell_b.steps,
-            "a": self.a.value, "b": self.b.value, "difference": self.gap.value, "low": self.gap.low,
-            "high": self.gap.high, "paired": self.gap.paired, "n": self.a.n, "of": self.a.of,
+            "a": self.a.value, "a_low": self.a.low, "a_high": self.a.high,
+            "b": self.b.value, "b_low": self.b.low, "b_high": self.b.high,
+            "difference": self.gap.value, "low": self.gap.low, "high": self.gap.high,
+            "paired": self.gap.paired, "n": self.a.n, "of": self.a.of,
             "seeds_a": self.a.seeds, "seeds_b": self.b.seeds, "verdict": self.word,
         }  # fmt: skip
 
@@ -99,13 +109,14 @@ def ratio(a: Cell, b: Cell, name: str) -> Ratio | None:
 
 def _difference(a: Cell, b: Cell, name: str) -> Difference | None:
     """The difference of the cells' figures: paired if both store influences for the same units, else from the two
-    intervals, whose errors add in quadrature; None if one has none."""
+    intervals; None if one has none."""
     one, other = a.figures[name], b.figures[name]
     both = _together(a, b, name, gap)
-    if both is None and (one.half is None or other.half is None):
+    if both is not None:
+        return paired_difference(*(pooled(list(cell.by_seed[name].values())) for cell in (a, b)), both)
+    if one.half is None or other.half is None:
         return None
-    half = math.hypot(one.half, other.half) if both is None else both.half
-    return Difference.of(one.value - other.value, half, paired=both is not None)
+    return unpaired_difference((one.value, one.low, one.high), (other.value, other.low, other.high))
 
 
 def _together(a: Cell, b: Cell, name: str, of: Callable[[Figure, Figure], Figure]) -> Figure | None:

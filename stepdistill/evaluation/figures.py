@@ -13,12 +13,13 @@ which difficulty common to both models cancels.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 Z = 1.959964  # quantile of the two-sided 95 % interval
+Ends = tuple[float, float, float]  # a value and the ends of its interval
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Figure:
         trials: for a share, a lower bound on its number of yes-or-no trials; None if the figure is not a share.
         bend: signed systematic error that the value may have; figures at the same n share part of it.
         apart: half-width due to differences between seeds beyond chance (see `seeds.pooled`).
+        fit: of an extrapolated figure, the points (1 / n, distance) that the curve goes through.
     """
 
     value: float
@@ -41,6 +43,7 @@ class Figure:
     trials: int | None = None
     bend: float = 0.0
     apart: float = 0.0
+    fit: tuple[tuple[float, float], ...] = ()
 
     @classmethod
     def mean(cls, values: Tensor, unit: str = "pictures") -> Figure:
@@ -131,14 +134,62 @@ def difference(a: Figure, b: Figure, *, paired: bool) -> Difference:
     Args:
         paired: unit i of both is the same prompt and the same noise.
     """
-    half = gap(a, b).half if paired else math.hypot(a.half, b.half)
-    return Difference.of(a.value - b.value, half, paired=paired)
+    if paired:
+        return paired_difference(a, b, gap(a, b))
+    return unpaired_difference((a.value, *a.interval()), (b.value, *b.interval()))
 
 
 def gap(a: Figure, b: Figure) -> Figure:
-    """Returns a - b of figures over the same units."""
+    """Returns a - b of figures over the same units. It is no share; see `paired_difference` for shares' intervals."""
     influence, apart = a.influence.double() - b.influence.double(), math.hypot(a.apart, b.apart)
     return Figure(a.value - b.value, influence, a.unit, bend=a.bend - b.bend, apart=apart)
+
+
+def paired_difference(a: Figure, b: Figure, between: Figure) -> Difference:
+    """Returns a - b of figures over the same units.
+
+    Of two shares the ends follow from those of Wilson's intervals (see `joined`): the influences alone would give a
+    share of 0 or 1 no error at all.
+
+    Args:
+        between: gap(a, b); of several seeds those of each seed, pooled.
+    """
+    if a.trials is None or b.trials is None:
+        return Difference.of(a.value - b.value, between.half, paired=True)
+    one, other = ((f.value, *replace(f, apart=0.0).interval()) for f in (a, b))
+    return joined(one, other, correlation(a, b), between.apart, paired=True)
+
+
+def unpaired_difference(a: Ends, b: Ends) -> Difference:
+    """Returns a - b of figures over different units, from the ends of their intervals."""
+    return joined(a, b, 0.0, 0.0, paired=False)
+
+
+def joined(a: Ends, b: Ends, r: float, more: float, *, paired: bool) -> Difference:
+    """Returns a - b from the value and the two ends of each: Newcombe's square-and-add (1998, methods 10).
+
+    The lower end is as far from a - b as a is from its lower and b from its upper end, added as errors with the
+    correlation r are, and the other way round. Of symmetric intervals and r = 0 that is the usual sum of squares.
+
+    Args:
+        r: the correlation of a and b. more: a half-width to be added in quadrature.
+    """
+    (x, x_low, x_high), (y, y_low, y_high) = a, b
+    below, above = ((x - x_low, y_high - y), (x_high - x, y - y_low))
+    down, up = (math.sqrt(max(0.0, u * u - 2 * r * u * v + v * v) + more * more) for u, v in (below, above))
+    return Difference(x - y, x - y - down, x - y + up, paired)
+
+
+def correlation(a: Figure, b: Figure) -> float:
+    """Returns the correlation of two shares over the same units, if positive less half a trial's worth of covariance
+    (Newcombe's continuity correction): two equal rows of answers leave one open. It is 0 if either is always the same.
+    """
+    x, y = a.influence.double(), b.influence.double()
+    spread = (x.square().mean() * y.square().mean()).sqrt().item()
+    if not spread:
+        return 0.0
+    found = (x * y).mean().item() / spread
+    return found if found < 0 else max(0.0, found - 0.5 / (min(a.trials, b.trials) * spread))
 
 
 def log_ratio(a: Figure, b: Figure) -> Figure:

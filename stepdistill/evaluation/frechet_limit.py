@@ -54,7 +54,8 @@ def frechet_limit(features: Tensor, reference: Moments, whole: Figure | None = N
         curve.append((sum(n / count for count in counts) / len(counts), sum(distances) / len(distances)))
     u, y = torch.tensor(curve, dtype=torch.float64).T
     line, parabola = (torch.linalg.solve(torch.vander(u[:k], increasing=True), y[:k])[0].item() for k in (2, 3))
-    return Figure(parabola, whole.influence, bend=parabola - line)
+    fit = tuple((x / n, distance) for x, distance in curve)
+    return Figure(parabola, whole.influence, bend=parabola - line, fit=fit)
 
 
 @dataclass(frozen=True)

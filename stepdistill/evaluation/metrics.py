@@ -212,7 +212,17 @@ class Pass:
 
 
 def row_of(found: Mapping[str, Figure], tools: Instruments) -> dict[str, Any]:
-    """Returns a row's metric columns: the main figures as columns, and all figures with intervals in `metrics`."""
+    """Returns a row's metric columns: the main figures as columns, and all figures with intervals in `metrics`.
+
+    Raises:
+        InputError: a figure, or its error, is not finite.
+    """
+    for name, figure in found.items():
+        if not math.isfinite(figure.value + figure.error):
+            raise InputError(
+                f"metric {name}: got {figure.value:g} ± {figure.error:g}; allowed: finite numbers; look at the "
+                "pictures, or leave the metric out"
+            )
     score, share = found.get("clip_score"), found.get("attribute_accuracy")
     row: dict[str, Any] = {"fd": None, "fd_low": None, "fd_high": None}
     if "fd" in found:
@@ -220,10 +230,11 @@ def row_of(found: Mapping[str, Figure], tools: Instruments) -> dict[str, Any]:
         row = {"fd": round(found["fd"].value, 4), "fd_low": round(max(0.0, low), 4), "fd_high": round(high, 4)}
     return row | {
         "fd_extractor": tools.extractor.title,
+        "fd_features": tools.extractor.dim,
         "clip_score": None if score is None else round(score.value, 4),
         "clip_model": tools.clip.title if tools.clip else None,
         "attribute_accuracy": None if share is None else round(share.value, 5),
-        "metrics": {name: _told(f) for name, f in found.items() if math.isfinite(f.value + f.error)},
+        "metrics": {name: _told(f) for name, f in found.items()},
     }
 
 
@@ -233,4 +244,5 @@ def _told(figure: Figure) -> dict[str, Any]:
     told = {"value": round(figure.value, 6), "low": round(low, 6), "high": round(high, 6)}
     told |= {"n": len(figure.influence), "of": figure.unit}
     told |= {"trials": figure.trials} if figure.trials is not None else {}
-    return told | ({"bend": round(figure.bend, 6)} if figure.bend else {})
+    told |= {"bend": round(figure.bend, 6)} if figure.bend else {}
+    return told | ({"fit": [[float(f"{x:.7g}"), round(y, 6)] for x, y in figure.fit]} if figure.fit else {})

@@ -24,8 +24,8 @@ TIMES = ("timing", "latency_ms", "latency_ms_batch", "pipeline_memory_mb")  # fi
 FIELDS = (
     "protocol", "protocol_hash", "settings", "model", "method", "teacher", "spec", "weights", "setup",
     "steps", "nfe", "guidance", "scheduler", "spacing", "sigmas", "call", "n", "seed",
-    "fd", "fd_low", "fd_high", "fd_extractor", "clip_score", "clip_model", "attribute_accuracy", "metrics",
-    *TIMES, "batch", "channels_last", "dtype", "device", "versions", "commit", "command", "train_seconds",
+    "fd", "fd_low", "fd_high", "fd_extractor", "fd_features", "clip_score", "clip_model", "attribute_accuracy",
+    "metrics", *TIMES, "batch", "channels_last", "dtype", "device", "versions", "commit", "command", "train_seconds",
     "train_seed", "train_settings", "train_commit",
 )  # fmt: skip
 FOREIGN = ("config.json", "model_index.json", "manifest.json", "metrics.jsonl", "checkpoints", "export")
@@ -200,7 +200,7 @@ def check_same_protocol(
     """
     if a["protocol_hash"] == b["protocol_hash"]:
         return
-    one, other = _told(a), _told(b)
+    one, other = (_told(row, whole=bool(a.get("settings") and b.get("settings"))) for row in (a, b))
     differ = [name for name in one | other if one.get(name) != other.get(name)]
     if differ and set(differ) <= _of_omitted(one) | _of_omitted(other):
         return
@@ -212,9 +212,13 @@ def check_same_protocol(
     )
 
 
-def _told(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a row records of its protocol, nested names joined by dots; less for rows without `settings`."""
-    if row.get("settings"):
+def _told(row: Mapping[str, Any], *, whole: bool) -> dict[str, Any]:
+    """Returns what a row records of its protocol.
+
+    Args:
+        whole: all of `settings`, nested names joined by dots; else only what older rows, without it, record too.
+    """
+    if whole:
         told = flat(row["settings"])
         return {"protocol": told.pop("name", None)} | told
     names = ("protocol", "n", "fd_extractor", "clip_model")

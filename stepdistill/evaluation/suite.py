@@ -9,15 +9,13 @@ reported and the others finish. Under `accelerate launch` all processes generate
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepdistill import holds
+from stepdistill import holds, provenance
 from stepdistill.errors import InputError
 from stepdistill.evaluation import departures, records
 from stepdistill.evaluation.bench import Bench, Failure
@@ -104,7 +102,7 @@ def evaluate(
         ExitStack() as held,
     ):
         with team.alike():
-            command = command or " ".join(map(shlex.quote, sys.argv))
+            command = command or provenance.command()
             place = records.made(out) if team.main and out is not None else None
             if place is not None:  # before its rows are read: none are added by another process from then on
                 held.enter_context(holds.claimed(place))

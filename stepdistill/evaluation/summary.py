@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import html
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stepdistill.evaluation.cells import ATTRIBUTE, MAIN, Cell, Measured, Row, cells, names
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LABELS = {
     "fd": "FD", "clip_score": "CLIP", "attribute_accuracy": "attributes", "kid": "KID", "cmmd": "CMMD",
@@ -124,7 +129,6 @@ def escaped(text: object) -> str:
 def print_table(rows: Sequence[Row], folder: Path | None = None) -> None:
     """Prints the main columns to the terminal. folder: the rows' folder, if known."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     found = cells(rows, folder)
@@ -142,4 +146,12 @@ def print_table(rows: Sequence[Row], folder: Path | None = None) -> None:
             table.add_section()
         table.add_row(cell.model if cell.model != last else "", *(values[name] for name in shown))
         last = cell.model
-    Console().print(table, markup=False)
+    wide_console().print(table, markup=False)
+
+
+def wide_console() -> Console:
+    """Returns a console for tables: in a file or a pipe 120 columns wide, where a terminal of 80 would fold rows."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=120)

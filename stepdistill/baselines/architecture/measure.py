@@ -65,8 +65,8 @@ def call_times(teacher: Denoiser, unet: nn.Module, held: Samples, repeats: int =
 def pictures(
     models: Mapping[str, ModelSpec], out: Path, *, protocol: str, n: int, steps: Sequence[int], floor: bool = False
 ) -> dict[tuple[str, int], dict[str, float]]:
-    """By model and step count: Fréchet distance, attribute accuracy (or CLIP score), and milliseconds per image. The
-    benchmark's rows are kept in `out`.
+    """By model and step count: Fréchet distance, attribute accuracy (or CLIP score), each with the ends of its interval
+    as NAME_low and NAME_high, and milliseconds per image. The benchmark's rows are kept in `out`.
 
     Args:
         floor: also measure real and reconstructed images.
@@ -88,5 +88,9 @@ def pictures(
 
 def _figures(row: Mapping[str, Any]) -> dict[str, float]:
     heard = "attribute_accuracy" if row.get("attribute_accuracy") is not None else "clip_score"  # prompt adherence
-    figures = {name: row[name] for name in ("fd", heard) if row.get(name) is not None}
+    figures: dict[str, float] = {}
+    for name in ("fd", heard):
+        if row.get(name) is not None:
+            own = row["metrics"][name]
+            figures |= {name: row[name], f"{name}_low": own["low"], f"{name}_high": own["high"]}
     return figures | ({"picture_ms": row["latency_ms"]["total_p50"]} if row.get("latency_ms") else {})

@@ -116,8 +116,8 @@ class PruneThenStepsConfig(BKSDMConfig):
         whole = ModelSpec(path, name, guidance=self.guidance, scheduler="ddim", **self.files(path))
         self._drawn(whole, self.plain_steps)
         found = self._drawn(ModelSpec(str(few), f"{name} + {self.distiller}"), self.steps)
-        figures = {f"fd_{n}": found[n]["fd"] for n in self.steps}
-        figures |= {key: value for key, value in found[self._decides].items() if key != "fd"}
+        figures = {f"fd_{n}{key[2:]}": found[n][key] for n in self.steps for key in found[n] if _of_distance(key)}
+        figures |= {key: value for key, value in found[self._decides].items() if not _of_distance(key)}
         kind = "teacher" if row.role == "teacher" else row.name
         return dataclasses.replace(
             row, name=f"{kind} + {self.distiller}", figures=figures, seconds=seconds + (row.seconds or 0)
@@ -155,3 +155,7 @@ class PruneThenStepsConfig(BKSDMConfig):
         write_report(bench, title="Architecture and step count")
         shutil.copy(bench / "latency.png", self.out / "pareto.png")
         print(f"plot: {self.out / 'pareto.png'}")
+
+
+def _of_distance(key: str) -> bool:
+    return key == "fd" or key.startswith("fd_")

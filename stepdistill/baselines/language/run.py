@@ -83,7 +83,6 @@ class DecoderConfig(CorpusConfig):
     """Updates over which the learning rate rises."""
 
     NAME: ClassVar[str] = ""  # in BASELINES
-    FREE: ClassVar[frozenset[str]] = CorpusConfig.FREE | {"seeds"}  # no part depends on the others' seeds
     UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "teacher": ("student",),
         "answers": ("student", "correction_steps", "teacher_learning_rate", "max_train_steps", "learning_rate",

@@ -20,10 +20,12 @@ from stepdistill.errors import InputError
 from stepdistill.evaluation import hashes
 from stepdistill.evaluation.figures import Figure
 from stepdistill.evaluation.measures.base import NO_PROMPTS, Metric, View
+from stepdistill.evaluation.precision import full_float32
 from stepdistill.files import sha256
 
 Score = Callable[[Sequence[Image.Image], Sequence[str]], Tensor]  # images, their prompts -> (B,)
 HPSV2, HPSV2_VERSION = "xswu/HPSv2", "v2.1"
+IMAGEREWARD = "ImageReward-v1.0"
 PICKSCORE, PICKSCORE_PLACE = "yuvalkirstain/PickScore_v1", "STEPDISTILL_PICKSCORE"
 
 
@@ -88,28 +90,41 @@ class PickScore(Preference):
 
 
 class Hpsv2(Preference):
-    """`hpsv2`: Human Preference Score, version 2.1 (Wu et al. 2023)."""
+    """`hpsv2`: Human Preference Score, version 2.1 (Wu et al. 2023), the cosine of the package's ViT-H/14.
+
+    The package's own `score` loads the checkpoint anew for each image, on a device of its choice, and computes in half
+    precision on a GPU; here it is loaded once and computes in float32.
+    """
 
     name, keeps, better = "hpsv2", "hpsv2", {"hpsv2": "higher"}
 
     @staticmethod
     def load(device: str) -> tuple[Score, str]:
         _installed("hpsv2", "hpsv2", "hpsv2")
-        import hpsv2
-        from hpsv2.utils import hps_version_map
         from huggingface_hub import hf_hub_download
 
         try:
+            from hpsv2 import img_score
+            from hpsv2.src.open_clip import get_tokenizer
+            from hpsv2.utils import hps_version_map
+
             file = hf_hub_download(HPSV2, hps_version_map[HPSV2_VERSION])  # the package's own source
-        except Exception as error:  # offline, gated, no such file
+            img_score.initialize_model()
+            model, preprocess = (img_score.model_dict[name] for name in ("model", "preprocess_val"))
+            model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])
+        except Exception as error:  # offline, gated, no such file, or a package without one of its own
             reason = " ".join(str(error).split())[:160]
             raise InputError(
-                f"hpsv2: got no weights of {HPSV2} {HPSV2_VERSION} ({reason}); check the network"
+                f"hpsv2: got no model of {HPSV2} {HPSV2_VERSION} ({reason}); check the network and the package"
             ) from error
+        model, tokenize = model.float().eval().to(device), get_tokenizer("ViT-H-14")
 
+        @torch.inference_mode()
+        @full_float32()
         def score(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-            pairs = zip(pictures, prompts, strict=True)
-            return torch.tensor([float(hpsv2.score(p, text, hps_version=HPSV2_VERSION)[0]) for p, text in pairs])
+            seen = torch.stack([preprocess(picture) for picture in pictures]).to(device)
+            found = model(seen, tokenize(list(prompts)).to(device))
+            return (found["image_features"] * found["text_features"]).sum(1)
 
         return score, sha256(file)
 
@@ -122,10 +137,17 @@ class ImageReward(Preference):
     @staticmethod
     def load(device: str) -> tuple[Score, str]:
         _installed("imagereward", "ImageReward", "image-reward")
-        import ImageReward as Package
+        try:
+            import ImageReward as Package
 
-        model = Package.load("ImageReward-v1.0", device=device)
+            model = Package.load(IMAGEREWARD, device=device)
+        except Exception as error:  # offline, or a package that does not fit the installed transformers or timm
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(
+                f"imagereward: got no model {IMAGEREWARD} ({reason}); check the network and the package"
+            ) from error
 
+        @torch.inference_mode()
         def score(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
             return torch.tensor([float(model.score(t, p)) for p, t in zip(pictures, prompts, strict=True)])
 

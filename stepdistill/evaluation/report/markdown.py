@@ -8,6 +8,7 @@ from typing import Any
 
 from stepdistill.evaluation.cells import Cell, Row
 from stepdistill.evaluation.records import grid_name
+from stepdistill.evaluation.report.notes import notes
 from stepdistill.evaluation.report.tables import Table, machines
 from stepdistill.evaluation.summary import columns, escaped, markdown_table
 
@@ -39,6 +40,7 @@ def markdown(
         "± is half the width of a 95 % interval. FD, CLIP and attributes follow the protocol; ms are per image, "
         "medians over whole calls; per step is one call.", "",
     ]  # fmt: skip
+    lines += [line for note in notes(found) for line in (escaped(note), "")]
     for table in more:
         lines += [f"## {table.title}", "", _table(table), ""]
     for cell in found:

@@ -17,6 +17,7 @@ from stepdistill.evaluation.report import inline
 from stepdistill.evaluation.report.curves import BY_LATENCY, Make, cost_curves, curves, main_curves, timed_apart
 from stepdistill.evaluation.report.families import models_of
 from stepdistill.evaluation.report.markdown import markdown
+from stepdistill.evaluation.report.notes import notes
 from stepdistill.evaluation.report.strips import chosen, prompts_of, strips_of
 from stepdistill.evaluation.report.tables import as_csv, cost_table, machines, tables
 from stepdistill.evaluation.report.verdicts import beside, gains, verdicts
@@ -58,7 +59,7 @@ def write_report(folder: str | Path, *, title: str | None = None) -> Path:
         "by_steps": [(n, [s for s in strips if s.steps == n]) for n in sorted({s.steps for s in strips})],
         "svgs": _svgs(main), "more_svgs": _svgs(others), "cost_svgs": _svgs(cost),
         "averaged": any(cell.seeds > 1 for cell in found), "timed": BY_LATENCY in drawn,
-        "timed_apart": timed_apart(found),
+        "timed_apart": timed_apart(found), "notes": notes(found),
         "floors": any(cell.steps == 0 for cell in found),
         "commands": _all(rows, "command"), "csv": base64.b64encode(as_csv(rows).encode()).decode(),
         "style": _text("page.css"), "script": script,

@@ -186,20 +186,22 @@ def _text(value: str) -> Value:
 
 def as_csv(rows: Sequence[Row]) -> str:
     """Returns every row with its figures, their intervals and counts, and its times: one line per model, step count,
-    seed and timing."""
+    seed and timing. An extrapolated figure also has its NAME_bend."""
     figures = [measured(row) for row in rows]
     known = list(dict.fromkeys(name for each in figures for name in each))
     times = [timed_columns(row) for row in rows]
     clocks = list(dict.fromkeys(name for each in times for name in each))
     parts = [f"{name}{part}" for name in known for part in ("", "_low", "_high", "_n", "_of")]
+    bent = [name for name in known if any(name in own and own[name].bend for own in figures)]
     target = io.StringIO()
     writer = csv.writer(target, lineterminator="\r\n")
-    writer.writerow([*FACTS, *parts, *clocks, *COSTS])
+    writer.writerow([*FACTS, *parts, *(f"{name}_bend" for name in bent), *clocks, *COSTS])
     for row, own, timed in zip(rows, figures, times, strict=True):
         line: list[Any] = [row.get(name) for name in FACTS]
         for name in known:
             found = own.get(name)
             line += [None] * 5 if found is None else [found.value, found.low, found.high, found.n, found.of]
+        line += [own[name].bend if name in own else None for name in bent]
         line += [timed.get(name) for name in clocks] + [row.get(name) for name in COSTS]
         writer.writerow(map(_harmless, line))
     return target.getvalue()
