@@ -43,10 +43,11 @@ from stepdistill.evaluation import records
 from stepdistill.methods.base import huber
 from stepdistill.methods.consistency import boundary_scalings
 from stepdistill.schedules import AlphaBar, match
+from stepdistill.training.adapter import LORA_TARGETS, matching
 from stepdistill.training.lcm import LCMConfig
 from stepdistill.training.networks import trainable
 from stepdistill.training.processes import HALF
-from stepdistill.training.roles import LORA_TARGETS, keep_in, matching
+from stepdistill.training.roles import keep_in
 from stepdistill.training.trainer import Trainer
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

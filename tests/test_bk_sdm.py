@@ -29,7 +29,7 @@ from stepdistill.denoiser.load import load_teacher
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 from stepdistill.methods.base import Clock
-from stepdistill.training.config import from_yaml
+from stepdistill.training.from_yaml import from_yaml
 from stepdistill.training.loop import Loop
 
 CLOCK = Clock(0, 1)

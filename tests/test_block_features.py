@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser.load import Teacher, as_teacher
 from stepdistill.errors import InputError
+from stepdistill.export.folder import ADAPTER
 from stepdistill.features import blocks_of, check_blocks, read, tokens
 from stepdistill.training.ladd import LADDConfig
-from stepdistill.training.roles import ADAPTER, full_models, keep_in, lora_models
+from stepdistill.training.roles import full_models, keep_in, lora_models
 
 BLOCKS = {
     "sd": ["down_blocks.0.attentions.0", "mid_block.attentions.0", "up_blocks.1.attentions.0",

@@ -16,10 +16,9 @@ from safetensors.torch import load_file
 from stepdistill.cli import cache, main
 from stepdistill.data.cache import open_data
 from stepdistill.denoiser.load import load_teacher
-from stepdistill.export.folder import LORA_FILE
+from stepdistill.export.folder import ADAPTER, LORA_FILE
 from stepdistill.export.lora import save_lora
 from stepdistill.methods.schedulers import lcm_scheduler
-from stepdistill.training.roles import ADAPTER
 
 
 @pytest.fixture(scope="module")

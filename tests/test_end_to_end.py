@@ -20,10 +20,10 @@ from stepdistill.errors import InputError
 from stepdistill.evaluation.models import call_of, load
 from stepdistill.evaluation.spec import parse
 from stepdistill.export.card import model_card
-from stepdistill.export.folder import LORA_FILE
+from stepdistill.export.folder import ADAPTER, LORA_FILE
 from stepdistill.methods.consistency import sample_lcm
+from stepdistill.training.adapter import adapter_layers
 from stepdistill.training.lcm import LCMConfig
-from stepdistill.training.roles import ADAPTER, adapter_layers
 from stepdistill.training.run import distil
 from stepdistill.training.trainer import Trainer
 from stepdistill.training.validation import evaluating

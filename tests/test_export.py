@@ -19,13 +19,13 @@ from stepdistill.errors import InputError
 from stepdistill.evaluation.models import training_record
 from stepdistill.evaluation.spec import parse
 from stepdistill.export.card import model_card
-from stepdistill.export.folder import LORA_FILE
+from stepdistill.export.folder import ADAPTER, LORA_FILE
 from stepdistill.export.fused import save_fused
 from stepdistill.export.kohya import read_lora, save_kohya, to_kohya
 from stepdistill.export.lora import save_lora
 from stepdistill.methods.consistency import sample_lcm
 from stepdistill.methods.schedulers import lcm_scheduler
-from stepdistill.training.roles import ADAPTER, LORA_TARGETS
+from stepdistill.training.adapter import LORA_TARGETS
 
 RANK, ALPHA = 4, 6.0
 

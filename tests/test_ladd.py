@@ -18,13 +18,14 @@ from stepdistill.denoiser.base import Denoiser
 from stepdistill.denoiser.load import Teacher, as_teacher
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
+from stepdistill.export.folder import ADAPTER
 from stepdistill.methods import get
 from stepdistill.methods.base import Batch, Clock
 from stepdistill.methods.latent_adversarial import Discriminator, LatentAdversarial
 from stepdistill.schedules import EDM, AlphaBar, Cosine, RectifiedFlow
 from stepdistill.timegrid import Grid
 from stepdistill.training.ladd import LADDConfig
-from stepdistill.training.roles import ADAPTER, Models, full_models, lora_models
+from stepdistill.training.roles import Models, full_models, lora_models
 
 ALPHA_BAR = AlphaBar.from_scheduler(DDIMScheduler(**BETAS))
 CLOCK = Clock(0, 1)

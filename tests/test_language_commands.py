@@ -14,7 +14,7 @@ from test_trainer import in_two_processes
 from stepdistill.baselines import get
 from stepdistill.baselines.language.tiny import train_tokenizer
 from stepdistill.cli import main as cli
-from stepdistill.training.config import from_yaml
+from stepdistill.training.from_yaml import from_yaml
 
 FOLDER = Path(__file__).parents[1] / "train_scripts" / "configs" / "baselines"
 RECIPES = {

@@ -20,7 +20,7 @@ from stepdistill.baselines.language.run import DecoderConfig
 from stepdistill.baselines.learner import Learner
 from stepdistill.cli import main as cli
 from stepdistill.cli.baselines import flags, main
-from stepdistill.training.config import from_yaml
+from stepdistill.training.from_yaml import from_yaml
 
 METHODS = ("forward_kl", "gkd", "distillm", "minillm")
 FOLDER = Path(__file__).parents[1] / "train_scripts" / "configs" / "baselines"

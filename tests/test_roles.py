@@ -12,20 +12,14 @@ from torch import nn
 from stepdistill.denoiser.load import Teacher, as_teacher
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
+from stepdistill.export.folder import ADAPTER
 from stepdistill.methods.base import Batch, Clock
 from stepdistill.methods.consistency import LatentConsistency
 from stepdistill.training import lora
+from stepdistill.training.adapter import LORA_TARGETS, adapter_layers, adapter_like
 from stepdistill.training.averages import Averages
 from stepdistill.training.networks import trainable
-from stepdistill.training.roles import (
-    ADAPTER,
-    LORA_TARGETS,
-    Models,
-    adapter_layers,
-    adapter_like,
-    full_models,
-    lora_models,
-)
+from stepdistill.training.roles import Models, full_models, lora_models
 
 T = torch.tensor([19.0, 999.0])
 

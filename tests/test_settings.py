@@ -18,8 +18,8 @@ from stepdistill.errors import InputError
 from stepdistill.schedules import AlphaBar
 from stepdistill.training import config, folder
 from stepdistill.training.add import ADDConfig
-from stepdistill.training.config import from_yaml
 from stepdistill.training.export import shown
+from stepdistill.training.from_yaml import from_yaml
 from stepdistill.training.ladd import LADDConfig
 from stepdistill.training.lcm import LCMConfig
 from stepdistill.training.optim import learning_rate_at

@@ -18,7 +18,8 @@ from stepdistill.cli.training import parse_training
 from stepdistill.errors import InputError
 from stepdistill.training import plans
 from stepdistill.training.add import ADDConfig
-from stepdistill.training.config import TrainConfig, from_yaml
+from stepdistill.training.config import TrainConfig
+from stepdistill.training.from_yaml import from_yaml
 from stepdistill.training.ladd import LADDConfig
 from stepdistill.training.lcm import FullLCMConfig, LCMConfig
 from stepdistill.training.progressive import ProgressiveConfig

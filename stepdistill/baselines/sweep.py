@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stepdistill.baselines.base import BaselineConfig, first_word
 from stepdistill.errors import InputError
-from stepdistill.training.config import spelled
+from stepdistill.training.from_yaml import spelled
 from stepdistill.typed import built, parse_yaml
 
 COLOURS = {"teacher": "#6b7280", "control": "#d97706", "student": "#2563eb"}

@@ -20,7 +20,7 @@ from stepdistill.baselines import BASELINES, get, results
 from stepdistill.baselines.base import BaselineConfig
 from stepdistill.cli.training import parse_training
 from stepdistill.errors import InputError
-from stepdistill.training.config import from_yaml, spelled
+from stepdistill.training.from_yaml import from_yaml, spelled
 from stepdistill.typed import built
 
 VERBS = ("list", "run", "sweep", "eval")

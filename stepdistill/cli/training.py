@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from stepdistill.cli.command import parse
-from stepdistill.training.config import LoopConfig, from_yaml
+from stepdistill.training.config import LoopConfig
+from stepdistill.training.from_yaml import from_yaml
 from stepdistill.training.plans import settings_file
 
 C = TypeVar("C", bound=LoopConfig)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from stepdistill.errors import InputError
 from stepdistill.export.folder import export_in, read_record
-from stepdistill.training.config import TrainConfig, check_noisiest
-from stepdistill.training.roles import adapter_like, check_fits
+from stepdistill.training.adapter import adapter_like, check_fits
+from stepdistill.training.config import TrainConfig
+from stepdistill.training.noisiest import check_noisiest
 
 if TYPE_CHECKING:
     from torch import Tensor

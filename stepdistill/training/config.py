@@ -1,4 +1,4 @@
-"""The configuration of training runs, and how to read it from YAML files."""
+"""The configuration of training runs: flags, their checks, and what they imply."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar, get_origin, get_type_hints
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
 from stepdistill import embedded
 from stepdistill.errors import InputError
+from stepdistill.training.adapter import LORA_TARGETS, adaptable
 from stepdistill.training.processes import HALF
-from stepdistill.training.roles import LORA_TARGETS, adaptable
-from stepdistill.typed import built, read_yaml
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -283,75 +281,7 @@ class TrainConfig(PipelineConfig):
         return 0.0
 
 
-def _check_method(path: Path, told: Iterable[str], kind: type) -> None:
-    """Raises InputError if a file's names are not all this configuration's, but all another method's."""
-    from stepdistill.training.plans import FLAGS
-
-    def knows(other: type) -> bool:
-        return set(told) <= {each.name for each in dataclasses.fields(other)}
-
-    if not knows(kind):
-        for method, (module, name) in FLAGS.items():
-            if knows(getattr(importlib.import_module(module), name)):
-                command = "lcm (or lcm-lora)" if method == "lcm" else method
-                raise InputError(
-                    f"--config: got {path}, whose settings are of {method}; allowed: those of a {kind.__name__}; give "
-                    f"it to stepdistill train {command}"
-                )
-
-
-LEAST_ALPHA = 0.02  # at which bf16's rounding of eps, 2e-3 of it, is a tenth of x0
-
-
-def check_noisiest(teacher: Teacher, t: float | Tensor, precision: str) -> None:
-    """Checks that x0 can be computed at a teacher's noisiest time, t. From eps it is (x_t - sigma eps) / alpha, and the
-    rounding of eps is divided by alpha too: on PixArt's schedule, bf16's becomes noise of a standard deviation of 0.26.
-
-    Raises:
-        InputError: the teacher predicts eps, and alpha is 0 there, or too small for `mixed_precision`.
-    """
-    if teacher.denoiser.kind != "eps":
-        return
-    alpha = teacher.denoiser.schedule.coeffs(t)[0].item()
-    if 0 < alpha < LEAST_ALPHA and precision == "bf16":
-        raise InputError(
-            f"mixed_precision: got bf16 for {teacher.path}, which predicts eps where alpha is {alpha:.2g}: its "
-            "rounding is noise in x0; allowed: fp16, no"
-        )
-    if alpha == 0:
-        raise InputError(
-            f"teacher: got {teacher.path}, which predicts eps on a schedule that ends in pure noise, where eps says "
-            "nothing of x0; allowed: v, x0 or flow there; take a teacher of another prediction_type"
-        )
-
-
 def _check_installed(flag: str, value: str, package: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
         fix = f"pip install 'stepdistill[{extra}]', or leave it out"
         raise InputError(f"{flag}: got {value}, but {package} is not installed; {fix}")
-
-
-C = TypeVar("C", bound=LoopConfig)
-
-
-def from_yaml(path: Path, kind: type[C], base: C | None = None) -> C:
-    """Reads a configuration from a YAML file; what it does not set is as in `base`, if given, else the default. Names
-    may have hyphens, as flags do; a list of one may be a single value.
-
-    Raises:
-        InputError: no such file, not a mapping, an unknown name (with the nearest valid one), or a bad value.
-    """
-    told = read_yaml(Path(path), "--config")
-    if isinstance(told, dict):
-        told = spelled(told, kind)
-        _check_method(path, told, kind)
-    return built(kind, told, f"--config {path}", base)
-
-
-def spelled(told: Mapping[str, object], kind: type) -> dict[str, object]:
-    """Settings under their fields' names, from names that may have hyphens; a list of one may be a single value."""
-    kinds, found = get_type_hints(kind), {str(name).replace("-", "_"): value for name, value in told.items()}
-    for name, value in found.items():
-        if get_origin(kinds.get(name)) is tuple and not isinstance(value, list):
-            found[name] = [value]
-    return found

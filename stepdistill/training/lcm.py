@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from stepdistill.methods.consistency import LatentConsistency
-from stepdistill.training.config import check_noisiest
 from stepdistill.training.guided import GuidedConfig
+from stepdistill.training.noisiest import check_noisiest
 
 if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher

@@ -12,7 +12,8 @@ import importlib
 from pathlib import Path
 
 from stepdistill.errors import InputError
-from stepdistill.training.config import TrainConfig, from_yaml
+from stepdistill.training.config import TrainConfig
+from stepdistill.training.from_yaml import from_yaml
 
 PACKAGE = Path(__file__).parents[1]
 FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "train_scripts" / "configs")  # in a wheel, in a checkout

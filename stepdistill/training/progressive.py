@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Literal
 from stepdistill.errors import InputError
 from stepdistill.methods.progressive import Progressive, halving_times
 from stepdistill.training import folder
-from stepdistill.training.config import check_noisiest
 from stepdistill.training.export import push_rest
 from stepdistill.training.guided import GuidedConfig
+from stepdistill.training.noisiest import check_noisiest
 from stepdistill.training.run import begin, open_samples, open_teacher
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from accelerate import PartialState
 
 from stepdistill.errors import InputError
 from stepdistill.export.fused import save_fused
-from stepdistill.training.config import TrainConfig, from_yaml
+from stepdistill.training.config import TrainConfig
+from stepdistill.training.from_yaml import from_yaml
 from stepdistill.training.plans import FLAGS, settings_file, shipped
 from stepdistill.training.run import distil
 
