@@ -64,7 +64,7 @@ def parse_yaml(content: bytes, what: str, got: str) -> Any:
         line = f" in line {mark.line + 1}" if mark else ""
         raise InputError(
             f"{what}: got {got}, which is no YAML ({said}{line}); allowed: names and values in UTF-8, each name once; "
-            "mend it"
+            "fix it"
         ) from error
 
 
@@ -119,7 +119,7 @@ def _value(kind: Any, value: Any, where: str, name: str) -> Any:
         return float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         none = " or none" if types.NoneType in options else ""
-        fix = f"did you mean {value!r} in quotes?" if kind is str and type(value) in (int, float, bool) else "mend it"
+        fix = f"did you mean {value!r} in quotes?" if kind is str and type(value) in (int, float, bool) else "fix it"
         raise InputError(f"{where}: got {name}: {_shown(value)}; allowed: {WORDS[kind]}{none}; {fix}")
     return value
 

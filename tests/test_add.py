@@ -527,5 +527,5 @@ def test_a_feature_network_that_cannot_be_had_is_one_line_and_exit_2(tmp_path, p
     nowhere = environment() | {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_CACHE": str(tmp_path / "empty")}
     done = subprocess.run(words, env=nowhere, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert done.stderr.startswith("error: feature_network: got dino_vits16, whose weights could not be had")
+    assert done.stderr.startswith("error: feature_network: got dino_vits16, whose weights could not be loaded")
     assert not (tmp_path / "run").exists()

@@ -389,7 +389,7 @@ def test_a_place_closed_to_the_user_is_told_in_one_line_and_other_faults_are_not
     assert _run.guard(closed) == 2
     assert capsys.readouterr().err == (
         "error: file: got /root/x (Permission denied); allowed: a place that can be read and written; choose another, "
-        "or mend its permissions\n"
+        "or fix its permissions\n"
     )
     with pytest.raises(FileNotFoundError):
         _run.guard(broken)

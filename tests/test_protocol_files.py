@@ -122,7 +122,7 @@ def test_a_bad_protocol_ends_the_command_with_one_line_and_code_2(tmp_path, caps
     model = ["--model", "avatars,scheduler=ddim", "--dry-run", "--out", str(tmp_path / "out")]
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(SHIPPED["avatars-2k"] | {"n": "many"}))
     for asked, words in (
-        (["--protocol", str(tmp_path / "p.yaml")], "got n: 'many'; allowed: a whole number; mend it"),
+        (["--protocol", str(tmp_path / "p.yaml")], "got n: 'many'; allowed: a whole number; fix it"),
         (["--protocol", str(tmp_path / "gone.yaml")], "allowed: avatars-2k, "),
         (["--protocol", str(tmp_path)], "allowed: avatars-2k, "),
         (["--n", "-3"], "got n=-3; allowed: 2 or more"),

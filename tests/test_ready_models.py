@@ -269,7 +269,7 @@ def test_a_file_that_the_hub_does_not_give_is_said_in_one_line(tmp_path, monkeyp
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
     with pytest.raises(
-        InputError, match=r"x.safetensors of owner/name, which could not be had \(no network\)"
+        InputError, match=r"x.safetensors of owner/name, which could not be downloaded \(no network\)"
     ) as caught:
         models.load(parse(f"{tiny.save(tmp_path / 'base')},lora=owner/name/x.safetensors"))
     assert "\n" not in str(caught.value)

@@ -45,7 +45,7 @@ def guard(command: Callable[[], int | None]) -> int:
             where = f" while writing {place}" if place else ""
             return _refuse(f"disk: got no space left{where}; free some and run the same command again")
         what = f"{place} ({error.strerror}); allowed: a place that can be read and written"
-        return _refuse(f"file: got {what}; choose another" + (", or mend its permissions" * unwritable(error)))
+        return _refuse(f"file: got {what}; choose another" + (", or fix its permissions" * unwritable(error)))
 
 
 def _refuse(why: object) -> int:

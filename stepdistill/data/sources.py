@@ -137,7 +137,7 @@ def listed(metadata: Path) -> list[tuple[Path, str]]:
         if not inside or not (metadata.parent / name).is_file():
             what = "which is not there" if inside else "which leads out of the folder"
             raise InputError(
-                f"{where}: got file_name {name}, {what}; allowed: files in {metadata.parent}; mend the line"
+                f"{where}: got file_name {name}, {what}; allowed: files in {metadata.parent}; fix the line"
             )
         rows.append((metadata.parent / name, caption.strip()))
     return rows
@@ -202,7 +202,7 @@ def _shards(pattern: str) -> Source:
                 missing = "picture" if picture is None else "caption"
                 raise InputError(
                     f"shard {file}: got sample {key} without a {missing}; allowed: a picture with a .txt, or a .json "
-                    "with text; mend it"
+                    "with text; fix it"
                 )
             samples.append((file, *picture, key))
             captions.append(caption)
@@ -350,7 +350,7 @@ def _whole(opened: Callable[[], Image.Image], name: str) -> Image.Image:
         if getattr(error, "errno", None):  # an OS error: the storage failed, maybe temporarily, not the image
             reason = os.strerror(error.errno)
             raise InputError(
-                f"picture: got {name}, which cannot be read ({reason}); allowed: a file of yours; mend it"
+                f"picture: got {name}, which cannot be read ({reason}); allowed: a file of yours; fix it"
             ) from error
         raise PictureError(name, error) from error
 

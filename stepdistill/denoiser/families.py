@@ -108,7 +108,7 @@ def process_of(scheduler, path: str) -> tuple[Schedule, Kind]:
     predicted = scheduler.config.get("prediction_type", "epsilon")
     if predicted not in KINDS:
         raise InputError(
-            f"prediction_type: got {predicted!r} in {path}; allowed: {', '.join(KINDS)}; mend its scheduler_config.json"
+            f"prediction_type: got {predicted!r} in {path}; allowed: {', '.join(KINDS)}; fix its scheduler_config.json"
         )
     return AlphaBar.from_scheduler(scheduler), KINDS[predicted]
 

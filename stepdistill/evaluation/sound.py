@@ -38,9 +38,9 @@ def sound(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         if value is None and name not in ("model", "protocol_hash"):
             continue
         if not (_number(value) if kind == "a number" else isinstance(value, str if kind == "text" else dict)):
-            raise InputError(f"{where}: got {name}: {str(value)[:40]}; allowed: {kind}; mend or delete the line")
+            raise InputError(f"{where}: got {name}: {str(value)[:40]}; allowed: {kind}; fix or delete the line")
     if not isinstance(row["steps"], int) or isinstance(row["steps"], bool) or row["steps"] < 0:
-        raise InputError(f"{where}: got steps: {row['steps']}; allowed: a whole number, 0 of floors; mend the line")
+        raise InputError(f"{where}: got steps: {row['steps']}; allowed: a whole number, 0 of floors; fix the line")
     if row.get("metrics"):
         row["metrics"] = {name: told for name, each in row["metrics"].items() if (told := _figure(each))}
     for name in ("latency_ms", "latency_ms_batch"):

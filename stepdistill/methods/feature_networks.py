@@ -158,7 +158,7 @@ def _pretrained(name: str, timm_name: str, size: int) -> FeatureNetwork:
         return make(pretrained=True)
     except Exception as error:  # offline, no such file, disk full: the same to the user
         raise InputError(
-            f"feature_network: got {name}, whose weights could not be had ({_reason(error)}); check the network or "
+            f"feature_network: got {name}, whose weights could not be loaded ({_reason(error)}); check the network or "
             "fill the hub's cache, or use efficientnet_lite2, which needs no download"
         ) from error
 

@@ -70,7 +70,7 @@ def check_kinds(train: Sequence[str | Pair], test: Sequence[str | Pair]) -> None
     if any(pairs) and any(plain):
         raise InputError(
             f"data: got {pairs[0]:,} prompts and {plain[0]:,} texts to train on, and held out {pairs[1]:,} and "
-            f"{plain[1]:,}; allowed: all prompts, or all texts; mend the files of --data and --test"
+            f"{plain[1]:,}; allowed: all prompts, or all texts; fix the files of --data and --test"
         )
 
 
