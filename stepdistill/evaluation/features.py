@@ -112,8 +112,8 @@ def inception_file() -> Path:
     except Exception as error:  # no torch-fidelity, no network, or a wrong hash: the fix is the same
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InputError(
-            f"extractor inception: its weights could not be loaded ({reason}); put {INCEPTION_FILE} into {file.parent}, "
-            f"name it in {INCEPTION_PLACE}, or use efficientnet_lite2"
+            f"extractor inception: its weights could not be loaded ({reason}); put {INCEPTION_FILE} into "
+            f"{file.parent}, name it in {INCEPTION_PLACE}, or use efficientnet_lite2"
         ) from error
     return file
 

@@ -37,8 +37,8 @@ def fetched(text: str) -> str:
     except Exception as error:  # offline, gated, no such repository, no such file
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise InputError(
-            f"{text}: got {found[1]} of {found[0]}, which could not be downloaded ({reason[:160]}); check the names, the "
-            "network and `hf auth login`"
+            f"{text}: got {found[1]} of {found[0]}, which could not be downloaded ({reason[:160]}); check the names, "
+            "the network and `hf auth login`"
         ) from error
 
 
