@@ -157,7 +157,7 @@ def add(watch: Watch = _quietly) -> Callable[[Tensor], Tensor]:
     models = Models(ring(schedule), student, target_decay=0.0, export_decay=0.995, others=others)
     method = Adversarial(
         feature_network="efficientnet_lite2", student_steps=1, condition_on_image=False, guidance=1.0, augmentation=0.0,
-        adversarial_loss="softplus", r1_weight=1.0, distillation_weight=0.3,
+        adversarial_loss="softplus", r1_weight=1 / 256, distillation_weight=0.3,
     )  # fmt: skip
     rates = {"student": 5e-4, "discriminator": 2e-3}
     return learn(method, models, updates=1500, size=256, rates=rates, betas=(0.0, 0.99), watch=watch)

@@ -115,7 +115,8 @@ def test_a_flag_that_is_swept_need_not_be_given_besides(more, tmp_path, monkeypa
     assert main(["baselines", "sweep", "forward_kl", "--over", "seed=0,1", *words]) == 2
 
 
-def test_a_figure_with_an_interval_is_shown_with_it_and_one_of_an_old_record_without(capsys):
+def test_a_figure_with_an_interval_is_shown_with_it_and_one_of_an_old_record_without(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # which xdist sets
     rows = [
         Row("control", "tiny", {"fd": 96.8254, "latency_ms": 9.36}, 100),
         Row("student", "tiny", {"fd": 88.4796, "fd_low": 84.25, "fd_high": 92.75, "latency_ms": 10.01}, 100),

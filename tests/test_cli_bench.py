@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from test_suite import Pools
 
-from stepdistill.cli import _run, main
+from stepdistill.cli import main
+from stepdistill.cli.command import guard
 from stepdistill.errors import InputError
 from stepdistill.evaluation import features, metrics, places, sets
 from stepdistill.evaluation.catalogue import catalogue
@@ -386,13 +387,13 @@ def test_a_place_closed_to_the_user_is_told_in_one_line_and_other_faults_are_not
     def broken():
         raise FileNotFoundError(2, "No such file", "/root/x")
 
-    assert _run.guard(closed) == 2
+    assert guard(closed) == 2
     assert capsys.readouterr().err == (
         "error: file: got /root/x (Permission denied); allowed: a place that can be read and written; choose another, "
         "or fix its permissions\n"
     )
     with pytest.raises(FileNotFoundError):
-        _run.guard(broken)
+        guard(broken)
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pixart", "sana"])

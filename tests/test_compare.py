@@ -337,7 +337,8 @@ def test_the_command_says_where_images_are_too_few_for_the_distances_order(folde
     assert "is below" not in said(capsys, *argv, "--metric", "kid")[1]
 
 
-def test_the_documentations_example_is_what_the_commands_print(capsys):
+def test_the_documentations_example_is_what_the_commands_print(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # which xdist sets
     text = (ROOT / "docs/benchmark.md").read_text()
     example = text[text.index("What comes out, from the run") : text.index("Read aloud")]
     (command,) = re.findall(r"^    stepdistill bench compare ((?:.*\\\n)?.*)$", example, re.MULTILINE)

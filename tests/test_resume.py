@@ -53,7 +53,7 @@ def test_metrics_have_one_line_an_update_after_a_cut(settings):
     trainer(settings).fit()
     rows = [json.loads(line) for line in (settings.out / "metrics.jsonl").read_text().splitlines()]
     assert [row["update"] for row in rows] == [1, 2, 3, 4]
-    assert {"update", "consistency", "learning_rate", "seconds_per_update"} == set(rows[0])
+    assert {"update", "consistency", "grad_norm_student", "learning_rate", "seconds_per_update"} == set(rows[0])
 
 
 def test_a_logged_loss_is_the_mean_since_the_last_line(settings):

@@ -126,10 +126,10 @@ class Trainer(Loop):
             super()._backward(role, loss)
 
     def _apply(self, role: str) -> None:
-        if self.stage:
-            self.optimizers[role].step()
-        else:
+        if not self.stage:
             super()._apply(role)
+        elif (norm := self.optimizers[role].step()) is not None:
+            self._note(f"grad_norm_{role}", norm)
 
     def _facts(self) -> dict[str, object]:
         return super()._facts() | {"data": getattr(self.data, "key", None)}

@@ -105,9 +105,12 @@ class ShardedOptimizer:
         """Adds the gradients of a loss, of one of `gradient_accumulation` batches."""
         self.engine.backward(loss)
 
-    def step(self) -> None:
-        """After the last of accumulated batches, clips the gradients and moves the parameters."""
+    def step(self) -> Tensor | None:
+        """After the last of accumulated batches, clips the gradients, moves the parameters and returns the gradients'
+        norm; None after the others."""
+        last = self.engine.is_gradient_accumulation_boundary()
         self.engine.step()
+        return torch.as_tensor(self.engine.get_global_grad_norm()) if last else None
 
     def state_dict(self) -> dict:
         """See torch.optim.Optimizer; on the CPU. All processes must call it."""
