@@ -80,14 +80,17 @@ def test_help_names_recipes_that_exist_in_place_of_flags_that_no_test_parses(nam
 
 
 def test_the_python_in_the_readme_runs(tmp_path, pictures, monkeypatch):
-    """With fewer images and one update."""
+    """With fewer images, real ones too, and one update."""
     monkeypatch.chdir(tmp_path)
+    protocol = (ROOT / "benchmarks" / "protocols" / "avatars-2k.yaml").read_text()
+    (tmp_path / "small.yaml").write_text(f"{protocol}reference_n: 400\n")
     (text,) = re.findall(r"## Use from Python\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL)
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     fewer = {
         "max_train_steps=300": "max_train_steps=1, batch_size=2",
         "n=300": "n=8",
         'data="avatars"': f"data={pictures!r}",
+        '"avatars-2k"': repr(str(tmp_path / "small.yaml")),
     }
     for there, here in fewer.items():
         assert code.count(there) == 1
