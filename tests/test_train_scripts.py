@@ -128,6 +128,24 @@ def test_the_disk_that_samples_take_is_what_their_numbers_take(file):
     assert found[3] == ("twice that with --no-half" if config.half else "--half halves it")
 
 
+def test_the_table_of_memory_is_what_the_files_say():
+    """The training column of docs/recipes.md lists the files of a row in order, the start column what all LoRAs say."""
+    rows = re.findall(r"^\|.*`\w+_ladd_lora`.*\|$", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE)
+    told = {row: re.findall(r"`(\w+)`", row) for row in rows if "avatars" not in row}
+    assert len(told) == len(KEPT)
+    for row, names in told.items():
+        *_, training, start, _ = (cell.strip() for cell in row.split("|"))
+        texts = {f.stem: f.read_text().replace("\n# ", " ") for f in CONFIGS if f.stem in names}
+        names = [
+            *(n for n in names if n.endswith("_lora")),
+            *(n for n in names if not n.endswith("_lora")),
+        ]  # full last
+        assert re.findall(r"\d+", training) == [re.search(r"(\d+) GB in training", texts[n])[1] for n in names]
+        loras = [text for name, text in texts.items() if name.endswith("_lora")]
+        at_start = {re.search(r"at the start (\d+), or (\d+) if", text).groups() for text in loras}
+        assert at_start == {tuple(re.findall(r"\d+", start))}, row
+
+
 @pytest.mark.parametrize(("name", "peak"), [("sd15_ladd_lora", 312e12), ("sd35_ladd_lora", 989e12)])
 def test_the_hours_of_painting_are_what_the_forwards_take(name, peak):
     import diffusers

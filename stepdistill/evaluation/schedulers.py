@@ -116,7 +116,7 @@ def check_prediction(kind: type, config: Mapping[str, Any], spec: ModelSpec) -> 
     """
     if config.get("prediction_type") not in PREDICTIONS:
         raise InputError(
-            f"prediction: got {spec.prediction} for a model of a flow ({kind.__name__}), which predicts its velocity; "
+            f"prediction: got {spec.prediction} for a flow model ({kind.__name__}), which predicts its velocity; "
             "leave it out"
         )
     if spec.prediction == "sample" and kind.__name__ in NO_SAMPLE:

@@ -241,14 +241,17 @@ class Loop:
         self.models.after_update()
         self.update += 1
         for name, value in terms.items():
-            self._note(name, value)
+            self._note(name, value, torch.ones_like(value))
         return terms
 
-    def _note(self, name: str, value: Tensor) -> None:
-        """Adds a scalar to the sums of the log; gradients that are not finite, whose step fp16 skips, do not count."""
-        finite = torch.isfinite(value) if name.startswith("grad_norm") else torch.ones_like(value, dtype=torch.bool)
-        pair = torch.stack([torch.where(finite, value, 0), finite]).detach().float()
+    def _note(self, name: str, value: Tensor, count: Tensor) -> None:
+        """Adds a scalar, which counts once or not at all, to the sums that the log's means are of."""
+        pair = torch.stack([torch.where(count > 0, value, 0), count]).detach()
         self._sums.setdefault(name, torch.zeros_like(pair)).add_(pair)
+
+    def _note_norm(self, role: str, norm: Tensor) -> None:
+        """Notes the norm of a role's gradients; those that are not finite, whose step fp16 skips, do not count."""
+        self._note(f"grad_norm_{role}", norm, torch.isfinite(norm).to(norm.dtype))
 
     def _backward(self, role: str, loss: Tensor) -> None:
         """Adds the gradients of one role's loss on one batch."""
@@ -263,7 +266,7 @@ class Loop:
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.models.trained[role].values(), self.config.max_grad_norm)
-        self._note(f"grad_norm_{role}", sharding.whole(norm))
+        self._note_norm(role, sharding.whole(norm))
         if self.scaler is not None:
             self.scaler.step(optimizer)
         else:

@@ -129,7 +129,7 @@ class Trainer(Loop):
         if not self.stage:
             super()._apply(role)
         elif (norm := self.optimizers[role].step()) is not None:
-            self._note(f"grad_norm_{role}", norm)
+            self._note_norm(role, norm)
 
     def _facts(self) -> dict[str, object]:
         return super()._facts() | {"data": getattr(self.data, "key", None)}
