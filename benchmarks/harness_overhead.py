@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from turns import by_turns
+from turns import by_turns, median_interval
 
 from stepdistill.cli.bench import device_of
 from stepdistill.cli.command import guard, parse
@@ -41,15 +41,18 @@ class Config:
     """A model SPEC."""
     prompts: str = "avatars:test"
     """Set of prompts: avatars:test, a folder with captions, or a .txt file."""
-    steps: tuple[int, ...] = (1, 4, 8, 50)
+    steps: tuple[int, ...] = (1, 2, 4, 8)
     """Step counts."""
     batch: tuple[int, ...] = (8, 32)
     """Batch sizes."""
-    n: int = 128
+    n: int = 64
     """Images per cell, a multiple of each batch size. A cell's own cost, such as the wait until its last batch is
     written, counts for more than in a benchmark, whose cells have 1,000 images and more."""
-    rounds: int = 5
-    """Rounds; each times a cell and its parts once."""
+    rounds: int = 7
+    """Rounds, at least; each times a cell and its parts once."""
+    seconds: float = 90
+    """Seconds for each batch size and step count. Cells of few steps are short and get more rounds: a fixed cost counts
+    most there, and so does a neighbour's burst."""
     guidance: float | None = None
     """Guidance scale; overrides the SPEC's."""
     seed: int = 0
@@ -91,8 +94,8 @@ def parts(
 
 
 @torch.no_grad()
-def compare(series: Series, *, steps: int, rounds: int, folder: Path) -> dict[str, float]:
-    """Returns medians over the rounds, in ms per batch, and the median and quartiles of the rounds' ratios.
+def compare(series: Series, *, steps: int, rounds: int, seconds: float, folder: Path) -> dict[str, float]:
+    """Returns medians over the rounds, in ms per batch, and the median of the rounds' ratios with its 95 % interval.
 
     ratio is the time of generation over that of the networks; ratio_with_text the same with the prompts' encoding added
     to the generation; ratio_pipeline the plain pipeline's call over the networks.
@@ -118,17 +121,17 @@ def compare(series: Series, *, steps: int, rounds: int, folder: Path) -> dict[st
         "pipeline": times(lambda: sampler(condition, first=0, count=batch, steps=steps)),
         "text": times(lambda: sampler.encode(series.prompts[:batch])),
     }  # fmt: skip
-    taken = by_turns(jobs, rounds, backbone(sampler.pipeline).device)
+    taken = by_turns(jobs, rounds, backbone(sampler.pipeline).device, seconds)
     networks = [f + d for f, d in zip(taken["forwards"], taken["decodes"], strict=True)]
     ratios = [c / parts for c, parts in zip(taken["cell"], networks, strict=True)]
     whole = [(c + t) / parts for c, t, parts in zip(taken["cell"], taken["text"], networks, strict=True)]
     plain = [p / parts for p, parts in zip(taken["pipeline"], networks, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
+    low, high = median_interval(ratios)
     ms = {name: statistics.median(values) / batches for name, values in taken.items()}
     return {
         "generation_ms": ms["cell"], "forward_ms": ms["forwards"] / calls, "calls": calls, "decode_ms": ms["decodes"],
         "text_ms": ms["text"], "ratio": statistics.median(ratios), "ratio_low": low, "ratio_high": high,
-        "ratio_with_text": statistics.median(whole), "ratio_pipeline": statistics.median(plain),
+        "ratio_with_text": statistics.median(whole), "ratio_pipeline": statistics.median(plain), "rounds": len(ratios),
     }  # fmt: skip
 
 
@@ -149,19 +152,20 @@ def main(config: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for batch, steps in itertools.product(config.batch, config.steps):
             series = Series(Sampler(pipeline, guidance, config.seed), prompts, config.n, batch)
-            found = compare(series, steps=steps, rounds=config.rounds, folder=Path(folder) / str(batch))
+            place, limits = Path(folder) / str(batch), {"rounds": config.rounds, "seconds": config.seconds}
+            found = compare(series, steps=steps, folder=place, **limits)
             figures.append({"batch": batch, "steps": steps, **{k: round(v, 4) for k, v in found.items()}})
             print(
                 f"{steps:>3} steps, batch {batch}: {found['generation_ms']:.1f} ms per batch, {found['calls']} x "
                 f"forward {found['forward_ms']:.1f} ms + decode {found['decode_ms']:.1f} ms: ratio "
-                f"{found['ratio']:.3f} ({found['ratio_low']:.3f} to {found['ratio_high']:.3f}), the plain "
+                f"{found['ratio']:.3f} (95 %: {found['ratio_low']:.3f} to {found['ratio_high']:.3f}; {found['rounds']} rounds), the plain "
                 f"pipeline {found['ratio_pipeline']:.3f}; text {found['text_ms']:.1f} ms, once for all step counts; "
                 f"with text, for one step count, {found['ratio_with_text']:.3f}"
             )
     if config.out is not None:
         record = {
             "what": "(drawing + keeping) / (calls x forward + decode)", "goal": 1.05, "model": config.model,
-            "guidance": guidance, "n": config.n, "rounds": config.rounds, "seed": config.seed,
+            "guidance": guidance, "n": config.n, "seconds": config.seconds, "seed": config.seed,
             "figures": figures, "dtype": str(backbone(pipeline).dtype).removeprefix("torch."),
         }  # fmt: skip
         records.write_record(config.out, record, device)
