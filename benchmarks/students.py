@@ -5,9 +5,10 @@
 
 Seed s trains a student with train_scripts/configs/avatars_METHOD_lora.yaml; ADD and LADD start from LCM's student of
 the same seed, which is trained first if it does not exist. All are sampled from the same noise as the teacher, that of
-the protocol; progressive's student for each step count is a separate export. Completed work is not repeated. The rows
-of everything requested are collected under --results, with the report and claims.json: whether the teacher is good
-enough to distil, and each goal of a student by method and seed, and whether all seeds meet it.
+the protocol; progressive's student for each step count is a separate export. Completed work is not repeated: a student
+that was measured and then deleted keeps its rows. The rows of everything requested are collected under --results, with
+the report and claims.json: whether the teacher is good enough to distil, and each goal of a student by method and seed,
+and whether all seeds meet it.
 """
 
 from __future__ import annotations
@@ -160,13 +161,25 @@ def students(config: Config, method: str, seed: int) -> dict[int, Path]:
     return run(shipped(method, config.teacher, out=out, seed=seed, **start), FEW)
 
 
+def measured(folder: Path, model: str, steps: tuple[int, ...], n: int) -> bool:
+    """Whether a benchmark's folder has a model's rows at all step counts."""
+    file = folder / "results.jsonl"
+    rows = read_rows(file) if file.is_file() else []
+    return {row["steps"] for row in rows if (row["model"], row["n"]) == (model, n)} >= set(steps)
+
+
 def main(config: Config) -> None:
     """Trains and measures the students; with --results also measures the teacher and collects everything."""
+    from stepdistill.evaluation.protocols import load_protocol
+
+    n = config.n or load_protocol("avatars-2k").n
     for seed in config.seeds:
         for method in config.methods:
+            student, bench = (config.out / method / f"{part}-{seed}" for part in ("student", "bench"))
+            if not student.exists() and measured(bench, name(method, seed), FEW, n):
+                continue
             for steps, export in students(config, method, seed).items():
-                spec = {name(method, seed): f"{config.teacher},lora={export}"}
-                measure(spec, (steps,), config.out / method / f"bench-{seed}", config.n)
+                measure({name(method, seed): f"{config.teacher},lora={export}"}, (steps,), bench, config.n)
     if config.results:
         own = {"avatars": "scheduler=ddim", "avatars-flow": "sigmas=even"}[config.teacher]  # a flow's Euler is DDIM
         measure({TEACHER: f"{config.teacher},{own}"}, FEW + MANY, config.out / "bench-teacher", config.n)

@@ -96,3 +96,18 @@ def test_every_recorded_command_names_what_is_in_the_repository():
             if not known and Path(script).name != "stepdistill":
                 strange.setdefault(file.relative_to(results).parts[0], set()).add(command)
     assert sorted(strange) == sorted(UNREPEATABLE), strange
+
+
+def test_a_student_that_was_measured_and_deleted_is_not_trained_again(script, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(script, "students", lambda config, method, seed: trained.append((method, seed)) or {})
+    for seed, steps in ((0, script.FEW), (1, script.FEW[:-1])):
+        rows = [{"model": script.name("lcm", seed), "steps": n, "n": 2000, "protocol_hash": "p"} for n in steps]
+        (folder := tmp_path / "lcm" / f"bench-{seed}").mkdir(parents=True)
+        (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script.main(script.Config(methods=("lcm",), out=tmp_path, seeds=(0, 1, 2)))
+    assert trained == [("lcm", 1), ("lcm", 2)]
+    trained.clear()
+    (tmp_path / "lcm" / "student-0").mkdir()
+    script.main(script.Config(methods=("lcm",), out=tmp_path, seeds=(0,)))
+    assert trained == [("lcm", 0)]
