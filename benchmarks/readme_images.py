@@ -1,15 +1,17 @@
 """Makes the README's two images from a benchmark's folder.
 
-    python benchmarks/readme_images.py benchmarks/results/steps --steps 1 4 50 --out docs/images
+    python benchmarks/readme_images.py benchmarks/results/students --out docs/images
 
-grid.png has a row for each model and step count, with the same prompt and noise in each column, and the prompts below;
-quality_latency.png has the report's two plots side by side.
+grid.png has a row for each of --rows, with the same prompt and noise in each column, and the prompts below; quality.png
+has the report's plots of --plots side by side.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
+import tempfile
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,8 @@ from stepdistill.cli.command import guard, parse
 from stepdistill.errors import InputError
 from stepdistill.evaluation.cells import of_run, read_run
 from stepdistill.evaluation.records import grid_name
-from stepdistill.evaluation.report import write_report
+from stepdistill.evaluation.report import inline
+from stepdistill.evaluation.report.curves import curves
 
 GAP, LABEL, LINE, INK, MUTE = 10, 170, 17, "#1c2024", "#60646c"
 
@@ -34,8 +37,13 @@ class Config:
     """A folder written by `stepdistill bench` or `stepdistill demo`."""
     out: Path = Path("docs/images")
     """Folder for the images."""
-    steps: tuple[int, ...] = (1, 2, 4, 50)
-    """Step counts in the grid, for models that have them."""
+    rows: tuple[str, ...] = (
+        "teacher:50", "teacher:4", "lcm-lora-0:4", "progressive-lora-0:4", "add-lora-0:4", "ladd-lora-0:4",
+        "teacher:1", "lcm-lora-0:1", "progressive-lora-0:1", "add-lora-0:1", "ladd-lora-0:1",
+    )  # fmt: skip
+    """Rows of the grid, MODEL:STEPS."""
+    plots: tuple[str, ...] = ("FD by steps", "CMMD by steps")
+    """Titles of the report's plots."""
 
 
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
@@ -46,16 +54,14 @@ def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
-def grid(folder: Path, steps: tuple[int, ...]) -> Image.Image:
-    """Returns an image with a row for real images and for each cell, labelled with model, step count and distance, and
-    the columns' prompts."""
-    grids, rows = of_run(folder) / "grids", []
-    for cell in read_run(folder):
-        strip = grids / grid_name(cell.row)
-        if (cell.steps in steps or cell.model == "real") and strip.is_file():
-            rows.append((cell, Image.open(strip).convert("RGB")))
-    if not rows:
-        raise InputError(f"grid: got {folder}, which has no images at {' '.join(map(str, steps))} steps; give others")
+def grid(folder: Path, wanted: tuple[str, ...]) -> Image.Image:
+    """Returns an image with a row for each MODEL:STEPS, labelled with model, step count and distance, and the columns'
+    prompts. Models that differ in the training seed alone have one label."""
+    grids, cells = of_run(folder) / "grids", {f"{cell.model}:{cell.steps}": cell for cell in read_run(folder)}
+    strips = {name: grids / grid_name(cell.row) for name, cell in cells.items()}
+    if missing := [name for name in wanted if name not in strips or not strips[name].is_file()]:
+        raise InputError(f"--rows: got {missing[0]}; allowed: {', '.join(n for n, s in strips.items() if s.is_file())}")
+    rows = [(cells[name], Image.open(strips[name]).convert("RGB")) for name in wanted]
     width, height = rows[0][1].size
     count = width // height
     prompts = json.loads((grids / "prompts.json").read_text())[:count]
@@ -69,7 +75,7 @@ def grid(folder: Path, steps: tuple[int, ...]) -> Image.Image:
         top = 2 * GAP + i * (height + GAP)
         sheet.paste(strip, (LABEL, top))
         middle = top + height // 2
-        draw.text((GAP * 2, middle - 20), cell.model, INK, font(15, bold=True), anchor="lm")
+        draw.text((GAP * 2, middle - 20), re.sub(r"-lora-\d+$", "-lora", cell.model), INK, font(15, bold=True), anchor="lm")
         if cell.steps:
             draw.text((GAP * 2, middle + 2), f"{cell.steps} step{'s' * (cell.steps > 1)}", INK, font(14), anchor="lm")
         draw.text((GAP * 2, middle + 23 * bool(cell.steps)), f"FD {cell.fd:.1f}", MUTE, font(13), anchor="lm")
@@ -80,22 +86,28 @@ def grid(folder: Path, steps: tuple[int, ...]) -> Image.Image:
     return sheet
 
 
-def curves(folder: Path) -> Image.Image:
-    """Returns the report's two PNG plots side by side."""
-    page = write_report(folder)
-    pictures = [Image.open(page.with_name(name)).convert("RGB") for name in ("quality.png", "latency.png")]
+def plots(folder: Path, titles: tuple[str, ...]) -> Image.Image:
+    """Returns some of the report's plots side by side."""
+    drawn = curves(read_run(folder))
+    if missing := [title for title in titles if title not in drawn]:
+        raise InputError(f"--plots: got {missing[0]!r}; allowed: {', '.join(drawn)}")
+    with tempfile.TemporaryDirectory() as place:
+        files = [Path(place) / f"{i}.png" for i in range(len(titles))]
+        for title, file in zip(titles, files, strict=True):
+            inline.png(drawn[title], file)
+        pictures = [Image.open(file).convert("RGB") for file in files]
     sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
-    sheet.paste(pictures[0], (0, 0))
-    sheet.paste(pictures[1], (pictures[0].width, 0))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (sum(p.width for p in pictures[:i]), 0))
     return sheet
 
 
 def main(config: Config) -> None:
     """Writes both images."""
     config.out.mkdir(parents=True, exist_ok=True)
-    grid(config.folder, config.steps).save(config.out / "grid.png", optimize=True)
-    curves(config.folder).save(config.out / "quality_latency.png", optimize=True)
-    print(f"{config.out / 'grid.png'}\n{config.out / 'quality_latency.png'}")
+    for name, image in (("grid", grid(config.folder, config.rows)), ("quality", plots(config.folder, config.plots))):
+        image.save(config.out / f"{name}.png", optimize=True)
+        print(config.out / f"{name}.png")
 
 
 if __name__ == "__main__":
