@@ -158,8 +158,9 @@ def main(config: Config) -> None:
             print(
                 f"{steps:>3} steps, batch {batch}: {found['generation_ms']:.1f} ms per batch, {found['calls']} x "
                 f"forward {found['forward_ms']:.1f} ms + decode {found['decode_ms']:.1f} ms: ratio "
-                f"{found['ratio']:.3f} (95 %: {found['ratio_low']:.3f} to {found['ratio_high']:.3f}; {found['rounds']} rounds), the plain "
-                f"pipeline {found['ratio_pipeline']:.3f}; text {found['text_ms']:.1f} ms, once for all step counts; "
+                f"{found['ratio']:.3f} (95 %: {found['ratio_low']:.3f} to {found['ratio_high']:.3f}; "
+                f"{found['rounds']} rounds), the plain pipeline {found['ratio_pipeline']:.3f}; "
+                f"text {found['text_ms']:.1f} ms, once for all step counts; "
                 f"with text, for one step count, {found['ratio_with_text']:.3f}"
             )
     if config.out is not None:

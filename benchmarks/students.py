@@ -96,14 +96,15 @@ def checks(rows: Rows) -> list[dict]:
 
 def goals(by_method: dict[str, dict[int, Rows]]) -> list[dict]:
     """Returns the students' goals with their values for each method and seed."""
-    said = []
+    claims = []
     for method, by_seed in by_method.items():
         for text, value, bound in GOALS:
             exact = {seed: value(rows) for seed, rows in by_seed.items()}
-            shown = {seed: round(v, 4) for seed, v in exact.items()}  # the verdict uses the exact values
+            rounded = {seed: round(v, 4) for seed, v in exact.items()}  # the verdict uses the exact values
             holds = max(exact.values()) <= bound
-            said.append({"claim": text, "method": method, "at_most": round(bound, 4), "seeds": shown, "holds": holds})
-    return said
+            claim = {"claim": text, "method": method, "at_most": round(bound, 4), "seeds": rounded, "holds": holds}
+            claims.append(claim)
+    return claims
 
 
 def gather(config: Config) -> None:

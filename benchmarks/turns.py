@@ -30,8 +30,8 @@ def by_turns(
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
     """Returns a 95 % interval of the median of independent values, whatever their distribution: the k-th smallest and
-    the k-th largest, with the largest k for which Binomial(n, 1/2) is below k with a probability of 2.5 % at most. Below
-    6 values no k is enough, and the smallest and the largest are returned."""
+    the k-th largest, with the largest k for which Binomial(n, 1/2) is below k with a probability of 2.5 % at most.
+    Below 6 values no k is enough, and the smallest and the largest are returned."""
     ordered, below, k = sorted(values), 0.0, 0
     while (below := below + math.comb(len(ordered), k) / 2 ** len(ordered)) <= 0.025:
         k += 1

@@ -266,7 +266,7 @@ def test_an_export_brings_its_scheduler_and_no_guidance(base, student):
     assert type(pipe.scheduler).__name__ == "LCMScheduler" and guidance_of(asked, pipe, 3.0) == 1.0
     assert pipe.unet.peft_config["default_0"].lora_alpha == 2
     assert models.training_record(asked) == {"method": "lcm", "teacher": "T", "train_seconds": 7.5}
-    row = models.told(asked, Sampler(pipe))
+    row = models.model_fields(asked, Sampler(pipe))
     assert (row["method"], row["train_seconds"], row["train_seed"]) == ("lcm", 7.5, 3)
     assert row["train_commit"] == "c0ffee"
 
@@ -274,7 +274,7 @@ def test_an_export_brings_its_scheduler_and_no_guidance(base, student):
 def test_the_hash_of_a_students_settings_is_that_of_its_method_not_of_its_seed(base, student):
     def hashed(**changed) -> str:
         (student / "config.json").write_text(json.dumps(record | changed))
-        return models.trained(parse(f"{base},lora={student}"))["train_settings"]
+        return models.training_fields(parse(f"{base},lora={student}"))["train_settings"]
 
     record = json.loads((student / "config.json").read_text())
     assert hashed() == hashed(seed=4, train_seconds=9.0, out="elsewhere", commit="ba5eba11") != hashed(rank=8)

@@ -124,8 +124,8 @@ def main(config: Config) -> int:
         print(f"{protocol.name}: {protocol.n} images per cell, {cells} cells, into {config.out}")
         for name, model, counts in plan:
             print(f"  {name}: {model} at {' '.join(map(str, counts))} steps")
-        said = departures.of_specs(plan, protocol) + departures.of_steps(plan, protocol, steps is not None)
-        for line in said:
+        lines = departures.of_specs(plan, protocol) + departures.of_steps(plan, protocol, steps is not None)
+        for line in lines:
             print(f"  {line}")
         return 2 if absent else 0
     results = suite.evaluate(models, protocol, steps, out=config.out, seed=config.seed or None, settings=settings)
@@ -192,16 +192,16 @@ def common_size(models: dict[str, ModelSpec], remote: bool) -> int | None:
     from stepdistill.evaluation import places
 
     sizes = {name: m.size or places.picture_size(m.path, remote=remote) for name, m in models.items()}
-    found = {size for size in sizes.values() if size}
-    said = ", ".join(f"{name} {size or 'unknown'}" for name, size in sizes.items())
-    if len(found) > 1:
-        raise InputError(f"--model: got pictures of several sizes ({said}); allowed: one; measure them apart")
-    if not found and remote:
+    stated = {size for size in sizes.values() if size}
+    summary = ", ".join(f"{name} {size or 'unknown'}" for name, size in sizes.items())
+    if len(stated) > 1:
+        raise InputError(f"--model: got pictures of several sizes ({summary}); allowed: one; measure them apart")
+    if not stated and remote:
         raise InputError(
-            f"--model: got pipelines that do not say how large they draw ({said}); allowed: a sample_size in the "
-            "config.json of the unet or transformer, or size= in the SPEC; add one"
+            f"--model: got pipelines that do not say how large they draw ({summary}); allowed: a sample_size in "
+            "the config.json of the unet or transformer, or size= in the SPEC; add one"
         )
-    return next(iter(found), None)
+    return next(iter(stated), None)
 
 
 def takes_prompts(model: ModelSpec) -> bool:

@@ -36,8 +36,8 @@ def guard(command: Callable[[], int | None]) -> int:
 
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(error, torch.OutOfMemoryError):
-            said = str(error).partition(". ")[0]
-            return _refuse(f"memory: got {said}; allowed: what fits; lower --batch or --batch-size, or use bf16")
+            summary = str(error).partition(". ")[0]
+            return _refuse(f"memory: got {summary}; allowed: what fits; lower --batch or --batch-size, or use bf16")
         if not (unwritable(error) or misplaced(error)):
             raise
         place = getattr(error, "filename", None)
@@ -64,15 +64,15 @@ def parse(
     """
     import tyro
 
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             args = None if argv is None else list(argv)
             return tyro.cli(config, args=args, prog=prog, description=description, default=default)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise InputError(_one_line(said.getvalue(), prog or sys.argv[0])) from None
+        raise InputError(_one_line(printed.getvalue(), prog or sys.argv[0])) from None
 
 
 def _one_line(box: str, prog: str) -> str:

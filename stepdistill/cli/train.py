@@ -51,6 +51,6 @@ def flags(name: str, argv: Sequence[str]) -> TrainConfig:
         hint = f"; did you mean {near[0]}?" if near else "; the method comes first" if name.startswith("-") else ""
         raise InputError(f"train: got {name or 'no method'}; allowed: {', '.join(METHODS)}{hint}")
     module, kind, what = METHODS[name]
-    said = f"Distils a pipeline: {what}.\n\nThe same command again resumes."
+    description = f"Distils a pipeline: {what}.\n\nThe same command again resumes."
     config = getattr(import_module(f"stepdistill.training.{module}"), kind)
-    return parse_training(config, said, list(argv), prog=f"stepdistill train {name}")
+    return parse_training(config, description, list(argv), prog=f"stepdistill train {name}")

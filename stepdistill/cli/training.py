@@ -27,8 +27,8 @@ def parse_training(
     for i, word in enumerate(argv):
         name, _, value = word.partition("=")
         if name == "--config":
-            told = Path(value or (argv[i + 1] if i + 1 < len(argv) else ""))
-            default = from_yaml(settings_file(told), kind, default)
+            file = Path(value or (argv[i + 1] if i + 1 < len(argv) else ""))
+            default = from_yaml(settings_file(file), kind, default)
     config = parse(kind, argv, prog=prog, description=description, default=default)
     config.check()
     return config

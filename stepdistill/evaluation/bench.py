@@ -24,7 +24,7 @@ from stepdistill.evaluation.figures import Figure
 from stepdistill.evaluation.generate import Drawn
 from stepdistill.evaluation.measures import METRICS, Metric
 from stepdistill.evaluation.metrics import Instruments, Pass, row_of
-from stepdistill.evaluation.models import call_of, even_of, fingerprint, guidance_of, load, told
+from stepdistill.evaluation.models import call_of, even_of, fingerprint, guidance_of, load, model_fields
 from stepdistill.evaluation.pictures import LIBRARIES, Cell, Store, setup_of
 from stepdistill.evaluation.progress import say
 from stepdistill.evaluation.protocols import Protocol
@@ -74,7 +74,7 @@ class Bench:
         self.team, self.store, self.seeds = team, store, seeds
         self.rows: list[dict[str, Any]] = []
         self.failed: list[Failure] = []
-        self.said: set[str] = set()
+        self.printed: set[str] = set()
         self.facts = {
             "protocol": protocol.name, "protocol_hash": protocol.hash(dict(tools.content)),
             "n": protocol.n, "settings": protocol.settings() | {"content": dict(tools.content)},
@@ -102,12 +102,13 @@ class Bench:
 
         self._cell(row, [Look(Pass(self.tools), draw, self.protocol.n, batch)])
 
-    def model(self, name: str, model: Any, steps: Sequence[int], weight: int, *, asked: bool) -> None:
+    def model(self, name: str, model: Any, steps: Sequence[int], weight: int, *, explicit_steps: bool) -> None:
         """Measures all cells of one model. If it fails, the other models are still measured.
 
         Args:
-            weight: network evaluations that the metrics of an image count for in the bar. asked: whether the user named
-                the step counts; default ones beyond a scheduler's time grid are left out, and that is reported.
+            weight: network evaluations that the metrics of an image count for in the bar.
+            explicit_steps: whether the user named the step counts; default ones beyond a scheduler's time grid are left
+                out, and that is reported.
         """
         spec = model if isinstance(model, ModelSpec) else ModelSpec(getattr(model, "name_or_path", "") or name, name)
         self.bar.set_description(f"{name}: loading")
@@ -123,7 +124,7 @@ class Bench:
             self._say(line)
         batch = self.settings.batch_of(sampler.side)
         most = None if spec.timesteps else generate.most_steps(pipeline)
-        if not asked and most and min(steps) <= most < max(steps):
+        if not explicit_steps and most and min(steps) <= most < max(steps):
             beyond = [count for count in steps if count > most]
             self._say(f"{name}: skipped at {' and '.join(map(str, beyond))} steps; its scheduler has {most}")
             self.bar.update(self.protocol.n * len(self.seeds) * sum(2 * count + weight for count in beyond))
@@ -135,11 +136,11 @@ class Bench:
         ):
             self._reconstruction(name, pipeline, batch)
         facts = {"model": name, "weights": weights, "setup": setup_of(pipeline, order=False), "batch": batch}
-        facts |= told(spec, sampler)
-        own = generate.Series(sampler, self.tools.prompts.prompts, self.protocol.n, batch)
+        facts |= model_fields(spec, sampler)
+        single = generate.Series(sampler, self.tools.prompts.prompts, self.protocol.n, batch)
         kinds = sorted({(metric.each, metric.prompts) for metric in self._several()})
-        series = {1: own} | {each: own.several(each, prompts) for each, prompts in kinds}
-        kept = setup_of(pipeline) if model is spec else None
+        series = {1: single} | {each: single.several(each, prompts) for each, prompts in kinds}
+        setup_hash = setup_of(pipeline) if model is spec else None
         for count, seed in itertools.product(steps, self.seeds):
             at = f"{count} step{'s' * (count > 1)}" + f", seed {seed}" * (len(self.seeds) > 1)
             self.bar.set_description(f"{name}, {at}")
@@ -148,16 +149,16 @@ class Bench:
             try:
                 if most and count > most:
                     raise InputError(f"steps: got {count}; allowed: 1 to {most}, the time grid of its scheduler")
-                self._model_cell(facts | {"steps": count, "seed": seed}, seeded, kept, 2 * count + weight)
+                self._model_cell(facts | {"steps": count, "seed": seed}, seeded, setup_hash, 2 * count + weight)
             except Exception as error:
                 self._fail(name, count, error)
             self.bar.update(self.protocol.n * (2 * count + weight) - (self.bar.n - before))
 
     def _say(self, line: str) -> None:
         """Prints a line once: a model whose SPEC depends on the step count is loaded in several parts."""
-        if self.settings.progress and line not in self.said:
+        if self.settings.progress and line not in self.printed:
             say(line)
-        self.said.add(line)
+        self.printed.add(line)
 
     def _loaded(self, spec: ModelSpec, pipeline: Any) -> tuple[generate.Sampler, str]:
         """Returns a model's sampler and the hash of its weights.
@@ -229,13 +230,13 @@ class Bench:
     def _key(self, row: Mapping[str, Any], series: generate.Series, setup: str | None) -> dict[str, Any]:
         """Everything that determines an image bit for bit."""
         sampler = series.sampler
-        told = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler) if f.name != "pipeline"}
+        settings = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler) if f.name != "pipeline"}
         libraries = {name: self.facts["versions"].get(name) for name in LIBRARIES}
         named = {k: row[k] for k in ("weights", "steps", "dtype")}
         named |= {"batch": series.batch, "device": self.facts["device"]}
         each = {"each": series.each, "offset": series.offset} if series.each > 1 else {}
         prompts = self.tools.prompts.key
-        return {"setup": setup, "prompts": prompts, "sampler": told, "libraries": libraries} | named | each
+        return {"setup": setup, "prompts": prompts, "sampler": settings, "libraries": libraries} | named | each
 
     def _reconstruction(self, name: str, pipeline, batch: int) -> None:
         key = hashes.of_module(pipeline.vae)[:16]
@@ -256,7 +257,7 @@ class Bench:
             sampler: timed if times are requested.
         """
         row = self.facts | row
-        how = timing.asked(self.settings, row["dtype"]) if sampler else None
+        how = timing.requested(self.settings, row["dtype"]) if sampler else None
         known = self.book.find(row, how)
         shown, evaluations = [], 0
         if not self.team.tell(known is not None):

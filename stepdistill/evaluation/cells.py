@@ -184,16 +184,16 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _over_seeds(rows: Sequence[Row], folder: Path | None) -> dict[str, Measured]:
     """The figures of one cell from its rows, one per seed: pooled by the units' influences if these were stored."""
-    told = [measured(row) for row in rows]
+    per_row = [measured(row) for row in rows]
     if len(rows) == 1:
-        return told[0]
-    kept, found = by_seed(rows, folder), {}
-    for name in dict.fromkeys(name for figures in told for name in figures):
-        if name in kept:
-            found[name] = Measured.by(pooled(list(kept[name].values())), len(kept[name]))
+        return per_row[0]
+    stored, averaged = by_seed(rows, folder), {}
+    for name in dict.fromkeys(name for figures in per_row for name in figures):
+        if name in stored:
+            averaged[name] = Measured.by(pooled(list(stored[name].values())), len(stored[name]))
         else:
-            found[name] = _by_intervals([figures[name] for figures in told if name in figures])
-    return found
+            averaged[name] = _by_intervals([figures[name] for figures in per_row if name in figures])
+    return averaged
 
 
 def by_seed(rows: Sequence[Row], folder: Path | None) -> dict[str, dict[int | None, Figure]]:

@@ -173,9 +173,9 @@ def _opened(
             return model, transform, open_clip.get_tokenizer(source)
     except Exception as error:  # the hub, files and configurations raise different types
         reason = " ".join(str(error).split())[:160]
-        told = f"{name} with {pretrained}" if pretrained else name
+        got = f"{name} with {pretrained}" if pretrained else name
         raise InputError(
-            f"CLIP model: got {told}, which could not be loaded ({reason}); check the name, the network or the path"
+            f"CLIP model: got {got}, which could not be loaded ({reason}); check the name, the network or the path"
         ) from error
 
 
@@ -188,8 +188,8 @@ def _title(name: str, pretrained: str | None, folder: Path | None) -> str:
 
 
 def _setup(visual: nn.Module, folder: Path | None) -> str:
-    told = [getattr(visual, "preprocess_cfg", None), folder and (folder / "open_clip_config.json").read_text()]
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+    settings = [getattr(visual, "preprocess_cfg", None), folder and (folder / "open_clip_config.json").read_text()]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @contextlib.contextmanager

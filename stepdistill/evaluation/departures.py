@@ -16,41 +16,41 @@ from stepdistill.evaluation.spec import ModelSpec
 Plan = Sequence[tuple[str, Any, tuple[int, ...]]]  # see `spec.plan_of`
 
 
-def of_steps(plan: Plan, protocol: Protocol, asked: bool) -> list[str]:
+def of_steps(plan: Plan, protocol: Protocol, explicit_steps: bool) -> list[str]:
     """Returns a line for each model of which no step count is the protocol's.
 
     Args:
-        asked: whether the user named the step counts, which needs no report.
+        explicit_steps: whether the user named the step counts, which needs no report.
     """
     lines: dict[str, None] = {}
-    for name, model, counts in plan if protocol.steps and not asked else ():
+    for name, model, counts in plan if protocol.steps and not explicit_steps else ():
         if isinstance(model, ModelSpec) and not set(counts) & set(protocol.steps):
-            own, theirs = (" ".join(map(str, each)) for each in (counts, protocol.steps))
-            told = f"its own steps {own} override {protocol.name}'s {theirs}"
-            lines[f"{name}: {told}; --steps {theirs} selects those"] = None
+            model_steps, protocol_steps = (" ".join(map(str, each)) for each in (counts, protocol.steps))
+            override = f"its own steps {model_steps} override {protocol.name}'s {protocol_steps}"
+            lines[f"{name}: {override}; --steps {protocol_steps} selects those"] = None
     return list(lines)
 
 
 def of_specs(plan: Plan, protocol: Protocol) -> list[str]:
     """Returns a line for each model whose SPEC alone, before it is loaded, departs from the protocol's sampling."""
-    said = (_line(name, _of_spec(model), protocol) for name, model, _ in plan if isinstance(model, ModelSpec))
-    return list(dict.fromkeys(filter(None, said)))
+    lines = (_line(name, _of_spec(model), protocol) for name, model, _ in plan if isinstance(model, ModelSpec))
+    return list(dict.fromkeys(filter(None, lines)))
 
 
 def of_loaded(name: str, sampler: Sampler, protocol: Protocol) -> str | None:
     """Returns a line with what of a loaded model's sampling departs from the protocol's; None if nothing does."""
     scheduler = type(sampler.pipeline.scheduler).__name__
-    own = {"scheduler": scheduler, "spacing": sampler.spacing, "guidance": sampler.guidance}
-    return _line(name, own, protocol)
+    settings = {"scheduler": scheduler, "spacing": sampler.spacing, "guidance": sampler.guidance}
+    return _line(name, settings, protocol)
 
 
-def _line(name: str, own: Mapping[str, Any], protocol: Protocol) -> str | None:
-    told = [
-        f"{field} {_word(own[field])} instead of {_word(value)}"
+def _line(name: str, settings: Mapping[str, Any], protocol: Protocol) -> str | None:
+    differences = [
+        f"{field} {_word(settings[field])} instead of {_word(value)}"
         for field, value in _of_protocol(protocol).items()
-        if field in own and own[field] != value
+        if field in settings and settings[field] != value
     ]
-    return f"{name} differs from {protocol.name}: {', '.join(told)}" if told else None
+    return f"{name} differs from {protocol.name}: {', '.join(differences)}" if differences else None
 
 
 def _of_protocol(protocol: Protocol) -> dict[str, Any]:

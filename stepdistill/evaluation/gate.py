@@ -91,16 +91,16 @@ def load_gate(name: str | Path) -> Gate:
     Raises:
         InputError: there is no such gate, the file is not YAML, or a field is unknown or malformed.
     """
-    file = shipped.found("gates", name)
+    file = shipped.find("gates", name)
     if not file.is_file():
         raise InputError(f"--gate: got {name}; allowed: {', '.join(shipped.names('gates'))}, or a path to a .yaml file")
-    told = read_yaml(file, "--gate")
+    content = read_yaml(file, "--gate")
     allowed = ("description", "rows", "steps", "figures")
-    if not isinstance(told, dict) or set(told) - set(allowed) or not isinstance(told.get("figures"), dict):
+    if not isinstance(content, dict) or set(content) - set(allowed) or not isinstance(content.get("figures"), dict):
         raise InputError(f"--gate: got {file}, which is no gate; allowed: figures, and {', '.join(allowed[:3])}; see "
                          "benchmarks/gates")  # fmt: skip
     bounds = []
-    for name, ends in told["figures"].items():
+    for name, ends in content["figures"].items():
         if not isinstance(ends, dict) or not ends or set(ends) - {"min", "max"}:
             raise InputError(f"--gate {file}: got {name}: {ends}; allowed: min and max, or one of them")
         try:
@@ -108,8 +108,8 @@ def load_gate(name: str | Path) -> Gate:
         except (TypeError, ValueError) as error:
             raise InputError(f"--gate {file}: got {name}: {ends}; allowed: numbers, min up to max") from error
     try:
-        steps = tuple(int(count) for count in told.get("steps") or ())
-        return Gate(tuple(bounds), steps, dict(told.get("rows") or {}), str(told.get("description") or ""))
+        steps = tuple(int(count) for count in content.get("steps") or ())
+        return Gate(tuple(bounds), steps, dict(content.get("rows") or {}), str(content.get("description") or ""))
     except (TypeError, ValueError) as error:
         raise InputError(
             f"--gate {file}: got steps or rows of another kind ({error}); allowed: a list, a map"

@@ -48,7 +48,7 @@ def backbone(pipeline) -> torch.nn.Module:
     return module
 
 
-def told_guidance(pipeline) -> bool:
+def is_guidance_conditioned(pipeline) -> bool:
     """Whether the backbone is guidance-conditioned (LCM's w, Flux-dev's scale) and never needs a second forward."""
     config = backbone(pipeline).config
     return config.get("time_cond_proj_dim") is not None or bool(config.get("guidance_embeds"))
@@ -65,7 +65,7 @@ def takes_guidance(pipeline) -> bool:
     If it also has a true_cfg_scale (Flux), guidance_scale is an input of the network, or without effect (schnell).
     """
     known = accepted(type(pipeline))
-    return "guidance_scale" in known and ("true_cfg_scale" not in known or told_guidance(pipeline))
+    return "guidance_scale" in known and ("true_cfg_scale" not in known or is_guidance_conditioned(pipeline))
 
 
 @lru_cache(maxsize=16)
@@ -118,7 +118,7 @@ class Sampler:
     @property
     def guided(self) -> bool:
         """Whether every step evaluates a second prompt."""
-        return self.guidance > 1 and not told_guidance(self.pipeline)
+        return self.guidance > 1 and not is_guidance_conditioned(self.pipeline)
 
     @property
     def side(self) -> int | None:

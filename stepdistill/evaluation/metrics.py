@@ -166,7 +166,7 @@ def select_metrics(protocol: Protocol, tools: Instruments) -> tuple[tuple[str, .
 def of_metrics(chosen: Sequence[str], omitted: Mapping[str, str], device: str) -> dict[str, str]:
     """Loads what the chosen metrics need besides the instruments. Returns what of the metrics enters the protocol's
     hash: the hashes of what was loaded, revisions above 1, and those omitted because the real images are not given,
-    which settings and n do not tell.
+    which the settings and n do not determine.
 
     Raises:
         InputError: something is not available.
@@ -234,15 +234,15 @@ def row_of(found: Mapping[str, Figure], tools: Instruments) -> dict[str, Any]:
         "clip_score": None if score is None else round(score.value, 4),
         "clip_model": tools.clip.title if tools.clip else None,
         "attribute_accuracy": None if share is None else round(share.value, 5),
-        "metrics": {name: _told(f) for name, f in found.items()},
+        "metrics": {name: _as_json(f) for name, f in found.items()},
     }
 
 
-def _told(figure: Figure) -> dict[str, Any]:
+def _as_json(figure: Figure) -> dict[str, Any]:
     """Returns a figure as JSON: its interval, number of units, and what pooling and comparing it needs besides."""
     low, high = figure.interval()
-    told = {"value": round(figure.value, 6), "low": round(low, 6), "high": round(high, 6)}
-    told |= {"n": len(figure.influence), "of": figure.unit}
-    told |= {"trials": figure.trials} if figure.trials is not None else {}
-    told |= {"bend": round(figure.bend, 6)} if figure.bend else {}
-    return told | ({"fit": [[float(f"{x:.7g}"), round(y, 6)] for x, y in figure.fit]} if figure.fit else {})
+    fields = {"value": round(figure.value, 6), "low": round(low, 6), "high": round(high, 6)}
+    fields |= {"n": len(figure.influence), "of": figure.unit}
+    fields |= {"trials": figure.trials} if figure.trials is not None else {}
+    fields |= {"bend": round(figure.bend, 6)} if figure.bend else {}
+    return fields | ({"fit": [[float(f"{x:.7g}"), round(y, 6)] for x, y in figure.fit]} if figure.fit else {})

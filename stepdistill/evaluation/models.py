@@ -18,7 +18,7 @@ from stepdistill.denoiser.families import drawn_size
 from stepdistill.errors import InputError
 from stepdistill.evaluation import hashes
 from stepdistill.evaluation.catalogue import ready
-from stepdistill.evaluation.generate import Sampler, accepted, backbone, takes_guidance, told_guidance
+from stepdistill.evaluation.generate import Sampler, accepted, backbone, is_guidance_conditioned, takes_guidance
 from stepdistill.evaluation.places import beside, check_lora, fetched
 from stepdistill.evaluation.protocols import SamplerSpec
 from stepdistill.evaluation.schedulers import UNGUIDED, scheduler_of
@@ -136,11 +136,11 @@ def guidance_of(spec: ModelSpec, pipeline, default: float | None = None) -> floa
         return 1.0
     if spec.guidance is not None:
         return spec.guidance
-    told = told_guidance(pipeline)
-    if told and (trained := _record(spec).get("guidance")):
+    conditioned = is_guidance_conditioned(pipeline)
+    if conditioned and (trained := _record(spec).get("guidance")):
         ends = trained if isinstance(trained, list) else [trained]
         return (float(ends[0]) + float(ends[-1])) / 2
-    if not told and (type(pipeline.scheduler).__name__ in UNGUIDED or _record(spec).get("method")):
+    if not conditioned and (type(pipeline.scheduler).__name__ in UNGUIDED or _record(spec).get("method")):
         return 1.0
     parameter = inspect.signature(type(pipeline).__call__).parameters["guidance_scale"]
     return default if default is not None else float(parameter.default)
@@ -191,23 +191,23 @@ def _scalings(module, adapter: str, usual: float) -> dict[str, float]:
     return {name: value for name, value in own.items() if value != usual}
 
 
-def told(spec: ModelSpec, sampler: Sampler) -> dict[str, Any]:
+def model_fields(spec: ModelSpec, sampler: Sampler) -> dict[str, Any]:
     """Returns a row's fields about the model and how it is sampled."""
     pipeline, record = sampler.pipeline, training_record(spec)
-    student = record.get("teacher") or told_guidance(pipeline)
-    made = "lora" if spec.lora else "student" if student else "teacher"
+    student = record.get("teacher") or is_guidance_conditioned(pipeline)
+    kind = "lora" if spec.lora else "student" if student else "teacher"
     return {
-        "method": record.get("method") or made, "spec": str(spec),
+        "method": record.get("method") or kind, "spec": str(spec),
         "teacher": record.get("teacher") or (spec.path if spec.lora else None), "guidance": sampler.guidance,
         "scheduler": type(pipeline.scheduler).__name__, "spacing": sampler.spacing,
         "sigmas": "even" if sampler.even else None,
         "call": dict(sampler.call) or None,
         "dtype": str(backbone(pipeline).dtype).removeprefix("torch."),
-        **trained(spec),
+        **training_fields(spec),
     }  # fmt: skip
 
 
-def trained(spec: ModelSpec) -> dict[str, Any]:
+def training_fields(spec: ModelSpec) -> dict[str, Any]:
     """Returns a row's fields about a student's training: what it cost, its seed, a hash of its other settings,
     its commit."""
     record = {} if spec.ready else _record(spec)

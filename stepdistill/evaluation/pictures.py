@@ -45,17 +45,17 @@ def setup_of(pipeline, *, order: bool = True) -> str:
     Args:
         order: include the memory format of the weights; channels_last rounds differently.
     """
-    told: dict[str, Any] = {}
+    configs: dict[str, Any] = {}
     for name, part in {"": pipeline, **pipeline.components}.items():
         config = getattr(part, "config", None)
         if config is None:
-            told[name] = [type(part).__name__, getattr(part, "model_max_length", None)]
+            configs[name] = [type(part).__name__, getattr(part, "model_max_length", None)]
             continue
         settings = config if isinstance(config, Mapping) else config.to_dict()
-        told[name] = {k: v for k, v in settings.items() if not k.startswith("_") and k != "transformers_version"}
+        configs[name] = {k: v for k, v in settings.items() if not k.startswith("_") and k != "transformers_version"}
         if order and isinstance(part, torch.nn.Module):
-            told[f"{name} in order"] = all(weight.is_contiguous() for weight in part.parameters())
-    return _hash(told)[:16]
+            configs[f"{name} in order"] = all(weight.is_contiguous() for weight in part.parameters())
+    return _hash(configs)[:16]
 
 
 def limit() -> float:
@@ -64,12 +64,12 @@ def limit() -> float:
     Raises:
         InputError: the variable is not a number, or is negative.
     """
-    told = os.environ.get(LIMIT_PLACE) or LIMIT
+    value = os.environ.get(LIMIT_PLACE) or LIMIT
     try:
-        if not (size := float(told)) >= 0:
+        if not (size := float(value)) >= 0:
             raise ValueError
     except ValueError as error:
-        raise InputError(f"{LIMIT_PLACE}: got {told!r}; allowed: GiB, 0 or more; 2 where it is not set") from error
+        raise InputError(f"{LIMIT_PLACE}: got {value!r}; allowed: GiB, 0 or more; 2 where it is not set") from error
     return size * 2**30
 
 
@@ -143,15 +143,15 @@ class Store:
 
     def line(self) -> str | None:
         """Returns the final message; None if nothing is kept and nothing went wrong."""
-        said = []
+        parts = []
         if self.cells:
             size = sum(sum(_sizes(folder)) for folder in self.cells.values()) / 1e6
-            said.append(f"{len(self.cells)} cells, {size:.1f} MB in {cache_folder() / 'pictures'}")
+            parts.append(f"{len(self.cells)} cells, {size:.1f} MB in {cache_folder() / 'pictures'}")
         if self.broken:
-            said.append(f"{self.broken} cached batches were damaged and generated again")
+            parts.append(f"{self.broken} cached batches were damaged and generated again")
         if self.why_not:
-            said.append(f"some could not be cached ({self.why_not})")
-        return f"images: {'; '.join(said)}" if said else None
+            parts.append(f"some could not be cached ({self.why_not})")
+        return f"images: {'; '.join(parts)}" if parts else None
 
 
 def _clear(folder: Path, *, own: bool) -> None:
@@ -239,7 +239,7 @@ class Cell:
                 hashes.append(hashlib.sha256(data).hexdigest())
                 (self.folder / f"{number:06d}.png").write_bytes(data)  # half-written: no manifest, or not its hash
             manifest = {"count": len(hashes), "evaluations": drawn.evaluations, "pictures": hashes}
-            _place(self._manifest(first), json.dumps(manifest | {"sha256": _hash(manifest)}).encode())
+            _write_atomically(self._manifest(first), json.dumps(manifest | {"sha256": _hash(manifest)}).encode())
         except OSError as error:  # the benchmark does not depend on it, and the next batch tries again
             self.store.why_not = str(error)
 
@@ -261,13 +261,13 @@ class Cell:
             if missing > shutil.disk_usage(self.folder).free // 2:
                 raise OSError(f"{self.folder} has not twice the room of {missing >> 20} MiB")
             if not (self.folder / "cell.json").is_file():
-                _place(self.folder / "cell.json", json.dumps(self.facts, indent=1, default=str).encode())
+                _write_atomically(self.folder / "cell.json", json.dumps(self.facts, indent=1, default=str).encode())
             if self.store.owner is not None and self.folder.parent.name == "drawing":
-                _place(self.folder / OWNER, self.store.owner.encode())
+                _write_atomically(self.folder / OWNER, self.store.owner.encode())
             self.begun = True
 
 
-def _place(file: Path, data: Any) -> None:
+def _write_atomically(file: Path, data: Any) -> None:
     """Writes a file completely or not at all; hashes reveal one that a power cut left empty."""
     beside = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.new")
     try:

@@ -208,7 +208,7 @@ def load_protocol(name: str | Path) -> Protocol:
     from stepdistill.evaluation.features import EXTRACTORS
     from stepdistill.evaluation.resize import RESIZES
 
-    file = shipped.found("protocols", name)
+    file = shipped.find("protocols", name)
     if not file.is_file():
         raise InputError(f"protocol: got {name}; allowed: {', '.join(names())}, or a path to a .yaml file")
     protocol = built(Protocol, read_yaml(file, "protocol"), str(file))

@@ -51,8 +51,8 @@ def cell_of(row: Mapping[str, Any]) -> tuple[str, int, int | None]:
 
 def timed(row: Mapping[str, Any], how: Mapping[str, Any] | None) -> bool:
     """Whether a row's times were measured as requested; True if `how` is None, which requests none."""
-    told = row.get("timing") or {}
-    return how is None or all(told.get(name) == value for name, value in how.items())
+    timing = row.get("timing") or {}
+    return how is None or all(timing.get(name) == value for name, value in how.items())
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -184,9 +184,9 @@ class Book:
         elif pictures.shape[-2] > LARGE:
             scale = LARGE / pictures.shape[-2]
             picture = picture.resize((round(picture.width * scale), LARGE), Image.Resampling.LANCZOS)
-        told = PngInfo()
-        told.add_text("pictures", str(len(pictures)))
-        picture.save(self.folder / "grids" / grid_name(row), pnginfo=told)
+        metadata = PngInfo()
+        metadata.add_text("pictures", str(len(pictures)))
+        picture.save(self.folder / "grids" / grid_name(row), pnginfo=metadata)
 
 
 def check_same_protocol(
@@ -200,34 +200,37 @@ def check_same_protocol(
     """
     if a["protocol_hash"] == b["protocol_hash"]:
         return
-    one, other = (_told(row, whole=bool(a.get("settings") and b.get("settings"))) for row in (a, b))
-    differ = [name for name in one | other if one.get(name) != other.get(name)]
-    if differ and set(differ) <= _of_omitted(one) | _of_omitted(other):
+    complete = bool(a.get("settings") and b.get("settings"))
+    settings_a, settings_b = (_protocol_settings(row, complete=complete) for row in (a, b))
+    differ = [name for name in settings_a | settings_b if settings_a.get(name) != settings_b.get(name)]
+    if differ and set(differ) <= _omission_fields(settings_a) | _omission_fields(settings_b):
         return
-    said = ", ".join(f"{name} {_short(one.get(name))} and {_short(other.get(name))}" for name in differ)
+    differences = ", ".join(
+        f"{name} {_short(settings_a.get(name))} and {_short(settings_b.get(name))}" for name in differ
+    )
     raise InputError(
         f"protocol: got {a.get('protocol')} ({a['protocol_hash']}) in {where_a} and {b.get('protocol')} "
-        f"({b['protocol_hash']}) in {where_b}; they differ in {said or 'what these rows do not record'}; figures of "
-        f"different protocols cannot be compared; {fix}"
+        f"({b['protocol_hash']}) in {where_b}; they differ in {differences or 'what these rows do not record'}; "
+        f"figures of different protocols cannot be compared; {fix}"
     )
 
 
-def _told(row: Mapping[str, Any], *, whole: bool) -> dict[str, Any]:
+def _protocol_settings(row: Mapping[str, Any], *, complete: bool) -> dict[str, Any]:
     """Returns what a row records of its protocol.
 
     Args:
-        whole: all of `settings`, nested names joined by dots; else only what older rows, without it, record too.
+        complete: all of `settings`, nested names joined by dots; else only what older rows, without it, record too.
     """
-    if whole:
-        told = flat(row["settings"])
-        return {"protocol": told.pop("name", None)} | told
+    if complete:
+        settings = flat(row["settings"])
+        return {"protocol": settings.pop("name", None)} | settings
     names = ("protocol", "n", "fd_extractor", "clip_model")
     return {name: row[name] for name in names if row.get(name) is not None}
 
 
-def _of_omitted(told: Mapping[str, Any]) -> set[str]:
+def _omission_fields(settings: Mapping[str, Any]) -> set[str]:
     """Returns the fields that differ only because a row lacks metrics for want of the real images."""
-    names = str(told.get(f"content.{OMITTED}", "")).split()
+    names = str(settings.get(f"content.{OMITTED}", "")).split()
     return {f"content.{OMITTED}", *(f"content.{name} revision" for name in names)} if names else set()
 
 

@@ -27,12 +27,12 @@ def figures_of(folder: Path | None, row: dict[str, Any]) -> dict[str, Figure]:
     """
     if folder is None:
         return {}
-    told, found = row.get("metrics") or {}, {}
+    metrics, figures = row.get("metrics") or {}, {}
     for name, (influence, unit) in read_units(folder, row).items():
-        if name in told:
-            own = told[name]
-            found[name] = Figure(own["value"], influence, unit, own.get("trials"), own.get("bend", 0.0))
-    return found
+        if name in metrics:
+            saved = metrics[name]
+            figures[name] = Figure(saved["value"], influence, unit, saved.get("trials"), saved.get("bend", 0.0))
+    return figures
 
 
 def alike(figures: Sequence[Figure | None]) -> bool:

@@ -121,8 +121,8 @@ def _avatars(split: str, frame: Frame | None) -> EvalSet:
     from stepdistill.data import avatars
 
     data = avatars.load(split)
-    told = [f"frame {frame}"] if frame else []
-    key = _hash(data.images.tobytes(), json.dumps([data.captions, data.attributes, data.mentioned]), *told)
+    frame_key = [f"frame {frame}"] if frame else []
+    key = _hash(data.images.tobytes(), json.dumps([data.captions, data.attributes, data.mentioned]), *frame_key)
 
     def pictures(first: int, last: int) -> Tensor:
         batch = torch.from_numpy(data.images[first:last].copy()).permute(0, 3, 1, 2)

@@ -17,7 +17,7 @@ def names(kind: str) -> list[str]:
     return sorted({file.stem for folder in places(kind) for file in folder.glob("*.yaml")})
 
 
-def found(kind: str, name: str | Path) -> Path:
+def find(kind: str, name: str | Path) -> Path:
     """Returns a file by the name it ships under, or by its path, which need not exist."""
     file = Path(name)
     if file.suffix in (".yaml", ".yml"):

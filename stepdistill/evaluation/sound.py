@@ -42,7 +42,7 @@ def sound(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(row["steps"], int) or isinstance(row["steps"], bool) or row["steps"] < 0:
         raise InputError(f"{where}: got steps: {row['steps']}; allowed: a whole number, 0 of floors; fix the line")
     if row.get("metrics"):
-        row["metrics"] = {name: told for name, each in row["metrics"].items() if (told := _figure(each))}
+        row["metrics"] = {name: figure for name, each in row["metrics"].items() if (figure := _figure(each))}
     for name in ("latency_ms", "latency_ms_batch"):
         if row.get(name):
             row[name] = _timing(row[name])
@@ -65,24 +65,24 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _figure(told: Any) -> dict[str, Any] | None:
+def _figure(figure: Any) -> dict[str, Any] | None:
     """Returns a figure of `metrics` with both ends of its interval or neither, without an invalid count or unit."""
-    if not isinstance(told, dict) or not _number(told.get("value")):
+    if not isinstance(figure, dict) or not _number(figure.get("value")):
         return None
-    ends = {name: told.get(name) for name in ("low", "high")}
-    told = told | (ends if all(map(_number, ends.values())) else dict.fromkeys(ends))
-    odd = {"n"} if not _number(told.get("n")) else set()
-    odd |= {"of"} if not isinstance(told.get("of"), str) else set()
-    return {name: value for name, value in told.items() if name not in odd}
+    ends = {name: figure.get(name) for name in ("low", "high")}
+    figure = figure | (ends if all(map(_number, ends.values())) else dict.fromkeys(ends))
+    invalid = {"n"} if not _number(figure.get("n")) else set()
+    invalid |= {"of"} if not isinstance(figure.get("of"), str) else set()
+    return {name: value for name, value in figure.items() if name not in invalid}
 
 
-def _timing(told: dict[str, Any]) -> dict[str, Any] | None:
+def _timing(timing: dict[str, Any]) -> dict[str, Any] | None:
     """Returns a timing if its totals are valid, with invalid stages set to None; else None."""
-    wanted = [told.get("total_p50"), told.get("total_p90"), told.get("batch", 1)]
-    if not all(_number(value) and value > 0 for value in wanted):
+    required = [timing.get("total_p50"), timing.get("total_p90"), timing.get("batch", 1)]
+    if not all(_number(value) and value > 0 for value in required):
         return None
     others = (*STAGES, "total_p99", "first", "repeats", "pipeline_memory_mb")
-    quantiles = told.get("quantiles")
+    quantiles = timing.get("quantiles")
     stages = quantiles.items() if isinstance(quantiles, dict) else ()
-    whole = {stage: q for stage, q in stages if isinstance(q, list) and len(q) == 3 and all(map(_number, q))}
-    return told | {name: None for name in others if not _number(told.get(name))} | {"quantiles": whole}
+    valid = {stage: q for stage, q in stages if isinstance(q, list) and len(q) == 3 and all(map(_number, q))}
+    return timing | {name: None for name in others if not _number(timing.get(name))} | {"quantiles": valid}

@@ -62,9 +62,9 @@ class ModelSpec:
     changes: tuple[tuple[int, tuple[tuple[str, Any], ...]], ...] = ()
 
     def __str__(self) -> str:
-        told = {name: getattr(self, name) for name in OPTIONS if name != "name"}
-        told["timesteps"] = self.timesteps and "+".join(map(str, self.timesteps))
-        return ",".join([self.path, *(f"{k}={v}" for k, v in told.items() if v is not None)])
+        options = {name: getattr(self, name) for name in OPTIONS if name != "name"}
+        options["timesteps"] = self.timesteps and "+".join(map(str, self.timesteps))
+        return ",".join([self.path, *(f"{k}={v}" for k, v in options.items() if v is not None)])
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -139,9 +139,9 @@ def _options(parts: Sequence[str], text: str) -> dict[str, Any]:
         values["guidance"] = _guidance(values["guidance"])
     for key in NUMBERS:
         if key in values:
-            values[key] = _whole(key, values[key])
+            values[key] = _positive_int(key, values[key])
     if "timesteps" in values:
-        values["timesteps"] = tuple(_whole("timesteps", part) for part in values["timesteps"].split("+"))
+        values["timesteps"] = tuple(_positive_int("timesteps", part) for part in values["timesteps"].split("+"))
     for key, allowed in CHOICES.items():
         if values.get(key) is not None and values[key] not in allowed:
             near = difflib.get_close_matches(values[key], allowed, 1)
@@ -162,7 +162,7 @@ def _ready(name: str, values: dict[str, Any]) -> ModelSpec:
     return ModelSpec(path=path, **common, ready=name, changes=tuple(changes))
 
 
-def _whole(key: str, value: str) -> int:
+def _positive_int(key: str, value: str) -> int:
     if not value.isdecimal() or int(value) < 1:
         raise InputError(f"{key}: got {value!r}; allowed: a whole number, 1 or more")
     return int(value)

@@ -92,9 +92,9 @@ def evaluate(
     weight = 4
     total = protocol.n * len(seeds) * sum(2 * s + weight for _, _, counts in plan for s in counts)
     for turn in (True, False) if instruments is None else ():  # the main process computes statistics, the others read
-        with team.alike(), closing(ReferenceBar(settings.progress)) as told:
+        with team.alike(), closing(ReferenceBar(settings.progress)) as progress:
             if team.main is turn:
-                instruments = prepare(protocol, device=settings.device, batch=settings.batch_of(), progress=told)
+                instruments = prepare(protocol, device=settings.device, batch=settings.batch_of(), progress=progress)
     with (
         progress_bar(total, settings.progress) as bar,
         quiet(),
@@ -109,7 +109,7 @@ def evaluate(
             bench = Bench(protocol, instruments, settings, command, place, bar, team, store, seeds)
         bench.real()
         for name, model, counts in plan:
-            bench.model(name, model, counts, weight, asked=steps is not None)
+            bench.model(name, model, counts, weight, explicit_steps=steps is not None)
         troubles = team.gather((store.broken, store.why_not))
         if team.main and not bench.failed:  # a failed cell may be resumed
             store.clear()

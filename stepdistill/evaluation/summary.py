@@ -107,10 +107,10 @@ def calls(cell: Cell, how: str = "") -> str:
     it was taken."""
     times = cell.latency_ms or {}
     slow, count = times.get("total_p90"), times.get("repeats")
-    said = [] if slow is None else [f"p90 {figure(slow / times.get('batch', 1), 1)}"]
-    said += [f"{count} calls"] if count else []
-    said += [how] if how else []
-    return f" ({', '.join(said)})" if said else ""
+    parts = [] if slow is None else [f"p90 {figure(slow / times.get('batch', 1), 1)}"]
+    parts += [f"{count} calls"] if count else []
+    parts += [how] if how else []
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def markdown_table(found: Sequence[Cell], shown: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """A row's times and how they were taken; with another device or flag, a row is timed again.
 
-how = asked(settings, "float16")
+how = requested(settings, "float16")
 if not records.timed(row, how):
     row |= take(sampler, prompts, 4, how, command)
 """
@@ -17,7 +17,7 @@ from stepdistill.evaluation.merged import merged
 from stepdistill.evaluation.settings import Settings
 
 
-def asked(settings: Settings, dtype: str) -> dict[str, Any] | None:
+def requested(settings: Settings, dtype: str) -> dict[str, Any] | None:
     """Returns how times are to be taken; None for no timing. Without a set number of repeats, any is accepted.
 
     `merged` separates them from older rows, of students whose LoRA was computed beside the network.

@@ -7,7 +7,7 @@ from torch import Tensor
 from stepdistill.evaluation.figures import Figure
 from stepdistill.evaluation.frechet_limit import GROUPS, PER_FEATURE, frechet_limit
 from stepdistill.evaluation.measures.base import Metric, View
-from stepdistill.evaluation.measures.frechet import whole
+from stepdistill.evaluation.measures.frechet import cached_figure
 
 
 class FrechetLimit(Metric):
@@ -22,4 +22,4 @@ class FrechetLimit(Metric):
 
     @staticmethod
     def figures(kept: Tensor, tools) -> dict[str, Figure]:
-        return {"fd_inf": frechet_limit(kept, tools.reference, whole(kept, tools.reference))}
+        return {"fd_inf": frechet_limit(kept, tools.reference, cached_figure(kept, tools.reference))}

@@ -22,10 +22,10 @@ class FrechetDistance(Metric):
 
     @staticmethod
     def figures(kept: Tensor, tools) -> dict[str, Figure]:
-        return {"fd": whole(kept, tools.reference)}
+        return {"fd": cached_figure(kept, tools.reference)}
 
 
 @lru_cache(maxsize=1)
-def whole(kept: Tensor, reference: Moments) -> Figure:
+def cached_figure(kept: Tensor, reference: Moments) -> Figure:
     """Computes the distance; cached because `fd_inf` starts from it too."""
     return frechet_figure(kept, reference)

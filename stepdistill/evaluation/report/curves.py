@@ -65,23 +65,23 @@ def cost_curves(found: Sequence[Cell], gained: Sequence[Gain]) -> dict[str, Make
             [(f"{model}, {steps} steps", fd) for (model, steps), fd in longest.items()],
             f"{unit} of training", front=False,
         )  # fmt: skip
-    told = {(gain.cell.model, gain.cell.steps): gain.gaps["fd"].gap for gain in gained if "fd" in gain.gaps}
-    if gaps := _by_steps(found, told):
+    gap_by_cell = {(gain.cell.model, gain.cell.steps): gain.gaps["fd"].gap for gain in gained if "fd" in gain.gaps}
+    if gaps := _by_steps(found, gap_by_cell):
         other = beside(gained)
         axis = Axis(f"Gap to the {other} by steps", f"FD minus {other}’s at largest step count, {_n(found, 'fd')}")
         made[axis.title] = lambda: plots.quality_by_steps(gaps, axis, [(f"{other}, most steps", 0)])
     return made
 
 
-def _by_steps(found: Sequence[Cell], told: Mapping[tuple[str, int], Measured | Difference]) -> list[Curve]:
+def _by_steps(found: Sequence[Cell], by_cell: Mapping[tuple[str, int], Measured | Difference]) -> list[Curve]:
     """Returns one curve per model of figures by model and step count, with their intervals; of a model of several
     training seeds the mean and the range."""
     lines = []
     for model in models_of(found):
         points = []
-        for steps in sorted({steps for name, steps in told if name in model.members and steps > 0}):
-            own = over_seeds([told[name, steps] for name in model.members if (name, steps) in told])
-            points.append(Point(steps, own.value, own.low, own.high, steps))
+        for steps in sorted({steps for name, steps in by_cell if name in model.members and steps > 0}):
+            summary = over_seeds([by_cell[name, steps] for name in model.members if (name, steps) in by_cell])
+            points.append(Point(steps, summary.value, summary.low, summary.high, steps))
         lines.append(Curve(model.name, points, model.number))
     return [line for line in lines if line.points]
 

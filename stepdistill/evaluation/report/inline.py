@@ -49,9 +49,9 @@ def svg(figure, label: str) -> str:
     stem = f"p{hashlib.sha256(label.encode()).hexdigest()[:8]}-"  # keeps ids unique among the figures of a page
     for part in root.iter():
         part.tag = part.tag.rpartition("}")[2]
-        told = {name.rpartition("}")[2]: value for name, value in part.attrib.items()}
+        attributes = {name.rpartition("}")[2]: value for name, value in part.attrib.items()}
         part.attrib.clear()
-        part.attrib.update({name: _of_page(name, value, stem) for name, value in told.items()})
+        part.attrib.update({name: _of_page(name, value, stem) for name, value in attributes.items()})
     box = root.attrib["viewBox"]
     root.attrib.clear()
     root.attrib.update({"viewBox": box, "role": "img", "aria-label": label})

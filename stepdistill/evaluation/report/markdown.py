@@ -16,24 +16,24 @@ IMAGES = {"quality.png": "quality by steps", "latency.png": "quality by latency"
 
 
 def markdown(
-    title: str, told: str, rows: Sequence[Row], found: Sequence[Cell], said: Sequence[dict[str, Any]],
+    title: str, caption: str, rows: Sequence[Row], found: Sequence[Cell], headlines: Sequence[dict[str, Any]],
     more: Sequence[Table], prompts: Sequence[str], images: Sequence[str], folder: Path,
 ) -> str:  # fmt: skip
     """Returns the page as text.
 
     Args:
-        told: protocol, n and seeds in a line. said: the verdicts. more: tables after the main one. images: files of the
-            existing plots. folder: where they and the grids are.
+        caption: protocol, n and seeds in a line. headlines: the verdicts. more: tables after the main one.
+        images: files of the existing plots. folder: where they and the grids are.
     """
     first = rows[0]
-    facts = [f"Protocol {escaped(told)}, hash `{escaped(first['protocol_hash'])}`"]
+    facts = [f"Protocol {escaped(caption)}, hash `{escaped(first['protocol_hash'])}`"]
     facts += [f"FD-{escaped(first['fd_extractor'])}"] if first.get("fd_extractor") else []
     facts += [f"{name} {escaped(device)}" for name, device in machines(rows)]
     lines = [f"# {escaped(title)}", "", f"{'; '.join(facts)}.", ""]
-    for verdict in said:
-        stats = "; ".join(f"{big} {what}" for big, what in verdict["stats"])
-        what = escaped(f"at {verdict['steps']} {verdict['against']}: {stats}")
-        lines += [f"**{escaped(verdict['model'])}** {what}.", ""]
+    for headline in headlines:
+        stats = "; ".join(f"{big} {what}" for big, what in headline["stats"])
+        what = escaped(f"at {headline['steps']} {headline['against']}: {stats}")
+        lines += [f"**{escaped(headline['model'])}** {what}.", ""]
     lines += [markdown_table(found, list(columns(found)[0])), ""]
     lines += [*(f"![{IMAGES[file]}]({file})" for file in images), ""]
     lines += [

@@ -42,19 +42,20 @@ def write_report(folder: str | Path, *, title: str | None = None) -> Path:
     rows = read_folder(folder)
     found = cells(rows, folder)
     gained, models = gains(found), models_of(found)
-    drawn, cost, said, shown = curves(found), cost_curves(found, gained), verdicts(gained, models), tables(found)
+    drawn, cost = curves(found), cost_curves(found, gained)
+    headlines, all_tables = verdicts(gained, models), tables(found)
     title = title or f"Quality {'and latency ' if BY_LATENCY in drawn else ''}by step count"
     prompts, strips, costs = prompts_of(folder), strips_of(folder, found), cost_table(gained)
     main = {name: make for name, make in drawn.items() if name in main_curves()}
     others = {name: make for name, make in drawn.items() if name not in main}
     script, marks = _text("page.js"), {name: model for model in models for name in (*model.members, model.name)}
     context = {
-        "title": title, "first": dict.fromkeys(FIELDS) | rows[0], "facts": _facts(rows), "told": _told(rows),
-        "verdicts": said, "models": models, "marks": marks, "tables": shown,
+        "title": title, "first": dict.fromkeys(FIELDS) | rows[0], "facts": _facts(rows), "caption": _caption(rows),
+        "verdicts": headlines, "models": models, "marks": marks, "tables": all_tables,
         "students": [model for model in models if {gain.cell.model for gain in gained} & {*model.members}],
         "seeded": [model for model in models if len(model.members) > 1],
         "costs": costs if costs.lines else None, "other": beside(gained), "strips": strips,
-        "chosen": chosen(strips, said, list(marks)),
+        "chosen": chosen(strips, headlines, list(marks)),
         "prompts": prompts[: max((len(strip.uris) for strip in strips), default=0)],
         "by_steps": [(n, [s for s in strips if s.steps == n]) for n in sorted({s.steps for s in strips})],
         "svgs": _svgs(main), "more_svgs": _svgs(others), "cost_svgs": _svgs(cost),
@@ -72,8 +73,9 @@ def write_report(folder: str | Path, *, title: str | None = None) -> Path:
     images = [file for file, name in IMAGES.items() if name in drawn]
     for file in images:
         inline.png(drawn[IMAGES[file]], folder / file)
-    more = [table for table in (*shown[1:], costs) if table.lines]
-    files.write(folder / "report.md", markdown(title, _told(rows), rows, found, said, more, prompts, images, folder))
+    more = [table for table in (*all_tables[1:], costs) if table.lines]
+    text = markdown(title, _caption(rows), rows, found, headlines, more, prompts, images, folder)
+    files.write(folder / "report.md", text)
     files.write(folder / "report.html", page)
     return folder / "report.html"
 
@@ -96,7 +98,7 @@ def _seeds(rows: Sequence[Row]) -> str:
     return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else ""
 
 
-def _told(rows: Sequence[Row]) -> str:
+def _caption(rows: Sequence[Row]) -> str:
     """Returns protocol, n and seeds in a line for captions."""
     first = rows[0]
     n = f"n = {first['n']:,} per cell" if first.get("n") else ""
@@ -109,11 +111,11 @@ def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
     content = (first.get("settings") or {}).get("content")
     content = content if isinstance(content, dict) else {}
     name, _, seeds = _seeds(rows).partition(" ")
-    told = [
+    pairs = [
         ("protocol", first.get("protocol")), ("hash", first["protocol_hash"]),
         ("n", f"{first['n']:,}" if first.get("n") else None), (name, seeds),
         ("distance", first.get("fd_extractor") and f"FD-{first['fd_extractor']}"), ("CLIP", first.get("clip_model")),
         ("reference", content.get("statistics") and "foreign statistics"),
         *machines(rows),
     ]  # fmt: skip
-    return [(name, value) for name, value in told if value]
+    return [(name, value) for name, value in pairs if value]

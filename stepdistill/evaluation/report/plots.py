@@ -120,8 +120,8 @@ def _figure(axis: Axis):
     figure = Figure(figsize=(4.5, 3.5), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(axis.title, loc="left", fontsize=10.5, color=INK, pad=24, parse_math=False)
-    told = {"xycoords": "axes fraction", "xytext": (0, 10), "textcoords": "offset points"}
-    axes.annotate(axis.note, (0, 1), **told, fontsize=8.5, color=MUTE, va="bottom", parse_math=False)
+    placement = {"xycoords": "axes fraction", "xytext": (0, 10), "textcoords": "offset points"}
+    axes.annotate(axis.note, (0, 1), **placement, fontsize=8.5, color=MUTE, va="bottom", parse_math=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):

@@ -60,15 +60,15 @@ def strips_of(folder: Path, found: Sequence[Cell]) -> list[Strip]:
     return sorted(strips, key=lambda strip: strip.steps)
 
 
-def chosen(strips: Sequence[Strip], said: Sequence[Mapping], models: Sequence[str]) -> tuple[int, int]:
+def chosen(strips: Sequence[Strip], headlines: Sequence[Mapping], models: Sequence[str]) -> tuple[int, int]:
     """Returns the two strips compared first: the first model's at its largest step count, and the best student's."""
     drawn = [i for i, strip in enumerate(strips) if strip.steps > 0]
     if not drawn:
         return 0, max(0, len(strips) - 1)
     first = min((strips[i].model for i in drawn), key=models.index)
     left = [i for i in drawn if strips[i].model == first][-1]
-    if said:
-        best = min((verdict["cell"] for verdict in said), key=lambda cell: cell.fd)
+    if headlines:
+        best = min((headline["cell"] for headline in headlines), key=lambda cell: cell.fd)
         for i in drawn:
             if (strips[i].model, strips[i].steps) == (best.model, best.steps):
                 return left, i
@@ -86,9 +86,9 @@ def _strip(cell: Cell, picture: Image.Image, prompts: int) -> Strip:
 
 def _count(picture: Image.Image, cell: Cell, prompts: int) -> int:
     """Returns the number of images in a strip: as recorded in it; for older strips, squares, else one per prompt."""
-    told = str(picture.info.get("pictures", ""))
-    if told.isdecimal() and 0 < int(told) <= picture.width:
-        return int(told)
+    recorded = str(picture.info.get("pictures", ""))
+    if recorded.isdecimal() and 0 < int(recorded) <= picture.width:
+        return int(recorded)
     if picture.width % picture.height == 0:
         return picture.width // picture.height
     return max(1, min(prompts, int(cell.n or prompts), picture.width))

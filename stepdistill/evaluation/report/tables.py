@@ -69,9 +69,9 @@ def _overview(found: Sequence[Cell]) -> Table:
         figures = [_figure(name, cell, found, ends=False) for name in main]
         times = [_plain(cell.latency, 1)] if timed else []
         scheduler = (cell.scheduler or "").removesuffix("Scheduler") + f", {cell.sigmas} sigmas" * bool(cell.sigmas)
-        told = [_plain(cell.guidance), _text(scheduler)]
+        sampling = [_plain(cell.guidance), _text(scheduler)]
         seeds = [_plain(cell.seeds)] if several else []
-        lines.append((cell, [*_steps(cell), *seeds, *figures, *times, *told]))
+        lines.append((cell, [*_steps(cell), *seeds, *figures, *times, *sampling]))
     return Table("Overview", heads, lines)
 
 
@@ -141,7 +141,7 @@ def cost_table(gained: Sequence[Gain]) -> Table:
         cell, gap = gain.cell, gain.gaps.get("fd")
         fd = [_figure("fd", c, found, ends=False) if c is not None else Value("–") for c in (cell, gain.same)]
         last, nearer = gain.last.figures["fd"], gain.of_same and gain.of_same.inverse
-        told = (spread("fd", last, 1), f"{gain.last.steps} steps")
+        details = (spread("fd", last, 1), f"{gain.last.steps} steps")
         left = Value("–")
         if gap is not None:
             ends = f"{figure(gap.gap.low, 1)} to {figure(gap.gap.high, 1)}"
@@ -149,7 +149,7 @@ def cost_table(gained: Sequence[Gain]) -> Table:
         lines.append((cell, [
             Value(duration(cell.train_seconds), sort=cell.train_seconds), _steps(cell)[0], *fd,
             Value(f"{nearer.value:.1f}×", ends_of(nearer, 1), nearer.value) if nearer else Value("–"),
-            Value(figure(last.value, 1), ", ".join(filter(None, told)), last.value), left,
+            Value(figure(last.value, 1), ", ".join(filter(None, details)), last.value), left,
             _text(gap.word if gap else ""),
         ]))  # fmt: skip
     return Table("Training cost", heads, lines)

@@ -45,24 +45,24 @@ def gains(found: Sequence[Cell]) -> list[Gain]:
     """
     measured = [cell for cell in found if cell.steps > 0 and cell.fd is not None]
     teachers = [cell for cell in measured if cell.method == "teacher"]
-    said = []
+    gained = []
     for cell in measured:
         if not teachers or cell.method == "teacher":
             continue
-        own = next((c for c in teachers if cell.teacher and _place(c.spec) == _place(cell.teacher)), None)
-        if own is None and cell.teacher:
+        own_teacher = next((c for c in teachers if cell.teacher and _path_of(c.spec) == _path_of(cell.teacher)), None)
+        if own_teacher is None and cell.teacher:
             continue
-        name = (own or teachers[0]).model
+        name = (own_teacher or teachers[0]).model
         baseline = [c for c in teachers if c.model == name]
         same = next((c for c in baseline if c.steps == cell.steps), None)
         last = baseline[-1]
-        gaps = {found.name: found for found in compare(cell, last, MAIN)}
+        gaps = {comparison.name: comparison for comparison in compare(cell, last, MAIN)}
         of_same = ratio(cell, same, "fd") if same is not None else None
-        said.append(Gain(cell, same, last, gaps, ratio(cell, last, "fd"), of_same, own is not None))
-    return said
+        gained.append(Gain(cell, same, last, gaps, ratio(cell, last, "fd"), of_same, own_teacher is not None))
+    return gained
 
 
-def _place(spec: str | None) -> str:
+def _path_of(spec: str | None) -> str:
     """Returns the path of a SPEC; a training run's folder and the export in it are the same."""
     return str(spec).split(",")[0].rstrip("/").removesuffix("/export")
 
@@ -83,29 +83,30 @@ def verdicts(gained: Sequence[Gain], models: Sequence[Model]) -> list[dict[str, 
         what it is) pairs.
     """
     few = {
-        model.name: own
+        model.name: model_gains
         for model in models
-        if (own := [gain for gain in gained if gain.cell.model in model.members and gain.cell.steps <= FEW])
+        if (model_gains := [gain for gain in gained if gain.cell.model in model.members and gain.cell.steps <= FEW])
     }
-    having = Counter(steps for own in few.values() for steps in {gain.cell.steps for gain in own})
+    having = Counter(steps for model_gains in few.values() for steps in {gain.cell.steps for gain in model_gains})
     common = max(having, key=lambda steps: (having[steps], steps), default=0)
     several = len({gain.last.model for gain in gained}) > 1
     places = {name: digits(name, [gain.cell for gain in gained]) for name in COST}
-    said = []
-    for model, own in few.items():
-        counts = {gain.cell.steps for gain in own}
+    headlines = []
+    for model, model_gains in few.items():
+        counts = {gain.cell.steps for gain in model_gains}
         steps = common if common in counts else max(counts)
-        shown = [gain for gain in own if gain.cell.steps == steps]
-        last = shown[0].last
+        compared = [gain for gain in model_gains if gain.cell.steps == steps]
+        last = compared[0].last
         who = last.model if several else "the teacher"
-        who = who if shown[0].own else f"the baseline {last.model}"
-        over = f"; mean and range of {len(shown)} training seeds" if len(shown) > 1 else ""
-        said.append({
-            "cell": min((gain.cell for gain in shown), key=lambda cell: cell.fd), "model": model, "steps": _at(steps),
+        who = who if compared[0].own else f"the baseline {last.model}"
+        over = f"; mean and range of {len(compared)} training seeds" if len(compared) > 1 else ""
+        headlines.append({
+            "cell": min((gain.cell for gain in compared), key=lambda cell: cell.fd),
+            "model": model, "steps": _at(steps),
             "against": f"against {who} at {_at(last.steps)}{over}",
-            "stats": [*_distances(shown, who), *_costs(shown, places), *_speed(shown)],
+            "stats": [*_distances(compared, who), *_costs(compared, places), *_speed(compared)],
         })  # fmt: skip
-    return said
+    return headlines
 
 
 def _distances(of: Sequence[Gain], who: str) -> list[tuple[str, str]]:
@@ -152,8 +153,8 @@ def _speed(of: Sequence[Gain]) -> list[tuple[str, str]]:
 def _words(of: Sequence[Gain], name: str) -> str:
     """Returns the verdict on a figure; of several training seeds all of them, with the number of seeds."""
     words = Counter(gain.gaps[name].word for gain in of if name in gain.gaps)
-    told = words if len(of) == 1 else [f"{word} ({count} of {len(of)})" for word, count in words.items()]
-    return f": {', '.join(told)}" if words else ""
+    parts = words if len(of) == 1 else [f"{word} ({count} of {len(of)})" for word, count in words.items()]
+    return f": {', '.join(parts)}" if words else ""
 
 
 def _at(steps: int) -> str:
