@@ -80,9 +80,9 @@ def check_pictures(denoiser: Denoiser, cond: Cond, names: Sequence[str]) -> None
     sizes: list[dict[str, int]] = []
     for rows in (height, height // 2):
         x_t = torch.zeros(1, channels, rows, width, device=next(denoiser.parameters()).device)
-        with listening(denoiser.backbone, names) as heard:
+        with listening(denoiser.backbone, names) as captured:
             denoiser.raw(x_t, denoiser.schedule.t_max, cond)
-        sizes.append({name: maps.shape[1] for name, maps in heard.items()})
+        sizes.append({name: maps.shape[1] for name, maps in captured.items()})
     for name in names:
         whole, half = (size.get(name, 0) for size in sizes)
         if whole <= half:
@@ -127,6 +127,6 @@ def read(denoiser: Denoiser, x_t: Tensor, t: Time, cond: Cond | None, blocks: Se
         x_t: (B, ...). t: a float, () or (B,). cond: of batch size B.
     """
     # a compiled network would not call the hooks
-    with listening(denoiser.backbone, blocks) as heard, torch.compiler.set_stance("force_eager"):
+    with listening(denoiser.backbone, blocks) as captured, torch.compiler.set_stance("force_eager"):
         denoiser.raw(x_t, t, cond)
-    return [heard[name].to(torch.promote_types(heard[name].dtype, torch.float32)) for name in blocks]
+    return [captured[name].to(torch.promote_types(captured[name].dtype, torch.float32)) for name in blocks]

@@ -1,8 +1,8 @@
 """Captures the inputs and outputs of a network's modules during a call.
 
-with listening(network, ["layer2", "layer3"]) as heard:
+with listening(network, ["layer2", "layer3"]) as captured:
     network(x)
-heard["layer2"]          # the output of layer2
+captured["layer2"]          # the output of layer2
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def listening(
     Args:
         names: of submodules. keep: called with (module, its positional inputs, its output).
     """
-    heard: dict[str, T] = {}
+    captured: dict[str, T] = {}
 
-    def hear(name: str):
+    def capture(name: str):
         def hook(module: nn.Module, inputs: tuple, out: object) -> None:
-            heard[name] = keep(module, inputs, out)
+            captured[name] = keep(module, inputs, out)
 
         return hook
 
-    handles = [network.get_submodule(name).register_forward_hook(hear(name)) for name in names]
+    handles = [network.get_submodule(name).register_forward_hook(capture(name)) for name in names]
     try:
-        yield heard
+        yield captured
     finally:
         for handle in handles:
             handle.remove()

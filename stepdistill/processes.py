@@ -73,7 +73,7 @@ class Processes:
 
         return gather_object([own])
 
-    def tell(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Returns the main process's value, in every process."""
         return self.gather(value if self.main else None)[0]
 
@@ -84,19 +84,21 @@ class Processes:
         Raises:
             OSError: another process cannot write. InputError: another process failed for any other reason.
         """
-        own: Exception | None = None
+        failure: Exception | None = None
         try:
             yield
         except Exception as error:
-            own = error
-        said = self.gather(None if own is None else (unwritable(own), getattr(own, "errno", None), reason(own)))
-        if own is not None:
-            raise own
-        for cannot_write, number, words in filter(None, said):
+            failure = error
+        failures = self.gather(
+            None if failure is None else (unwritable(failure), getattr(failure, "errno", None), reason(failure))
+        )
+        if failure is not None:
+            raise failure
+        for cannot_write, number, words in filter(None, failures):
             raise OSError(number, words) if cannot_write else InputError(words)
 
 
-def speaks() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process is the one that prints, among launched processes that are not connected yet."""
     return os.environ.get("RANK", "0") == "0"
 

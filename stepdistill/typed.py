@@ -60,36 +60,38 @@ def parse_yaml(content: bytes, what: str, got: str) -> Any:
         return yaml.load(content.decode("utf-8"), Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # invalid dates and numbers are ValueErrors
         mark = getattr(error, "problem_mark", None)
-        said = getattr(error, "problem", None) or next(iter(str(error).splitlines()), "") or type(error).__name__
+        problem = getattr(error, "problem", None) or next(iter(str(error).splitlines()), "") or type(error).__name__
         line = f" in line {mark.line + 1}" if mark else ""
         raise InputError(
-            f"{what}: got {got}, which is no YAML ({said}{line}); allowed: names and values in UTF-8, each name once; "
-            "fix it"
+            f"{what}: got {got}, which is no YAML ({problem}{line}); allowed: names and values in UTF-8, each name "
+            "once; fix it"
         ) from error
 
 
-def built(kind: type[T], told: Any, where: str, base: T | None = None) -> T:
+def built(kind: type[T], parsed: Any, where: str, base: T | None = None) -> T:
     """Builds a dataclass from the content of a YAML file.
 
     Args:
-        where: location, for error messages. base: values of the fields that are not set; by default the defaults.
+        parsed: what read_yaml returned. where: location, for error messages.
+        base: values of the fields that are not set; by default the defaults.
 
     Raises:
         InputError: a field is unknown, missing or of another type, or the dataclass rejects its value.
     """
     known = {field.name: field for field in dataclasses.fields(kind)}
-    if not isinstance(told, dict):
-        raise InputError(f"{where}: got {_shown(told)}; allowed: fields with values, of {', '.join(known)}; write them")
-    if unknown := [name for name in told if name not in known]:
+    if not isinstance(parsed, dict):
+        names = ", ".join(known)
+        raise InputError(f"{where}: got {_shown(parsed)}; allowed: fields with values, of {names}; write them")
+    if unknown := [name for name in parsed if name not in known]:
         near = difflib.get_close_matches(str(unknown[0]), known, 1)
         fix = f"did you mean {near[0]}?" if near else "leave it out"
         raise InputError(f"{where}: got the field {_shown(unknown[0])}; allowed: {', '.join(known)}; {fix}")
     empty = dataclasses.MISSING
     needed = [name for name, field in known.items() if field.default is empty and field.default_factory is empty]
-    if missing := [name for name in needed if name not in told and base is None]:
+    if missing := [name for name in needed if name not in parsed and base is None]:
         raise InputError(f"{where}: got no {missing[0]!r}; allowed: {', '.join(needed)} and others; add it")
     kinds = typing.get_type_hints(kind)
-    values = {name: _value(kinds[name], value, where, name) for name, value in told.items()}
+    values = {name: _value(kinds[name], value, where, name) for name, value in parsed.items()}
     try:
         return kind(**values) if base is None else dataclasses.replace(base, **values)
     except InputError as error:

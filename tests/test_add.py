@@ -93,10 +93,10 @@ class Judge(Discriminator):
 
     def __init__(self) -> None:
         super().__init__([2, 1])
-        self.heads, self.told = LinearHeads(), []
+        self.heads, self.conditions = LinearHeads(), []
 
     def forward(self, maps, condition, penalised=0):
-        self.told.append(condition)
+        self.conditions.append(condition)
         return super().forward(maps, condition, penalised)
 
 
@@ -245,13 +245,13 @@ def test_the_embedding_of_the_real_picture_is_zero_where_the_student_saw_only_no
         cast, sample = Cast(schedule), batch(64)
         method.loss(phase, sample, cast, CLOCK)
         noisiest = cast.student.given[0] >= method.times(schedule, Denoiser.grid)[0]
-        told = cast.discriminator.told[0][:64]
+        condition = cast.discriminator.conditions[0][:64]
         x = 2 * sample.x0
         embedding = torch.cat([x, -x, torch.ones_like(x[:, :1])], 1)
         embedding = (embedding - embedding.mean(1, keepdim=True)) / (embedding.var(1, False, True) + 1e-5).sqrt()
         assert 0 < noisiest.sum() < 64
-        torch.testing.assert_close(told[:, 2:], embedding * ~noisiest[:, None])
-        torch.testing.assert_close(told[:, :2], sample.cond["pooled"].double())
+        torch.testing.assert_close(condition[:, 2:], embedding * ~noisiest[:, None])
+        torch.testing.assert_close(condition[:, :2], sample.cond["pooled"].double())
 
 
 @pytest.mark.parametrize("steps", [1, 4, 40])

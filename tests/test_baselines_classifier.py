@@ -152,15 +152,15 @@ def test_a_gap_is_closed_by_a_share_or_not_told():
 
 
 @pytest.mark.parametrize(
-    ("teacher", "said"),
+    ("teacher", "expected"),
     [(0.9, "50.0%"), (0.605, "not reported: teacher and control are too close"),
      (0.4, "not reported: the control is better than the teacher"), (None, "not reported: no teacher or no control")],
 )  # fmt: skip
-def test_why_a_gap_is_not_told_is_said(teacher, said, capsys):
+def test_why_a_gap_is_not_told_is_said(teacher, expected, capsys):
     rows = [Row("control", "s", {"accuracy": 0.6}, 5, 1.0, 0), Row("student", "s", {"accuracy": 0.75}, 5, 1.0, 0)]
     rows += [] if teacher is None else [Row("teacher", "t", {"accuracy": teacher}, 10)]
     show(json.loads(json.dumps(Results("hinton", "accuracy", True, "4 pictures", rows).record())))
-    assert f"mean over seeds: {said}" in " ".join(capsys.readouterr().out.split())
+    assert f"mean over seeds: {expected}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_student_is_compared_with_the_control_of_its_name():
@@ -248,8 +248,8 @@ def test_from_the_command_line_to_the_table_and_again(tmp_path, capsys):
         trained = build("resnet8", 6, 32, seed=5)
         load_model(trained, str(out / part / "weights" / "student.safetensors"))
         assert torch.equal(saved(normalise(held.pixels)), trained.eval()(normalise(held.pixels)))
-    told = json.loads((out / "student-0/model/config.json").read_text())
-    assert told == {"network": "resnet8", "classes": list(held.classes), "resolution": 32}
+    config = json.loads((out / "student-0/model/config.json").read_text())
+    assert config == {"network": "resnet8", "classes": list(held.classes), "resolution": 32}
     assert main([*argv, "--temperature", "3"]) == 2
     assert "temperature = 4.0 (now 3.0)" in capsys.readouterr().err
     assert json.loads((out / "run.json").read_text())["temperature"] == 4.0  # that of the existing run, for `eval`
@@ -258,8 +258,8 @@ def test_from_the_command_line_to_the_table_and_again(tmp_path, capsys):
 @pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["sweep", "-h"], ["eval", "--help"]])
 def test_help_names_every_baseline(argv, capsys):
     assert main(["baselines", *argv]) == 0
-    told = capsys.readouterr().out
-    assert all(name in told for name in BASELINES) and "baselines eval out/hinton" in told
+    output = capsys.readouterr().out
+    assert all(name in output for name in BASELINES) and "baselines eval out/hinton" in output
 
 
 @pytest.mark.parametrize(

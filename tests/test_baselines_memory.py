@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from speakers import speaker
 from test_baselines_classifier import shapes
 from test_encoders import MASKING, batch, bert, lines
+from tiny_decoders import tiny_decoder
 
 from stepdistill.baselines.base import Batch, TeacherStudent
 from stepdistill.baselines.classifier.hinton import Hinton
@@ -17,7 +17,7 @@ from stepdistill.baselines.language.models import Decoder
 from stepdistill.baselines.language.problems import Problem
 from stepdistill.baselines.language.r1_traces import R1TracesConfig
 from stepdistill.baselines.language.run import CrossEntropy
-from stepdistill.baselines.language.traces import Said
+from stepdistill.baselines.language.traces import Completion
 from stepdistill.baselines.learner import Learner, learn
 from stepdistill.baselines.less_memory import halved, recompute, recomputes
 from stepdistill.draws import Draws
@@ -33,17 +33,17 @@ CLOCK = Clock(0, 1)
 @torch.no_grad()
 def test_half_weights_say_what_autocast_says_and_are_given_back_to_the_bit(kind):
     classifier = kind == "resnet8"
-    network = build(kind, 3, 8, seed=0).eval() if classifier else speaker(kind).network
+    network = build(kind, 3, 8, seed=0).eval() if classifier else tiny_decoder(kind).network
     inputs = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) if classifier else IDS
 
-    def said() -> torch.Tensor:
+    def output() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             out = network(inputs)
         return out if classifier else out.logits
 
-    before, whole = said(), {name: p.clone() for name, p in network.named_parameters()}
+    before, whole = output(), {name: p.clone() for name, p in network.named_parameters()}
     with pytest.raises(KeyError), halved(network, "bf16"):
-        assert torch.equal(said(), before)
+        assert torch.equal(output(), before)
         halves = {name for name, p in network.named_parameters() if p.dtype == torch.bfloat16}
         raise KeyError
     inner = {"llama": "mlp.up_proj.weight", "gpt2": "attn.c_attn.weight", "resnet8": "conv1.weight"}[kind]
@@ -70,7 +70,7 @@ def test_a_teacher_answers_problems_in_the_precision_of_the_run(tmp_path, monkey
 
     def noted(one, first, problems, **_):
         seen.append((torch.is_autocast_enabled("cpu"), one.network.lm_head.weight.dtype))
-        return [[Said(arithmetic.worked(problem).completion, True)] for problem in problems]
+        return [[Completion(arithmetic.worked(problem).completion, True)] for problem in problems]
 
     monkeypatch.setattr(collect, "answer", noted)
     for precision in ("bf16", "no"):
@@ -86,7 +86,7 @@ def test_activations_that_are_computed_twice_give_the_same_gradients(kind):
         network, objective = MaskedLM(bert()), MaskedModelling(MASKING)
         inner, data = network.network.base_model.encoder.layer[0], batch(lines(5, 12, 8), 3)
     else:
-        network, objective = speaker(kind).network.double(), CrossEntropy()
+        network, objective = tiny_decoder(kind).network.double(), CrossEntropy()
         inner = network.model.layers[0] if kind == "llama" else network.transformer.h[0]
         every = torch.ones_like(IDS, dtype=torch.bool)
         data = Batch({"ids": IDS, "attention": every, "counts": every}, Draws.at(0, 0, 2))
@@ -110,7 +110,8 @@ def test_activations_that_are_computed_twice_give_the_same_gradients(kind):
 
 
 def test_advice_for_a_full_device_is_one_that_is_taken(tmp_path):
-    for number, (network, told) in enumerate(((build("resnet8", 2, 8, seed=1), False), (speaker().network, True))):
+    cases = ((build("resnet8", 2, 8, seed=1), False), (tiny_decoder().network, True))
+    for number, (network, advised) in enumerate(cases):
         config = R1TracesConfig(out=tmp_path / str(number), max_train_steps=1, batch_size=4)
         run = Learner(Hinton(2.0, 0.0, 1.0, True), TeacherStudent(network), shapes(), config)
 
@@ -118,8 +119,8 @@ def test_advice_for_a_full_device_is_one_that_is_taken(tmp_path):
             raise torch.OutOfMemoryError
 
         run.step = full
-        with pytest.raises(InputError, match="lower --batch-size and raise --gradient-accumulation") as said:
+        with pytest.raises(InputError, match="lower --batch-size and raise --gradient-accumulation") as error:
             run.fit()
-        assert ("add --gradient-checkpointing" in str(said.value)) == told == recomputes(network)
+        assert ("add --gradient-checkpointing" in str(error.value)) == advised == recomputes(network)
     with pytest.raises(InputError, match="gradient_checkpointing: got it for a CifarResNet, which cannot"):
         recompute(build("resnet8", 2, 8, seed=1))

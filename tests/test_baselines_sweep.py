@@ -42,7 +42,7 @@ def test_a_sweep_puts_runs_side_by_side_and_trains_once_what_they_share(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "said", "values"),
+    ("name", "over", "values"),
     [
         ("hinton", "temperature=1,2.5", [1.0, 2.5]),
         ("hinton", "max-train-steps=10,20", [10, 20]),
@@ -57,11 +57,11 @@ def test_a_sweep_puts_runs_side_by_side_and_trains_once_what_they_share(tmp_path
         ("snapfusion", "balanced=true,false", [True, False]),
     ],
 )  # fmt: skip
-def test_a_sweeps_values_have_their_flags_types_and_folders_of_their_own(name, said, values):
+def test_a_sweeps_values_have_their_flags_types_and_folders_of_their_own(name, over, values):
     config = get(name).config()
-    runs = variants(config, *parse_over(said, type(config)))
+    runs = variants(config, *parse_over(over, type(config)))
     assert list(runs) == values and [*map(type, runs)] == [*map(type, values)]
-    flag = said.partition("=")[0].replace("-", "_")
+    flag = over.partition("=")[0].replace("-", "_")
     assert [getattr(run, flag) for run in runs.values()] == values
     assert len({run.out for run in runs.values()}) == len(values)
     assert all(run.out.parent == config.out for run in runs.values())
@@ -75,7 +75,7 @@ def test_the_values_that_are_swept_by_default_pass_the_check(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "said", "error"),
+    ("name", "over", "error"),
     [
         ("distilbert", "init=layer", "--over: got init: 'layer'; allowed: layers, random"),
         ("gkd", "trainer=own2", "--over: got trainer: 'own2'; allowed: own, trl"),
@@ -96,10 +96,10 @@ def test_the_values_that_are_swept_by_default_pass_the_check(name):
     ],
 )
 def test_a_value_that_cannot_be_swept_is_refused_before_anything_is_trained(
-    name, said, error, tmp_path, monkeypatch, capsys
+    name, over, error, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(get(name).config, "run", lambda _: pytest.fail("a run has begun"))
-    assert main(["baselines", "sweep", name, "--quick", "--over", said, "--out", str(tmp_path / "out")]) == 2
+    assert main(["baselines", "sweep", name, "--quick", "--over", over, "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert error in line and not (tmp_path / "out").exists()
 
@@ -122,8 +122,8 @@ def test_a_figure_with_an_interval_is_shown_with_it_and_one_of_an_old_record_wit
         Row("student", "tiny", {"fd": 88.4796, "fd_low": 84.25, "fd_high": 92.75, "latency_ms": 10.01}, 100),
     ]
     show(Results("bk_sdm", "fd", False, "300 pictures", rows).record())
-    told = " ".join(capsys.readouterr().out.split())
-    assert "88.48 (84.25–92.75)" in told and "96.83 " in told and "fd low" not in told
+    output = " ".join(capsys.readouterr().out.split())
+    assert "88.48 (84.25–92.75)" in output and "96.83 " in output and "fd low" not in output
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,10 @@ import json, sys, numpy, torch
 from safetensors.torch import save_file
 drawn = {}
 for name, code in json.load(open(sys.argv[1])).items():
-    said = {}
-    exec(code.replace("labels = ", "torch.manual_seed(3); labels = "), said)  # peft draws an adapter first
-    drawn[name] = said["x"].contiguous()
-    drawn[name + "-image"] = torch.from_numpy(numpy.array(said["image"]))
+    variables = {}
+    exec(code.replace("labels = ", "torch.manual_seed(3); labels = "), variables)  # peft draws an adapter first
+    drawn[name] = variables["x"].contiguous()
+    drawn[name + "-image"] = torch.from_numpy(numpy.array(variables["image"]))
 save_file(drawn, sys.argv[2])
 assert "stepdistill" not in sys.modules
 """

@@ -48,8 +48,8 @@ def test_stable_diffusions_pooled_text_is_the_towers_own(pad_token):
     prompts = [*tiny.PROMPTS, "", "a cat " * 40]
     cond = conditioning.from_pipeline(pipe).encode(prompts)
     options = {"padding": "max_length", "truncation": True, "max_length": pipe.tokenizer.model_max_length}
-    said = pipe.text_encoder(pipe.tokenizer(prompts, return_tensors="pt", **options).input_ids)
-    assert torch.equal(cond["text"], said.last_hidden_state) and torch.equal(cond["pooled"], said.pooler_output)
+    encoded = pipe.text_encoder(pipe.tokenizer(prompts, return_tensors="pt", **options).input_ids)
+    assert torch.equal(cond["text"], encoded.last_hidden_state) and torch.equal(cond["pooled"], encoded.pooler_output)
 
 
 def test_unconditional_is_the_encoded_empty_prompt_for_sd_and_zeros_for_sdxl():

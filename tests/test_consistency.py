@@ -205,7 +205,7 @@ def test_a_teacher_gives_one_loss_whatever_it_predicts():
 
 
 def test_a_student_is_told_the_papers_w_which_is_one_less_and_its_teacher_is_told_nothing():
-    told = {"teacher": [], "student": [], "target": []}
+    seen = {"teacher": [], "student": [], "target": []}
 
     class Listening(Affine):
         def __init__(self, role: str) -> None:
@@ -214,16 +214,16 @@ def test_a_student_is_told_the_papers_w_which_is_one_less_and_its_teacher_is_tol
             self.takes_guidance = role != "teacher"
 
         def raw(self, x_t, t, cond=None, *, t_end=None):
-            told[self.role].append(cond.get("guidance"))
+            seen[self.role].append(cond.get("guidance"))
             return super().raw(x_t, t, cond)
 
     method = LatentConsistency(guidance_min=2.0, guidance_max=6.0, embed_guidance=True)
-    method.loss("student", batch(n=256), Trio(*(Listening(r) for r in told)), CLOCK)
+    method.loss("student", batch(n=256), Trio(*(Listening(r) for r in seen)), CLOCK)
     draws = batch(n=256).draws
     draws.integers(50)
     expected = 1.0 + 4.0 * draws.uniform()
-    assert told["teacher"] == [None]
-    assert torch.allclose(told["student"][0], expected) and torch.equal(told["target"][0], told["student"][0])
+    assert seen["teacher"] == [None]
+    assert torch.allclose(seen["student"][0], expected) and torch.equal(seen["target"][0], seen["student"][0])
     assert 1 <= expected.min() < 1.2 and 4.8 < expected.max() <= 5
 
 

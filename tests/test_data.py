@@ -236,10 +236,10 @@ def test_a_broken_picture_is_left_out_counted_and_named(tmp_path, teacher, broke
     cache = open_data(broken(3), teacher, cache_dir=tmp_path / "cache")
     assert (cache.captions, cache.manifest["broken"]) == ([f"cat {i}" for i in (0, 1, 2, 4, 5)], 1)
     whole = open_data(broken(), teacher, cache_dir=tmp_path / "cache")
-    (x0, cond), (expected, told) = cache.batch(range(5)), whole.batch([0, 1, 2, 4, 5])
-    assert torch.equal(x0, expected) and torch.equal(cond["text"], told["text"])
-    said = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "left out" in line]
-    assert len(said) == 1 and said[0].endswith(
+    (x0, cond), (expected, expected_cond) = cache.batch(range(5)), whole.batch([0, 1, 2, 4, 5])
+    assert torch.equal(x0, expected) and torch.equal(cond["text"], expected_cond["text"])
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "left out" in line]
+    assert len(lines) == 1 and lines[0].endswith(
         "left out 1 of 6 images, which are broken; broken.jsonl in the cache lists them"
     )
     (line,) = next((tmp_path / "cache").glob("*/broken.jsonl")).read_text().splitlines()
@@ -285,9 +285,9 @@ def test_whatever_a_decoder_raises_the_picture_is_named(error, monkeypatch):
     monkeypatch.setattr(Image, "open", fails)
     with pytest.raises(
         InputError, match=r"picture: got a.png, which is broken \(\w+.*\); allowed: a whole one; replace or remove it"
-    ) as said:
+    ) as caught:
         open_picture(io.BytesIO(), "a.png")
-    one_line(said)
+    one_line(caught)
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "a.txt", "prompts.txt"])
@@ -466,9 +466,9 @@ def test_two_processes_at_once_make_one_cache(tmp_path, pictures, pipelines):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
-    said = [process.communicate() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert said[0][0] == said[1][0]
+    outputs = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
     assert len(list(tmp_path.glob("data-*"))) == 1 and not list(tmp_path.glob(".*.building"))
 
 

@@ -114,9 +114,9 @@ def test_approximate_r1_is_on_average_the_exact_one():
 def test_a_head_does_not_see_how_the_batch_is_split(planar):
     torch.manual_seed(0)
     heads = Heads([32, 8], 3, planar).eval()
-    features, told = [maps(12, 32, 4), maps(48, 8, 4)], torch.randn(4, 3)
-    whole = heads(features, told, (3, 4))
-    halves = [heads([m[i : i + 2] for m in features], told[i : i + 2], (3, 4)) for i in (0, 2)]
+    features, condition = [maps(12, 32, 4), maps(48, 8, 4)], torch.randn(4, 3)
+    whole = heads(features, condition, (3, 4))
+    halves = [heads([m[i : i + 2] for m in features], condition[i : i + 2], (3, 4)) for i in (0, 2)]
     for logits, first, second in zip(whole, *halves, strict=True):
         assert torch.allclose(logits, torch.cat([first, second]), atol=1e-6)
 
@@ -142,20 +142,20 @@ def test_every_convolution_has_spectral_norm_one():
             assert top == pytest.approx(1, abs=1e-3)
 
 
-def test_a_head_is_told_by_projection():
+def test_a_head_is_conditioned_by_projection():
     """Its logit is <out(features), tell(condition)> / sqrt(width), so it is zero if `tell` returns zero."""
     torch.manual_seed(0)
     head = Head(32, 3).eval()
     features = maps(6, 32).transpose(1, 2)
-    told = torch.randn(3, 3)
+    condition = torch.randn(3, 3)
     h = head.first(features)
     out = head.out((h + head.second(h)) / math.sqrt(2))
-    expected = torch.einsum("bwn,bw->bn", out, head.tell(told)) / 8
-    assert torch.allclose(head(features, told), expected, atol=1e-6)
+    expected = torch.einsum("bwn,bw->bn", out, head.tell(condition)) / 8
+    assert torch.allclose(head(features, condition), expected, atol=1e-6)
     with torch.no_grad():
         for p in head.tell[2].parameters():
             p.zero_()
-    assert torch.equal(head(features, told), torch.zeros(3, 6))
+    assert torch.equal(head(features, condition), torch.zeros(3, 6))
 
 
 def test_a_flat_head_is_circular_and_works_on_fewer_tokens_than_its_kernel():
@@ -211,9 +211,9 @@ def test_pooled_text_is_the_pipelines_else_the_mean_of_the_tokens_that_count():
     assert pooled_text({}, 2).shape == (2, 0)
 
 
-def test_of_a_class_the_heads_are_told_which():
-    told = pooled_text({"labels": torch.tensor([2, 0])}, 2, classes=3)
-    assert torch.equal(told, torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]))
+def test_heads_are_conditioned_on_the_class():
+    condition = pooled_text({"labels": torch.tensor([2, 0])}, 2, classes=3)
+    assert torch.equal(condition, torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]))
 
 
 def test_a_noise_level_reads_the_same_on_every_schedule():

@@ -7,14 +7,14 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import load_file
-from speakers import sentences, speaker, tokenizer
 from test_resume import stop_at
+from tiny_decoders import sentences, tiny_decoder, tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepdistill.baselines.base import Batch, TeacherStudent
 from stepdistill.baselines.language import losses
 from stepdistill.baselines.language.distillm import DistiLLM, DistiLLMConfig, turn
-from stepdistill.baselines.language.generate import Spoken
+from stepdistill.baselines.language.generate import TokenBatch
 from stepdistill.baselines.language.measure import mean_nll
 from stepdistill.baselines.language.memory import Replay
 from stepdistill.baselines.language.models import logits
@@ -39,13 +39,14 @@ def objective(**changes) -> DistiLLM:
 
 
 def teacher_student(threshold: float, capacity: int = 5) -> TeacherStudent:
-    return TeacherStudent(speaker(seed=1).network, speaker(seed=2).network, replay=Replay(capacity, BLOCK, threshold))
+    student, teacher = (tiny_decoder(seed=seed).network for seed in (1, 2))
+    return TeacherStudent(student, teacher, replay=Replay(capacity, BLOCK, threshold))
 
 
-def spoken(*first: int) -> Spoken:
+def repeated(*first: int) -> TokenBatch:
     """Rows that each repeat one of these tokens."""
     ids = torch.tensor(first)[:, None].expand(-1, BLOCK).clone()
-    return Spoken(ids, ids > 0, ids > 0)
+    return TokenBatch(ids, ids > 0, ids > 0)
 
 
 class Written(TorchDispatchMode):
@@ -91,9 +92,9 @@ def test_the_threshold_rises_by_a_tenth_as_the_validation_loss_rises_by_a_tenth(
 
 def test_the_oldest_rows_are_forgotten_first():
     replay = Replay(3, BLOCK, 0.5)
-    replay.keep(spoken(1, 2))
+    replay.keep(repeated(1, 2))
     assert replay.filled == 2 and replay.ids[:, 0].tolist() == [1, 2, 0]
-    replay.keep(spoken(3, 4))
+    replay.keep(repeated(3, 4))
     assert replay.filled == 3 and replay.ids[:, 0].tolist() == [4, 2, 3]
 
 
@@ -101,16 +102,16 @@ def test_of_more_rows_than_there_is_room_for_the_last_are_kept():
     """None is written twice: which of two would stay is not defined on a GPU."""
     replay, written = Replay(3, BLOCK, 0.5), Written()
     with written:
-        replay.keep(spoken(1, 2, 3, 4, 5, 6, 7))
+        replay.keep(repeated(1, 2, 3, 4, 5, 6, 7))
     assert replay.filled == 3 and replay.ids[:, 0].tolist() == [7, 5, 6]
     assert [sorted(places) for places in written.places] == 3 * [[0, 1, 2]]
-    replay.keep(spoken(8))
+    replay.keep(repeated(8))
     assert replay.ids[:, 0].tolist() == [7, 8, 6]
 
 
 def test_rows_are_recalled_by_the_samples_own_numbers_and_only_such_as_there_are():
     replay = Replay(100, BLOCK, 0.5)
-    replay.keep(spoken(7, 8, 9))
+    replay.keep(repeated(7, 8, 9))
     rows = replay.recall(Draws.at(0, 0, 40)).ids[:, 0]
     assert rows.tolist() == [7 + i for i in Draws.at(0, 0, 40).integers(3).tolist()]
     assert set(rows.tolist()) == {7, 8, 9}
@@ -143,8 +144,8 @@ def test_what_the_student_says_is_kept_and_used_again():
 
 
 def test_the_validation_loss_is_looked_at_once_an_update_and_without_dropout():
-    network = speaker("gpt2", resid_pdrop=0.5).network
-    models = TeacherStudent(network, speaker("gpt2", seed=2).network, replay=Replay(5, BLOCK, 0.0))
+    network = tiny_decoder("gpt2", resid_pdrop=0.5).network
+    models = TeacherStudent(network, tiny_decoder("gpt2", seed=2).network, replay=Replay(5, BLOCK, 0.0))
     quiet = mean_nll(network, data()[-2:])
     network.train()
     rows = Batch(data().batch([0, 1]), Draws.at(0, 0, 2))

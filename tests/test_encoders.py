@@ -15,7 +15,7 @@ from torch import nn
 from stepdistill.baselines.base import Batch, TeacherStudent
 from stepdistill.baselines.language import encoder_run, encoders, layers, masked, tinybert
 from stepdistill.baselines.language.distilbert import DistilBertConfig
-from stepdistill.baselines.language.labelled import Classifier, Labelled, open_task, told_class
+from stepdistill.baselines.language.labelled import Classifier, Labelled, classification_metrics, open_task
 from stepdistill.baselines.language.layers import Answers, Layers, Projections
 from stepdistill.baselines.language.masked import Lines, MaskedLM, Masking
 from stepdistill.baselines.language.models import check_length
@@ -63,33 +63,35 @@ def batch(data, count: int) -> Batch:
 def test_of_what_is_hidden_eight_tenths_are_masks_and_half_of_the_rest_any_token():
     data = lines(*[12] * 4000)
     masking = Masking(0.15, 12, 4, (0, 1, 2, 3, 4), 23)
-    shown, told = masking(data.ids, data.attention, Draws.at(0, 0, 4000))
-    plain = data.ids > 4
-    assert not told[~plain].any() and torch.equal(shown[~told], data.ids[~told])
-    n = told.sum().item()
+    masked_ids, is_masked = masking(data.ids, data.attention, Draws.at(0, 0, 4000))
+    maskable = data.ids > 4
+    assert not is_masked[~maskable].any() and torch.equal(masked_ids[~is_masked], data.ids[~is_masked])
+    n = is_masked.sum().item()
     deviation = 4 * math.sqrt(0.25 / n)
-    assert n / plain.sum().item() == pytest.approx(0.15, abs=deviation)
-    assert (shown[told] == 4).double().mean().item() == pytest.approx(0.8 + 0.1 / 23, abs=deviation)
-    assert (shown[told] == data.ids[told]).double().mean().item() == pytest.approx(0.1 + 0.1 / 23, abs=deviation)
+    assert n / maskable.sum().item() == pytest.approx(0.15, abs=deviation)
+    assert (masked_ids[is_masked] == 4).double().mean().item() == pytest.approx(0.8 + 0.1 / 23, abs=deviation)
+    unchanged = (masked_ids[is_masked] == data.ids[is_masked]).double().mean().item()
+    assert unchanged == pytest.approx(0.1 + 0.1 / 23, abs=deviation)
 
 
 def test_what_is_hidden_belongs_to_a_piece_and_not_to_those_beside_it():
     data = lines(6, 12)
     alone = data.batch([0])
     assert alone["ids"].shape == (1, 6)
-    shown, told = MASKING(alone["ids"], alone["attention"], Draws.at(0, 0, 1))
-    both, told_both = MASKING(*data.batch([0, 1]).values(), Draws.at(0, 0, 2))
-    assert torch.equal(both[:1, :6], shown) and torch.equal(told_both[:1, :6], told) and not told_both[0, 6:].any()
+    masked_ids, is_masked = MASKING(alone["ids"], alone["attention"], Draws.at(0, 0, 1))
+    both_ids, both_masked = MASKING(*data.batch([0, 1]).values(), Draws.at(0, 0, 2))
+    assert torch.equal(both_ids[:1, :6], masked_ids) and torch.equal(both_masked[:1, :6], is_masked)
+    assert not both_masked[0, 6:].any()
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 @torch.no_grad()
 def test_a_head_asked_about_some_places_says_there_what_it_says_everywhere(kind):
     network, data = bert(kind=kind), lines(5, 9)
-    told = data.ids > 9
-    hidden, logits = MaskedLM(network)(data.ids, data.attention, told)
+    selected = data.ids > 9
+    hidden, logits = MaskedLM(network)(data.ids, data.attention, selected)
     whole = network(data.ids, attention_mask=data.attention.long(), output_hidden_states=True)
-    assert (logits - whole.logits[told]).abs().max() < 1e-12 and torch.equal(hidden, whole.hidden_states[-1])
+    assert (logits - whole.logits[selected]).abs().max() < 1e-12 and torch.equal(hidden, whole.hidden_states[-1])
 
 
 def test_lines_are_cut_into_pieces_with_the_special_tokens_around_each():
@@ -111,15 +113,17 @@ def test_lines_are_cut_into_pieces_with_the_special_tokens_around_each():
 
 def triple(student, teacher, data: Lines, kl_on: str) -> dict[str, float]:
     """The three terms, computed token by token."""
-    shown, told = MASKING(data.ids, data.attention, Draws.at(0, 0, len(data)))
-    s, t = (net(shown, attention_mask=data.attention.long(), output_hidden_states=True) for net in (student, teacher))
+    masked_ids, is_masked = MASKING(data.ids, data.attention, Draws.at(0, 0, len(data)))
+    s, t = (
+        net(masked_ids, attention_mask=data.attention.long(), output_hidden_states=True) for net in (student, teacher)
+    )
     kls, nlls, cosines = [], [], []
     for row, length in enumerate(data.attention.sum(1).tolist()):
         for at in range(length):
             p, q = ((x.logits[row, at] / 2).softmax(-1) for x in (t, s))
-            if kl_on == "all" or told[row, at]:
+            if kl_on == "all" or is_masked[row, at]:
                 kls.append(4 * sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True)))
-            if told[row, at]:
+            if is_masked[row, at]:
                 nlls.append(-math.log(s.logits[row, at].softmax(-1)[data.ids[row, at]].item()))
             h, g = s.hidden_states[-1][row, at], t.hidden_states[-1][row, at]
             cosines.append(1 - (h @ g / (h.norm() * g.norm())).item())
@@ -318,7 +322,7 @@ def test_tinyberts_student_and_control_are_an_encoder_that_transformers_loads_an
         folder = tmp_path / f"{role}-0" / "model"
         saved, tokenizer = load_classifier(folder), hf.AutoTokenizer.from_pretrained(folder)
         _, held = open_task("avatars", tokenizer, 64, label="right clothes", limit=40, held_out=20)
-        assert told_class(saved, held) == figures[role]
+        assert classification_metrics(saved, held) == figures[role]
         assert [saved.body.config.id2label[i] for i in range(len(held.classes))] == list(held.classes)
         weights = load_file(tmp_path / f"{role}-0" / last / "weights" / "student.safetensors")
         body = hf.AutoModel.from_pretrained(folder).eval()
@@ -343,9 +347,9 @@ def test_tinyberts_student_and_control_are_an_encoder_that_transformers_loads_an
     ],
 )
 def test_what_cannot_work_is_refused_in_a_line_before_anything_is_trained(config, match, tmp_path):
-    with pytest.raises(InputError, match=match) as said:
+    with pytest.raises(InputError, match=match) as error:
         dataclasses.replace(config, out=tmp_path / "run").run()
-    assert "\n" not in str(said.value) and not (tmp_path / "run").exists()
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
 def test_another_kind_of_model_and_a_sentence_encoder_without_a_head_are_told_apart(tmp_path):
@@ -436,16 +440,16 @@ def test_a_task_in_order_of_class_is_drawn_from_all_of_it(tmp_path):
     file.write_text("".join(f"{name}\t{text}\n" for name, text in rows))
     tokenizer = encoders.open_encoder("tiny", [text for _, text in rows]).tokenizer
 
-    def said(**more) -> list[list[tuple[int, str]]]:
-        found = open_task(str(file), tokenizer, 8, label="", **more)
-        texts = [tokenizer.batch_decode(part.lines.ids, skip_special_tokens=True) for part in found]
-        return [list(zip(part.labels.tolist(), said, strict=True)) for part, said in zip(found, texts, strict=True)]
+    def drawn(**more) -> list[list[tuple[int, str]]]:
+        parts = open_task(str(file), tokenizer, 8, label="", **more)
+        texts = [tokenizer.batch_decode(part.lines.ids, skip_special_tokens=True) for part in parts]
+        return [list(zip(part.labels.tolist(), words, strict=True)) for part, words in zip(parts, texts, strict=True)]
 
-    train, held = said(limit=40, held_out=15)
+    train, held = drawn(limit=40, held_out=15)
     assert (len(train), len(held)) == (40, 15) and not {text for _, text in train} & {text for _, text in held}
     for part in (train, held):
         assert {label for label, _ in part} == {0, 1, 2, 3}
         assert all("abcd"[label] == text[0] for label, text in part)
-    assert said(limit=40, held_out=15) == [train, held] != said(limit=40, held_out=15, seed=1)
+    assert drawn(limit=40, held_out=15) == [train, held] != drawn(limit=40, held_out=15, seed=1)
     with pytest.raises(InputError, match="got 1 texts of 1 class"):
-        said(limit=1, held_out=15)
+        drawn(limit=1, held_out=15)

@@ -36,13 +36,13 @@ def test_a_transformers_maps_are_what_its_blocks_see_and_say_with_the_class_toke
     with torch.no_grad():
         maps, pooled = from_vit(net, "tiny")(pictures())
         x = net._pos_embed(net.patch_embed((pictures() / 2 + 0.5 - mean) / std))
-        said = [x]
+        hidden_states = [x]
         for index, block in enumerate(net.blocks):
             x = block(x)
-            said += [x] if index in (2, 5, 8, 11) else []
+            hidden_states += [x] if index in (2, 5, 8, 11) else []
     prefix = net.num_prefix_tokens
     assert len(maps) == 5 and prefix >= 1
-    for tokens, whole in zip(maps, said, strict=True):
+    for tokens, whole in zip(maps, hidden_states, strict=True):
         torch.testing.assert_close(tokens, whole[:, prefix:] + whole[:, :1])
     torch.testing.assert_close(pooled, net.norm(x)[:, 0].detach())
 
@@ -50,15 +50,15 @@ def test_a_transformers_maps_are_what_its_blocks_see_and_say_with_the_class_toke
 def test_lite2_is_read_at_four_stages_and_pooled_as_the_extractor_of_the_figures_does(lite2):
     from stepdistill.evaluation.features import load_extractor
 
-    heard: list[torch.Tensor] = []
+    captured: list[torch.Tensor] = []
     for stage in (1, 2, 4, 6):
-        lite2.net.blocks[stage].register_forward_hook(lambda *a: heard.append(a[-1]))
+        lite2.net.blocks[stage].register_forward_hook(lambda *a: captured.append(a[-1]))
     raw = (pictures(40) * 127.5 + 127.5).round()
     with torch.no_grad():
         maps, pooled = lite2(raw / 127.5 - 1)
     torch.testing.assert_close(pooled, load_extractor("efficientnet_lite2", size=64)(raw.byte()), rtol=1e-4, atol=1e-4)
     assert [tuple(m.shape[1:]) for m in maps] == [(256, 24), (64, 48), (16, 120), (4, 352)]
-    for tokens, features in zip(maps, heard[:4], strict=True):
+    for tokens, features in zip(maps, captured[:4], strict=True):
         assert torch.equal(tokens.transpose(1, 2), features.flatten(2))
     assert lite2.identity.endswith("@64") and feature_networks.LITE2_SHA256 in lite2.identity
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from speakers import speaker, tokenizer
+from tiny_decoders import tiny_decoder, tokenizer
 
 from stepdistill.baselines.base import Batch, TeacherStudent
 from stepdistill.baselines.language.forward_kl import ForwardKL
@@ -26,7 +26,7 @@ def batch() -> Batch:
 
 
 def teacher_student() -> TeacherStudent:
-    return TeacherStudent(*(speaker("gpt2", seed=seed).network.double() for seed in (1, 2)))
+    return TeacherStudent(*(tiny_decoder("gpt2", seed=seed).network.double() for seed in (1, 2)))
 
 
 @torch.no_grad()

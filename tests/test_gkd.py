@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 import torch
-from speakers import sentences, speaker, tokenizer
+from tiny_decoders import sentences, tiny_decoder, tokenizer
 
 from stepdistill.baselines.base import Batch, TeacherStudent
 from stepdistill.baselines.language.generate import coin, sample
@@ -31,7 +31,7 @@ def batch() -> Batch:
 
 def teacher_student() -> TeacherStudent:
     """In float64, so that losses equal what is computed by hand."""
-    return TeacherStudent(speaker(seed=1).network.double(), speaker(seed=2).network.double())
+    return TeacherStudent(tiny_decoder(seed=1).network.double(), tiny_decoder(seed=2).network.double())
 
 
 def objective(**changes) -> GKD:
@@ -54,32 +54,32 @@ def jsd_by_hand(models: TeacherStudent, ids, attention, counts, beta: float) -> 
 def test_on_policy_the_mean_is_over_what_the_student_said_up_to_its_first_end():
     models, given = teacher_student(), batch()
     loss = objective().loss("student", given, models, CLOCK)
-    spoken = sample([(models.bare, 1.0)], given["ids"][:, :PROMPT], given["attention"][:, :PROMPT], Draws.at(7, 0, 3),
-                    new=BLOCK - PROMPT, eos=2, pad=0)  # fmt: skip
-    values = jsd_by_hand(models, spoken.ids, spoken.attention, spoken.counts, 0.3)
+    generated = sample([(models.bare, 1.0)], given["ids"][:, :PROMPT], given["attention"][:, :PROMPT],
+                       Draws.at(7, 0, 3), new=BLOCK - PROMPT, eos=2, pad=0)  # fmt: skip
+    values = jsd_by_hand(models, generated.ids, generated.attention, generated.counts, 0.3)
     assert loss.total.item() == pytest.approx(sum(values) / len(values), abs=1e-10)
-    assert set(loss.terms) == {"jsd_own"} and not spoken.counts[:, :PROMPT].any()
+    assert set(loss.terms) == {"jsd_own"} and not generated.counts[:, :PROMPT].any()
 
 
 def test_over_other_tokens_than_those_said_it_is_another_number():
     """The usual mistakes: counting the prompt, counting all after the end, or dividing the sum by every position."""
     models, given = teacher_student(), batch()
-    models.teacher.load_state_dict(speaker(seed=4).network.state_dict())
+    models.teacher.load_state_dict(tiny_decoder(seed=4).network.state_dict())
     first = sample([(models.bare, 1.0)], given["ids"][:, :PROMPT], given["attention"][:, :PROMPT], Draws.at(7, 0, 3),
                    new=BLOCK - PROMPT, eos=-1, pad=0)  # fmt: skip
     end = first.ids[0, PROMPT + 2].item()  # a token that one of them generates early
     loss = objective(eos=end).loss("student", given, models, CLOCK).total.item()
-    spoken = sample([(models.bare, 1.0)], given["ids"][:, :PROMPT], given["attention"][:, :PROMPT], Draws.at(7, 0, 3),
-                    new=BLOCK - PROMPT, eos=end, pad=0)  # fmt: skip
-    values = jsd_by_hand(models, spoken.ids, spoken.attention, spoken.counts, 0.3)
-    assert spoken.counts.sum().item() < 3 * (BLOCK - PROMPT)
+    generated = sample([(models.bare, 1.0)], given["ids"][:, :PROMPT], given["attention"][:, :PROMPT],
+                       Draws.at(7, 0, 3), new=BLOCK - PROMPT, eos=end, pad=0)  # fmt: skip
+    values = jsd_by_hand(models, generated.ids, generated.attention, generated.counts, 0.3)
+    assert generated.counts.sum().item() < 3 * (BLOCK - PROMPT)
     assert loss == pytest.approx(sum(values) / len(values), abs=1e-10)
-    everything = torch.ones_like(spoken.counts)
+    everything = torch.ones_like(generated.counts)
     everything[:, 0] = False
     behind = everything.clone()
     behind[:, :PROMPT] = False
     for counts in (everything, behind):
-        wrong = jsd_by_hand(models, spoken.ids, spoken.attention, counts, 0.3)
+        wrong = jsd_by_hand(models, generated.ids, generated.attention, counts, 0.3)
         assert abs(sum(wrong) / len(wrong) - loss) > 1e-3 * loss
     assert abs(sum(values) / (3 * (BLOCK - 1)) - loss) > 0.1 * loss
 
@@ -111,7 +111,7 @@ def test_the_temperature_is_of_what_the_student_says_and_not_of_the_divergence()
         sample([(models.bare, 1.0)], *prompts, Draws.at(7, 0, 3), new=BLOCK - PROMPT, eos=2, pad=0, temperature=t)
         for t in (0.2, 1.0)
     )
-    values, others = (jsd_by_hand(models, said.ids, said.attention, said.counts, 0.3) for said in (cold, warm))
+    values, others = (jsd_by_hand(models, text.ids, text.attention, text.counts, 0.3) for text in (cold, warm))
     assert loss == pytest.approx(sum(values) / len(values), abs=1e-10)
     assert abs(sum(others) / len(others) - loss) > 1e-4 * loss
 
@@ -141,14 +141,14 @@ def test_gradients_reach_the_student_alone():
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn():
-    models = TeacherStudent(*(speaker(seed=1).network.double() for _ in range(2)))
+    models = TeacherStudent(*(tiny_decoder(seed=1).network.double() for _ in range(2)))
     assert objective().loss("student", batch(), models, CLOCK).total.item() == pytest.approx(0, abs=1e-12)
 
 
 def test_without_trl_its_trainer_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    said = r"trainer: got trl, but trl is not installed; pip install 'stepdistill\[trl\]'"
-    with pytest.raises(InputError, match=said):
+    message = r"trainer: got trl, but trl is not installed; pip install 'stepdistill\[trl\]'"
+    with pytest.raises(InputError, match=message):
         GKDConfig(trainer="trl").check()
 
 

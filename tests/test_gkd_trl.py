@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from speakers import sentences, speaker, tokenizer
+from tiny_decoders import sentences, tiny_decoder, tokenizer
 
 from stepdistill.baselines.base import Batch, TeacherStudent
 from stepdistill.baselines.language.gkd import GKD, GKDConfig
@@ -48,7 +48,7 @@ def config(out: Path, **changes) -> GKDConfig:
 @pytest.mark.parametrize(("data", "kind"), [(packed, "llama"), (padded, "llama"), (padded, "gpt2")])
 def test_trls_trainer_takes_the_same_samples_to_the_same_loss(data, kind, tmp_path):
     """With padded prompts too: GPT-2 has learned positions."""
-    student, teacher, rows = speaker(kind, seed=1), speaker(kind, seed=2), data()
+    student, teacher, rows = tiny_decoder(kind, seed=1), tiny_decoder(kind, seed=2), data()
     trainer = make_trainer(config(tmp_path), teacher, student.network, rows)
     assert (trainer.lmbda, trainer.beta, trainer.temperature) == (0.4, 0.3, 0.8)
     assert trainer.generation_config.max_new_tokens == BLOCK - PROMPT
@@ -61,25 +61,25 @@ def test_trls_trainer_takes_the_same_samples_to_the_same_loss(data, kind, tmp_pa
 
 @pytest.mark.parametrize(("lmbda", "name"), [(0.0, "jsd_text"), (1.0, "jsd_own")])
 def test_lambda_is_the_share_of_steps_in_which_the_student_speaks(lmbda, name, tmp_path, monkeypatch):
-    spoken = []
+    generated = []
     generate = Trainer.generate_on_policy_outputs
 
     def spy(*args):
-        spoken.append(generate(*args))
-        return spoken[-1]
+        generated.append(generate(*args))
+        return generated[-1]
 
     monkeypatch.setattr(Trainer, "generate_on_policy_outputs", staticmethod(spy))
-    student = speaker(seed=1).network
-    trainer = make_trainer(config(tmp_path, lmbda=lmbda), speaker(seed=2), student, packed())
+    student = tiny_decoder(seed=1).network
+    trainer = make_trainer(config(tmp_path, lmbda=lmbda), tiny_decoder(seed=2), student, packed())
     trainer.current_gradient_accumulation_steps = 1  # as its own loop sets it
     for _ in range(3):
         trainer.training_step(student, as_trl(packed(), [0, 1]))
-    assert len(spoken) == 3 * lmbda and list(trainer.losses) == [name] and len(trainer.losses[name]) == 3
+    assert len(generated) == 3 * lmbda and list(trainer.losses) == [name] and len(trainer.losses[name]) == 3
 
 
 def run(given: GKDConfig) -> tuple[torch.nn.Module, float]:
-    student = speaker(seed=1).network
-    return student, teach(given, speaker(seed=2), student, packed())
+    student = tiny_decoder(seed=1).network
+    return student, teach(given, tiny_decoder(seed=2), student, packed())
 
 
 def lines(out: Path) -> list[dict]:
@@ -137,7 +137,9 @@ def test_a_finished_folder_is_kept_and_refused_to_other_settings(changes, tmp_pa
 
 @pytest.mark.parametrize(("name", "theirs"), [("adamw", "adamw_torch_fused"), ("adamw8bit", "adamw_bnb_8bit")])
 def test_the_optimizer_is_the_one_that_was_asked_for(name, theirs, tmp_path):
-    trainer = make_trainer(config(tmp_path, optimizer=name), speaker(seed=2), speaker(seed=1).network, packed())
+    trainer = make_trainer(
+        config(tmp_path, optimizer=name), tiny_decoder(seed=2), tiny_decoder(seed=1).network, packed()
+    )
     assert trainer.args.optim == theirs
     if name == "adamw":
         made = trainer.create_optimizer()
@@ -145,7 +147,7 @@ def test_the_optimizer_is_the_one_that_was_asked_for(name, theirs, tmp_path):
 
 
 def test_a_teacher_is_kept_in_the_runs_precision_and_given_back(tmp_path):
-    teacher, student = speaker(seed=2), speaker(seed=1).network
+    teacher, student = tiny_decoder(seed=2), tiny_decoder(seed=1).network
     whole, seen = {name: p.clone() for name, p in teacher.network.named_parameters()}, set()
     layers = [network.model.layers[0].mlp.up_proj for network in (teacher.network, student)]
     layers[0].register_forward_hook(lambda *_: seen.add(tuple(layer.weight.dtype for layer in layers)))
@@ -156,7 +158,7 @@ def test_a_teacher_is_kept_in_the_runs_precision_and_given_back(tmp_path):
 
 def test_trained_in_half_precision_a_student_is_measured_in_full(tmp_path):
     student, _ = run(config(tmp_path, max_train_steps=1, mixed_precision="bf16"))
-    plain = speaker(seed=3).network
+    plain = tiny_decoder(seed=3).network
     plain.load_state_dict(student.state_dict())
     ids = torch.arange(8)[None]
     assert torch.equal(logits(student, ids, EVERY), logits(plain, ids, EVERY))

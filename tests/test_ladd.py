@@ -62,10 +62,10 @@ class Line(nn.Module):
     def __init__(self, w: list[float]) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.tensor(w))
-        self.told = []
+        self.conditions = []
 
     def forward(self, maps, level, text, size):
-        self.told.append((level, text, tuple(size)))
+        self.conditions.append((level, text, tuple(size)))
         return [tokens @ self.w for tokens in maps]
 
 
@@ -169,7 +169,7 @@ def test_real_and_fake_are_judged_at_one_noise_level_and_r1_steps_from_the_noise
 def test_the_heads_are_told_the_noise_level_and_the_pooled_text_of_each_view():
     models = Trio(Cosine())
     LatentAdversarial().loss("discriminator", batch(), models, CLOCK)
-    level, text, size = models.discriminator.told[0]
+    level, text, size = models.discriminator.conditions[0]
     u = models.teacher.asked[0][1]
     assert torch.allclose(level[:, 0], torch.sin(u.float() * math.pi / 2))
     assert torch.equal(text, batch().cond["pooled"].repeat(2, 1)) and size == ()
@@ -296,15 +296,15 @@ def test_the_discriminator_is_as_wide_as_the_blocks_and_the_text():
 
 
 def test_a_network_that_is_told_its_guidance_is_told_it_as_student_and_as_teacher(monkeypatch):
-    told = []
+    scales = []
     method = LatentAdversarial(guidance=3.5)
     teacher = as_teacher(tiny.flux(), "flux").resize((tiny.LATENT * 8,) * 2)
     models = lora_models(teacher.denoiser, others=method.networks(teacher), target_decay=0.0)
     forward = teacher.denoiser.backbone.forward
-    monkeypatch.setattr(teacher.denoiser.backbone, "forward", lambda **k: told.append(k["guidance"]) or forward(**k))
+    monkeypatch.setattr(teacher.denoiser.backbone, "forward", lambda **k: scales.append(k["guidance"]) or forward(**k))
     for phase in method.phases(CLOCK):
         method.loss(phase, sample_of(teacher), models, CLOCK)
-    assert [len(w) for w in told] == [2, 4, 2, 2] and all((w == 3.5).all() for w in told)
+    assert [len(w) for w in scales] == [2, 4, 2, 2] and all((w == 3.5).all() for w in scales)
     assert method.guidance_scale(models.student) == 3.5
 
 

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from speakers import lines_of, sentences, speaker
 from test_trainer import in_two_processes
+from tiny_decoders import lines_of, sentences, tiny_decoder
 
 from stepdistill.baselines import get
 from stepdistill.baselines.language.tiny import train_tokenizer
@@ -55,10 +55,10 @@ COMMANDS = {
 def taught(monkeypatch):
     """Makes the teacher's sums right: after two updates they are not."""
     from stepdistill.baselines.language import arithmetic, collect
-    from stepdistill.baselines.language.traces import Said
+    from stepdistill.baselines.language.traces import Completion
 
     def right(one, first, problems, **_):
-        return [[Said(arithmetic.worked(problem).completion, True)] for problem in problems]
+        return [[Completion(arithmetic.worked(problem).completion, True)] for problem in problems]
 
     monkeypatch.setattr(collect, "answer", right)
 
@@ -71,16 +71,16 @@ def test_a_quick_run_ends_with_a_table_and_measured_anew_it_is_the_same(name, tm
     assert cli(command) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert {"teacher", "control", "student"} <= {row["role"] for row in rows}
-    told = capsys.readouterr()
-    assert "student" in told.out and (tmp_path / "student-0" / "model" / "config.json").exists()
-    assert re.search(r"measuring: +\d+%\|", told.err)
+    output = capsys.readouterr()
+    assert "student" in output.out and (tmp_path / "student-0" / "model" / "config.json").exists()
+    assert re.search(r"measuring: +\d+%\|", output.err)
     assert cli(["baselines", "eval", str(tmp_path)]) == 0
     again = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["figures"] for row in again] == [row["figures"] for row in rows]
 
 
 @pytest.mark.parametrize(
-    ("name", "more", "said"),
+    ("name", "more", "message"),
     [
         ("minitron", ["--student", "prune:heads=0.99"], "0.99 of 2 heads that share keys pruned, which leaves none"),
         ("minitron", ["--teacher", "tiny-gpt2", "--student", "prune:channels=0.3"], "give channels=0.5 and heads=0.5"),
@@ -99,16 +99,16 @@ def test_a_quick_run_ends_with_a_table_and_measured_anew_it_is_the_same(name, tm
         ("r1_traces", ["--student", "/nowhere/model", "--learning-rate", "1e-4"], "/nowhere/model, which is no folder"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_2(name, more, said, tmp_path, capsys):
+def test_bad_input_ends_in_one_line_and_2(name, more, message, tmp_path, capsys):
     command = ["baselines", "run", name, *FEW, *COMMANDS[name], "--out", str(tmp_path), *more]
     assert cli(command) == 2
     (error,) = lines_of(capsys.readouterr().err)
-    assert error.startswith("error: ") and said in error
+    assert error.startswith("error: ") and message in error
 
 
 def test_a_student_with_another_tokenizer_is_refused(tmp_path, capsys):
     for name, texts in (("one", sentences(50)), ("other", [text[::-1] for text in sentences(50)])):
-        speaker(vocab_size=280).network.save_pretrained(tmp_path / name)
+        tiny_decoder(vocab_size=280).network.save_pretrained(tmp_path / name)
         train_tokenizer(texts, 280).save_pretrained(tmp_path / name)
     models = ["--teacher", str(tmp_path / "one"), "--student", str(tmp_path / "other")]
     models += ["--learning-rate", "1e-3"]

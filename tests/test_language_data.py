@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from speakers import sentences, speaker, tokenizer, write_text
+from tiny_decoders import sentences, tiny_decoder, tokenizer, write_text
 
 from stepdistill.baselines.language import losses
 from stepdistill.baselines.language.models import logits, positions
@@ -25,31 +25,31 @@ def by_hand(network: torch.nn.Module) -> float:
     for pair in PAIRS:
         before, after = (tokenizer()(text).input_ids for text in (pair.prompt, pair.completion))
         ids = torch.tensor([before + after + [end]])
-        said = network(input_ids=ids).logits[0].double().log_softmax(-1)
-        values += [-said[i - 1, ids[0, i]].item() for i in range(len(before), ids.shape[1])]
+        log_probs = network(input_ids=ids).logits[0].double().log_softmax(-1)
+        values += [-log_probs[i - 1, ids[0, i]].item() for i in range(len(before), ids.shape[1])]
     return sum(values) / len(values)
 
 
 @pytest.fixture(params=KINDS)
 def network(request):
-    return speaker(request.param).network
+    return tiny_decoder(request.param).network
 
 
 @torch.no_grad()
 def test_padding_on_both_sides_changes_nothing(network):
     rows = pair_up(PAIRS, tokenizer(), prompt=PROMPT, completion=COMPLETION)
     assert (~rows.attention[:, 0]).any() and (~rows.attention[:, -1]).any()  # padding on both sides
-    said = logits(network, rows.ids, rows.attention)
-    ours = losses.cross_entropy(*losses.shift(said, rows.ids, rows.counts)).item()
+    student_logits = logits(network, rows.ids, rows.attention)
+    ours = losses.cross_entropy(*losses.shift(student_logits, rows.ids, rows.counts)).item()
     assert ours == pytest.approx(by_hand(network), abs=1e-5)
 
 
 @torch.no_grad()
 def test_padding_that_counts_or_is_attended_to_is_another_loss(network):
     rows = pair_up(PAIRS, tokenizer(), prompt=PROMPT, completion=COMPLETION)
-    said = logits(network, rows.ids, rows.attention)
+    student_logits = logits(network, rows.ids, rows.attention)
     truth = by_hand(network)
-    all_count = losses.cross_entropy(*losses.shift(said, rows.ids, torch.ones_like(rows.counts))).item()
+    all_count = losses.cross_entropy(*losses.shift(student_logits, rows.ids, torch.ones_like(rows.counts))).item()
     attended = logits(network, rows.ids, torch.ones_like(rows.attention))
     all_seen = losses.cross_entropy(*losses.shift(attended, rows.ids, rows.counts)).item()
     assert abs(all_count - truth) > 1e-2 and abs(all_seen - truth) > 1e-2
@@ -58,7 +58,7 @@ def test_padding_that_counts_or_is_attended_to_is_another_loss(network):
 @torch.no_grad()
 def test_of_left_padding_the_first_true_token_is_at_place_0():
     """GPT-2 has learned positions: counted from the first column, as they are by default, they are wrong."""
-    network = speaker("gpt2").network
+    network = tiny_decoder("gpt2").network
     rows = pair_up(PAIRS, tokenizer(), prompt=PROMPT, completion=COMPLETION)
     assert positions(rows.attention)[0, PROMPT].item() == len(tokenizer()(PAIRS[0].prompt).input_ids)
     unplaced = network(input_ids=rows.ids, attention_mask=rows.attention.long(),
@@ -74,16 +74,16 @@ def test_where_pad_is_eos_the_end_of_a_text_still_counts(network):
     end = tokenizer().eos_token_id
     assert tokenizer().pad_token_id is None and (rows.ids[~rows.attention] == end).all()
     assert (rows.counts & (rows.ids == end)).sum(1).tolist() == [1, 1]
-    said = logits(network, rows.ids, rows.attention)
-    ours = losses.cross_entropy(*losses.shift(said, rows.ids, rows.counts)).item()
-    by_token = losses.cross_entropy(*losses.shift(said, rows.ids, rows.counts & (rows.ids != end))).item()
+    student_logits = logits(network, rows.ids, rows.attention)
+    ours = losses.cross_entropy(*losses.shift(student_logits, rows.ids, rows.counts)).item()
+    by_token = losses.cross_entropy(*losses.shift(student_logits, rows.ids, rows.counts & (rows.ids != end))).item()
     assert ours == pytest.approx(by_hand(network), abs=1e-5) and abs(by_token - ours) > 1e-3
 
 
 def test_gradients_through_padded_rows_are_finite(network):
     rows = pair_up(PAIRS, tokenizer(), prompt=PROMPT, completion=COMPLETION)
-    said = logits(network, rows.ids, rows.attention)
-    losses.cross_entropy(*losses.shift(said, rows.ids, rows.counts)).backward()
+    student_logits = logits(network, rows.ids, rows.attention)
+    losses.cross_entropy(*losses.shift(student_logits, rows.ids, rows.counts)).backward()
     assert all(p.grad.isfinite().all() for p in network.parameters())
 
 
@@ -142,7 +142,7 @@ def test_captions_of_the_embedded_set_are_texts():
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("empty.txt", "", "whose train text is empty"),
         ("blank.txt", " \n\n", "whose train text is empty"),
@@ -155,13 +155,13 @@ def test_captions_of_the_embedded_set_are_texts():
         ("missing.txt", None, "cannot be read"),
     ],
 )
-def test_what_holds_no_text_is_refused(tmp_path, name, content, said):
+def test_what_holds_no_text_is_refused(tmp_path, name, content, message):
     file = tmp_path / name
     if content is not None:
         file.write_text(content)
     with pytest.raises(InputError) as error:
         open_texts(str(file), "train")
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_less_than_a_block_is_refused():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from speakers import Constant, speaker, tokenizer
+from tiny_decoders import Constant, tiny_decoder, tokenizer
 
 from stepdistill.baselines.language.generate import coin, draw, sample
 from stepdistill.baselines.language.models import logits
@@ -26,7 +26,7 @@ def numbers(rows: int = 3) -> torch.Tensor:
     return torch.stack([draws.uniform() for _ in range(NEW)], 1).double()
 
 
-def say(network, *, temperature: float = 1.0, eos: int = -1, rows: slice = slice(None)):
+def generate(network, *, temperature: float = 1.0, eos: int = -1, rows: slice = slice(None)):
     ids, attention = (x[rows] for x in prompts())
     draws = Draws([g.initial_seed() for g in Draws.at(5, 0, 3).generators[rows]])
     return sample([(network, 1.0)], ids, attention, draws, new=NEW, eos=eos, pad=0, temperature=temperature)
@@ -49,18 +49,18 @@ def test_tokens_are_drawn_as_often_as_they_are_probable():
 @torch.no_grad()
 def test_word_by_word_and_all_at_once_say_the_same(kind, temperature):
     """Caches, left padding and positions, against one call on the whole text."""
-    network = speaker(kind).network
-    spoken = say(network, temperature=temperature)
-    probs = (logits(network, spoken.ids, spoken.attention).double() / temperature).softmax(-1)
+    network = tiny_decoder(kind).network
+    generated = generate(network, temperature=temperature)
+    probs = (logits(network, generated.ids, generated.attention).double() / temperature).softmax(-1)
     again = [draw(probs[:, 11 + i], numbers()[:, i]) for i in range(NEW)]
-    assert torch.equal(torch.stack(again, 1), spoken.ids[:, 12:])
-    assert len({tuple(row) for row in spoken.ids[:, 12:].tolist()}) == 3
+    assert torch.equal(torch.stack(again, 1), generated.ids[:, 12:])
+    assert len({tuple(row) for row in generated.ids[:, 12:].tolist()}) == 3
 
 
 def test_a_sample_says_the_same_in_any_batch():
-    network = speaker().network
-    whole = say(network).ids
-    assert torch.equal(say(network, rows=slice(1, 3)).ids, whole[1:])
+    network = tiny_decoder().network
+    whole = generate(network).ids
+    assert torch.equal(generate(network, rows=slice(1, 3)).ids, whole[1:])
 
 
 @pytest.mark.parametrize("pad", [0, 1])
@@ -68,37 +68,37 @@ def test_the_prompt_and_what_stands_behind_the_first_end_do_not_count(pad):
     """A model that ends or continues by the number drawn: with u < 1/2 it generates 1, the end, which may pad too."""
     network, u = Constant([0.0, 0.5, 0.5]), numbers()
     ids, attention = prompts()
-    spoken = sample([(network, 1.0)], ids, attention, Draws.at(5, 0, 3), new=NEW, eos=1, pad=pad)
+    generated = sample([(network, 1.0)], ids, attention, Draws.at(5, 0, 3), new=NEW, eos=1, pad=pad)
     for row, values in enumerate(u.tolist()):
         ends = next(i for i, value in enumerate(values) if value < 0.5)
-        said = [2] * ends + [1]
-        assert spoken.ids[row, 12:].tolist() == said + [pad] * (NEW - len(said))
-        assert spoken.counts[row].tolist() == [False] * 12 + [True] * len(said) + [False] * (NEW - len(said))
-        assert torch.equal(spoken.attention[row], torch.cat([attention[row], spoken.counts[row, 12:]]))
+        tokens = [2] * ends + [1]
+        assert generated.ids[row, 12:].tolist() == tokens + [pad] * (NEW - len(tokens))
+        assert generated.counts[row].tolist() == [False] * 12 + [True] * len(tokens) + [False] * (NEW - len(tokens))
+        assert torch.equal(generated.attention[row], torch.cat([attention[row], generated.counts[row, 12:]]))
     assert network.calls < NEW  # no call once all rows have ended
 
 
 def test_a_mixture_is_drawn_from_the_mean_of_what_its_voices_say():
     a, b = [0.7, 0.1, 0.2], [0.1, 0.8, 0.1]
     ids, attention = prompts()
-    voices = [(Constant(a), 0.2), (Constant(b), 0.8)]
-    spoken = sample(voices, ids, attention, Draws.at(5, 0, 3), new=NEW, eos=-1, pad=0)
+    mixture = [(Constant(a), 0.2), (Constant(b), 0.8)]
+    generated = sample(mixture, ids, attention, Draws.at(5, 0, 3), new=NEW, eos=-1, pad=0)
     mean = torch.tensor([[0.2 * x + 0.8 * y for x, y in zip(a, b, strict=True)]]).double()
     hand = [[draw(mean, u[None]).item() for u in row] for row in numbers()]
-    assert spoken.ids[:, 12:].tolist() == hand
+    assert generated.ids[:, 12:].tolist() == hand
 
 
 def test_what_is_said_has_no_dropout_and_training_goes_on_with_it():
-    network = speaker("gpt2", resid_pdrop=0.5).network
-    quiet = say(network).ids
+    network = tiny_decoder("gpt2", resid_pdrop=0.5).network
+    quiet = generate(network).ids
     network.train()
-    assert torch.equal(say(network).ids, quiet) and network.training
+    assert torch.equal(generate(network).ids, quiet) and network.training
 
 
 def test_no_gradient_goes_through_what_was_said():
-    assert not any(p.grad is not None for p in speaker().network.parameters())
-    spoken = say(Constant([0.3, 0.7]))
-    assert not spoken.ids.requires_grad and not spoken.counts.requires_grad
+    assert not any(p.grad is not None for p in tiny_decoder().network.parameters())
+    generated = generate(Constant([0.3, 0.7]))
+    assert not generated.ids.requires_grad and not generated.counts.requires_grad
 
 
 def test_a_coin_belongs_to_its_update():

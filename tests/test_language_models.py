@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from speakers import sentences, speaker, tokenizer
+from tiny_decoders import sentences, tiny_decoder, tokenizer
 
 from stepdistill.baselines.language import losses
 from stepdistill.baselines.language.corpus import Corpus
@@ -32,7 +32,7 @@ WIKITEXT = Path("/work/shared/data/wikitext2-test.txt")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @torch.no_grad()
 def test_a_student_of_some_layers_is_the_teacher_with_the_others_left_out(kind):
-    teacher = speaker(kind, layers=4)
+    teacher = tiny_decoder(kind, layers=4)
     student = make_student("layers:0,3", teacher)
     layers = teacher.network.get_submodule(layers_name(teacher.network))
     for middle in (1, 2):  # a layer that adds nothing is the same as none
@@ -45,7 +45,7 @@ def test_a_student_of_some_layers_is_the_teacher_with_the_others_left_out(kind):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_copied_layers_are_the_students_own(kind):
-    teacher = speaker(kind)
+    teacher = tiny_decoder(kind)
     before = logits(teacher.network, IDS, EVERY).detach()
     student = copy_layers(teacher.network, [0, 1])
     assert torch.equal(logits(student, IDS, EVERY), before)
@@ -59,7 +59,7 @@ def test_copied_layers_are_the_students_own(kind):
 @pytest.mark.parametrize("spec", ["layers:1", "config:num_hidden_layers=1", "prune:layers=0.5"])
 def test_a_student_in_training_answers_as_in_evaluation(kind, changes, spec):
     """MiniLLM's ratio is of its likelihood in training mode to that in evaluation mode: 1 before any update."""
-    teacher = speaker(kind, **changes)
+    teacher = tiny_decoder(kind, **changes)
     corpus = Corpus(*[Tokens(IDS, EVERY, EVERY, 1)] * 3, None)
     for method in (MiniLLMConfig, GKDConfig, DistiLLMConfig):
         student = method(student=spec).make_student(teacher, corpus, 0)
@@ -72,10 +72,10 @@ def test_layers_are_taken_evenly_from_the_first_to_the_last():
     assert evenly(6, 30) == [0, 6, 12, 17, 23, 29] and evenly(1, 4) == [0] and evenly(4, 4) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(("kind", "said"), [("llama", "intermediate_size=20,"), ("gpt2", "")])
-def test_a_configuration_with_changes_is_a_random_student_of_the_same_vocabulary(kind, said):
-    teacher = speaker(kind)
-    changes = f"config:{said}hidden_size=8,num_hidden_layers=1"
+@pytest.mark.parametrize(("kind", "more"), [("llama", "intermediate_size=20,"), ("gpt2", "")])
+def test_a_configuration_with_changes_is_a_random_student_of_the_same_vocabulary(kind, more):
+    teacher = tiny_decoder(kind)
+    changes = f"config:{more}hidden_size=8,num_hidden_layers=1"
     one, other, third = (make_student(changes, teacher, seed=seed) for seed in (0, 0, 1))
     assert logits(one, IDS, EVERY).shape == (2, 12, len(tokenizer()))
     assert torch.equal(logits(one, IDS, EVERY), logits(other, IDS, EVERY))
@@ -84,7 +84,7 @@ def test_a_configuration_with_changes_is_a_random_student_of_the_same_vocabulary
 
 
 def test_a_saved_model_comes_back_with_its_tokenizer(tmp_path):
-    teacher = speaker()
+    teacher = tiny_decoder()
     teacher.network.save_pretrained(tmp_path)
     teacher.tokenizer.save_pretrained(tmp_path)
     again = open_decoder(str(tmp_path))
@@ -94,12 +94,13 @@ def test_a_saved_model_comes_back_with_its_tokenizer(tmp_path):
 
 
 def test_another_vocabulary_is_refused_where_cutting_to_the_smaller_one_gives_a_number():
-    teacher, student = speaker(), speaker(vocab_size=len(tokenizer()) - 9)
+    teacher, student = tiny_decoder(), tiny_decoder(vocab_size=len(tokenizer()) - 9)
     with pytest.raises(InputError, match=r"student: got llama with a vocabulary of \d+, and \d+ of.*layers:N"):
         match_vocabulary(teacher, student)
-    said, answers = logits(student.network, IDS, EVERY), logits(teacher.network, IDS, EVERY)
-    cut = losses.forward_kl(said, answers[..., : said.shape[-1]], EVERY).item()
-    p, q = answers.double().log_softmax(-1)[..., : said.shape[-1]], said.double().log_softmax(-1)
+    student_logits, teacher_logits = logits(student.network, IDS, EVERY), logits(teacher.network, IDS, EVERY)
+    size = student_logits.shape[-1]
+    cut = losses.forward_kl(student_logits, teacher_logits[..., :size], EVERY).item()
+    p, q = teacher_logits.double().log_softmax(-1)[..., :size], student_logits.double().log_softmax(-1)
     assert cut > 0 and abs(cut - (p.exp() * (p - q)).sum(-1).mean().item()) > 1e-3  # and it is not their divergence
 
 
@@ -108,7 +109,7 @@ def test_another_vocabulary_is_refused_where_cutting_to_the_smaller_one_gives_a_
 def test_rows_behind_the_last_token_are_cut_where_they_are_all_that_differs(kind, tied):
     """Qwen2.5's vocabularies: 152,064 for 7B and 151,936 for 0.5B, with one tokenizer."""
     size = len(tokenizer())
-    teacher, student = (speaker(kind, vocab_size=size + n, seed=n, tie_word_embeddings=tied) for n in (24, 8))
+    teacher, student = (tiny_decoder(kind, vocab_size=size + n, seed=n, tie_word_embeddings=tied) for n in (24, 8))
     before = [logits(model.network, IDS, EVERY)[..., :size] for model in (teacher, student)]
     for _ in range(2):
         match_vocabulary(teacher, student)
@@ -118,7 +119,7 @@ def test_rows_behind_the_last_token_are_cut_where_they_are_all_that_differs(kind
 
 
 def test_vocabularies_of_one_size_stay_as_they_are():
-    teacher, student = (speaker(vocab_size=len(tokenizer()) + 24, seed=seed) for seed in (0, 1))
+    teacher, student = (tiny_decoder(vocab_size=len(tokenizer()) + 24, seed=seed) for seed in (0, 1))
     match_vocabulary(teacher, student)
     assert teacher.network.config.vocab_size == student.network.config.vocab_size == len(tokenizer()) + 24
 
@@ -126,7 +127,7 @@ def test_vocabularies_of_one_size_stay_as_they_are():
 def test_another_tokenizer_of_as_many_tokens_is_refused():
     texts = sentences(50), [text[::-1] for text in sentences(50)]
     one, other = (
-        dataclasses.replace(speaker(vocab_size=280), tokenizer=train_tokenizer(t, 280), name=name)
+        dataclasses.replace(tiny_decoder(vocab_size=280), tokenizer=train_tokenizer(t, 280), name=name)
         for t, name in zip(texts, ("one", "other"), strict=True)
     )
     assert len(one.tokenizer) == len(other.tokenizer)
@@ -135,7 +136,7 @@ def test_another_tokenizer_of_as_many_tokens_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         ("layers:9", "allowed: 1 to 2"),
         ("layers:1,0", "rising numbers below 2"),
@@ -150,10 +151,10 @@ def test_another_tokenizer_of_as_many_tokens_is_refused():
         ("some/model", "which could not be loaded"),
     ],
 )
-def test_a_student_that_cannot_be_is_refused_in_one_line(spec, said):
+def test_a_student_that_cannot_be_is_refused_in_one_line(spec, message):
     with pytest.raises(InputError) as error:
-        make_student(spec, speaker())
-    assert said in str(error.value) and "\n" not in str(error.value)
+        make_student(spec, tiny_decoder())
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("spec", ["tiny", "tiny-gpt2"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from speakers import sentences, speaker, tokenizer
+from tiny_decoders import sentences, tiny_decoder, tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -21,7 +21,7 @@ from stepdistill.baselines.language.models import Decoder, logits, open_decoder
 from stepdistill.baselines.language.problems import Problem
 from stepdistill.baselines.language.texts import Pair, open_texts
 from stepdistill.baselines.language.tokens import begin, pack, pair_up, prompt_ids, stream
-from stepdistill.baselines.language.traces import Said, answer
+from stepdistill.baselines.language.traces import Completion, answer
 from stepdistill.baselines.sweep import take_over
 from stepdistill.cli.baselines import main
 from stepdistill.errors import InputError
@@ -96,9 +96,9 @@ def test_a_text_begins_as_its_tokenizer_begins_it():
 def test_each_packed_row_and_each_prompt_begins_with_it():
     made, texts = llama3(), sentences(9)
     rows = pack(texts, made, 8, prompt=3)
-    said = stream(texts, made)
+    token_stream = stream(texts, made)
     assert rows.ids[:, 0].tolist() == [0] * len(rows)
-    assert rows.ids[:, 1:].flatten().tolist() == said[: len(said) // 7 * 7].tolist()
+    assert rows.ids[:, 1:].flatten().tolist() == token_stream[: len(token_stream) // 7 * 7].tolist()
     assert rows.counts[:, 1:].all() and not rows.counts[:, 0].any()
     pairs = [Pair("the cat", " sees"), Pair("a dog likes the old owl", " sees")]
     for prompt in (1, 4, 40):
@@ -111,7 +111,7 @@ def test_each_packed_row_and_each_prompt_begins_with_it():
 
 @torch.no_grad()
 def test_each_measured_window_begins_with_it():
-    network = speaker(vocab_size=len(llama3())).network
+    network = tiny_decoder(vocab_size=len(llama3())).network
     ids = stream(sentences(20), llama3(), 40)
     found = perplexity(network, ids, window=16, stride=8, first=begin(llama3()))["nll"]
     values = []
@@ -127,26 +127,26 @@ def test_each_measured_window_begins_with_it():
 def test_a_problem_is_asked_with_it_once(template, monkeypatch):
     from stepdistill.baselines.language import traces
 
-    heard = []
+    prompts_seen = []
 
-    def sample(voices, ids, attention, draws, **settings):
-        heard.append(ids[attention].tolist())
-        return real(voices, ids, attention, draws, **settings)
+    def sample(mixture, ids, attention, draws, **settings):
+        prompts_seen.append(ids[attention].tolist())
+        return real(mixture, ids, attention, draws, **settings)
 
     real = traces.sample
     monkeypatch.setattr(traces, "sample", sample)
     made = llama3(template)
-    one = Decoder(speaker(vocab_size=len(made)).network, made, "one")
-    answer(one, 0, [Problem("the cat", "")], samples=1, new=2, temperature=1.0, seed=0)
+    model = Decoder(tiny_decoder(vocab_size=len(made)).network, made, "one")
+    answer(model, 0, [Problem("the cat", "")], samples=1, new=2, temperature=1.0, seed=0)
     asked = "the cat" if template is None else "<user>the cat</><assistant>"
-    assert heard == [made(asked).input_ids]
+    assert prompts_seen == [made(asked).input_ids]
 
 
 def folder(place: Path, template: str | None) -> str:
     """Saves a model whose tokenizer has a chat template; returns its path."""
     made = copy.deepcopy(tokenizer())
     made.chat_template = template
-    speaker(seed=5, max_position_embeddings=128).network.save_pretrained(place)
+    tiny_decoder(seed=5, max_position_embeddings=128).network.save_pretrained(place)
     made.save_pretrained(place)
     return str(place)
 
@@ -174,11 +174,11 @@ def test_to_prompts_alone_the_teacher_says_the_completions_and_says_them_once(tm
                "--data", given, "--block", "24", "--prompt", "16", "--validation", "4", "--shown", "2",
                "--batch-size", "4", "--max-train-steps", "2", "--learning-rate", "1e-3", "--out", str(out)]  # fmt: skip
     main(command)
-    said = [json.loads(line)[0]["text"] for line in (out / "answers-train.jsonl").read_text().splitlines()[1:]]
-    assert len(said) == 36 and len(set(said)) > 20
+    completions = [json.loads(line)[0]["text"] for line in (out / "answers-train.jsonl").read_text().splitlines()[1:]]
+    assert len(completions) == 36 and len(set(completions)) > 20
     asked = [Problem(pair.prompt, "") for pair in open_texts(given, "train")[:16]]
     own = answer(open_decoder(str(tmp_path / "teacher")), 0, asked, samples=1, new=8, temperature=1.0, seed=0)
-    assert said[:16] == [texts[0].text for texts in own]
+    assert completions[:16] == [texts[0].text for texts in own]
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert [row["role"] for row in rows] == ["teacher", "before", "control", "student"]
     again = []
@@ -190,10 +190,10 @@ def test_to_prompts_alone_the_teacher_says_the_completions_and_says_them_once(tm
 
 def test_an_answer_that_was_cut_has_no_end_even_if_its_text_has_fewer_tokens(tmp_path, monkeypatch):
     """A text that was sampled in many tokens may come back from the tokenizer in few."""
-    said = {"the cat": Said(" sees red hats.", False), "a dog": Said(" sees red hats.", True)}
-    monkeypatch.setattr(answers, "answer", lambda _, first, some, **__: [[said[one.prompt]] for one in some])
+    completions = {"the cat": Completion(" sees red hats.", False), "a dog": Completion(" sees red hats.", True)}
+    monkeypatch.setattr(answers, "answer", lambda _, first, some, **__: [[completions[one.prompt]] for one in some])
     config = ForwardKLConfig(block=40, prompt=20, validation=1)
-    asked, teacher = [Pair(prompt, None) for prompt in said], speaker()
+    asked, teacher = [Pair(prompt, None) for prompt in completions], tiny_decoder()
     corpus = config.open_corpus(*config.answered([asked, asked], teacher, tmp_path), teacher)
     texts = [
         teacher.tokenizer.decode(row[counts]) for row, counts in zip(corpus.test.ids, corpus.test.counts, strict=True)
@@ -203,12 +203,12 @@ def test_an_answer_that_was_cut_has_no_end_even_if_its_text_has_fewer_tokens(tmp
 
 @pytest.mark.parametrize("precision", ["bf16", "no"])
 def test_prompts_are_answered_in_the_precision_of_the_run(precision, tmp_path, monkeypatch):
-    teacher, seen = speaker(), []
+    teacher, seen = tiny_decoder(), []
 
     def noted(one, first, some, **_):
         layer = one.network.model.layers[0].mlp.up_proj
         seen.append((torch.is_autocast_enabled("cpu"), layer.weight.dtype == torch.bfloat16))
-        return [[Said("so", True)]] * len(some)
+        return [[Completion("so", True)]] * len(some)
 
     monkeypatch.setattr(answers, "answer", noted)
     sampling = {"new": 4, "seed": 0}
@@ -236,7 +236,7 @@ def test_the_runs_of_a_sweep_share_the_teachers_answers(flag, value, same, tmp_p
     two = dataclasses.replace(one, out=tmp_path / "two", **{flag: value})
     one.out.mkdir()
     for split in ("train", "test"):
-        (one.out / f"answers-{split}.jsonl").write_text("said")
+        (one.out / f"answers-{split}.jsonl").write_text("answers")
     take_over(one, two)
     assert [(two.out / f"answers-{split}.jsonl").exists() for split in ("train", "test")] == [same, same]
 
@@ -245,14 +245,14 @@ LLAMA3_DATE = "{% if not date_string is defined %}{% set date_string = strftime_
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "expected"),
     [
         (LLAMA3_DATE + "{{ date_string }}", "26 Jul 2024"),
         ("{{ strftime_now('%A, %d %B %Y (%Y-%m-%d %H:%M)') }}", "Friday, 26 July 2024 (2024-07-26 00:00)"),
     ],
 )
-def test_a_run_that_is_resumed_on_another_day_has_the_same_prompts(template, said):
-    assert tokens.ask(llama3(template), "the cat") == said
+def test_a_run_that_is_resumed_on_another_day_has_the_same_prompts(template, expected):
+    assert tokens.ask(llama3(template), "the cat") == expected
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, "\n{% if true %}\n  {{ messages[0].content }}{% endif %}\n\n"])
@@ -268,6 +268,6 @@ def test_prompts_that_nobody_can_answer_are_refused(tmp_path):
         answers.answered([Pair("a", None)], Decoder(None, None, "tiny"), tmp_path / "a.jsonl", **sampling)
     mixed = open_texts(prompts(tmp_path, *[{"prompt": "a", "completion": "b"}] * 10), "train")
     with pytest.raises(InputError, match=r"data: got 40 prompts without a completion, of 45; allowed: none, or all"):
-        answers.answered(mixed, speaker(), tmp_path / "a.jsonl", **sampling)
-    assert answers.answered(mixed[-2:], speaker(), tmp_path / "a.jsonl", **sampling) == mixed[-2:]
+        answers.answered(mixed, tiny_decoder(), tmp_path / "a.jsonl", **sampling)
+    assert answers.answered(mixed[-2:], tiny_decoder(), tmp_path / "a.jsonl", **sampling) == mixed[-2:]
     assert not (tmp_path / "a.jsonl").exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from speakers import lines_of, write_text
+from tiny_decoders import lines_of, write_text
 
 from stepdistill.baselines import BASELINES, get
 from stepdistill.baselines.language.corpus import Corpus
@@ -64,8 +64,8 @@ def test_a_run_ends_with_teacher_before_control_and_student(name, text, first, t
     for values in found.values():
         assert values["perplexity"] == pytest.approx(math.exp(values["nll"]))
     assert found["control"]["nll"] < found["before"]["nll"]
-    said = (out / "generations.md").read_text()
-    assert said.count("- **student, seed 0**:") == said.count("- **teacher**:") == 3
+    generations = (out / "generations.md").read_text()
+    assert generations.count("- **student, seed 0**:") == generations.count("- **teacher**:") == 3
     lines = [json.loads(line) for line in (out / "student-0" / "metrics.jsonl").read_text().splitlines()]
     terms = {"forward_kl": {"forward_kl", "cross_entropy"}, "minillm": {"single", "long", "cross_entropy"}}
     assert terms.get(name, set()) <= lines[-1].keys() and math.isfinite(found["student"]["nll"])
@@ -184,7 +184,7 @@ def test_a_student_learns_its_teacher_better_than_the_text_alone_teaches(text, t
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["--student", "layers:9"], "student: got layers:9; allowed: 1 to 4"),
         (["--data", "/nowhere.txt"], "--data: got /nowhere.txt, which cannot be read"),
@@ -197,7 +197,7 @@ def test_a_student_learns_its_teacher_better_than_the_text_alone_teaches(text, t
         (["--data", "{}/mixed.jsonl"], "got 54 prompts and 36 texts to train on, and held out 6 and 4; allowed: all"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_2_before_anything_is_trained(more, said, text, tmp_path, capsys):
+def test_bad_input_ends_in_one_line_and_2_before_anything_is_trained(more, message, text, tmp_path, capsys):
     folder = Path(text).parent
     pairs = [json.dumps({"prompt": "the cat", "completion": f" likes {i}."}) for i in range(6)]
     (folder / "pairs.jsonl").write_text("\n".join(pairs * 10))
@@ -205,7 +205,7 @@ def test_bad_input_ends_in_one_line_and_2_before_anything_is_trained(more, said,
     command = words("forward_kl", text, tmp_path, *[word.format(folder) for word in more])
     assert cli(["baselines", *command]) == 2
     (error,) = lines_of(capsys.readouterr().err)
-    assert error.startswith("error: ") and said in error and not list(tmp_path.glob("*/metrics.jsonl"))
+    assert error.startswith("error: ") and message in error and not list(tmp_path.glob("*/metrics.jsonl"))
 
 
 @pytest.mark.parametrize("name", ["gkd", "distilbert"])

@@ -209,8 +209,8 @@ def test_a_hub_id_without_a_network_says_so_at_once(capfd):
     with pytest.raises(InputError, match=r"got nobody/nothing, .*hub cannot be reached.*check the id") as error:
         load_teacher("nobody/nothing")
     one_line(error)
-    said = capfd.readouterr()
-    assert said.out + said.err == ""
+    output = capfd.readouterr()
+    assert output.out + output.err == ""
 
 
 @pytest.mark.parametrize("name", ["AuraFlowPipeline", "NoSuchPipeline", ["mine", "Custom"]])
@@ -248,5 +248,5 @@ def test_loading_says_nothing(pipelines, capfd):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_teacher(pipelines["sdxl"])
-    said = capfd.readouterr()
-    assert said.out + said.err == ""
+    output = capfd.readouterr()
+    assert output.out + output.err == ""

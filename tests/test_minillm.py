@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from speakers import sentences, speaker, tokenizer
 from test_resume import stop_at
+from tiny_decoders import sentences, tiny_decoder, tokenizer
 
 from stepdistill.baselines.base import Batch, TeacherStudent
 from stepdistill.baselines.language import losses
@@ -41,7 +41,7 @@ def objective(**changes) -> MiniLLM:
 
 
 def teacher_student(rows: int = 2) -> TeacherStudent:
-    return TeacherStudent(speaker(seed=1).network, speaker(seed=2).network, rollouts=Rollouts(rows, BLOCK))
+    return TeacherStudent(tiny_decoder(seed=1).network, tiny_decoder(seed=2).network, rollouts=Rollouts(rows, BLOCK))
 
 
 def batch(first: int = 0) -> Batch:
@@ -54,10 +54,11 @@ def pieces() -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     mask = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]], dtype=torch.bool)
     labels = torch.randint(5, (2, 6), generator=g)
-    says, answers = (2 * torch.randn(2, 6, 5, generator=g, dtype=torch.float64) for _ in range(2))
-    old = says + 0.3 * torch.randn(2, 6, 5, generator=g, dtype=torch.float64)
-    log_p, log_q = log_likelihood(answers, labels), log_likelihood(old, labels)
-    return {"says": says, "answers": answers, "labels": labels, "mask": mask, "log_p": log_p, "log_q": log_q,
+    student_logits, teacher_logits = (2 * torch.randn(2, 6, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    old = student_logits + 0.3 * torch.randn(2, 6, 5, generator=g, dtype=torch.float64)
+    log_p, log_q = log_likelihood(teacher_logits, labels), log_likelihood(old, labels)
+    return {"student_logits": student_logits, "teacher_logits": teacher_logits, "labels": labels, "mask": mask,
+            "log_p": log_p, "log_q": log_q,
             "advantage": whiten(rewards_after(log_p - log_q, mask), mask)}  # fmt: skip
 
 
@@ -97,7 +98,7 @@ def test_both_losses_are_their_sums_written_out(pieces, dtype, rel):
     single, long = objective().pieces(**given)
     assert single.dtype == long.dtype == dtype
     kept = pieces["mask"].nonzero().tolist()
-    p, q = (pieces[n].double().softmax(-1) for n in ("answers", "says"))
+    p, q = (pieces[n].double().softmax(-1) for n in ("teacher_logits", "student_logits"))
     log_p, log_q = pieces["log_p"].double(), pieces["log_q"].double()
     mix = {(b, t): 0.2 * log_p[b, t].exp().item() + 0.8 * log_q[b, t].exp().item() for b, t in kept}
     after = {}
@@ -119,12 +120,13 @@ def test_both_losses_are_their_sums_written_out(pieces, dtype, rel):
 
 def test_of_ones_own_words_the_gradient_is_that_of_the_policy(pieces):
     """Without a teacher in the mixture and before any update, weights and ratios are 1, which leaves -A ∇log q."""
-    says = pieces["says"].clone().requires_grad_(True)
-    own = {**pieces, "says": says, "log_q": log_likelihood(pieces["says"], pieces["labels"])}
+    student_logits = pieces["student_logits"].clone().requires_grad_(True)
+    log_q = log_likelihood(pieces["student_logits"], pieces["labels"])
+    own = {**pieces, "student_logits": student_logits, "log_q": log_q}
     _, long = objective(mix=1e-9).pieces(**own)
-    (ours,) = torch.autograd.grad(long, says)
-    plain = -(own["advantage"] * log_likelihood(says, own["labels"]))[own["mask"]].mean()
-    (hand,) = torch.autograd.grad(plain, says)
+    (ours,) = torch.autograd.grad(long, student_logits)
+    plain = -(own["advantage"] * log_likelihood(student_logits, own["labels"]))[own["mask"]].mean()
+    (hand,) = torch.autograd.grad(plain, student_logits)
     assert torch.allclose(ours, hand, atol=1e-6) and hand.abs().max() > 1e-2
 
 
@@ -147,8 +149,8 @@ def test_kept_likelihoods_are_those_of_the_two_who_spoke():
     loss = objective().loss("student", batch(), models, Clock(0, 10))
     rolls = models.rollouts
     for name, network in (("log_p", models.teacher), ("log_q", models.bare)):
-        said = logits(network, rolls.ids, rolls.attention)[:, :-1].double().log_softmax(-1)
-        hand = said.gather(-1, rolls.ids[:, 1:, None]).squeeze(-1)
+        log_probs = logits(network, rolls.ids, rolls.attention)[:, :-1].double().log_softmax(-1)
+        hand = log_probs.gather(-1, rolls.ids[:, 1:, None]).squeeze(-1)
         assert torch.allclose(getattr(rolls, name).double(), hand, atol=1e-5)
     q, p = (logits(m, rolls.ids, rolls.attention).double().softmax(-1) for m in (models.bare, models.teacher))
     singles = []
@@ -158,22 +160,22 @@ def test_kept_likelihoods_are_those_of_the_two_who_spoke():
         singles.append((weight * (own * (own / theirs).log()).sum()).item())
     assert loss.terms["single"].item() == pytest.approx(sum(singles) / len(singles), rel=1e-5)
     rows = batch()
-    said = logits(models.student, rows["ids"], rows["attention"])
-    corpus = losses.cross_entropy(*losses.shift(said, rows["ids"], rows["counts"]))
+    student_logits = logits(models.student, rows["ids"], rows["attention"])
+    corpus = losses.cross_entropy(*losses.shift(student_logits, rows["ids"], rows["counts"]))
     assert loss.terms["cross_entropy"].item() == pytest.approx(corpus.item(), rel=1e-5)
     assert loss.total.item() == pytest.approx(sum(v.item() for v in loss.terms.values()), rel=1e-6)
 
 
 def test_a_fifth_of_what_is_said_is_the_teachers():
     models, rows = teacher_student(), batch()
-    spoken, *_ = objective().speak(rows, models)
+    generated, *_ = objective().sample_mixture(rows, models)
     prompts = rows["ids"][:, :PROMPT], rows["attention"][:, :PROMPT]
     hand, swapped = (
         sample([(models.teacher, share), (models.bare, 1 - share)], *prompts, Draws.at(0, 0, 2), new=BLOCK - PROMPT,
                eos=2, pad=0)
         for share in (0.2, 0.8)
     )  # fmt: skip
-    assert torch.equal(spoken.ids, hand.ids) and not torch.equal(hand.ids, swapped.ids)
+    assert torch.equal(generated.ids, hand.ids) and not torch.equal(hand.ids, swapped.ids)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 3.0])
@@ -217,10 +219,10 @@ def test_an_update_on_two_processes_is_that_of_one(tmp_path, monkeypatch):
     whole = objective(eos=-1).loss("student", run.batch(0), run.models, Clock(0, 10))
     own = [Batch(data().batch(sample_indices(0, n, 2, len(data()))), Draws.at(0, n, 2), batches=2) for n in (0, 2)]
     monkeypatch.setattr("stepdistill.baselines.base.reduce", lambda count, _: 2 * count)  # both have as many tokens
-    said = [objective(eos=-1).speak(part, teacher_student()) for part in own]
+    samples = [objective(eos=-1).sample_mixture(part, teacher_student()) for part in own]
     found = []
     for rank, part in enumerate(own):
-        texts, *likelihoods = zip(*said, strict=True)
+        texts, *likelihoods = zip(*samples, strict=True)
         every = [[getattr(x, name) for x in texts] for name in ("ids", "attention", "counts")] + likelihoods
         gathered = iter([torch.cat(list(x)) for x in every])
         monkeypatch.setattr("accelerate.utils.gather", lambda _, gathered=gathered: next(gathered))

@@ -35,10 +35,10 @@ SHIFTED = Grid("linspace", 3.0)  # SD3's
 class Affine(Denoiser):
     """eps = weight x_t + label, converted to any kind; records its inputs."""
 
-    def __init__(self, schedule, weight: float, kind: str = "eps", told: bool = False) -> None:
+    def __init__(self, schedule, weight: float, kind: str = "eps", takes_guidance: bool = False) -> None:
         super().__init__(None, schedule, kind)
         self.weight = torch.nn.Parameter(torch.tensor(weight, dtype=torch.float64))
-        self.takes_guidance = told
+        self.takes_guidance = takes_guidance
         self.seen: list[dict] = []
 
     def raw(self, x_t, t, cond=None, *, t_end=None):
@@ -203,9 +203,9 @@ def test_a_guided_eps_teacher_becomes_a_v_student_of_one_forward():
     assert exact < 1e-9 < plain
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_the_guided_stages_loss_equals_a_hand_computation_with_a_scale_per_sample(told):
-    teacher, student = Affine(ALPHA_BAR, 0.8), Affine(ALPHA_BAR, 0.5, told=told)
+@pytest.mark.parametrize("takes_guidance", [False, True])
+def test_the_guided_stages_loss_equals_a_hand_computation_with_a_scale_per_sample(takes_guidance):
+    teacher, student = Affine(ALPHA_BAR, 0.8), Affine(ALPHA_BAR, 0.5, takes_guidance=takes_guidance)
     method, sample = Progressive(steps=4, stage="guide", guidance_min=2.0, guidance_max=6.0), batch(12)
     index, scale = sample.draws.integers(4).tolist(), (2.0 + 4.0 * sample.draws.uniform().double()).tolist()
     noise = sample.draws.normal(2).double()
@@ -216,7 +216,7 @@ def test_the_guided_stages_loss_equals_a_hand_computation_with_a_scale_per_sampl
         mean = scheduler.alphas_cumprod[scheduler.timesteps[j]].double().item()
         alpha, sigma = math.sqrt(mean), math.sqrt(1 - mean)
         x_t = noise[i] if j == 0 else alpha * sample.x0[i] + sigma * noise[i]
-        label = 0.3 * scale[i] if told else 0.3  # a network told w = scale - 1 adds w labels
+        label = 0.3 * scale[i] if takes_guidance else 0.3  # a network given w = scale - 1 adds w labels
         gap = sigma / alpha * ((0.8 * x_t + 0.3 * scale[i]) - (0.5 * x_t + label))
         total += max(mean / (1 - mean), 1.0) * gap.square().sum().item()
     assert set(index) == {0, 1, 2, 3} and min(scale) < 3 and max(scale) > 5
@@ -228,7 +228,7 @@ def test_the_guided_stages_loss_equals_a_hand_computation_with_a_scale_per_sampl
 def test_a_network_that_takes_its_guidance_is_told_the_papers_w_and_called_once(stage):
     """Catches a guidance-conditioned network called without its scale, which then takes 1."""
     guiding = stage == "guide"
-    teacher, student = Affine(ALPHA_BAR, 0.8, told=not guiding), Affine(ALPHA_BAR, 0.5, told=True)
+    teacher, student = Affine(ALPHA_BAR, 0.8, takes_guidance=not guiding), Affine(ALPHA_BAR, 0.5, takes_guidance=True)
     method = Progressive(steps=4, stage=stage, guidance_min=2.0, guidance_max=6.0)
     method.loss("student", batch(64), duo(teacher, student), CLOCK)
     draws = batch(64).draws
@@ -242,15 +242,15 @@ def test_a_network_that_takes_its_guidance_is_told_the_papers_w_and_called_once(
 
 
 def test_the_chain_begins_with_guidance_or_kind_and_without_either_with_a_halving():
-    def stages(kind, told=False, **flags):
-        teacher = SimpleNamespace(kind=kind, takes_guidance=told)
+    def stages(kind, takes_guidance=False, **flags):
+        teacher = SimpleNamespace(kind=kind, takes_guidance=takes_guidance)
         return [(m.stage, m.steps) for m in ProgressiveConfig(start_steps=4, **flags).methods(teacher)]
 
     halvings = [("halve", 2), ("halve", 1)]
     assert stages("v", guidance=(3.0,)) == [("guide", 4), *halvings]
     assert stages("eps", guidance=(1.0,)) == [("guide", 4), *halvings]
     assert stages("eps", guidance=(1.0,), student_prediction="eps") == halvings
-    assert stages("v", guidance=(1.0,)) == stages("flow", told=True, guidance=(2.0, 4.0)) == halvings
+    assert stages("v", guidance=(1.0,)) == stages("flow", takes_guidance=True, guidance=(2.0, 4.0)) == halvings
     assert stages("v", guidance=(1.0, 4.0), embed_guidance=True, lora=False) == [("guide", 4), *halvings]
     kinds = [Progressive().student_kind(kind) for kind in ("eps", "v", "x0", "flow")]
     assert kinds == ["v", "v", "x0", "flow"]

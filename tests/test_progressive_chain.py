@@ -151,8 +151,8 @@ def test_an_export_is_sampled_without_guidance_and_with_its_own_scheduler(chains
     pipe = load(asked)
     assert guidance_of(asked, pipe, 5.0) == 1.0
     assert (type(pipe.scheduler).__name__, pipe.scheduler.config.prediction_type) == ("DDIMScheduler", "v_prediction")
-    told = parse(str(configs["sd-full"].target(1)))
-    assert guidance_of(told, load(told), 5.0) == 3.0
+    guided = parse(str(configs["sd-full"].target(1)))
+    assert guidance_of(guided, load(guided), 5.0) == 3.0
     card = (configs["sd-lora"].target(2) / "README.md").read_text()
     assert "num_inference_steps=2, guidance_scale=1.0" in card
 
@@ -231,8 +231,8 @@ def test_a_dry_run_does_one_update_and_leaves_nothing(chains, tmp_path, capsys):
     assert '"start_steps": 4' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("flags", "said"), [({"guidance": (1.0,)}, True), ({}, False)])
-def test_updates_for_guidance_that_is_not_distilled_are_said_to_be_unused(tmp_path, pictures, capsys, flags, said):
+@pytest.mark.parametrize(("flags", "warned"), [({"guidance": (1.0,)}, True), ({}, False)])
+def test_updates_for_guidance_that_is_not_distilled_are_said_to_be_unused(tmp_path, pictures, capsys, flags, warned):
     teacher = str(tiny.save(tmp_path / "sd3", "sd3"))
     config = ProgressiveConfig(
         teacher=teacher, data=pictures, out=tmp_path / "out", resolution=SIDE, start_steps=2, guide_updates=5, rank=2,
@@ -240,7 +240,7 @@ def test_updates_for_guidance_that_is_not_distilled_are_said_to_be_unused(tmp_pa
     )  # fmt: skip
     distil_chain(config_at(config, **flags))
     line = "guide_updates: 5 not used; this chain starts with its first halving"
-    assert (line in capsys.readouterr().out) == said
+    assert (line in capsys.readouterr().out) == warned
 
 
 def test_a_chain_of_32_to_1_killed_in_the_middle_of_halvings_ends_with_the_same_bits(tmp_path, pipelines, pictures):

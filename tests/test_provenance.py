@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "expected"),
     [
         (["/opt/venv/bin/stepdistill", "bench", "--out", "a b"], "stepdistill bench --out 'a b'"),
         ([str(ROOT / "stepdistill/__main__.py"), "demo"], "stepdistill demo"),
@@ -24,10 +24,10 @@ ROOT = Path(__file__).parents[1]
         (["/elsewhere/own.py", "x"], "/elsewhere/own.py x"),
     ],
 )
-def test_a_command_is_named_as_it_is_typed_in_a_checkout(argv, said, monkeypatch):
+def test_a_command_is_named_as_it_is_typed_in_a_checkout(argv, expected, monkeypatch):
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.chdir(ROOT)
-    assert provenance.command() == said
+    assert provenance.command() == expected
 
 
 def test_a_script_is_named_by_its_place_wherever_it_is_started(monkeypatch):

@@ -278,9 +278,9 @@ def test_the_recorded_student_has_the_shape_that_it_was_recorded_with():
 )
 def test_a_share_that_cannot_go_is_refused_in_a_line(kind, spec, match):
     seen = torch.ones_like(IDS, dtype=torch.bool)
-    with pytest.raises(InputError, match=match) as said:
+    with pytest.raises(InputError, match=match) as error:
         pruned(spec, decoder(kind), Tokens(IDS, seen, seen, 1))
-    assert "\n" not in str(said.value)
+    assert "\n" not in str(error.value)
 
 
 def test_what_minitron_cannot_prune_is_refused_before_anything_is_trained(tmp_path):

@@ -17,7 +17,7 @@ from stepdistill.baselines.language.models import Decoder
 from stepdistill.baselines.language.problems import Problem, bare_answer, open_problems, right
 from stepdistill.baselines.language.r1_traces import R1TracesConfig
 from stepdistill.baselines.language.texts import Pair
-from stepdistill.baselines.language.traces import Said, keep, sample_all
+from stepdistill.baselines.language.traces import Completion, keep, sample_all
 from stepdistill.baselines.learner import Learner
 from stepdistill.errors import InputError
 
@@ -95,41 +95,41 @@ def test_sums_are_different_and_none_is_held_out_that_was_learnt():
 
 
 def test_of_what_is_said_the_first_right_ones_are_kept_once_each():
-    said = [
-        Said("<think>7+5=12</think>12", True),
-        Said("<think>7+5=13</think>13", True),
-        Said("<think>7+5=12</think> 12\n", True),
-        Said("<think>7+5=12</think>  12", True),
-        Said("12", True),
-        Said("<think> </think>12", True),
-        Said("<think>5+7=12</think>12", False),
-        Said("<think>5+7=12</think>12", True),
-        Said("<think>6+6=12</think>12", True),
+    completions = [
+        Completion("<think>7+5=12</think>12", True),
+        Completion("<think>7+5=13</think>13", True),
+        Completion("<think>7+5=12</think> 12\n", True),
+        Completion("<think>7+5=12</think>  12", True),
+        Completion("12", True),
+        Completion("<think> </think>12", True),
+        Completion("<think>5+7=12</think>12", False),
+        Completion("<think>5+7=12</think>12", True),
+        Completion("<think>6+6=12</think>12", True),
     ]
-    kept, fell = keep(Problem("7+5=", "12"), said, most=3)
+    kept, dropped = keep(Problem("7+5=", "12"), completions, most=3)
     assert kept == ["<think>7+5=12</think>12", "<think>7+5=12</think> 12\n", "<think>5+7=12</think>12"]
-    assert fell == {"wrong": 1, "duplicate": 1, "without reasoning": 2, "too long": 1, "beyond --keep": 1}
-    assert keep(Problem("7+5=", "11"), said, most=3)[0] == []
+    assert dropped == {"wrong": 1, "duplicate": 1, "without reasoning": 2, "too long": 1, "beyond --keep": 1}
+    assert keep(Problem("7+5=", "11"), completions, most=3)[0] == []
 
 
 def test_sampling_goes_on_where_it_was_cut_and_refuses_other_settings(tmp_path):
-    problems, asked = [Problem(str(i), str(i)) for i in range(7)], []
+    problems, firsts = [Problem(str(i), str(i)) for i in range(7)], []
 
-    def say(first: int, some: list[Problem]) -> list[list[Said]]:
-        asked.append(first)
-        return [[Said(f"{first + i} to {one.prompt}", True)] for i, one in enumerate(some)]
+    def answer_batch(first: int, batch: list[Problem]) -> list[list[Completion]]:
+        firsts.append(first)
+        return [[Completion(f"{first + i} to {problem.prompt}", True)] for i, problem in enumerate(batch)]
 
-    whole = sample_all(tmp_path / "whole.jsonl", problems, say, 2, {"seed": 0})
+    whole = sample_all(tmp_path / "whole.jsonl", problems, answer_batch, 2, {"seed": 0})
     text = (tmp_path / "whole.jsonl").read_text()
     cut = tmp_path / "cut.jsonl"
     cut.write_text("".join(text.splitlines(keepends=True)[:4]) + '[{"text": "3 to')  # three whole, one cut
-    asked.clear()
-    assert sample_all(cut, problems, say, 2, {"seed": 0}) == whole and asked == [2, 4, 6]
+    firsts.clear()
+    assert sample_all(cut, problems, answer_batch, 2, {"seed": 0}) == whole and firsts == [2, 4, 6]
     assert cut.read_text() == text
-    asked.clear()
-    assert sample_all(cut, problems, say, 2, {"seed": 0}) == whole and not asked
+    firsts.clear()
+    assert sample_all(cut, problems, answer_batch, 2, {"seed": 0}) == whole and not firsts
     with pytest.raises(InputError, match="sampled with other settings"):
-        sample_all(cut, problems, say, 2, {"seed": 1})
+        sample_all(cut, problems, answer_batch, 2, {"seed": 1})
 
 
 def test_completions_end_and_alone_count():
@@ -156,19 +156,20 @@ def test_a_template_that_strips_reasoning_strips_none(monkeypatch):
     ids = torch.tensor(tokenizer(f"{text}{tiny.END}", add_special_tokens=False).input_ids)[None]
     monkeypatch.setattr(traces, "sample", lambda *_, **__: traces_of(ids))
     problem = Problem("7+5=", "12")
-    [[said]] = traces.answer(Decoder(network, tokenizer, ""), 0, [problem], samples=1, new=40, temperature=1.0, seed=0)
-    assert said == Said(f"<think>\n{text}", True)
+    teacher = Decoder(network, tokenizer, "")
+    [[completion]] = traces.answer(teacher, 0, [problem], samples=1, new=40, temperature=1.0, seed=0)
+    assert completion == Completion(f"<think>\n{text}", True)
     for student, rest in ((tokenizer, text), (plain, f"<think>\n{text}")):
-        rows = as_rows(student, [(problem, [said.text])], 64)
+        rows = as_rows(student, [(problem, [completion.text])], 64)
         whole = student.decode(rows.ids[0][rows.attention[0]])
         assert whole.replace("\n", "") == f"7+5=<think>{text}{tiny.END}"
         assert rows.counts.sum() == len(student(rest, add_special_tokens=False).input_ids) + 1
 
 
 def traces_of(ids: torch.Tensor):
-    from stepdistill.baselines.language.generate import Spoken
+    from stepdistill.baselines.language.generate import TokenBatch
 
-    return Spoken(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool))
+    return TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool))
 
 
 FEW = {"digits": 1, "problems": 20, "held_out": 10, "teacher_steps": 3, "samples": 2, "max_train_steps": 4,
@@ -176,14 +177,15 @@ FEW = {"digits": 1, "problems": 20, "held_out": 10, "teacher_steps": 3, "samples
 
 
 def test_a_verifier_that_rejects_all_is_said_in_a_line(tmp_path):
-    with pytest.raises(InputError, match="got 40 answers, of which the verifier accepts none") as said:
+    with pytest.raises(InputError, match="got 40 answers, of which the verifier accepts none") as error:
         R1TracesConfig(out=tmp_path, **FEW).run()
-    assert "\n" not in str(said.value) and "raise --samples" in str(said.value)
+    assert "\n" not in str(error.value) and "raise --samples" in str(error.value)
 
 
 def test_a_run_that_is_cut_goes_on_to_the_same_figures(tmp_path, monkeypatch):
     def truly(one, first, problems, **_):
-        return [[Said(arithmetic.worked(p).completion, True), Said("<think>1</think>99", True)] for p in problems]
+        wrong = Completion("<think>1</think>99", True)
+        return [[Completion(arithmetic.worked(p).completion, True), wrong] for p in problems]
 
     def never(*_, **__):
         raise AssertionError("sampled again")
@@ -223,7 +225,7 @@ def test_a_control_learns_bare_answers_and_what_is_too_long_for_the_student_is_c
     def short_and_long(one, first, problems, **_):
         totals = [p.answer.rpartition(" ")[2] for p in problems]
         return [
-            [Said(f"<think>{p.prompt * n}</think>{total}", True) for n in (1, 10)]
+            [Completion(f"<think>{p.prompt * n}</think>{total}", True) for n in (1, 10)]
             for p, total in zip(problems, totals, strict=True)
         ]
 
@@ -240,12 +242,12 @@ def test_a_control_learns_bare_answers_and_what_is_too_long_for_the_student_is_c
     monkeypatch.setattr(r1_traces, "save", lambda *_: None)
     results = R1TracesConfig(out=tmp_path, **FEW | {"completion": 30}).run()
     tokenizer = arithmetic.build(0)[1]
-    said = {
+    learnt_texts = {
         part: [tokenizer.decode(row[mask]) for row, mask in zip(rows.ids, rows.counts, strict=True)]
         for part, rows in learnt.items()
     }
-    assert said["control-0"] == [f"{total}<end>" for total in sums]
-    assert said["student-0"] == [f"<think>{p.prompt}</think>{t}<end>" for p, t in zip(asked, sums, strict=True)]
+    assert learnt_texts["control-0"] == [f"{total}<end>" for total in sums]
+    assert learnt_texts["student-0"] == [f"<think>{p.prompt}</think>{t}<end>" for p, t in zip(asked, sums, strict=True)]
     assert results.note.endswith("9 traces exceed --completion in the student's tokens and are dropped")
 
 

@@ -103,8 +103,8 @@ def test_a_broken_newest_checkpoint_is_passed_over_in_one_line(settings, capsys,
         (newest / "state.json").write_text("[]")
     capsys.readouterr()
     trainer(settings, max_train_steps=6).fit()
-    said = capsys.readouterr().out.splitlines()
-    assert f"checkpoint {newest} is broken" in said[0] and said[1] == "resuming from update 2"
+    lines = capsys.readouterr().out.splitlines()
+    assert f"checkpoint {newest} is broken" in lines[0] and lines[1] == "resuming from update 2"
     trainer(settings, max_train_steps=6, out=settings.out / "whole").fit()
     a, b = weights(settings.out), weights(settings.out / "whole")
     assert all(torch.equal(a[k], b[k]) for k in a)

@@ -281,8 +281,8 @@ def test_a_student_told_its_guidance_starts_as_the_teacher_whatever_it_is_told(f
     with torch.no_grad():
         expected = models.teacher(x, T, cond)
         for w in (0.0, 7.5):
-            told = cond | {"guidance": torch.full((2,), w)}
-            assert (models.student(x, T, told) - expected).abs().max() < 1e-4
+            guided = cond | {"guidance": torch.full((2,), w)}
+            assert (models.student(x, T, guided) - expected).abs().max() < 1e-4
         nn.init.normal_(models.student.backbone.time_embedding.cond_proj.weight)
         low, high = (models.student(x, T, cond | {"guidance": torch.full((2,), w)}) for w in (0.0, 7.5))
         assert not torch.allclose(low, high, atol=1e-3)

@@ -241,8 +241,8 @@ def test_a_run_of_before_a_flag_was_dropped_is_still_its_own(tmp_path):
     """Runs of progressive, ADD and LADD once recorded a target_ema, which they did not use."""
     config = ProgressiveConfig(out=tmp_path)
     folder.claim(config)
-    told = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(told | {"target_ema": 0.95}))
+    recorded = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(recorded | {"target_ema": 0.95}))
     (tmp_path / "metrics.jsonl").write_text("{}")
     folder.claim(config, write=False)
     with pytest.raises(InputError, match=r"holds a run with rank = 64 \(now 8\)"):
@@ -256,6 +256,6 @@ def test_a_run_of_before_a_flag_was_dropped_is_still_its_own(tmp_path):
 def test_a_full_student_has_a_lower_learning_rate_unless_one_is_given(kind, lora, rate):
     config = kind(lora=lora)
     assert config.peak_rate == config.record()["learning_rate"] == learning_rate_at(0, config) == rate
-    told = dataclasses.replace(config, learning_rate=3e-4)
-    assert told.peak_rate == told.record()["learning_rate"] == 3e-4
+    changed = dataclasses.replace(config, learning_rate=3e-4)
+    assert changed.peak_rate == changed.record()["learning_rate"] == 3e-4
     assert ADDConfig(lora=lora).of("discriminator").peak_rate == 1e-4

@@ -119,14 +119,14 @@ def test_a_full_run_goes_on_divided_from_where_it_was_whole(tmp_path, pictures, 
 
 
 @pytest.mark.parametrize(
-    ("told", "lora", "message"),
+    ("variables", "lora", "message"),
     [
         ({"ACCELERATE_USE_FSDP": "true"}, True, "accelerate: got FSDP of version 1; allowed: 2; set fsdp_version: 2"),
         (FSDP, False, "mixed_precision: got fp16 for a full student under FSDP2; allowed there: bf16 or no; or a LoRA"),
     ],
 )
-def test_what_cannot_be_divided_is_refused(monkeypatch, told, lora, message):
-    for key, value in told.items():
+def test_what_cannot_be_divided_is_refused(monkeypatch, variables, lora, message):
+    for key, value in variables.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(InputError, match=message):
         sharding.check(LCMConfig(teacher="", out=Path(), lora=lora, mixed_precision="fp16"))

@@ -32,9 +32,9 @@ class Thread(Processes):
     def gather(self, own):
         self.values[self.rank] = own
         self.barrier.wait(60)
-        told = [self.values[rank] for rank in range(self.count)]
+        gathered = [self.values[rank] for rank in range(self.count)]
         self.barrier.wait(60)
-        return told
+        return gathered
 
 
 def together(count: int, work) -> list:

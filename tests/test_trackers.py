@@ -58,9 +58,9 @@ def wandb(monkeypatch) -> types.ModuleType:
     fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     fake.begun, fake.lines = [], {}
 
-    def init(**told):
-        fake.begun.append(told)
-        log = fake.lines.setdefault(told["id"], [])
+    def init(**options):
+        fake.begun.append(options)
+        log = fake.lines.setdefault(options["id"], [])
         return types.SimpleNamespace(log=lambda values, step: log.append(step), finish=lambda: None)
 
     fake.init = init

@@ -65,8 +65,9 @@ def test_help_opens_with_the_command_and_says_what_every_flag_does(name, capsys)
     for field in dataclasses.fields(FLAGS[name]):
         flag = "--" + field.name.replace("_", "-")
         at = next(i for i, line in enumerate(lines) if line.startswith(flag))
-        said = " ".join(lines[at : at + 3]).replace(flag, "").split("(default")[0]
-        assert re.search(r"[A-Z]?[a-z]{4,}", re.sub(r"\{.*?\}|\[.*?\]|--\S+", "", said)), f"{flag}: {said}"
+        description = " ".join(lines[at : at + 3]).replace(flag, "").split("(default")[0]
+        words = re.sub(r"\{.*?\}|\[.*?\]|--\S+", "", description)
+        assert re.search(r"[A-Z]?[a-z]{4,}", words), f"{flag}: {description}"
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -131,9 +132,9 @@ def test_the_disk_that_samples_take_is_what_their_numbers_take(file):
 def test_the_table_of_memory_is_what_the_files_say():
     """The training column of docs/recipes.md lists the files of a row in order, the start column what all LoRAs say."""
     rows = re.findall(r"^\|.*`\w+_ladd_lora`.*\|$", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE)
-    told = {row: re.findall(r"`(\w+)`", row) for row in rows if "avatars" not in row}
-    assert len(told) == len(KEPT)
-    for row, names in told.items():
+    names_by_row = {row: re.findall(r"`(\w+)`", row) for row in rows if "avatars" not in row}
+    assert len(names_by_row) == len(KEPT)
+    for row, names in names_by_row.items():
         *_, training, start, _ = (cell.strip() for cell in row.split("|"))
         texts = {f.stem: f.read_text().replace("\n# ", " ") for f in CONFIGS if f.stem in names}
         names = [

@@ -59,7 +59,7 @@ def command(out: Path, teacher: str, data: str, *more: str) -> list[str]:
     return [sys.executable, str(SCRIPT), "--teacher", teacher, "--data", data, "--out", str(out), *FLAGS, *more]
 
 
-TOLD = """
+STOPPED_TWICE = """
 import datetime, runpy, signal, torch
 from stepdistill.training import trainer
 
@@ -77,9 +77,9 @@ KILLED = """
 import os, runpy, signal, sys
 place, left, script = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 
-def hook(event, told):
+def hook(event, arguments):
     global left
-    if event in ("open", "os.rename") and place in map(str, told[:2]):
+    if event in ("open", "os.rename") and place in map(str, arguments[:2]):
         left -= 1
         if not left:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -122,8 +122,8 @@ def test_a_run_killed_at_any_point_ends_with_the_same_bits(tmp_path, pipelines, 
 def test_a_method_that_its_settings_do_not_describe_is_refused_before_anything_is_written(tmp_path):
     config = LCMConfig(teacher="avatars", out=tmp_path / "run", guidance=(2.0,))
     other = dataclasses.replace(config.method(), guidance_max=3.0, solver_steps=20)
-    told = r"got guidance_max = 3.0 \(config: 2.0\), solver_steps = 20 \(config: 50\); allowed: the LatentConsis"
-    with pytest.raises(InputError, match=told):
+    message = r"got guidance_max = 3.0 \(config: 2.0\), solver_steps = 20 \(config: 50\); allowed: the LatentConsis"
+    with pytest.raises(InputError, match=message):
         Trainer(other, None, [0], config)
     with pytest.raises(InputError, match="got a LatentAdversarial; allowed: the LatentConsistency of"):
         Trainer(LADDConfig().method(), None, [0], config)
@@ -163,8 +163,8 @@ def in_two_processes(words: list[str], by: Sequence[str] = TORCHRUN) -> None:
 
 def test_of_two_processes_one_is_told_to_stop_twice_and_both_save_at_once(tmp_path, pipelines, pictures):
     """A scheduler sends the signal, and so does torchrun, which kills half a minute later; logs are far apart here."""
-    script = tmp_path / "told.py"
-    script.write_text(TOLD + f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')")
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED_TWICE + f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')")
     out = tmp_path / "out"
     words = [sys.executable, str(script), *command(out, pipelines["sd"], pictures, "--log-every", "9")[2:]]
     with pytest.raises(AssertionError):  # torchrun's own exit code
@@ -176,7 +176,7 @@ def test_of_two_processes_one_is_told_to_stop_twice_and_both_save_at_once(tmp_pa
 def test_processes_that_do_not_share_a_disk_are_refused(tmp_path, pipelines, pictures, monkeypatch, name, other):
     run = trainer(tmp_path / "run", pipelines["sd"], pictures)
     own = {"update": 0, "data": run.data.key}
-    monkeypatch.setattr(processes, "gather_object", lambda told: [*told, told[0] | {name: other}])
+    monkeypatch.setattr(processes, "gather_object", lambda facts: [*facts, facts[0] | {name: other}])
     line = rf"processes: got {name} {own[name]} in one and {other} in another; allowed: the same in all; give all .*"
     with pytest.raises(InputError, match=line):
         run.fit()
@@ -372,15 +372,15 @@ def test_a_truncated_checkpoint_is_passed_over(tmp_path):
         checkpoint.save(tmp_path, update, {"w": torch.tensor([float(update)])})
     broken = tmp_path / "step-00000002" / "state.safetensors"
     broken.write_bytes(broken.read_bytes()[:-3])
-    said: list[str] = []
-    update, state = checkpoint.load_latest(tmp_path, said.append)
+    messages: list[str] = []
+    update, state = checkpoint.load_latest(tmp_path, messages.append)
     assert (update, state["w"].item()) == (1, 1.0)
-    assert said == [f"checkpoint {broken.parent} is broken (its hash does not match); trying the previous one"]
+    assert messages == [f"checkpoint {broken.parent} is broken (its hash does not match); trying the previous one"]
     for content in ("{", "[]", "{}", '{"sha256": 3, "tree": []}', ""):
         (tmp_path / "step-00000001" / "state.json").write_text(content)
         with pytest.raises(InputError, match="all broken"):
-            checkpoint.load_latest(tmp_path, said.append)
-    assert not any("\n" in line for line in said)
+            checkpoint.load_latest(tmp_path, messages.append)
+    assert not any("\n" in line for line in messages)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
@@ -440,9 +440,9 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, pipelines, pictures, bad, fl
     flags = [flag.format(**bad) for flag in flags]
     words = command(tmp_path / "run", pipelines["sd"], pictures, *flags)
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
-    said = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip() and "%|" not in line]
-    assert done.returncode == 2 and len(said) == 1, done.stderr
-    assert said[0].startswith("error: " + message.format(**bad))
+    lines = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip() and "%|" not in line]
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: " + message.format(**bad))
     assert not list((tmp_path / "run").glob("export"))
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from speakers import sentences, speaker, tokenizer
 from test_encoders import MASKING, bert, lines
 from test_resume import stop_at
 from test_trainer import in_two_processes
+from tiny_decoders import sentences, tiny_decoder, tokenizer
 
 from stepdistill.baselines import BASELINES
 from stepdistill.baselines.base import BaselineConfig, Data, Objective, TeacherStudent
@@ -46,7 +46,7 @@ TEXTS, PIECES = completions(), lines(*[4 + 5 * i % 9 for i in range(24)])
 
 
 def decoders(**others: torch.nn.Module) -> TeacherStudent:
-    return TeacherStudent(*(speaker(seed=seed).network.double() for seed in (2, 1)), **others)
+    return TeacherStudent(*(tiny_decoder(seed=seed).network.double() for seed in (2, 1)), **others)
 
 
 def encoders(**others: torch.nn.Module) -> TeacherStudent:

@@ -85,7 +85,7 @@ def test_a_run_goes_on_with_a_divided_optimizer_from_where_it_was_whole(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("told", "settings", "message"),
+    ("variables", "settings", "message"),
     [
         ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, {}, "accelerate: got zero_stage 3; allowed: 1 or 2; or fsdp2.yaml"),
         (
@@ -101,8 +101,8 @@ def test_a_run_goes_on_with_a_divided_optimizer_from_where_it_was_whole(tmp_path
         ({}, {"mixed_precision": "fp16"}, "mixed_precision: got fp16 under DeepSpeed; allowed there: bf16 or no"),
     ],
 )
-def test_what_deepspeed_cannot_do_here_is_refused(monkeypatch, told, settings, message):
-    for key, value in (launcher("2") | told).items():
+def test_what_deepspeed_cannot_do_here_is_refused(monkeypatch, variables, settings, message):
+    for key, value in (launcher("2") | variables).items():
         monkeypatch.setenv(key, value)
     with pytest.raises(InputError, match=message):
         zero.check(LCMConfig(teacher="", out=Path(), **settings))

@@ -40,7 +40,7 @@ class BaselineConfig(LoopConfig):
     QUICK: ClassVar[Mapping[str, object]] = {}  # defaults under --quick
     SWEEP: ClassVar[tuple[str, tuple]] = ("seed", (0, 1, 2))  # flag and values that `sweep` covers by default
     DRAWN: ClassVar[tuple[str, ...]] = ()  # folders of measurements, which `eval` removes first
-    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # by kind of part: the flags it does not depend on
+    IRRELEVANT_FLAGS: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # by kind of part: the flags it does not depend on
 
     def check(self) -> None:
         """See LoopConfig.check."""
@@ -56,9 +56,9 @@ class BaselineConfig(LoopConfig):
 
     def part(self, name: str, **changes: object) -> BaselineConfig:
         """The flags of one training within the run, in its own folder; those it does not depend on are default."""
-        untold = self.UNTOLD.get(first_word(name), ())
-        plain = {f.name: f.default for f in dataclasses.fields(self) if f.name in untold}
-        return dataclasses.replace(self, out=self.out / name, **plain | changes)
+        irrelevant = self.IRRELEVANT_FLAGS.get(first_word(name), ())
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in irrelevant}
+        return dataclasses.replace(self, out=self.out / name, **defaults | changes)
 
     @property
     def shared(self) -> BaselineConfig:

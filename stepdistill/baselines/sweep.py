@@ -20,19 +20,19 @@ COLOURS = {"teacher": "#6b7280", "control": "#d97706", "student": "#2563eb"}
 OWN = ("out", "config", "quick", "dry_run")  # flags of the sweep as a whole
 
 
-def parse_over(said: str, kind: type[BaselineConfig]) -> tuple[str, list]:
+def parse_over(spec: str, kind: type[BaselineConfig]) -> tuple[str, list]:
     """The flag and the values of `FLAG=A,B,C`, or of `FLAG=A;B;C` if there are commas within a value.
 
     Raises:
         InputError: no such flag, no values, or a value that is no YAML.
     """
-    name, _, values = said.partition("=")
+    name, _, values = spec.partition("=")
     flag = name.strip().replace("-", "_")
     texts = [text.strip() for text in values.split(";" if ";" in values else ",")]
     if flag in OWN or flag not in {field.name for field in dataclasses.fields(kind)} or not all(texts):
         example = f"{kind.SWEEP[0]}={','.join(map(str, kind.SWEEP[1][:1]))}"
-        raise InputError(f"--over: got {said}; allowed: a flag and its values, as in {example}; or with ; between them")
-    return flag, [None if text.lower() == "none" else parse_yaml(text.encode(), "--over", said) for text in texts]
+        raise InputError(f"--over: got {spec}; allowed: a flag and its values, as in {example}; or with ; between them")
+    return flag, [None if text.lower() == "none" else parse_yaml(text.encode(), "--over", spec) for text in texts]
 
 
 def variants(config: BaselineConfig, flag: str, values: Sequence) -> dict[object, BaselineConfig]:
@@ -68,55 +68,55 @@ def take_over(done: BaselineConfig, other: BaselineConfig) -> None:
     """
     for place in sorted(done.out.iterdir()) if done.out.is_dir() else ():
         link = other.out / place.name
-        if _told(done, place.name) == _told(other, place.name) and not link.exists():
+        if _part_settings(done, place.name) == _part_settings(other, place.name) and not link.exists():
             link.parent.mkdir(parents=True, exist_ok=True)
             with suppress(OSError):
                 link.symlink_to(os.path.relpath(place, link.parent), target_is_directory=place.is_dir())
 
 
-def _told(config: BaselineConfig, name: str) -> dict:
-    whole = config.shared if first_word(name) in ("teacher", "control", "answers") else config
-    return whole.part(name).record() | {"out": name}
+def _part_settings(config: BaselineConfig, name: str) -> dict:
+    run = config.shared if first_word(name) in ("teacher", "control", "answers") else config
+    return run.part(name).record() | {"out": name}
 
 
-def points(found: Mapping[object, Mapping]) -> list[dict]:
+def points(records: Mapping[object, Mapping]) -> list[dict]:
     """For each value: the primary figure of teacher, control and student (mean and each seed), their other figures'
     means, their parameters by network, and the gaps closed."""
     rows = []
-    for value, record in found.items():
+    for value, record in records.items():
         row: dict = {"value": json.loads(json.dumps(value, default=str))}
         for role in COLOURS:
-            own = [r for r in record["rows"] if r["role"] == role]
-            each = {name: [r["figures"][name] for r in own] for name in (own[0]["figures"] if own else ())}
-            if own:
+            of_role = [r for r in record["rows"] if r["role"] == role]
+            each = {name: [r["figures"][name] for r in of_role] for name in (of_role[0]["figures"] if of_role else ())}
+            if of_role:
                 row[role] = {
                     "mean": statistics.fmean(each[record["figure"]]),
                     "seeds": each.pop(record["figure"]),
                     "other_figures": {name: statistics.fmean(values) for name, values in each.items()},
-                    "parameters": {r["name"]: r["parameters"] for r in own},
+                    "parameters": {r["name"]: r["parameters"] for r in of_role},
                 }
         rows.append(row | {"gap_closed": record["gap_closed"]})
     return rows
 
 
-def write_sweep(out: Path, flag: str, found: Mapping[object, Mapping]) -> Path:
-    """Writes sweep.json and sweep.png, prints the table, and returns the JSON's path. `found`: records by value."""
+def write_sweep(out: Path, flag: str, records: Mapping[object, Mapping]) -> Path:
+    """Writes sweep.json and sweep.png, prints the table, and returns the JSON's path. `records`: of runs, by value."""
     from rich.console import Console
     from rich.table import Table
 
     from stepdistill.evaluation.records import write_record
     from stepdistill.training.processes import on_cpu
 
-    one = next(iter(found.values()))
-    rows = points(found)
-    record = {"method": one["method"], "flag": flag, "figure": one["figure"], "n": one["n"], "points": rows}
+    first = next(iter(records.values()))
+    rows = points(records)
+    record = {"method": first["method"], "flag": flag, "figure": first["figure"], "n": first["n"], "points": rows}
     write_record(out / "sweep.json", record, "cpu" if on_cpu() else "cuda")
-    plot(rows, list(found), flag, one, out / "sweep.png")
+    plot(rows, list(records), flag, first, out / "sweep.png")
     times = [name for name in rows[0]["student"]["other_figures"] if name.endswith("_ms")]
-    told = ("student's parameters", *(f"its {name.replace('_', ' ')}" for name in times))
-    table = Table(flag.replace("_", " "), *COLOURS, "gap closed", *told,
-                  title=f"{one['method']}: {one['figure']} over {one['n']}, mean of seeds")  # fmt: skip
-    for value, row in zip(found, rows, strict=True):
+    extra_columns = ("student's parameters", *(f"its {name.replace('_', ' ')}" for name in times))
+    table = Table(flag.replace("_", " "), *COLOURS, "gap closed", *extra_columns,
+                  title=f"{first['method']}: {first['figure']} over {first['n']}, mean of seeds")  # fmt: skip
+    for value, row in zip(records, rows, strict=True):
         means = (f"{row[role]['mean']:.4g}" if role in row else "–" for role in COLOURS)
         gaps = ("–" if gap is None else f"{gap:.1%}" for gap in row["gap_closed"].values())
         sizes = (f"{count:,}" for count in row["student"]["parameters"].values())

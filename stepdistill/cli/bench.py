@@ -89,7 +89,7 @@ def main(config: Config) -> int:
     is reported at once, and the others are measured."""
     from stepdistill import files
     from stepdistill.evaluation import departures, places, records, spec, suite
-    from stepdistill.processes import speaks
+    from stepdistill.processes import is_rank_zero
 
     if config.list_models:
         from stepdistill.evaluation.catalogue import listed
@@ -114,7 +114,7 @@ def main(config: Config) -> int:
     if len(absent) < len(models):
         records.check_folder(config.out)
         protocol = protocol_of(config, {name: model for name, model in models.items() if name not in absent})
-    for name, why in absent.items() if speaks() else ():
+    for name, why in absent.items() if is_rank_zero() else ():
         print(f"failed: {name}: {why}", file=sys.stderr)
     if len(absent) == len(models):
         return 2

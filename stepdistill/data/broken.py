@@ -61,7 +61,7 @@ class BrokenList:
         self._read()
         return len(self) > self.most
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """Returns a one-line summary of what was left out."""
         name = self.file.name
         return f"left out {len(self)} of {self.count} images, which are broken; {name} in the cache lists them"

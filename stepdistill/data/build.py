@@ -80,8 +80,8 @@ def picture_size(teacher: Teacher, resolution: int | None) -> tuple[int, int]:
 def without_silence(text: Tensor) -> Tensor:
     """Drops trailing tokens of (B, S, D) that are zero in the whole batch, such as those that stand for an absent T5;
     keeps at least one."""
-    spoken = text.any(2).any(0).nonzero()
-    return text[:, : int(spoken.max()) + 1 if len(spoken) else 1]
+    nonzero_tokens = text.any(2).any(0).nonzero()
+    return text[:, : int(nonzero_tokens.max()) + 1 if len(nonzero_tokens) else 1]
 
 
 class Plan:
@@ -135,7 +135,7 @@ class Plan:
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 if team.main:
                     lock.acquire()
-            if not team.tell((folder / "manifest.json").is_file()):
+            if not team.broadcast((folder / "manifest.json").is_file()):
                 self._build(beside, team)
                 with team.alike():
                     if team.main:
@@ -217,7 +217,7 @@ class Plan:
             manifest["precision"] = str(self.precision or torch.float32).removeprefix("torch.")
         write(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         if len(self.broken):
-            tqdm.write(f"{self.source.name}: {self.broken.told()}", file=sys.stderr)
+            tqdm.write(f"{self.source.name}: {self.broken.summary()}", file=sys.stderr)
 
     def _conditions(self, indices: range, bar: tqdm) -> dict[str, Tensor]:
         captions = list(self.distinct)[indices.start : indices.stop]

@@ -19,7 +19,7 @@ from stepdistill.denoiser.autoencoder import whole
 from stepdistill.denoiser.base import Denoiser
 from stepdistill.denoiser.families import FAMILIES, family_of, grid_of, process_of
 from stepdistill.denoiser.parts import check_folder, check_words
-from stepdistill.denoiser.quiet import made_up, quiet
+from stepdistill.denoiser.quiet import newly_initialised, quiet
 from stepdistill.errors import InputError
 
 
@@ -243,15 +243,15 @@ def open_pipeline(
     try:
         if Path(path).exists():
             check_folder(Path(path), without)
-        with quiet() as said:
+        with quiet() as messages:
             pipeline = DiffusionPipeline.from_pretrained(path, **options, **dict.fromkeys(without))
     except (InputError, MemoryError):
         raise
     except Exception as error:  # diffusers, transformers, safetensors and the hub raise a dozen types
         raise _cannot_load(path, error) from error
-    if random := made_up(said):
+    if untrained := newly_initialised(messages):
         raise InputError(
-            f"pipeline: got {path}, whose files lack weights of {', '.join(random)}; allowed: all of them; copy or "
+            f"pipeline: got {path}, whose files lack weights of {', '.join(untrained)}; allowed: all of them; copy or "
             "fetch it again"
         )
     check_words(pipeline, path)

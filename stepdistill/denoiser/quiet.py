@@ -15,10 +15,10 @@ COLOUR = re.compile(r"\x1b\[\d*m")
 class _Listener(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(COLOUR.sub("", record.getMessage()))
+        self.messages.append(COLOUR.sub("", record.getMessage()))
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def quiet() -> Iterator[list[str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield listener.said
+            yield listener.messages
     finally:
         for library, level in zip(libraries, levels, strict=True):
             library.set_verbosity(level)
@@ -52,6 +52,6 @@ def quiet() -> Iterator[list[str]]:
             library.enable_progress_bar()
 
 
-def made_up(said: list[str]) -> list[str]:
+def newly_initialised(messages: list[str]) -> list[str]:
     """Returns, from the log messages, the classes of networks whose missing weights were initialised at random."""
-    return [found[1] for text in said if (found := NEW.search(text))]
+    return [found[1] for text in messages if (found := NEW.search(text))]

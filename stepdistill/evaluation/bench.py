@@ -260,7 +260,7 @@ class Bench:
         how = timing.requested(self.settings, row["dtype"]) if sampler else None
         known = self.book.find(row, how)
         shown, evaluations = [], 0
-        if not self.team.tell(known is not None):
+        if not self.team.broadcast(known is not None):
             (shown, evaluations), *_ = [self._look(look) for look in looks]
         with self.team.alike():
             if self.team.main and known is None:
@@ -269,7 +269,7 @@ class Bench:
             elif self.team.main:
                 times = {} if records.timed(known, how) else self._timed(sampler, row, how)
                 row = self.book.add(known | times) if times else self.book.again(known)
-        self.rows.append(self.team.tell(row))
+        self.rows.append(self.team.broadcast(row))
 
     def _look(self, look: Look) -> tuple[list[Tensor], int]:
         """Feeds all batches to the metrics; the main process then holds what every process kept.

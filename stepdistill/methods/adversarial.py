@@ -104,8 +104,9 @@ class Discriminator(nn.Module):
         """
         penalty = condition.new_zeros(())
         if penalised:
-            told = condition[:penalised]
-            penalty = r1(lambda own: self.heads(own, told), [tokens[:penalised] for tokens in maps])
+            penalised_condition = condition[:penalised]
+            penalised_maps = [tokens[:penalised] for tokens in maps]
+            penalty = r1(lambda features: self.heads(features, penalised_condition), penalised_maps)
         return self.heads(maps, condition), penalty
 
 
@@ -180,11 +181,11 @@ class Adversarial(Jumper):
             InputError: see `load_feature_network`.
         """
         trunk = load_feature_network(self.feature_network, self.feature_resolution)
-        one = teacher.conditioner.encode(["0"])  # a prompt, or a class
-        text = pooled_text(one, 1, teacher.denoiser.classes).shape[1]
-        told = text + (trunk.width if self.condition_on_image else 0)
+        cond = teacher.conditioner.encode(["0"])  # a prompt, or a class
+        text_width = pooled_text(cond, 1, teacher.denoiser.classes).shape[1]
+        width = text_width + (trunk.width if self.condition_on_image else 0)
         return {
-            "discriminator": Discriminator(trunk.channels, told),
+            "discriminator": Discriminator(trunk.channels, width),
             "trunk": trunk,
             "decoder": Decoder(teacher, recompute=self.recompute),
         }
@@ -207,10 +208,10 @@ class Adversarial(Jumper):
         with torch.no_grad():
             fake = models.decoder(models.student(x_t, t, cond, kind="x0"))
             real = self._real(batch, models)
-            told = self._told(batch, known, models)
-            shown = torch.cat([augment(pictures, batch.draws, self.augmentation) for pictures in (real, fake)])
-            maps, _ = models.trunk(shown)
-        logits, penalty = models.discriminator(maps, torch.cat([told, told]), size if self.r1_weight else 0)
+            condition = self._condition(batch, known, models)
+            images = torch.cat([augment(pictures, batch.draws, self.augmentation) for pictures in (real, fake)])
+            maps, _ = models.trunk(images)
+        logits, penalty = models.discriminator(maps, torch.cat([condition, condition]), size if self.r1_weight else 0)
         of_real, of_fake = [each[:size] for each in logits], [each[size:] for each in logits]
         adversarial = LOSSES[self.adversarial_loss][0](of_real, of_fake)
         terms = {"discriminator": adversarial.detach(), "r1": penalty.detach(), **mean_logits(of_real, of_fake)}
@@ -221,9 +222,9 @@ class Adversarial(Jumper):
     ) -> Loss:  # fmt: skip
         student_x0 = models.student(x_t, t, cond, kind="x0")
         fake = models.decoder(student_x0)
-        told = self._told(batch, known, models)
+        condition = self._condition(batch, known, models)
         maps, _ = models.trunk(augment(fake, batch.draws, self.augmentation))
-        logits, _ = models.discriminator(maps, told)
+        logits, _ = models.discriminator(maps, condition)
         adversarial = LOSSES[self.adversarial_loss][1](logits)
         terms = {"adversarial": adversarial.detach()}
         if not self.distillation_weight:
@@ -237,7 +238,7 @@ class Adversarial(Jumper):
         with torch.no_grad():
             return batch.once("real", lambda: models.decoder(batch.x0))
 
-    def _told(self, batch: Batch, known: Tensor, models: Models) -> Tensor:
+    def _condition(self, batch: Batch, known: Tensor, models: Models) -> Tensor:
         """The discriminator's condition (B, D): the pooled text or the class, and the normalised embedding of the real
         image, zero for samples whose x_t contains nothing of it."""
         text = pooled_text(batch.cond, len(known), models.student.classes).to(known.device)

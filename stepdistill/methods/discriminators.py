@@ -67,8 +67,8 @@ class Head(nn.Module):
         inside = min(channels, MOST)
         self.first, self.second = Block(channels, inside, 1, planar), Block(inside, inside, 3 if planar else 9, planar)
         self.out = spectral_norm((nn.Conv2d if planar else nn.Conv1d)(inside, WIDTH if condition else 1, 1))
-        told = (nn.Linear(condition, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH)) if condition else None
-        self.tell = nn.Sequential(*told) if told else None
+        layers = (nn.Linear(condition, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH)) if condition else None
+        self.tell = nn.Sequential(*layers) if layers else None
 
     def forward(self, features: Tensor, condition: Tensor | None = None) -> Tensor:
         h = self.first(features)

@@ -83,10 +83,10 @@ class FeatureNetwork(nn.Module):
         if pictures.shape[-2:] != (self.size, self.size):
             side = (self.size, self.size)
             pictures = F.interpolate(pictures, side, mode="bilinear", antialias=True, align_corners=False)
-        with listening(self.net, self.taps) as heard:
+        with listening(self.net, self.taps) as captured:
             pooled = self.net((pictures - self.mean) / self.std)
         prefix = getattr(self.net, "num_prefix_tokens", 0)
-        maps = [heard[tap].float() for tap in self.taps]
+        maps = [captured[tap].float() for tap in self.taps]
         if prefix:
             maps = [tokens[:, prefix:] + tokens[:, :1] for tokens in maps]
         return maps, pooled.float()

@@ -106,7 +106,7 @@ class Jumper(Method):
         schedule, grid, draws = models.teacher.schedule, models.teacher.grid, batch.draws
         t = self.draw_times(draws, schedule, grid, clock)
         eps = draws.normal(*batch.x0.shape[1:]).to(batch.x0.dtype)
-        cond = self.told(models.student, batch.cond, len(t), batch.x0.device)
+        cond = self.with_guidance(models.student, batch.cond, len(t), batch.x0.device)
         top = self.times(schedule, grid)[0].item()
         x0, known = batch.x0, t < top
         if self.backward_simulation:
@@ -115,11 +115,11 @@ class Jumper(Method):
             def answer(x_T: Tensor) -> Tensor:
                 return models.student(x_T, first, cond, kind="x0")
 
-            x0, own = own_answers(x0, self.backward_simulation, draws, schedule, top, answer)
-            known = known & ~own
+            x0, simulated = own_answers(x0, self.backward_simulation, draws, schedule, top, answer)
+            known = known & ~simulated
         return self.noised(schedule, grid, x0, eps, t), t, cond, known
 
-    def told(self, denoiser: Denoiser | FrozenDenoiser, cond: Cond, size: int, device: torch.device) -> Cond:
+    def with_guidance(self, denoiser: Denoiser | FrozenDenoiser, cond: Cond, size: int, device: torch.device) -> Cond:
         """The condition of a batch, with guidance - 1 added for a guidance-conditioned network."""
         if not denoiser.takes_guidance:
             return cond
@@ -127,7 +127,7 @@ class Jumper(Method):
 
     def sample(self, student: Denoiser, x_T: Tensor, cond: Cond, *, steps: int, draws: Draws) -> Tensor:
         """Jumps to the clean end, adds noise, repeats; with `guidance_scale` if guidance-conditioned."""
-        cond = self.told(student, cond, len(x_T), x_T.device)
+        cond = self.with_guidance(student, cond, len(x_T), x_T.device)
         steps = min(steps, ORIGIN)
         return sample_lcm(student, x_T, cond, steps=steps, draws=draws, original_steps=ORIGIN, timestep_scaling=SCALING)
 

@@ -117,7 +117,7 @@ class LatentAdversarial(Jumper):
         x = torch.zeros(1, *denoiser.sample_shape, device=device)
         half = denoiser.schedule.time_at(0.0).item()
         with torch.no_grad():
-            maps = features.read(denoiser, x, half, self.told(denoiser, cond, 1, device), blocks)
+            maps = features.read(denoiser, x, half, self.with_guidance(denoiser, cond, 1, device), blocks)
         for tokens in maps:
             laid_out(tokens, x.shape[2:])
         text = pooled_text(cond, 1, denoiser.classes).shape[1]
@@ -179,7 +179,7 @@ class LatentAdversarial(Jumper):
     ) -> tuple[list[Tensor], Tensor, Tensor, Sequence[int]]:
         """The discriminator's input for noised latents (k B, ...): k views of the batch, concatenated."""
         times = len(x_u) // len(u)
-        cond = self.told(models.teacher, batch.cond, len(u), x_u.device)
+        cond = self.with_guidance(models.teacher, batch.cond, len(u), x_u.device)
         cond = {key: torch.cat([value] * times) for key, value in cond.items()}
         u = torch.cat([u] * times)
         maps = models.teacher.features(x_u, u, cond, self.blocks)

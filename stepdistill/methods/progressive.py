@@ -224,17 +224,19 @@ class Progressive(Method):
             if self.backward_simulation and self.steps > 1:
                 before = (index - stride).clamp(min=0)
                 x_b, b = on_grid(schedule, batch.x0, eps, points, before), points[before]
-                x0 = x0_of(models.student, x_b, b, batch.cond, scale=told(models.student, scale))
-                own = (draws.uniform() < self.backward_simulation) & (index > 0)
-                x_t = torch.where(match(own, x_t) > 0, ddim_step(schedule, x_b, x0, b, t).to(x_t.dtype), x_t)
+                x0 = x0_of(models.student, x_b, b, batch.cond, scale=guidance_input(models.student, scale))
+                simulated = (draws.uniform() < self.backward_simulation) & (index > 0)
+                x_t = torch.where(match(simulated, x_t) > 0, ddim_step(schedule, x_b, x0, b, t).to(x_t.dtype), x_t)
             if self.stage == "guide":
                 fixed = self.guidance_min == self.guidance_max == 1
                 target_x0 = x0_of(models.teacher, x_t, t, batch.cond, batch.uncond, 1.0 if fixed else scale)
             else:
                 m, s = points[index + 1], points[index + 2]
-                own = told(models.teacher, scale)
-                target_x0 = two_step_x0(models.teacher, x_t, (t, m, s), batch.cond, scale=own, solver=self.solver)
-        student_x0 = x0_of(models.student, x_t, t, batch.cond, scale=told(models.student, scale))
+                teacher_scale = guidance_input(models.teacher, scale)
+                target_x0 = two_step_x0(
+                    models.teacher, x_t, (t, m, s), batch.cond, scale=teacher_scale, solver=self.solver
+                )
+        student_x0 = x0_of(models.student, x_t, t, batch.cond, scale=guidance_input(models.student, scale))
 
         error = (student_x0 - target_x0).float().square()
         total = (match(self.weight(schedule, t), error) * error).mean()
@@ -245,7 +247,7 @@ class Progressive(Method):
         """DDIM on the grid of `steps`; guidance-conditioned students, at the middle of the range."""
         schedule = student.schedule
         times = halving_times(schedule, steps, student.grid)
-        scale = told(student, self.guidance_scale(student))
+        scale = guidance_input(student, self.guidance_scale(student))
         denoise = Denoise(lambda x, t: x0_of(student, x, t, cond, scale=scale), schedule)
         return solvers.integrate(solvers.ddim, denoise, from_noise(schedule, x_T, times[0]), times)
 
@@ -254,6 +256,6 @@ class Progressive(Method):
         return ddim_scheduler(teacher, kind=self.student_kind(teacher.denoiser.kind), steps=self.steps)
 
 
-def told(denoiser: Denoiser | FrozenDenoiser, scale: float | Tensor) -> float | Tensor:
+def guidance_input(denoiser: Denoiser | FrozenDenoiser, scale: float | Tensor) -> float | Tensor:
     """The scale for a guidance-conditioned network; 1.0 for any other, which has its guidance in its weights."""
     return scale if denoiser.takes_guidance else 1.0

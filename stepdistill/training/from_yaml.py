@@ -22,28 +22,28 @@ def from_yaml(path: Path, kind: type[C], base: C | None = None) -> C:
     Raises:
         InputError: no such file, not a mapping, an unknown name (with the nearest valid one), or a bad value.
     """
-    told = read_yaml(Path(path), "--config")
-    if isinstance(told, dict):
-        told = spelled(told, kind)
-        _check_method(path, told, kind)
-    return built(kind, told, f"--config {path}", base)
+    parsed = read_yaml(Path(path), "--config")
+    if isinstance(parsed, dict):
+        parsed = spelled(parsed, kind)
+        _check_method(path, parsed, kind)
+    return built(kind, parsed, f"--config {path}", base)
 
 
-def spelled(told: Mapping[str, object], kind: type) -> dict[str, object]:
+def spelled(settings: Mapping[str, object], kind: type) -> dict[str, object]:
     """Settings under their fields' names, from names that may have hyphens; a list of one may be a single value."""
-    kinds, found = get_type_hints(kind), {str(name).replace("-", "_"): value for name, value in told.items()}
-    for name, value in found.items():
+    kinds, fields = get_type_hints(kind), {str(name).replace("-", "_"): value for name, value in settings.items()}
+    for name, value in fields.items():
         if get_origin(kinds.get(name)) is tuple and not isinstance(value, list):
-            found[name] = [value]
-    return found
+            fields[name] = [value]
+    return fields
 
 
-def _check_method(path: Path, told: Iterable[str], kind: type) -> None:
+def _check_method(path: Path, names: Iterable[str], kind: type) -> None:
     """Raises InputError if a file's names are not all this configuration's, but all another method's."""
     from stepdistill.training.plans import FLAGS
 
     def knows(other: type) -> bool:
-        return set(told) <= {each.name for each in dataclasses.fields(other)}
+        return set(names) <= {each.name for each in dataclasses.fields(other)}
 
     if not knows(kind):
         for method, (module, name) in FLAGS.items():

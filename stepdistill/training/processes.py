@@ -77,9 +77,9 @@ def agree(**facts: object) -> None:
     Raises:
         InputError: one is not.
     """
-    told = gather_object([facts])
+    gathered = gather_object([facts])
     for name in facts:
-        if len(values := dict.fromkeys(str(each[name]) for each in told)) > 1:
+        if len(values := dict.fromkeys(str(each[name]) for each in gathered)) > 1:
             raise InputError(
                 f"processes: got {name} {' in one and '.join(values)} in another; allowed: the same in all; give all "
                 "machines one --out and one $STEPDISTILL_CACHE, on a disk that they share"

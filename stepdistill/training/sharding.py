@@ -72,11 +72,11 @@ def kept_from_accelerate() -> Iterator[None]:
     """Context that hides FSDP and DeepSpeed from accelerate: FSDP would shard the adapter and its optimizer too, and of
     DeepSpeed it knows a single engine."""
     names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    told = {name: os.environ.pop(name) for name in names if name in os.environ}
+    hidden_variables = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        os.environ.update(told)
+        os.environ.update(hidden_variables)
 
 
 def divide(backbone: nn.Module, device: torch.device, *, adapted: bool) -> None:

@@ -35,8 +35,8 @@ class Towers(nn.Module):
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Maps token ids (B, S) to the states before the last layer (B, S, D) and the pooled text (B, P)."""
-        said = [tower(ids, output_hidden_states=True) for tower in self.towers]
-        return torch.cat([s.hidden_states[-2] for s in said], -1), torch.cat([s.text_embeds for s in said], -1)
+        outputs = [tower(ids, output_hidden_states=True) for tower in self.towers]
+        return torch.cat([s.hidden_states[-2] for s in outputs], -1), torch.cat([s.text_embeds for s in outputs], -1)
 
 
 def run_flow_text(run: Run, sizes: list[dict], budget: Budget) -> Figures:
@@ -125,16 +125,16 @@ def run_flow(run: Run, sizes: dict, scheduler: dict, budget: Budget, caption_dro
     latents = latents_of(vae, images_of("train", run.device)) * vae.config.scaling_factor
     with torch.no_grad():
         ids = tokenize(tokenizer, ["", *avatars.load("train").captions], run.device)
-        said = [towers(b) for b in ids.split(500)]
-        texts = F.pad(torch.cat([text.to(torch.bfloat16) for text, _ in said]), (0, 0, 0, 1))
-        pooled = torch.cat([p for _, p in said])
+        encoded = [towers(b) for b in ids.split(500)]
+        texts = F.pad(torch.cat([text.to(torch.bfloat16) for text, _ in encoded]), (0, 0, 0, 1))
+        pooled = torch.cat([p for _, p in encoded])
 
     def loss(generator: torch.Generator) -> Tensor:
         index = torch.randint(len(latents), (budget.batch_size,), generator=generator)
         t = torch.randn(budget.batch_size, generator=generator).sigmoid().to(run.device)
         eps = torch.randn(budget.batch_size, *latents.shape[1:], generator=generator).to(run.device)
-        kept = torch.rand(budget.batch_size, generator=generator) >= caption_dropout
-        x0, row = latents[index], (index + 1) * kept  # row 0 is the empty caption
+        has_caption = torch.rand(budget.batch_size, generator=generator) >= caption_dropout
+        x0, row = latents[index], (index + 1) * has_caption  # row 0 is the empty caption
         x_t = torch.lerp(x0, eps, t.view(-1, 1, 1, 1))
         student_flow = network(
             hidden_states=x_t, timestep=1000 * t, encoder_hidden_states=texts[row], pooled_projections=pooled[row],

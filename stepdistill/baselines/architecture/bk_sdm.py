@@ -139,7 +139,7 @@ class BKSDMConfig(ArchitectureConfig):
         "limit": 128, "held_out": 32, "pictures": 0, "max_train_steps": 8, "batch_size": 8, "lr_warmup": 2
     }  # fmt: skip
     SWEEP: ClassVar[tuple[str, tuple]] = ("size", ("small", "tiny"))
-    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    IRRELEVANT_FLAGS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "control": ("task_weight", "output_weight", "feature_weight")
     }  # fmt: skip
 

@@ -87,10 +87,10 @@ def pictures(
 
 
 def _figures(row: Mapping[str, Any]) -> dict[str, float]:
-    heard = "attribute_accuracy" if row.get("attribute_accuracy") is not None else "clip_score"  # prompt adherence
+    adherence = "attribute_accuracy" if row.get("attribute_accuracy") is not None else "clip_score"  # prompt adherence
     figures: dict[str, float] = {}
-    for name in ("fd", heard):
+    for name in ("fd", adherence):
         if row.get(name) is not None:
-            own = row["metrics"][name]
-            figures |= {name: row[name], f"{name}_low": own["low"], f"{name}_high": own["high"]}
+            measured = row["metrics"][name]
+            figures |= {name: row[name], f"{name}_low": measured["low"], f"{name}_high": measured["high"]}
     return figures | ({"picture_ms": row["latency_ms"]["total_p50"]} if row.get("latency_ms") else {})

@@ -59,7 +59,7 @@ class PruneThenStepsConfig(BKSDMConfig):
         "plain_steps": (4,),
     }  # fmt: skip
     SWEEP: ClassVar[tuple[str, tuple]] = ("distiller", ("lcm", "ladd"))
-    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {"prune": AFTER, "data": AFTER}
+    IRRELEVANT_FLAGS: ClassVar[Mapping[str, tuple[str, ...]]] = {"prune": AFTER, "data": AFTER}
 
     def check(self) -> None:
         """See LoopConfig.check."""

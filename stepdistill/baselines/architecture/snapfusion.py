@@ -62,7 +62,7 @@ class SnapFusionConfig(ArchitectureConfig):
         "lr_warmup": 2, "steps": 4,
     }  # fmt: skip
     SWEEP: ClassVar[tuple[str, tuple]] = ("cfg_probability", (0.0, 0.1, 0.5, 1.0))
-    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    IRRELEVANT_FLAGS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "control": ("cfg_range", "cfg_probability", "original_weight", "balanced"),
         "blocks": ("cfg_range", "cfg_probability", "original_weight", "balanced", "steps"),
     }  # fmt: skip

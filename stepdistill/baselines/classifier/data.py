@@ -113,11 +113,11 @@ def _avatars(split: str, label: Sequence[str], resolution: int | None) -> Labell
     if unknown or not label:
         got = ", ".join(unknown) or "none"
         raise InputError(f"--label: got {got}; allowed: one or more of {', '.join(data.attributes[0])}")
-    said = [" / ".join(row[name] for name in label) for row in data.attributes]
+    class_names = [" / ".join(row[name] for name in label) for row in data.attributes]
     classes = sorted({" / ".join(row[name] for name in label) for row in avatars.load("train").attributes})
     places = {name: i for i, name in enumerate(classes)}
     flip = not any(word in name for name in label for word in ("left", "right", "taller"))
-    labels = torch.tensor([places[name] for name in said])
+    labels = torch.tensor([places[name] for name in class_names])
     return Labelled(_squares(data.images, resolution, "avatars"), labels, classes, flip)
 
 

@@ -103,7 +103,7 @@ class HintonConfig(BaselineConfig):
     # Batch normalisation computes with the statistics of a batch, so splitting it differently changes the update.
     FREE: ClassVar[frozenset[str]] = BaselineConfig.FREE - {"batch_size", "gradient_accumulation"}
     SWEEP: ClassVar[tuple[str, tuple]] = ("temperature", (1.0, 2.0, 4.0, 8.0, 16.0))
-    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    IRRELEVANT_FLAGS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "teacher": ("student", "max_train_steps", "temperature", "soft_weight", "hard_weight"),
         "control": ("teacher", "teacher_steps", "temperature", "soft_weight", "hard_weight"),
     }  # fmt: skip

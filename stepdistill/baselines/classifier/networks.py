@@ -98,14 +98,14 @@ def save(network: nn.Module, target: Path, name: str, classes: Sequence[str], si
     if not target.is_dir():
         with replacing(target) as folder:
             save_model(network, str(folder / "model.safetensors"))
-            told = {"network": name, "classes": list(classes), "resolution": side}
-            (folder / "config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+            config = {"network": name, "classes": list(classes), "resolution": side}
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load(folder: Path | str) -> nn.Module:
     """Loads what `save` saved, in evaluation mode. It takes images as `normalise` in data.py makes them."""
-    told = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    network = build(told["network"], len(told["classes"]), told["resolution"], seed=0)
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    network = build(config["network"], len(config["classes"]), config["resolution"], seed=0)
     load_model(network, str(Path(folder) / "model.safetensors"))
     return network.eval()
 

@@ -44,10 +44,10 @@ def answered(pairs: Sequence[Pair], teacher: Decoder, file: Path, *, new: int, s
     problems = [Problem(pair.prompt, "") for pair in pairs]
     prompts = [pair.prompt for pair in pairs]
     settings = {"teacher": teacher.name, "new": new, "seed": seed, "mixed_precision": precision, "prompts": prompts}
-    say = partial(answer, teacher, samples=1, new=new, temperature=1.0, seed=seed)
+    answer_batch = partial(answer, teacher, samples=1, new=new, temperature=1.0, seed=seed)
     with in_turn(file), as_in_training(teacher.network, precision):
-        found = sample_all(file, problems, say, TOGETHER, settings)
+        answers = sample_all(file, problems, answer_batch, TOGETHER, settings)
     return [
-        Pair(prompt, unopened(ask(teacher.tokenizer, prompt), said.text), said.ended)
-        for prompt, (said,) in zip(prompts, found, strict=True)
+        Pair(prompt, unopened(ask(teacher.tokenizer, prompt), completion.text), completion.ended)
+        for prompt, (completion,) in zip(prompts, answers, strict=True)
     ]

@@ -42,28 +42,29 @@ def collect(teacher: Decoder, problems: Sequence[Problem], config: R1TracesConfi
         InputError: the verifier accepts none, or the file was sampled with other settings.
     """
     settings = {name: getattr(config, name) for name in SETTINGS}
-    say = partial(answer, teacher, samples=config.samples, new=config.completion, temperature=config.temperature,
-                  seed=config.seed)  # fmt: skip
+    answer_batch = partial(
+        answer, teacher, samples=config.samples, new=config.completion, temperature=config.temperature, seed=config.seed
+    )
     file = config.out / "traces.jsonl"
     with in_turn(file), as_in_training(teacher.network, config.mixed_precision):
-        answers = sample_all(file, problems, say, config.together, settings)
-    fell: Counter[str] = Counter()
+        answers = sample_all(file, problems, answer_batch, config.together, settings)
+    dropped: Counter[str] = Counter()
     kept = []
-    for problem, said in zip(problems, answers, strict=True):
-        texts, lost = keep(problem, said, config.keep)
-        fell += lost
+    for problem, completions in zip(problems, answers, strict=True):
+        texts, dropped_here = keep(problem, completions, config.keep)
+        dropped += dropped_here
         kept += [(problem, texts)] if texts else []
-    lost = ", ".join(f"{count:,} {why}" for why, count in fell.most_common())
+    reasons = ", ".join(f"{count:,} {why}" for why, count in dropped.most_common())
     total = f"{len(problems) * config.samples:,}"
     if not kept:
         raise InputError(
-            f"traces: got {total} answers, of which the verifier accepts none ({lost}); allowed: one or more; raise "
+            f"traces: got {total} answers, of which the verifier accepts none ({reasons}); allowed: one or more; raise "
             "--samples or --completion, or take a better --teacher"
         )
     return kept, (
         f"{sum(len(texts) for _, texts in kept):,} of {total} answers are kept, for {len(kept):,} of "
-        f"{len(problems):,} problems; dropped: {lost or 'none'}; the control is trained on the correct answers to all "
-        "problems"
+        f"{len(problems):,} problems; dropped: {reasons or 'none'}; the control is trained on the correct answers to "
+        "all problems"
     )
 
 
@@ -74,10 +75,10 @@ def as_rows(tokenizer: PreTrainedTokenizerBase, texts: Answered, most: int) -> T
         InputError: all are.
     """
     pairs, sizes = [], []
-    for problem, said in texts:
-        asked = ask(tokenizer, problem.prompt)
-        for pair in (Pair(asked, unopened(asked, text)) for text in said):
-            before = len(prompt_ids(tokenizer, asked))
+    for problem, answers in texts:
+        prompt_text = ask(tokenizer, problem.prompt)
+        for pair in (Pair(prompt_text, unopened(prompt_text, text)) for text in answers):
+            before = len(prompt_ids(tokenizer, prompt_text))
             after = len(tokenizer(pair.completion, add_special_tokens=False).input_ids)
             if after < most:  # and its end of text
                 pairs.append(pair)

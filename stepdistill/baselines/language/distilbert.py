@@ -16,7 +16,7 @@ import torch
 from stepdistill.baselines.base import TeacherStudent
 from stepdistill.baselines.language.encoder_run import EncoderConfig
 from stepdistill.baselines.language.encoders import MaskedLM, shape
-from stepdistill.baselines.language.masked import MaskedModelling, cut_lines, told_right
+from stepdistill.baselines.language.masked import MaskedModelling, cut_lines, masked_lm_metrics
 from stepdistill.baselines.language.saved import save
 from stepdistill.baselines.language.students import copy_layers, evenly
 from stepdistill.baselines.language.texts import joined, open_texts
@@ -69,7 +69,7 @@ class DistilBertConfig(EncoderConfig):
         "teacher": "tiny", "limit": 1000, "held_out": 200, "teacher_steps": 300, "max_train_steps": 60, "lr_warmup": 10,
     }  # fmt: skip
     SWEEP: ClassVar[tuple[str, tuple]] = ("init", ("layers", "random"))
-    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    IRRELEVANT_FLAGS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "teacher": ("layers", "init", "temperature", "kl_weight", "mlm_weight", "cosine_weight", "kl_on",
                     "max_train_steps", "learning_rate"),
         "control": ("temperature", "kl_weight", "mlm_weight", "cosine_weight", "kl_on"),
@@ -108,7 +108,7 @@ class DistilBertConfig(EncoderConfig):
         def add(role: Role, network: MaskedLM, seconds: float | None = None, seed: int | None = None) -> None:
             if self.dry_run:
                 return
-            figures = told_right(network, held, masking)
+            figures = masked_lm_metrics(network, held, masking)
             name = shape(network.network)
             results.rows.append(Row(role, name, figures, count_parameters(network), seconds, seed))
 

@@ -18,7 +18,7 @@ from torch import nn
 from stepdistill.baselines.base import Batch, Objective, TeacherStudent
 from stepdistill.baselines.language import losses
 from stepdistill.baselines.language.corpus import Corpus
-from stepdistill.baselines.language.generate import Spoken, coin, evaluating, sample
+from stepdistill.baselines.language.generate import TokenBatch, coin, evaluating, sample
 from stepdistill.baselines.language.measure import mean_nll
 from stepdistill.baselines.language.memory import Replay
 from stepdistill.baselines.language.models import Decoder, logits
@@ -64,29 +64,29 @@ class DistiLLM(Objective):
             with evaluating(models.bare):
                 replay.look(mean_nll(models.bare, self.held), clock.update)
         full = replay.filled == len(replay.ids)
-        chance = coin(self.seed, clock.update), replay.threshold.item(), clock.update / clock.total
-        now = batch.ahead("turn", lambda _: turn(*chance, full))  # for the whole update, whose texts may fill the rows
+        state = coin(self.seed, clock.update), replay.threshold.item(), clock.update / clock.total
+        mode = batch.ahead("turn", lambda _: turn(*state, full))  # for the whole update, whose texts may fill the rows
 
-        def read(each: Batch) -> Spoken:
+        def read(each: Batch) -> TokenBatch:
             ids, attention = each["ids"], each["attention"]
-            if now == "read":
-                return Spoken(ids, attention, each["counts"])
-            if now == "recall":
+            if mode == "read":
+                return TokenBatch(ids, attention, each["counts"])
+            if mode == "recall":
                 return replay.recall(each.draws)
-            spoken = sample(
+            generated = sample(
                 [(models.bare, 1.0)], ids[:, : self.prompt], attention[:, : self.prompt], each.draws,
                 new=ids.shape[1] - self.prompt, eos=self.eos, pad=self.pad,
             )  # fmt: skip
-            replay.keep(spoken)
-            return spoken
+            replay.keep(generated)
+            return generated
 
         text = batch.ahead("text", read)
         weight = batch.weight(lambda each: losses.predicted(each.ahead("text", read).counts))
         with torch.no_grad():
-            answers = logits(models.teacher, text.ids, text.attention)[:, :-1]
-        said, _, mask = losses.shift(logits(models.student, text.ids, text.attention), text.ids, text.counts)
-        value = weight * getattr(losses, self.divergence)(said, answers, mask, alpha=self.alpha)
-        return Loss(value, {f"{self.divergence}_{now}": value, "threshold": replay.threshold.detach().clone()})
+            teacher_logits = logits(models.teacher, text.ids, text.attention)[:, :-1]
+        student_logits, _, mask = losses.shift(logits(models.student, text.ids, text.attention), text.ids, text.counts)
+        value = weight * getattr(losses, self.divergence)(student_logits, teacher_logits, mask, alpha=self.alpha)
+        return Loss(value, {f"{self.divergence}_{mode}": value, "threshold": replay.threshold.detach().clone()})
 
 
 @dataclass(frozen=True)

@@ -52,12 +52,12 @@ class MaskedLM(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, ids: Tensor, attention: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, attention: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S) tokens, attention mask and mask of the N tokens to predict, to the last layer's output (B, S, D) and
         logits (N, V)."""
         hidden = self.network.base_model(input_ids=ids, attention_mask=attention.long()).last_hidden_state
         head = self.network.cls if hasattr(self.network, "cls") else self.network.lm_head
-        return hidden, head(hidden[told])
+        return hidden, head(hidden[selected])
 
 
 def open_encoder(spec: str, texts: Sequence[str], *, seed: int = 0) -> Encoder:

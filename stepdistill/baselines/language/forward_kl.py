@@ -35,11 +35,12 @@ class ForwardKL(Objective):
         """The loss of the student."""
         ids, attention = batch["ids"], batch["attention"]
         with torch.no_grad():
-            answers = logits(models.teacher, ids, attention)[:, :-1]
-        said, labels, mask = losses.shift(logits(models.student, ids, attention), ids, batch["counts"])
+            teacher_logits = logits(models.teacher, ids, attention)[:, :-1]
+        student_logits, labels, mask = losses.shift(logits(models.student, ids, attention), ids, batch["counts"])
         weight = batch.weight(lambda each: losses.predicted(each["counts"]))
-        soft = weight * (self.temperature**2 * losses.forward_kl(said, answers, mask, temperature=self.temperature))
-        hard = weight * losses.cross_entropy(said, labels, mask)
+        divergence = losses.forward_kl(student_logits, teacher_logits, mask, temperature=self.temperature)
+        soft = weight * (self.temperature**2 * divergence)
+        hard = weight * losses.cross_entropy(student_logits, labels, mask)
         return Loss(self.soft_weight * soft + self.hard_weight * hard, {"forward_kl": soft, "cross_entropy": hard})
 
 

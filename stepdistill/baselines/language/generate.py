@@ -14,12 +14,12 @@ from stepdistill.draws import Draws, mix
 
 
 @dataclass(frozen=True)
-class Spoken:
-    """Prompts with generated continuations, as rows of Tokens: the prompt does not count, nor does anything after the
-    first end of text, which itself counts.
+class TokenBatch:
+    """B rows of tokens: of a corpus, or prompts with generated continuations. Of the latter, the prompt does not count,
+    nor does anything after the first end of text, which itself counts.
 
     Attributes:
-        ids: (B, S) int64. attention, counts: (B, S) bool.
+        ids: (B, S) int64. attention, counts: (B, S) bool, as in Tokens.
     """
 
     ids: Tensor
@@ -40,31 +40,31 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def sample(
-    voices: Sequence[tuple[nn.Module, float]], prompt: Tensor, attention: Tensor, draws: Draws, *, new: int, eos: int,
+    mixture: Sequence[tuple[nn.Module, float]], prompt: Tensor, attention: Tensor, draws: Draws, *, new: int, eos: int,
     pad: int, temperature: float = 1.0,
-) -> Spoken:  # fmt: skip
-    """Continues prompts with tokens sampled from Σ weight p(· | text so far), the voices' mixture.
+) -> TokenBatch:  # fmt: skip
+    """Continues prompts with tokens sampled from a mixture of networks, Σ weight p(· | text so far).
 
     MiniLLM's mixture is [(teacher, 0.2), (student, 0.8)]; a student alone is [(student, 1.0)].
 
     Args:
-        voices: causal language models of one vocabulary, with weights that sum to 1.
+        mixture: causal language models of one vocabulary, with weights that sum to 1.
         prompt: (B, P), padded on the left. attention: (B, P). draws: each row takes `new` numbers.
-        new: tokens at most. eos: the token that ends a text. pad: the token after it. temperature: of each voice.
+        new: tokens at most. eos: the token that ends a text. pad: the token after it. temperature: of each network.
     """
     uniform = torch.stack([draws.uniform() for _ in range(new)], 1).double()
     ids, seen = prompt, attention.bool()
     going = torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
     counts = torch.zeros_like(seen)
-    caches: list = [None] * len(voices)
+    caches: list = [None] * len(mixture)
     with ExitStack() as stack:
-        for network, _ in voices:
+        for network, _ in mixture:
             stack.enter_context(evaluating(network))
         for step in range(new):
             if not going.any():
                 break
             probs = 0
-            for i, (network, weight) in enumerate(voices):
+            for i, (network, weight) in enumerate(mixture):
                 fresh = slice(None) if step == 0 else slice(-1, None)
                 out = network(
                     input_ids=ids[:, fresh], attention_mask=seen.long(), position_ids=positions(seen)[:, fresh],
@@ -79,7 +79,7 @@ def sample(
     missing = prompt.shape[1] + new - ids.shape[1]
     ids = nn.functional.pad(ids, (0, missing), value=pad)
     seen, counts = (nn.functional.pad(x, (0, missing)) for x in (seen, counts))
-    return Spoken(ids, seen, counts)
+    return TokenBatch(ids, seen, counts)
 
 
 def draw(probs: Tensor, uniform: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from stepdistill.baselines.base import Batch, Objective, TeacherStudent
 from stepdistill.baselines.language import losses
 from stepdistill.baselines.language.corpus import Corpus
-from stepdistill.baselines.language.generate import Spoken, coin, sample
+from stepdistill.baselines.language.generate import TokenBatch, coin, sample
 from stepdistill.baselines.language.models import Decoder, logits
 from stepdistill.baselines.language.run import QUICK, DecoderConfig
 from stepdistill.errors import InputError
@@ -49,12 +49,12 @@ class GKD(Objective):
 
     def loss(self, phase: str, batch: Batch, models: TeacherStudent, clock: Clock) -> Loss:
         """The loss of the student."""
-        own = coin(self.seed, clock.update) < self.lmbda
+        on_policy = coin(self.seed, clock.update) < self.lmbda
 
-        def read(each: Batch) -> Spoken:
+        def read(each: Batch) -> TokenBatch:
             ids, attention = each["ids"], each["attention"]
-            if not own:
-                return Spoken(ids, attention, each["counts"])
+            if not on_policy:
+                return TokenBatch(ids, attention, each["counts"])
             return sample(
                 [(models.bare, 1.0)], ids[:, : self.prompt], attention[:, : self.prompt], each.draws,
                 new=ids.shape[1] - self.prompt, eos=self.eos, pad=self.pad, temperature=self.temperature,
@@ -63,10 +63,10 @@ class GKD(Objective):
         text = batch.ahead("text", read)
         weight = batch.weight(lambda each: losses.predicted(each.ahead("text", read).counts))
         with torch.no_grad():
-            answers = logits(models.teacher, text.ids, text.attention)[:, :-1]
-        said, _, mask = losses.shift(logits(models.student, text.ids, text.attention), text.ids, text.counts)
-        value = weight * losses.generalized_jsd(said, answers, mask, beta=self.beta)
-        return Loss(value, {"jsd_own" if own else "jsd_text": value})
+            teacher_logits = logits(models.teacher, text.ids, text.attention)[:, :-1]
+        student_logits, _, mask = losses.shift(logits(models.student, text.ids, text.attention), text.ids, text.counts)
+        value = weight * losses.generalized_jsd(student_logits, teacher_logits, mask, beta=self.beta)
+        return Loss(value, {"jsd_own" if on_policy else "jsd_text": value})
 
 
 @dataclass(frozen=True)

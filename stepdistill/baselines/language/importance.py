@@ -41,9 +41,9 @@ class Shares:
         """
         shares = {}
         for pair in spec.removeprefix("prune:").split(","):
-            name, _, said = pair.partition("=")
+            name, _, share = pair.partition("=")
             try:
-                shares[name] = float(said)
+                shares[name] = float(share)
                 if name not in cls.__dataclass_fields__ or not 0 <= shares[name] < 1:
                     raise ValueError
             except ValueError as error:

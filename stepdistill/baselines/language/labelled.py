@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 KINDS = "avatars, a .tsv file, or a datasets name (owner/name:config)"
-UNSAID = "unsaid"
+UNMENTIONED = "unsaid"
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,13 @@ def _captions(split: str, label: str) -> list[tuple[str, str]]:
     if label not in data.attributes[0]:
         raise InputError(f"--label: got {label!r}; allowed: {', '.join(data.attributes[0])}")
     rows = zip(data.captions, data.attributes, data.mentioned, strict=True)
-    return [(values[label] if label in said else UNSAID, text) for text, values, said in rows]
+    return [(attributes[label] if label in mentioned else UNMENTIONED, text) for text, attributes, mentioned in rows]
 
 
 def _file(path: Path) -> list[tuple[str, str]]:
     def parse(text: str) -> list[tuple[str, str]]:
         lines = [line.split("\t", 1) for line in text.split("\n") if line.strip()]
-        return [(name, said) for name, said in lines]
+        return [(label, sentence) for label, sentence in lines]
 
     return read_file(path, parse, "--task", "lines of a class, a tab and a text")
 
@@ -165,13 +165,13 @@ def _dataset(spec: str, split: str) -> list[tuple[str, str]]:
 
 
 @torch.no_grad()
-def told_class(network: Classifier, held: Labelled, batch: int = 64) -> dict[str, float]:
+def classification_metrics(network: Classifier, held: Labelled, batch: int = 64) -> dict[str, float]:
     """`nll`, nats per text, and `accuracy`."""
     device = next(network.parameters()).device
-    nll, right = 0.0, 0
+    nll, correct = 0.0, 0
     for first in tqdm(range(0, len(held), batch), "measuring", leave=False, dynamic_ncols=True):
         items = {k: v.to(device) for k, v in held.batch(list(range(first, min(first + batch, len(held))))).items()}
         logits = network(items["ids"], items["attention"]).float()
         nll += nn.functional.cross_entropy(logits, items["labels"], reduction="sum").item()
-        right += (logits.argmax(-1) == items["labels"]).sum().item()
-    return {"nll": nll / len(held), "accuracy": right / len(held)}
+        correct += (logits.argmax(-1) == items["labels"]).sum().item()
+    return {"nll": nll / len(held), "accuracy": correct / len(held)}

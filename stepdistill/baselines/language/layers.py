@@ -36,11 +36,11 @@ def look(body: nn.Module, call: nn.Module, ids: Tensor, attention: Tensor) -> Se
     """
     count, heads = body.config.num_hidden_layers, body.config.num_attention_heads
     layers = [f"encoder.layer.{i}" for i in range(count)]
-    asked, offered = ([f"{layer}.attention.self.{what}" for layer in layers] for what in ("query", "key"))
-    with listening(body, ["embeddings", *layers, *asked, *offered]) as heard:
+    queries, keys = ([f"{layer}.attention.self.{what}" for layer in layers] for what in ("query", "key"))
+    with listening(body, ["embeddings", *layers, *queries, *keys]) as captured:
         call(input_ids=ids, attention_mask=attention.long())
-    hidden = [heard[name] for name in ("embeddings", *layers)]
-    return Seen(hidden, [scores(heard[q], heard[k], heads) for q, k in zip(asked, offered, strict=True)])
+    hidden = [captured[name] for name in ("embeddings", *layers)]
+    return Seen(hidden, [scores(captured[q], captured[k], heads) for q, k in zip(queries, keys, strict=True)])
 
 
 def scores(query: Tensor, key: Tensor, heads: int) -> Tensor:

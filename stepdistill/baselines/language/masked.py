@@ -20,7 +20,7 @@ from stepdistill.methods.base import Clock, Loss
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHOWN = 0.8  # of masked tokens that become the mask token; half of the rest become any token, half stay
+MASK_TOKEN_SHARE = 0.8  # of masked tokens that become the mask token; half of the rest become any token, half stay
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,12 @@ class Masking:
         """The masked input, and which tokens are to be predicted: both (B, S), S up to `length`."""
         size = ids.shape[1]
         chance, fate = (draws.uniform(self.length)[:, :size] for _ in range(2))
-        other = draws.integers(self.vocabulary, self.length)[:, :size]
-        plain = attention.bool() & ~torch.isin(ids, torch.tensor(self.special, device=ids.device))
-        told = plain & (chance < self.rate)
-        shown = torch.where(fate < SHOWN, self.mask, torch.where(fate < (1 + SHOWN) / 2, other, ids))
-        return torch.where(told, shown, ids), told
+        random_ids = draws.integers(self.vocabulary, self.length)[:, :size]
+        maskable = attention.bool() & ~torch.isin(ids, torch.tensor(self.special, device=ids.device))
+        is_masked = maskable & (chance < self.rate)
+        random_or_same = torch.where(fate < (1 + MASK_TOKEN_SHARE) / 2, random_ids, ids)
+        replacement = torch.where(fate < MASK_TOKEN_SHARE, self.mask, random_or_same)
+        return torch.where(is_masked, replacement, ids), is_masked
 
     def of_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The same for a batch of Lines."""
@@ -83,9 +84,9 @@ class MaskedModelling(Objective):
 
     def loss(self, phase: str, batch: Batch, models: TeacherStudent, clock: Clock) -> Loss:
         """The mean over the masked tokens."""
-        shown, told = self.masking.of_batch(batch)
-        _, logits = models.student(shown, batch["attention"], told)
-        value = masked_mean(nn.functional.cross_entropy(wide(logits), batch["ids"][told], reduction="none"))
+        masked_ids, is_masked = self.masking.of_batch(batch)
+        _, logits = models.student(masked_ids, batch["attention"], is_masked)
+        value = masked_mean(nn.functional.cross_entropy(wide(logits), batch["ids"][is_masked], reduction="none"))
         value = batch.weight(lambda each: self.masking.of_batch(each)[1].sum()) * value
         return Loss(value, {"masked": value})
 
@@ -125,16 +126,16 @@ def surround(pieces: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
 
 
 @torch.no_grad()
-def told_right(network: MaskedLM, held: Lines, masking: Masking, batch: int = 32) -> dict[str, float]:
+def masked_lm_metrics(network: MaskedLM, held: Lines, masking: Masking, batch: int = 32) -> dict[str, float]:
     """`masked_nll`, nats per masked token, and `masked_accuracy`; the masking is the same for every network."""
     device = next(network.parameters()).device
-    nll, right, count = 0.0, 0, 0
+    nll, correct, count = 0.0, 0, 0
     for first in tqdm(range(0, len(held), batch), "measuring", leave=False, dynamic_ncols=True):
         items = held.batch(list(range(first, min(first + batch, len(held)))))
         ids, attention = (items[name].to(device) for name in ("ids", "attention"))
-        shown, told = masking(ids, attention, Draws.at(0, first, len(ids), device))
-        logits = network(shown, attention, told)[1].float()
-        nll += nn.functional.cross_entropy(logits, ids[told], reduction="sum").item()
-        right += (logits.argmax(-1) == ids[told]).sum().item()
-        count += int(told.sum())
-    return {"masked_nll": nll / max(count, 1), "masked_accuracy": right / max(count, 1)}
+        masked_ids, is_masked = masking(ids, attention, Draws.at(0, first, len(ids), device))
+        logits = network(masked_ids, attention, is_masked)[1].float()
+        nll += nn.functional.cross_entropy(logits, ids[is_masked], reduction="sum").item()
+        correct += (logits.argmax(-1) == ids[is_masked]).sum().item()
+        count += int(is_masked.sum())
+    return {"masked_nll": nll / max(count, 1), "masked_accuracy": correct / max(count, 1)}

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from stepdistill import files
 from stepdistill.baselines.language import losses
-from stepdistill.baselines.language.generate import Spoken, sample
+from stepdistill.baselines.language.generate import TokenBatch, sample
 from stepdistill.baselines.language.models import Decoder, logits
 from stepdistill.baselines.language.tokens import Tokens
 from stepdistill.draws import Draws
@@ -25,7 +25,7 @@ NOTE = (
     "nll: nats per token of the held-out text; own_kl: KL(student || teacher), nats per token, over each one's own "
     "continuations of held-out prompts, which are in generations.md"
 )
-SPEAK = 0x5A17  # the stream of random numbers for continuing held-out prompts
+CONTINUATION_STREAM = 0x5A17  # the stream of random numbers for continuing held-out prompts
 
 
 @torch.no_grad()
@@ -86,29 +86,29 @@ def mean_nll(network: nn.Module, data: Tokens, batch: int = 8) -> float:
 
 def token_nll(network: nn.Module, ids: Tensor, attention: Tensor) -> Tensor:
     """-log p(token | those before it) of each token but a row's first: (B, S) to (B, S - 1), float32."""
-    said = logits(network, ids, attention)[:, :-1]
-    return nn.functional.cross_entropy(said.float().transpose(1, 2), ids[:, 1:], reduction="none")
+    next_logits = logits(network, ids, attention)[:, :-1]
+    return nn.functional.cross_entropy(next_logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
 
 
-def go_on(network: nn.Module, teacher: Decoder, held: Tokens, seed: int) -> Spoken:
+def go_on(network: nn.Module, teacher: Decoder, held: Tokens, seed: int) -> TokenBatch:
     """A network's continuations of held-out prompts; with the same seed, all networks draw the same numbers."""
     device = next(network.parameters()).device
     prompt, attention = (x[:, : held.prompt].to(device) for x in (held.ids, held.attention))
-    draws, new = Draws.at(seed ^ SPEAK, 0, len(held), device), held.ids.shape[1] - held.prompt
+    draws, new = Draws.at(seed ^ CONTINUATION_STREAM, 0, len(held), device), held.ids.shape[1] - held.prompt
     return sample([(network, 1.0)], prompt, attention, draws, new=new, eos=teacher.eos, pad=teacher.pad)
 
 
 @torch.no_grad()
-def own_kl(network: nn.Module, teacher: nn.Module, spoken: Spoken) -> float:
+def own_kl(network: nn.Module, teacher: nn.Module, generated: TokenBatch) -> float:
     """KL(network || teacher), nats per token, over the text that the network itself generated; a row at once, as two
     networks' logits of it may be a gigabyte each."""
     total, n = 0.0, 0
-    for row in range(len(spoken.ids)):
-        ids, attention, counts = (x[row : row + 1] for x in (spoken.ids, spoken.attention, spoken.counts))
-        said, answers = (logits(model, ids, attention) for model in (network, teacher))
-        said, _, mask = losses.shift(said, ids, counts)
+    for row in range(len(generated.ids)):
+        ids, attention, counts = (x[row : row + 1] for x in (generated.ids, generated.attention, generated.counts))
+        network_logits, teacher_logits = (logits(model, ids, attention) for model in (network, teacher))
+        network_logits, _, mask = losses.shift(network_logits, ids, counts)
         count = int(mask.sum())
-        total += losses.reverse_kl(said, answers[:, :-1], mask).item() * count
+        total += losses.reverse_kl(network_logits, teacher_logits[:, :-1], mask).item() * count
         n += count
     return total / max(n, 1)
 
@@ -118,12 +118,12 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor, kept: Tensor) -> lis
     return [tokenizer.decode(row[mask].tolist()) for row, mask in zip(ids, kept.bool(), strict=True)]
 
 
-def write_generations(file: Path, prompts: Sequence[str], said: Mapping[str, Sequence[str]]) -> None:
+def write_generations(file: Path, prompts: Sequence[str], generations: Mapping[str, Sequence[str]]) -> None:
     """Writes the prompts, each followed by every network's continuation."""
     lines = ["# What each says after the same prompts, drawn by the same random numbers", ""]
     for i, prompt in enumerate(prompts):
         lines += [f"## {i + 1}", "", f"> {_line(prompt)}", ""]
-        lines += [f"- **{name}**: {_line(texts[i])}" for name, texts in said.items()] + [""]
+        lines += [f"- **{name}**: {_line(texts[i])}" for name, texts in generations.items()] + [""]
     files.write(file, "\n".join(lines))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from stepdistill.baselines.language.generate import Spoken
+from stepdistill.baselines.language.generate import TokenBatch
 from stepdistill.draws import Draws
 
 RISE = 0.1  # rise of the validation loss at which the threshold is raised, and by how much
@@ -28,7 +28,7 @@ class Replay(nn.Module):
         self.register_buffer("ids", torch.zeros(capacity, length, dtype=torch.int64))
         self.register_buffer("attention", torch.zeros(capacity, length, dtype=torch.bool))
         self.register_buffer("counts", torch.zeros(capacity, length, dtype=torch.bool))
-        self.register_buffer("said", torch.tensor(0))  # rows, overwritten ones included
+        self.register_buffer("rows_written", torch.tensor(0))  # overwritten ones included
         self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float64))
         self.register_buffer("lowest", torch.tensor(torch.inf, dtype=torch.float64))
         self.register_buffer("looked", torch.tensor(-1))  # the update of the last call of `look`
@@ -36,23 +36,23 @@ class Replay(nn.Module):
     @property
     def filled(self) -> int:
         """The number of rows held."""
-        return min(self.said.item(), len(self.ids))
+        return min(self.rows_written.item(), len(self.ids))
 
-    def keep(self, spoken: Spoken) -> None:
+    def keep(self, generated: TokenBatch) -> None:
         """Stores the rows generated on all processes, overwriting the oldest; of more than there is room for, the
         last."""
         from accelerate.utils import gather
 
-        rows = [gather(x) for x in (spoken.ids, spoken.attention, spoken.counts)]
-        numbers = torch.arange(len(rows[0]), device=self.said.device)[-len(self.ids) :]
-        for kept, new in zip((self.ids, self.attention, self.counts), rows, strict=True):
-            kept[(self.said + numbers) % len(self.ids)] = new[numbers]
-        self.said += len(rows[0])
+        rows = [gather(x) for x in (generated.ids, generated.attention, generated.counts)]
+        numbers = torch.arange(len(rows[0]), device=self.rows_written.device)[-len(self.ids) :]
+        for buffer, new in zip((self.ids, self.attention, self.counts), rows, strict=True):
+            buffer[(self.rows_written + numbers) % len(self.ids)] = new[numbers]
+        self.rows_written += len(rows[0])
 
-    def recall(self, draws: Draws) -> Spoken:
+    def recall(self, draws: Draws) -> TokenBatch:
         """A random row for each of these samples."""
         places = draws.integers(self.filled)
-        return Spoken(self.ids[places], self.attention[places], self.counts[places])
+        return TokenBatch(self.ids[places], self.attention[places], self.counts[places])
 
     def look(self, loss: float, update: int) -> None:
         """Raises the threshold if the validation loss is RISE above its lowest value since the threshold last rose.
@@ -89,17 +89,17 @@ class Rollouts(nn.Module):
         """Whether the next batch is the first of an update."""
         return self.seen.item() % len(self.ids) == 0
 
-    def keep(self, said: Iterable[tuple[Spoken, Tensor, Tensor]]) -> None:
+    def keep(self, samples: Iterable[tuple[TokenBatch, Tensor, Tensor]]) -> None:
         """Stores the texts of an update, with log p and log q: those of this process's batches, in order, and of the
         batches of the others."""
         from accelerate.utils import gather
 
         start = 0
-        for new, log_p, log_q in said:
+        for new, log_p, log_q in samples:
             values = {"ids": new.ids, "attention": new.attention, "counts": new.counts, "log_p": log_p, "log_q": log_q}
-            found = {name: gather(value) for name, value in values.items()}
-            end = start + len(found["ids"])
-            for name, value in found.items():
+            gathered = {name: gather(value) for name, value in values.items()}
+            end = start + len(gathered["ids"])
+            for name, value in gathered.items():
                 getattr(self, name)[start:end] = value
             start = end
 

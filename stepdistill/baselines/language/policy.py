@@ -10,7 +10,7 @@ from torch import Tensor
 from stepdistill.baselines.base import Batch, Objective, TeacherStudent
 from stepdistill.baselines.divergence import kl
 from stepdistill.baselines.language import losses
-from stepdistill.baselines.language.generate import Spoken, evaluating, sample
+from stepdistill.baselines.language.generate import TokenBatch, evaluating, sample
 from stepdistill.baselines.language.memory import Rollouts
 from stepdistill.baselines.language.models import logits
 from stepdistill.baselines.reduce import masked_mean, wide
@@ -45,9 +45,9 @@ def chosen(log_probs: Tensor, labels: Tensor) -> Tensor:
     return log_probs.gather(-1, labels[..., None]).squeeze(-1)
 
 
-def log_likelihood(said: Tensor, labels: Tensor) -> Tensor:
+def log_likelihood(token_logits: Tensor, labels: Tensor) -> Tensor:
     """log p(label): (B, S, V) logits to (B, S), float32, or float64 if given."""
-    return chosen(wide(said).log_softmax(-1), labels)
+    return chosen(wide(token_logits).log_softmax(-1), labels)
 
 
 @dataclass(frozen=True)
@@ -78,58 +78,64 @@ class MiniLLM(Objective):
         rolls: Rollouts = models.rollouts
         if clock.update % self.reuse == 0 and rolls.at_start:
             batches = batch.siblings() if batch.siblings else [batch]
-            rolls.keep(self.speak(each, models) for each in batches)
-        every = rolls.counts[:, 1:]
-        advantage = whiten(rewards_after(rolls.log_p - rolls.log_q, every), every)
-        own = rolls.next(len(batch["ids"]))
-        both = [torch.cat([getattr(rolls, name)[own], batch[name]]) for name in ("ids", "attention", "counts")]
-        says, labels, mask = losses.shift(logits(models.student, both[0], both[1]), both[0], both[2])
+            rolls.keep(self.sample_mixture(each, models) for each in batches)
+        counted = rolls.counts[:, 1:]
+        advantage = whiten(rewards_after(rolls.log_p - rolls.log_q, counted), counted)
+        rows = rolls.next(len(batch["ids"]))
+        ids, attention, counts = (
+            torch.cat([getattr(rolls, name)[rows], batch[name]]) for name in ("ids", "attention", "counts")
+        )
+        student_logits, labels, mask = losses.shift(logits(models.student, ids, attention), ids, counts)
         n = len(batch["ids"])
-        corpus = losses.cross_entropy(says[n:], labels[n:], mask[n:])
+        corpus = losses.cross_entropy(student_logits[n:], labels[n:], mask[n:])
         corpus = batch.weight(lambda each: losses.predicted(each["counts"])) * corpus
         with torch.no_grad():
-            answers = logits(models.teacher, both[0][:n], both[1][:n])[:, :-1]
-        log_p, log_q = rolls.log_p[own], rolls.log_q[own]
-        single, long = self.pieces(says[:n], answers, labels[:n], mask[:n], log_p, log_q, advantage[own])
-        weight = mask[:n].sum() * batch.batches / every.sum().clamp(min=1)  # see Batch.weight
+            teacher_logits = logits(models.teacher, ids[:n], attention[:n])[:, :-1]
+        log_p, log_q = rolls.log_p[rows], rolls.log_q[rows]
+        single, long = self.pieces(
+            student_logits[:n], teacher_logits, labels[:n], mask[:n], log_p, log_q, advantage[rows]
+        )
+        weight = mask[:n].sum() * batch.batches / counted.sum().clamp(min=1)  # see Batch.weight
         single, long = weight * single, weight * long
         total = single + long + self.corpus_weight * corpus
         return Loss(total, {"single": single, "long": long, "cross_entropy": corpus})
 
     def pieces(
-        self, says: Tensor, answers: Tensor, labels: Tensor, mask: Tensor, log_p: Tensor, log_q: Tensor,
-        advantage: Tensor,
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, mask: Tensor, log_p: Tensor,
+        log_q: Tensor, advantage: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Returns the single-step and the long-term loss.
 
         Args:
-            says, answers: logits of student and teacher (B, S, V). labels, mask: (B, S).
+            student_logits, teacher_logits: (B, S, V). labels, mask: (B, S).
             log_p, log_q: of the labels, by the teacher and by the student when they were sampled. advantage: (B, S).
         """
         log_mix = losses.log_mixture(log_p, log_q, self.mix)
 
-        def values(says: Tensor, answers: Tensor, label: Tensor, weight: Tensor, mixed: Tensor, gain: Tensor) -> Tensor:
-            now = wide(says).log_softmax(-1)
-            ratio = (chosen(now, label) - mixed).exp()
-            exact = kl(now, wide(answers).log_softmax(-1))
-            return torch.stack([weight * exact, clipped(ratio, gain, self.clip)], -1)
+        def values(
+            student: Tensor, teacher: Tensor, label: Tensor, weight: Tensor, log_mix: Tensor, advantage: Tensor
+        ) -> Tensor:
+            log_probs = wide(student).log_softmax(-1)
+            ratio = (chosen(log_probs, label) - log_mix).exp()
+            exact = kl(log_probs, wide(teacher).log_softmax(-1))
+            return torch.stack([weight * exact, clipped(ratio, advantage, self.clip)], -1)
 
         weight = (log_q - log_mix).exp()
-        found = losses.each(values, mask, says, answers, labels, weight, log_mix, advantage)
-        single, long = map(masked_mean, found.unbind(-1))
+        terms = losses.each(values, mask, student_logits, teacher_logits, labels, weight, log_mix, advantage)
+        single, long = map(masked_mean, terms.unbind(-1))
         return single, long
 
     @torch.no_grad()
-    def speak(self, batch: Batch, models: TeacherStudent) -> tuple[Spoken, Tensor, Tensor]:
+    def sample_mixture(self, batch: Batch, models: TeacherStudent) -> tuple[TokenBatch, Tensor, Tensor]:
         """Texts sampled from the mixture, and log p and log q of their tokens."""
         prompt, attention = batch["ids"][:, : self.prompt], batch["attention"][:, : self.prompt]
-        spoken = sample(
+        generated = sample(
             [(models.teacher, self.mix), (models.bare, 1 - self.mix)], prompt, attention, batch.draws,
             new=batch["ids"].shape[1] - self.prompt, eos=self.eos, pad=self.pad,
         )  # fmt: skip
         with evaluating(models.bare):
-            both = [
-                log_likelihood(logits(network, spoken.ids, spoken.attention)[:, :-1], spoken.ids[:, 1:])
+            log_likelihoods = [
+                log_likelihood(logits(network, generated.ids, generated.attention)[:, :-1], generated.ids[:, 1:])
                 for network in (models.teacher, models.bare)
             ]
-        return spoken, *both
+        return generated, *log_likelihoods

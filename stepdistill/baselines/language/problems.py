@@ -92,15 +92,15 @@ def right(text: str, answer: str) -> bool:
     is a number, or the last line, of what follows the last #### or of all. Numbers are compared by value, others as
     words, ignoring case.
     """
-    told = text.rpartition(CLOSE)[2].strip()
-    if not told or (OPEN in text and CLOSE not in text):  # nothing is told, or the reasoning was cut
+    conclusion = text.rpartition(CLOSE)[2].strip()
+    if not conclusion or (OPEN in text and CLOSE not in text):  # nothing follows the reasoning, or it was cut
         return False
-    wanted, found = bare_answer(answer), _boxed(told)
-    value = _number(wanted)
-    if found is None:
-        ends = (str.splitlines if value is None else _NUMBER.findall)(_end(told))
-        found = ends[-1] if ends else ""
-    return _words(found) == _words(wanted) if value is None else _number(found) == value
+    reference, candidate = bare_answer(answer), _boxed(conclusion)
+    value = _number(reference)
+    if candidate is None:
+        candidates = (str.splitlines if value is None else _NUMBER.findall)(_end(conclusion))
+        candidate = candidates[-1] if candidates else ""
+    return _words(candidate) == _words(reference) if value is None else _number(candidate) == value
 
 
 def bare_answer(answer: str) -> str:

@@ -77,7 +77,7 @@ class R1TracesConfig(BaselineConfig):
         "digits": 2, "problems": 600, "held_out": 100, "samples": 2, "teacher_steps": 260, "max_train_steps": 250,
     }  # fmt: skip
     SWEEP: ClassVar[tuple[str, tuple]] = ("keep", (1, 2, 4))
-    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    IRRELEVANT_FLAGS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "teacher": ("student", "samples", "temperature", "keep", "together", "max_train_steps"),
         "traces": ("student", "keep", "max_train_steps"),
         "control": ("samples", "temperature", "keep", "together"),
@@ -108,8 +108,8 @@ class R1TracesConfig(BaselineConfig):
             teacher = open_decoder(self.teacher, seed=self.seed)
         teacher.network.to(state.device)
         first = self._student(teacher, self.seeds[0])
-        for one in (teacher, first):
-            check_room(one, [*train, *held], self.completion)
+        for model in (teacher, first):
+            check_room(model, [*train, *held], self.completion)
         tokenizer = first.tokenizer
         del first
         if self.teacher == "tiny":
@@ -122,15 +122,15 @@ class R1TracesConfig(BaselineConfig):
 
         of = f" of {self.digits} digits" if self.task == "addition" else ""
         results = Results("r1_traces", "accuracy", True, f"{len(held):,} held-out problems: {self.task}{of}", note=note)
-        examples = {name: as_rows(tokenizer, said, self.completion) for name, said in texts.items()}
+        examples = {name: as_rows(tokenizer, answered, self.completion) for name, answered in texts.items()}
         for name, rows in examples.items():
-            if lost := sum(len(said) for _, said in texts[name]) - len(rows):
+            if lost := sum(len(answers) for _, answers in texts[name]) - len(rows):
                 results.note += f"; {lost:,} {name} exceed --completion in the student's tokens and are dropped"
 
-        def add(role: Role, name: str, one: Decoder, seconds: float | None = None, seed: int | None = None) -> None:
+        def add(role: Role, name: str, model: Decoder, seconds: float | None = None, seed: int | None = None) -> None:
             if not self.dry_run:
-                figures = solved(one, held, self.completion, self.together)
-                results.rows.append(Row(role, name, figures, count_parameters(one.network), seconds, seed))
+                figures = solved(model, held, self.completion, self.together)
+                results.rows.append(Row(role, name, figures, count_parameters(model.network), seconds, seed))
 
         add("teacher", self.teacher, teacher, spent)
         drawn = self.student.startswith("config:")  # otherwise the same for every seed
@@ -138,10 +138,10 @@ class R1TracesConfig(BaselineConfig):
             add("before", self.student, self._student(teacher, seed), seed=seed if drawn else None)
         for seed in self.seeds:
             for role, name in (("control", "answers"), ("student", "traces")):
-                one, part = self._student(teacher, seed), self.part(f"{role}-{seed}", seed=seed)
-                add(role, name, one, learn(CrossEntropy(), TeacherStudent(one.network), examples[name], part), seed)
+                model, part = self._student(teacher, seed), self.part(f"{role}-{seed}", seed=seed)
+                add(role, name, model, learn(CrossEntropy(), TeacherStudent(model.network), examples[name], part), seed)
                 if not self.dry_run and state.is_main_process:
-                    save(one.network, one.tokenizer, part.out / "model")
+                    save(model.network, model.tokenizer, part.out / "model")
         return results
 
     def _student(self, teacher: Decoder, seed: int) -> Decoder:

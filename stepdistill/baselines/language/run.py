@@ -44,8 +44,8 @@ class CrossEntropy(Objective):
 
     def loss(self, phase: str, batch: Batch, models: TeacherStudent, clock: Clock) -> Loss:
         """The loss of the student."""
-        said = logits(models.student, batch["ids"], batch["attention"])
-        value = losses.cross_entropy(*losses.shift(said, batch["ids"], batch["counts"]))
+        student_logits = logits(models.student, batch["ids"], batch["attention"])
+        value = losses.cross_entropy(*losses.shift(student_logits, batch["ids"], batch["counts"]))
         value = batch.weight(lambda each: losses.predicted(each["counts"])) * value
         return Loss(value, {"cross_entropy": value})
 
@@ -83,7 +83,7 @@ class DecoderConfig(CorpusConfig):
     """Updates over which the learning rate rises."""
 
     NAME: ClassVar[str] = ""  # in BASELINES
-    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    IRRELEVANT_FLAGS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "teacher": ("student",),
         "answers": ("student", "correction_steps", "teacher_learning_rate", "max_train_steps", "learning_rate",
                     "batch_size", "gradient_accumulation"),

@@ -48,11 +48,11 @@ def make_student(spec: str, teacher: Decoder, *, seed: int = 0) -> PreTrainedMod
     Raises:
         InputError: there are no such layers or settings, or vocabulary or tokenizer differ from the teacher's.
     """
-    kind, _, said = spec.partition(":")
+    kind, _, details = spec.partition(":")
     if kind == "layers":
-        return copy_layers(teacher.network, _layers(said, count_layers(teacher.network)))
+        return copy_layers(teacher.network, _layers(details, count_layers(teacher.network)))
     if kind == "config":
-        return _changed(teacher.network.config, said, seed)
+        return _changed(teacher.network.config, details, seed)
     student = open_decoder(spec, seed=seed)
     match_vocabulary(teacher, student)
     return student.network
@@ -115,22 +115,22 @@ def plain(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _layers(said: str, count: int) -> list[int]:
-    if not re.fullmatch(r"\d+(,\d+)*", said):
-        raise InputError(f"student: got layers:{said}; allowed: layers:N, or layers:0,2,5")
-    numbers = [int(n) for n in said.split(",")]
+def _layers(layers: str, count: int) -> list[int]:
+    if not re.fullmatch(r"\d+(,\d+)*", layers):
+        raise InputError(f"student: got layers:{layers}; allowed: layers:N, or layers:0,2,5")
+    numbers = [int(n) for n in layers.split(",")]
     if len(numbers) == 1 and 1 <= numbers[0] <= count:
         return evenly(numbers[0], count)
     if len(numbers) > 1 and max(numbers) < count and sorted(set(numbers)) == numbers:
         return numbers
-    raise InputError(f"student: got layers:{said}; allowed: 1 to {count}, or rising numbers below {count}")
+    raise InputError(f"student: got layers:{layers}; allowed: 1 to {count}, or rising numbers below {count}")
 
 
-def _changed(config: PretrainedConfig, said: str, seed: int) -> PreTrainedModel:
+def _changed(config: PretrainedConfig, changes: str, seed: int) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     config = plain(config)
-    for pair in said.split(","):
+    for pair in changes.split(","):
         key, _, value = pair.partition("=")
         if not value or not hasattr(config, key):
             near = "num_hidden_layers=2,hidden_size=64"
@@ -143,8 +143,10 @@ def _changed(config: PretrainedConfig, said: str, seed: int) -> PreTrainedModel:
             setattr(config, key, value)
     width, heads = config.hidden_size, config.num_attention_heads
     if isinstance(width, int) and isinstance(heads, int) and width % heads:
-        raise InputError(f"student: got config:{said}; allowed: a hidden_size that is a multiple of its {heads} heads")
-    if "head_dim" in config.to_dict() and "head_dim" not in said:
+        raise InputError(
+            f"student: got config:{changes}; allowed: a hidden_size that is a multiple of its {heads} heads"
+        )
+    if "head_dim" in config.to_dict() and "head_dim" not in changes:
         config.head_dim = config.hidden_size // config.num_attention_heads
     if getattr(config, "layer_types", None):
         config.layer_types = (config.layer_types * config.num_hidden_layers)[: config.num_hidden_layers]
@@ -156,4 +158,4 @@ def _changed(config: PretrainedConfig, said: str, seed: int) -> PreTrainedModel:
         return student
     except (ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:100]
-        raise InputError(f"student: got config:{said} ({reason}); allowed: settings that fit each other") from error
+        raise InputError(f"student: got config:{changes} ({reason}); allowed: settings that fit each other") from error

@@ -1,4 +1,4 @@
-"""The table of a run with decoders: each network's figures, and what it says after the held-out prompts."""
+"""The table of a run with decoders: each network's figures, and its continuations of the held-out prompts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Table:
     """Measures networks into `results`; a dry run measures none.
 
     Attributes:
-        said: the texts of each network, after the same prompts.
+        generations: the texts of each network, after the same prompts.
     """
 
     config: CorpusConfig
     teacher: Decoder
     corpus: Corpus
     results: Results
-    said: dict[str, list[str]] = field(default_factory=dict)
+    generations: dict[str, list[str]] = field(default_factory=dict)
 
     def add(
         self, role: Role, name: str, network: nn.Module, seconds: float | None = None, seed: int | None = None
@@ -34,21 +34,21 @@ class Table:
         """Adds a row; see Row for the arguments."""
         if self.config.dry_run:
             return
-        spoken = measure.go_on(network, self.teacher, self.corpus.test[: self.config.shown], self.config.seed)
+        generated = measure.go_on(network, self.teacher, self.corpus.test[: self.config.shown], self.config.seed)
         figures = self._nll(network)
         if network is not self.teacher.network:
-            figures["own_kl"] = measure.own_kl(network, self.teacher.network, spoken)
+            figures["own_kl"] = measure.own_kl(network, self.teacher.network, generated)
         self.results.rows.append(Row(role, name, figures, count_parameters(network), seconds, seed))
-        texts = measure.decode(self.teacher.tokenizer, spoken.ids, spoken.counts)
-        self.said[role if seed is None else f"{role}, seed {seed}"] = texts
+        texts = measure.decode(self.teacher.tokenizer, generated.ids, generated.counts)
+        self.generations[role if seed is None else f"{role}, seed {seed}"] = texts
 
     def write(self, file: Path) -> None:
-        """Writes what all have said, on the main process."""
+        """Writes the generated texts of all networks, on the main process."""
         if self.config.dry_run or not PartialState().is_main_process:
             return
-        shown = self.corpus.test[: self.config.shown]
-        prompts = (x[:, : shown.prompt] for x in (shown.ids, shown.attention))
-        measure.write_generations(file, measure.decode(self.teacher.tokenizer, *prompts), self.said)
+        held = self.corpus.test[: self.config.shown]
+        prompts = (x[:, : held.prompt] for x in (held.ids, held.attention))
+        measure.write_generations(file, measure.decode(self.teacher.tokenizer, *prompts), self.generations)
 
     def _nll(self, network: nn.Module) -> dict[str, float]:
         if self.corpus.text is None:

@@ -48,19 +48,19 @@ def open_texts(spec: str, split: str, *, test: str | None = None) -> list[str] |
         return avatars.load(split).captions
     path, flag = Path(spec).expanduser(), "--data"
     if path.suffix in (".txt", ".jsonl"):
-        other = test is not None and split == "test"
-        path, flag = (Path(test).expanduser(), "--test") if other else (path, flag)
-        found = read_file(path, partial(_parse, path), flag, KINDS)
+        from_test_file = test is not None and split == "test"
+        path, flag = (Path(test).expanduser(), "--test") if from_test_file else (path, flag)
+        texts = read_file(path, partial(_parse, path), flag, KINDS)
         if test is None:
-            found = _cut(found, split)
+            texts = _cut(texts, split)
     elif path.exists() or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise InputError(f"--data: got {spec}, which is no text; allowed: {KINDS}")
     else:
-        found = _dataset(WIKITEXT if spec == "wikitext" else spec, split)
-    if not any(_said(text).strip() for text in found):
+        texts = _dataset(WIKITEXT if spec == "wikitext" else spec, split)
+    if not any(_required_text(text).strip() for text in texts):
         got = path if flag == "--test" else spec
         raise InputError(f"{flag}: got {got}, whose {split} text is empty; allowed: {KINDS}")
-    return found
+    return texts
 
 
 def check_kinds(train: Sequence[str | Pair], test: Sequence[str | Pair]) -> None:
@@ -131,14 +131,14 @@ def _cut(texts: list[str] | list[Pair], split: str) -> list[str] | list[Pair]:
 
 
 def _row(row: dict) -> str | Pair:
-    asked = "prompt" in row
-    said = [row["prompt"], row.get("completion")] if asked else [row["text"]]
-    if strange := [value for value in said if not isinstance(value, str) and (value is not None or not asked)]:
+    has_prompt = "prompt" in row
+    values = [row["prompt"], row.get("completion")] if has_prompt else [row["text"]]
+    if strange := [value for value in values if not isinstance(value, str) and (value is not None or not has_prompt)]:
         raise TypeError(f"{json.dumps(strange[0])} is no text")
-    return Pair(*said) if asked else said[0]
+    return Pair(*values) if has_prompt else values[0]
 
 
-def _said(text: str | Pair) -> str:
+def _required_text(text: str | Pair) -> str:
     """The part of a text or pair that must not be empty: the completion; the prompt, if that is to be generated."""
     if isinstance(text, str):
         return text

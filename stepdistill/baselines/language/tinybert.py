@@ -17,7 +17,7 @@ import torch
 from stepdistill.baselines.base import TeacherStudent
 from stepdistill.baselines.language.encoder_run import EncoderConfig, Opened
 from stepdistill.baselines.language.encoders import MaskedLM, shape
-from stepdistill.baselines.language.labelled import Classifier, Classify, Labelled, open_task, told_class
+from stepdistill.baselines.language.labelled import Classifier, Classify, Labelled, classification_metrics, open_task
 from stepdistill.baselines.language.layers import Answers, Layers, Projections
 from stepdistill.baselines.language.masked import Lines, MaskedModelling
 from stepdistill.baselines.language.saved import save_classifier
@@ -82,7 +82,7 @@ class TinyBertConfig(EncoderConfig):
         "intermediate_steps": 60, "max_train_steps": 60, "held_out": 300, "lr_warmup": 10,
     }  # fmt: skip
     SWEEP: ClassVar[tuple[str, tuple]] = ("layers", (1, 2, 4))
-    UNTOLD: ClassVar[Mapping[str, tuple[str, ...]]] = {
+    IRRELEVANT_FLAGS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "teacher": ("layers", "width", "intermediate", "general_steps", "intermediate_steps", "temperature", "task",
                     "task_test", "task_limit", "label", "task_steps", "task_learning_rate", "max_train_steps",
                     "learning_rate"),
@@ -122,7 +122,7 @@ class TinyBertConfig(EncoderConfig):
         def add(role: Role, network: Classifier, seconds: float, seed: int | None = None) -> None:
             if self.dry_run:
                 return
-            name, figures = shape(network.body), told_class(network, held)
+            name, figures = shape(network.body), classification_metrics(network, held)
             results.rows.append(Row(role, name, figures, count_parameters(network), seconds, seed))
             if seed is not None and world().is_main_process:
                 save_classifier(network, tokenizer, task.classes, self.out / f"{role}-{seed}" / "model")

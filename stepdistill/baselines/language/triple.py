@@ -34,17 +34,17 @@ class DistilBert(Objective):
     def loss(self, phase: str, batch: Batch, models: TeacherStudent, clock: Clock) -> Loss:
         """The loss of the student. Both see the same masked tokens."""
         ids, attention = batch["ids"], batch["attention"]
-        shown, hidden = self.masking.of_batch(batch)
-        told = attention if self.kl_on == "all" else hidden
+        masked_ids, is_masked = self.masking.of_batch(batch)
+        selected = attention if self.kl_on == "all" else is_masked
         all_share, masked_share = batch.weight(self._count)
         with torch.no_grad():
-            teacher_hidden, teacher_logits = models.teacher(shown, attention, told)
-        student_hidden, student_logits = models.student(shown, attention, told)
+            teacher_hidden, teacher_logits = models.teacher(masked_ids, attention, selected)
+        student_hidden, student_logits = models.student(masked_ids, attention, selected)
         divergence = softened_kl(student_logits, teacher_logits, self.temperature)
-        masked_nll = nn.functional.cross_entropy(wide(student_logits), ids[told], reduction="none")
+        masked_nll = nn.functional.cross_entropy(wide(student_logits), ids[selected], reduction="none")
         terms = {
             "kl": (all_share if self.kl_on == "all" else masked_share) * masked_mean(divergence),
-            "masked": masked_share * masked_mean(masked_nll, hidden[told]),
+            "masked": masked_share * masked_mean(masked_nll, is_masked[selected]),
             "cosine": all_share * cosine_distance(student_hidden, teacher_hidden, attention),
         }
         weights = {"kl": self.kl_weight, "masked": self.mlm_weight, "cosine": self.cosine_weight}

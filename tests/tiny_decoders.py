@@ -41,7 +41,7 @@ def tokenizer():
     return train_tokenizer(sentences(50), 300)
 
 
-def speaker(kind: str = "llama", *, seed: int = 0, layers: int = 2, **changes) -> Decoder:
+def tiny_decoder(kind: str = "llama", *, seed: int = 0, layers: int = 2, **changes) -> Decoder:
     """A random model, 16 wide, with weights large enough for outputs that are not uniform."""
     torch.manual_seed(seed)
     end = tokenizer().eos_token_id
