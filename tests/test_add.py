@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from oracle import schedules
-from test_trainer import environment, in_two_processes
+from test_trainer import ACCELERATE, environment, in_two_processes
 from torch import nn
 
 from stepdistill.denoiser.base import Denoiser
@@ -455,7 +455,7 @@ def test_two_processes_log_the_losses_of_one_at_the_same_global_batch(tmp_path, 
     words = [sys.executable, str(script), "--teacher", pipelines["sd"], "--data", pictures, "--guidance", "2"]
     words += [*student, "--max-train-steps", "10", "--log-every", "1", "--adam-epsilon", "1e-3"]
     words += ["--learning-rate", "1e-3", "--discriminator-learning-rate", "1e-3"]
-    in_two_processes([*words, "--out", str(tmp_path / "two"), "--batch-size", "2"])
+    in_two_processes([*words, "--out", str(tmp_path / "two"), "--batch-size", "2"], by=ACCELERATE)
     one = [*words, "--out", str(tmp_path / "one"), "--batch-size", "4"]
     subprocess.run(one, env=environment(), check=True, capture_output=True)
     logs = []

@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from test_trainer import environment, in_two_processes, killed_at
+from test_trainer import ACCELERATE, environment, in_two_processes, killed_at
 
 from stepdistill.denoiser.load import load_teacher
 from stepdistill.draws import Draws
@@ -268,13 +268,16 @@ def test_a_chain_of_32_to_1_killed_in_the_middle_of_halvings_ends_with_the_same_
         (["--start-steps", "24"], "start_steps: got 24; allowed: a power of two, as each halving needs; try 32"),
         (["--embed-guidance"], "embed_guidance: got it for a LoRA; allowed: a full student (--no-lora)"),
         (["--target-modules", "to_z"], "target modules: got to_z, which match no layer; allowed: endings such"),
+        (["--teacher", "{empty}"], "pipeline: got {empty} (no model_index.json); allowed: a diffusers pipeline folder"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(tmp_path, pipelines, pictures, flags, message):
+def test_bad_input_is_one_line_and_exit_2(tmp_path, tmp_path_factory, pipelines, pictures, flags, message):
+    empty = str(tmp_path_factory.mktemp("empty"))
     words = [sys.executable, str(SCRIPT), "--teacher", pipelines["sd"], "--data", pictures, "--out", str(tmp_path)]
-    done = subprocess.run([*words, *flags], env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}"), done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.glob("steps-*"))
+    words += [flag.format(empty=empty) for flag in flags]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {message.format(empty=empty)}"), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(tmp_path, pipelines, pictures):
@@ -287,7 +290,7 @@ def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(tmp_path,
         "--rank", "2", "--start-steps", "4", "--max-train-steps", "10", "--final-factor", "1", "--log-every", "1",
         "--learning-rate", "1e-3", "--adam-epsilon", "1e-3",
     ]  # fmt: skip
-    in_two_processes([*words, "--out", str(tmp_path / "two"), "--batch-size", "2"])
+    in_two_processes([*words, "--out", str(tmp_path / "two"), "--batch-size", "2"], by=ACCELERATE)
     one = [*words, "--out", str(tmp_path / "one"), "--batch-size", "4"]
     subprocess.run(one, env=environment(), check=True, capture_output=True)
     for stage in (4, 2, 1):

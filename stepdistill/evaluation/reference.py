@@ -49,7 +49,7 @@ def reference_statistics(
         if file.is_file():
             try:
                 moments, found = kept(file)
-                origin.check(found or Origin("not said"), file, "delete it and it is made again")
+                origin.check(found or Origin("not recorded"), file, "delete it and it is made again")
                 return moments
             except InputError as error:
                 if file == shipped != cached:

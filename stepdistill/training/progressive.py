@@ -160,7 +160,7 @@ def distil_chain(config: ProgressiveConfig) -> Path:
     state = begin(config)
     for steps in (config.start_steps, *config.halvings):
         folder.claim(config.run(steps), state.num_processes, write=False)
-    folder.claim(config, state.num_processes, write=state.is_main_process and not config.dry_run)
+    folder.claim(config, state.num_processes, write=False)
     last, target = config.run(config.end_steps), config.target(config.end_steps)
     if folder.finished(last, target) is not None:
         state.print(f"already done: {target}")
@@ -174,6 +174,8 @@ def distil_chain(config: ProgressiveConfig) -> Path:
             state.print(f"guide_updates: {config.guide_updates} not used; this chain starts with its first halving")
         data = open_samples(config, teacher, Path(beside))
         del teacher  # each stage loads its own
+        # teacher and data are suitable: only now is anything written
+        folder.claim(config, state.num_processes, write=state.is_main_process and not config.dry_run)
         previous = None
         for method in methods:
             run, target = config.run(method.steps), config.target(method.steps)
