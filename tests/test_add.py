@@ -196,6 +196,22 @@ def test_there_is_nothing_to_distil_where_the_student_says_what_the_teacher_says
     assert method.loss("student", batch(), cast, CLOCK).terms["distillation"].item() == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "judged", "fooled"), [("hinge", 2.0, 0.0), ("softplus", 2 * math.log(2), math.log(2))]
+)
+def test_the_losses_at_the_fixed_point_are_known(name, judged, fooled):
+    """The student predicts what the teacher does, and a discriminator without an opinion cannot tell it from data."""
+    cast = Cast(ALL["cosine"])
+    for module in (cast.teacher, cast.student):
+        nn.init.zeros_(module.weight)
+    for weight in cast.discriminator.parameters():
+        nn.init.zeros_(weight)
+    method = Adversarial(**PLAIN, adversarial_loss=name, r1_weight=1.0)
+    first, second = (method.loss(phase, batch(), cast, CLOCK) for phase in method.phases(CLOCK))
+    assert first.total.item() == pytest.approx(judged) and second.total.item() == pytest.approx(fooled)
+    assert first.terms["r1"].item() == 0
+
+
 def test_sds_weights_give_the_gradient_of_score_distillation():
     """2 c (x0_hat - x0) is sigma² (eps_teacher - eps'), as x0_hat - x0 is sigma / alpha of that difference."""
     schedule = ALL["alpha_bar"]
