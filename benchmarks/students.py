@@ -1,6 +1,6 @@
 """Trains students of the embedded teacher with several methods and seeds, measures them, and checks every claim.
 
-    python benchmarks/students.py --out out/students --results benchmarks/results/avatars
+    python benchmarks/students.py --out out/students --results benchmarks/results/students
     python benchmarks/students.py --out out/students --methods progressive --seeds 1     # a part of it, on another core
 
 Seed s trains a student with train_scripts/configs/avatars_METHOD_lora.yaml; ADD and LADD start from LCM's student of
