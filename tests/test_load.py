@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 
 import diffusers
@@ -241,6 +242,15 @@ def test_a_broken_pipeline_says_what_is_wrong(tmp_path, damage):
     match = "prediction_type: got 'flow_prediction'" if damage == "flow" else "could not be loaded .*; check the folder"
     with pytest.raises(InputError, match=match) as error:
         load_teacher(path, **options)
+    one_line(error)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "scheduler", "unet"])
+def test_a_pipeline_without_one_of_its_parts_is_one_line(tmp_path, part):
+    path = tiny.save(tmp_path / "pipe")
+    shutil.rmtree(path / part)
+    with pytest.raises(InputError, match=r"; allowed: |; check ") as error:
+        load_teacher(path)
     one_line(error)
 
 

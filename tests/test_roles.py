@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import tiny
@@ -271,6 +272,14 @@ def test_a_full_student_leaves_its_teacher_alone(family):
     assert all(p.grad is None and not p.requires_grad for p in teacher.denoiser.backbone.parameters())
     after = teacher.denoiser.backbone.state_dict()
     assert all(torch.equal(after[k], before[k]) for k in before)
+
+
+@pytest.mark.parametrize("other", ["sd3", "flux", "pixart", "sana", "pixel"])
+def test_a_network_without_an_input_for_guidance_is_refused(other):
+    denoiser = teacher_of(other).denoiser
+    line = f"embed_guidance: got a teacher with a {type(denoiser.backbone).__name__}; allowed: UNet2DConditionModel; "
+    with pytest.raises(InputError, match=re.escape(line)):
+        full_models(denoiser, embed_guidance=True)
 
 
 def test_a_student_told_its_guidance_starts_as_the_teacher_whatever_it_is_told(family):

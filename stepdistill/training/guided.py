@@ -41,11 +41,11 @@ class GuidedConfig(TrainConfig):
 
     def check_teacher(self, teacher: Teacher) -> None:
         """Raises InputError if a teacher cannot be distilled with these flags."""
-        from stepdistill.training.roles import tellable
+        from stepdistill.training.roles import check_embeds_guidance
 
         super().check_teacher(teacher)
         if self.embed_guidance:
-            tellable(teacher.denoiser.backbone)
+            check_embeds_guidance(teacher.denoiser.backbone)
         if teacher.vae is None and self.guidance[-1] > 1:
             raise InputError(
                 f"guidance: got {self.guidance[-1]:g} with {teacher.path}, a pixel model without text; allowed: 1; "

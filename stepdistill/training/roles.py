@@ -158,7 +158,7 @@ def keep_in(dtype: torch.dtype | None, module: nn.Module) -> None:
             tensor.data = tensor.data.to(dtype)
 
 
-def tellable(backbone: nn.Module) -> None:
+def check_embeds_guidance(backbone: nn.Module) -> None:
     """Raises InputError if a copy of a network cannot be conditioned on guidance."""
     if "time_cond_proj_dim" not in backbone.config:
         raise InputError(
@@ -243,7 +243,7 @@ def full_models(
     """
     backbone = copy.deepcopy(teacher.backbone)
     if embed_guidance and not teacher.takes_guidance:
-        tellable(backbone)
+        check_embeds_guidance(backbone)
         # "_use_default_values" would override the new width
         config = {k: v for k, v in backbone.config.items() if not k.startswith("_")}
         student = type(backbone).from_config(config | {"time_cond_proj_dim": GUIDANCE_WIDTH})
