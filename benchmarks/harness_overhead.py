@@ -3,13 +3,13 @@
     python benchmarks/harness_overhead.py --out benchmarks/results/harness_overhead.json
 
 The timed work is that of `stepdistill bench` for the images of a cell: the plain pipeline generates every batch from
-its own noise, network evaluations are counted, and the images are written as PNG files with their hashes, including the
-wait for the last one. Prompts are encoded once for all step counts, so this ratio leaves their encoding out; another,
-"with text, for one step count", adds it to the generation, as if a series had this cell alone. The parts take turns in
-the same rounds, so that a busy machine slows all alike, and the networks' calls follow each other as in generation: each
-alone, over and over, they are faster, with their weights still in the CPU's cache. The goal is at most 1.05 for batches
-of 8 or more, without text. The plain pipeline's call is timed too: its overhead is diffusers', and any harness that calls
-it has it.
+its own noise, network evaluations are counted, and the images are written as PNG files with their hashes, including
+the wait for the last one. Prompts are encoded once for all step counts, so this ratio leaves their encoding out;
+another, "with text, for one step count", adds it to the generation, as if a series had this cell alone. The parts take
+turns in the same rounds, so that a busy machine slows all alike, and the networks' calls follow each other as in
+generation: each alone, over and over, they are faster, with their weights still in the CPU's cache. The goal is at
+most 1.05 for batches of 8 or more, without text. The plain pipeline's call is timed too: its overhead is diffusers',
+and any harness that calls it has it.
 """
 
 from __future__ import annotations

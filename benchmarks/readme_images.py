@@ -60,7 +60,7 @@ def grid(folder: Path, wanted: tuple[str, ...]) -> Image.Image:
     grids, cells = of_run(folder) / "grids", {f"{cell.model}:{cell.steps}": cell for cell in read_run(folder)}
     strips = {name: grids / grid_name(cell.row) for name, cell in cells.items()}
     if missing := [name for name in wanted if name not in strips or not strips[name].is_file()]:
-        raise InputError(f"--rows: got {missing[0]}; allowed: {', '.join(n for n, s in strips.items() if s.is_file())}")
+        raise InputError(f"--rows: got {missing[0]}; allowed: {', '.join(n for n in strips if strips[n].is_file())}")
     rows = [(cells[name], Image.open(strips[name]).convert("RGB")) for name in wanted]
     width, height = rows[0][1].size
     count = width // height
@@ -75,7 +75,9 @@ def grid(folder: Path, wanted: tuple[str, ...]) -> Image.Image:
         top = 2 * GAP + i * (height + GAP)
         sheet.paste(strip, (LABEL, top))
         middle = top + height // 2
-        draw.text((GAP * 2, middle - 20), re.sub(r"-lora-\d+$", "-lora", cell.model), INK, font(15, bold=True), anchor="lm")
+        draw.text(
+            (GAP * 2, middle - 20), re.sub(r"-lora-\d+$", "-lora", cell.model), INK, font(15, bold=True), anchor="lm"
+        )
         if cell.steps:
             draw.text((GAP * 2, middle + 2), f"{cell.steps} step{'s' * (cell.steps > 1)}", INK, font(14), anchor="lm")
         draw.text((GAP * 2, middle + 23 * bool(cell.steps)), f"FD {cell.fd:.1f}", MUTE, font(13), anchor="lm")

@@ -193,7 +193,7 @@ def test_the_hours_of_painting_are_what_the_forwards_take(name):
     text = next(file for file in CONFIGS if file.stem == f"{name}_ladd_lora").read_text()
     wanted = r"about (\d+) hours? of one ([AH])100 for 5000 prompts \((\d+) forwards each"
     hours, gpu, forwards = re.search(wanted, text).groups()
-    assert int(forwards) == (50 if name == "flux_dev" else 100)  # 50 steps; guidance doubles them, unless it is an input
+    assert int(forwards) == (50 if name == "flux_dev" else 100)  # 50 steps; guidance doubles, unless it is an input
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as count:
         call_on_meta(name)
     peak = {"A": 312e12, "H": 989e12}[gpu]
