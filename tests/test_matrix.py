@@ -182,7 +182,8 @@ def test_plain_diffusers_paints_what_the_trainer_paints(matrix, method, family, 
         if family == "pixel":
             mine, drawn = (mine / 2 + 0.5).clamp(0, 1), drawn.permute(0, 3, 1, 2)
             assert ((mine > 0) & (mine < 1)).float().mean() > 0.1
-        assert (mine - drawn).abs().max() < 1e-4
+        # PixArt's untrained eps becomes an x0 in the hundreds, where float32 itself rounds by 6e-5
+        assert (mine - drawn).abs().max() < (1e-6 * mine.abs().max() if family == "pixart" else 1e-4)
         assert (ours[name, steps] - ours[f"{name}-base", steps]).abs().max() > 1e-3
 
 

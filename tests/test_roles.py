@@ -20,7 +20,7 @@ from stepdistill.training import lora
 from stepdistill.training.adapter import LORA_TARGETS, adapter_layers, adapter_like
 from stepdistill.training.averages import Averages
 from stepdistill.training.networks import trainable
-from stepdistill.training.roles import Models, full_models, lora_models
+from stepdistill.training.roles import Models, check_embeds_guidance, full_models, lora_models
 
 T = torch.tensor([19.0, 999.0])
 
@@ -276,10 +276,10 @@ def test_a_full_student_leaves_its_teacher_alone(family):
 
 @pytest.mark.parametrize("other", ["sd3", "flux", "pixart", "sana", "pixel"])
 def test_a_network_without_an_input_for_guidance_is_refused(other):
-    denoiser = teacher_of(other).denoiser
-    line = f"embed_guidance: got a teacher with a {type(denoiser.backbone).__name__}; allowed: UNet2DConditionModel; "
+    backbone = teacher_of(other).denoiser.backbone
+    line = f"embed_guidance: got a teacher with a {type(backbone).__name__}; allowed: UNet2DConditionModel; "
     with pytest.raises(InputError, match=re.escape(line)):
-        full_models(denoiser, embed_guidance=True)
+        check_embeds_guidance(backbone)
 
 
 def test_a_student_told_its_guidance_starts_as_the_teacher_whatever_it_is_told(family):
