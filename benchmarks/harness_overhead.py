@@ -3,13 +3,11 @@
     python benchmarks/harness_overhead.py --out benchmarks/results/harness_overhead.json
 
 The timed work is that of `stepdistill bench` for the images of a cell: the plain pipeline generates every batch from
-its own noise, network evaluations are counted, and the images are written as PNG files with their hashes, including
-the wait for the last one. Prompts are encoded once for all step counts, so this ratio leaves their encoding out;
-another, "with text, for one step count", adds it to the generation, as if a series had this cell alone. The parts take
-turns in the same rounds, so that a busy machine slows all alike, and the networks' calls follow each other as in
-generation: each alone, over and over, they are faster, with their weights still in the CPU's cache. The goal is at
-most 1.05 for batches of 8 or more, without text. The plain pipeline's call is timed too: its overhead is diffusers',
-and any harness that calls it has it.
+its own noise, network evaluations are counted, and the images are written as PNG files with their hashes, including the
+wait for the last one. Prompts are encoded once for all step counts, so this ratio leaves their encoding out; another,
+"with text, for one step count", adds it to the generation, as if a series had this cell alone. The parts take turns in
+the same rounds, so that a busy machine slows all alike. The goal is at most 1.05 for batches of 8 or more, without
+text. The plain pipeline's call is timed too: its overhead is diffusers', and any harness that calls it has it.
 """
 
 from __future__ import annotations
@@ -119,20 +117,20 @@ def compare(series: Series, *, steps: int, rounds: int, seconds: float, folder: 
         return lambda: [part() for _ in range(batches)]
 
     jobs = {
-        "cell": cell, "networks": times(lambda: (forwards(), decodes())), "forwards": forwards, "decodes": decodes,
+        "cell": cell, "forwards": times(forwards), "decodes": times(decodes),
         "pipeline": times(lambda: sampler(condition, first=0, count=batch, steps=steps)),
         "text": times(lambda: sampler.encode(series.prompts[:batch])),
     }  # fmt: skip
     taken = by_turns(jobs, rounds, backbone(sampler.pipeline).device, seconds)
-    ratios = [c / parts for c, parts in zip(taken["cell"], taken["networks"], strict=True)]
-    whole = [(c + t) / parts for c, t, parts in zip(taken["cell"], taken["text"], taken["networks"], strict=True)]
-    plain = [p / parts for p, parts in zip(taken["pipeline"], taken["networks"], strict=True)]
+    networks = [f + d for f, d in zip(taken["forwards"], taken["decodes"], strict=True)]
+    ratios = [c / parts for c, parts in zip(taken["cell"], networks, strict=True)]
+    whole = [(c + t) / parts for c, t, parts in zip(taken["cell"], taken["text"], networks, strict=True)]
+    plain = [p / parts for p, parts in zip(taken["pipeline"], networks, strict=True)]
     low, high = median_interval(ratios)
-    ms = {name: statistics.median(values) for name, values in taken.items()}
+    ms = {name: statistics.median(values) / batches for name, values in taken.items()}
     return {
-        "generation_ms": ms["cell"] / batches, "networks_ms": ms["networks"] / batches,
-        "forward_ms": ms["forwards"] / calls, "calls": calls, "decode_ms": ms["decodes"],
-        "text_ms": ms["text"] / batches, "ratio": statistics.median(ratios), "ratio_low": low, "ratio_high": high,
+        "generation_ms": ms["cell"], "forward_ms": ms["forwards"] / calls, "calls": calls, "decode_ms": ms["decodes"],
+        "text_ms": ms["text"], "ratio": statistics.median(ratios), "ratio_low": low, "ratio_high": high,
         "ratio_with_text": statistics.median(whole), "ratio_pipeline": statistics.median(plain), "rounds": len(ratios),
     }  # fmt: skip
 

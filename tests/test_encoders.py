@@ -335,7 +335,7 @@ def test_tinyberts_student_and_control_are_an_encoder_that_transformers_loads_an
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        (DistilBertConfig(teacher_steps=0), "has never told masked tokens; give --teacher-steps"),
+        (DistilBertConfig(teacher_steps=0), "has not been trained to predict masked tokens; give --teacher-steps"),
         (DistilBertConfig(layers=(0, 7)), r"got \[0, 7\]; allowed: rising numbers from 0 to 3"),
         (DistilBertConfig(kl_weight=0, mlm_weight=0, cosine_weight=0), "not all 0"),
         (DistilBertConfig(mask_rate=1), "mask_rate: got 1"),

@@ -85,7 +85,7 @@ class ArchitectureConfig(BaselineConfig, PipelineConfig):
         Shape.of(teacher.denoiser.backbone)
         if teacher.denoiser.takes_guidance:
             raise InputError(
-                f"teacher: got {self.teacher}, which is told its guidance; allowed: one guided by two calls"
+                f"teacher: got {self.teacher}, which takes its guidance as an input; allowed: one guided by two calls"
             )
 
     def open_teacher(self) -> Teacher:

@@ -94,7 +94,8 @@ class DistilBertConfig(EncoderConfig):
         encoder, train, masking = opened.teacher, opened.text, opened.masking
         if encoder.untrained and not self.teacher_steps:
             raise InputError(
-                f"teacher: got {self.teacher}, which has never told masked tokens; give --teacher-steps, 1000 say"
+                f"teacher: got {self.teacher}, which has not been trained to predict masked tokens; give "
+                "--teacher-steps, 1000 say"
             )
         kept = self._kept(encoder.network.config.num_hidden_layers)
         test = joined(open_texts(self.data, "test", test=self.test))
