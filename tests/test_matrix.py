@@ -36,7 +36,7 @@ METHODS = ("lcm", "progressive", "add", "ladd")
 CASES = [(method, family, lora) for method in METHODS for family in FAMILIES for lora in (True, False)]
 BINNED = ("pixart", "sana")  # pipelines that would round the image size to one of their own
 RANK, ALPHA = 4, 6.0
-STEPS = {"lcm": (1, 4), "progressive": (2,), "add": (1, 4), "ladd": (1, 4)}  # what a student is sampled at
+STEPS = {"lcm": (1, 4), "progressive": (2, 1), "add": (1, 4), "ladd": (1, 4)}  # what a student is sampled at
 
 FRESH = """
 import json, sys, torch, diffusers
@@ -110,19 +110,22 @@ def settings_of(method: str, family: str) -> tuple[type, dict]:
     if method == "lcm":
         return LCMConfig, {"guidance": (scale,)}
     if method == "progressive":
-        return ProgressiveConfig, {"guidance": (scale,), "start_steps": 4, "end_steps": 2, "final_factor": 1.0}
+        return ProgressiveConfig, {"guidance": (scale,), "start_steps": 4, "end_steps": 1, "final_factor": 1.0}
     if method == "add":
         return ADDConfig, {"guidance": scale, "feature_network": "efficientnet_lite2", "feature_resolution": 64}
     return LADDConfig, {"guidance": scale}
 
 
-def distilled(method: str, config: TrainConfig) -> tuple[Path, Trainer]:
-    """Returns the export, and the run that made it."""
+def distilled(method: str, config: TrainConfig) -> list[tuple[Path, Trainer, tuple[int, ...]]]:
+    """Returns each export, the run that made it, and what it is sampled at; a chain's halvings have one each."""
     runs, finish = [], Trainer._finish
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_finish", lambda run: runs.append(run) or finish(run))
         export = distil_chain(config) if method == "progressive" else distil(config)
-    return export, runs[-1]
+    if method != "progressive":
+        return [(export, runs[-1], STEPS[method])]
+    halvings = zip(STEPS[method], runs[-2:], strict=True)  # a run before them distils guidance, if there is any
+    return [(config.out / f"steps-{steps}", run, (steps,)) for steps, run in halvings]
 
 
 @pytest.fixture(scope="module")
@@ -139,35 +142,38 @@ def matrix(tmp_path_factory, pictures):
             teacher=teachers[family], data=pictures, out=root / name, max_train_steps=2, batch_size=2, resolution=side,
             learning_rate=1e-2 if lora else 1e-3, lr_scheduler="constant", rank=RANK, alpha=ALPHA, lora=lora, **own,
         )  # fmt: skip
-        export, run = distilled(method, config)
-        cond = {} if family == "pixel" else run.teacher.conditioner.encode([PROMPT])
-        shape = (1, *run.teacher.sample_shape)
         base = load_teacher(teachers[family]).resize((side, side)).denoiser
-        with run.models.shown() as student, evaluating(student.backbone):
-            for steps in STEPS[method]:
-                torch.manual_seed(3)
-                like = packed(torch.zeros(shape)) if family == "flux" else torch.zeros(shape)
-                noises = [torch.randn(like.shape) for _ in range(steps)]
-                if family == "flux":
-                    noises = [unpacked(noise, shape[1:]) for noise in noises]
-                for network, painted in ((student, name), (base, f"{name}-base")):
-                    given = Given(noises[1:] or noises)
-                    ours[painted, steps] = run.method.sample(network, noises[0], cond, steps=steps, draws=given)
-        options = {"guidance_scale": 2.0 if family == "flux" else 1.0, "height": side, "width": side}
-        options |= {"use_resolution_binning": False} if family in BINNED else {}
-        cases.append({
-            "base": teachers[family] if lora else str(export), "export": str(export), "lora": lora,
-            "part": run.teacher.part, "prompt": None if family == "pixel" else PROMPT, "steps": STEPS[method],
-            "even": json.loads((export / "config.json").read_text()).get("sigmas") == "even",
-            "options": options, "noise": list(like.shape), "result": str(root / f"{name}.safetensors"),
-        })  # fmt: skip
-        ours[name, "export"], ours[name, "shape"] = export, shape
-        ours[name, "noise"], ours[name, "cond"] = noises[0], cond
+        for export, run, sampled in distilled(method, config):
+            cond = {} if family == "pixel" else run.teacher.conditioner.encode([PROMPT])
+            shape = (1, *run.teacher.sample_shape)
+            like = packed(torch.zeros(shape)) if family == "flux" else torch.zeros(shape)
+            with run.models.shown() as student, evaluating(student.backbone):
+                for steps in sampled:
+                    torch.manual_seed(3)
+                    noises = [torch.randn(like.shape) for _ in range(steps)]
+                    if family == "flux":
+                        noises = [unpacked(noise, shape[1:]) for noise in noises]
+                    for network, painted in ((student, name), (base, f"{name}-base")):
+                        given = Given(noises[1:] or noises)
+                        ours[painted, steps] = run.method.sample(network, noises[0], cond, steps=steps, draws=given)
+            options = {"guidance_scale": 2.0 if family == "flux" else 1.0, "height": side, "width": side}
+            options |= {"use_resolution_binning": False} if family in BINNED else {}
+            cases.append({
+                "base": teachers[family] if lora else str(export), "export": str(export), "lora": lora,
+                "part": run.teacher.part, "prompt": None if family == "pixel" else PROMPT, "steps": sampled,
+                "even": json.loads((export / "config.json").read_text()).get("sigmas") == "even",
+                "options": options, "noise": list(like.shape),
+                "result": str(root / f"{name}.{sampled[-1]}.safetensors"),
+            })  # fmt: skip
+            ours[name, "export"], ours[name, "shape"] = export, shape
+            ours[name, "noise"], ours[name, "cond"] = noises[0], cond
     spec = root / "cases.json"
     spec.write_text(json.dumps(cases))
     done = subprocess.run([sys.executable, "-c", FRESH, str(spec)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    theirs = {Path(case["result"]).stem: load_file(case["result"]) for case in cases}
+    theirs: dict[str, dict[str, torch.Tensor]] = {}
+    for case in cases:  # in order: of a chain, the last export's tensors are kept
+        theirs.setdefault(Path(case["result"]).name.split(".")[0], {}).update(load_file(case["result"]))
     return ours, theirs, root
 
 
