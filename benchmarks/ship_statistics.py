@@ -20,7 +20,7 @@ from stepdistill.evaluation.progress import ReferenceBar
 from stepdistill.evaluation.protocols import load_protocol
 from stepdistill.evaluation.reference import origin_of, reference_statistics, statistics_name
 from stepdistill.evaluation.sets import open_set
-from stepdistill.evaluation.statistics import keep
+from stepdistill.evaluation.statistics import save_statistics
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def main(config: Config) -> None:
     count = protocol.reference_n or reference.count
     moments = reference_statistics(extractor, reference, count=count, progress=ReferenceBar(True))
     file = embedded.path("avatars") / statistics_name(extractor, reference, count)
-    keep(file, moments, origin_of(extractor, reference, count), torch.float32)
+    save_statistics(file, moments, origin_of(extractor, reference, count), torch.float32)
     print(file)
 
 

@@ -80,7 +80,7 @@ def check_pictures(denoiser: Denoiser, cond: Cond, names: Sequence[str]) -> None
     sizes: list[dict[str, int]] = []
     for rows in (height, height // 2):
         x_t = torch.zeros(1, channels, rows, width, device=next(denoiser.parameters()).device)
-        with listening(denoiser.backbone, names) as captured:
+        with capture(denoiser.backbone, names) as captured:
             denoiser.raw(x_t, denoiser.schedule.t_max, cond)
         sizes.append({name: maps.shape[1] for name, maps in captured.items()})
     for name in names:
@@ -93,9 +93,9 @@ def check_pictures(denoiser: Denoiser, cond: Cond, names: Sequence[str]) -> None
             )
 
 
-def listening(backbone: nn.Module, names: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
+def capture(backbone: nn.Module, names: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
     """Context in which each call of the backbone stores the token maps (B, N, C) of these blocks in the dictionary."""
-    return hooks.listening(backbone, names, lambda module, inputs, output: tokens(module, output))
+    return hooks.capture(backbone, names, lambda module, inputs, output: tokens(module, output))
 
 
 def tokens(block: nn.Module, output: object) -> Tensor:
@@ -127,6 +127,6 @@ def read(denoiser: Denoiser, x_t: Tensor, t: Time, cond: Cond | None, blocks: Se
         x_t: (B, ...). t: a float, () or (B,). cond: of batch size B.
     """
     # a compiled network would not call the hooks
-    with listening(denoiser.backbone, blocks) as captured, torch.compiler.set_stance("force_eager"):
+    with capture(denoiser.backbone, blocks) as captured, torch.compiler.set_stance("force_eager"):
         denoiser.raw(x_t, t, cond)
     return [captured[name].to(torch.promote_types(captured[name].dtype, torch.float32)) for name in blocks]

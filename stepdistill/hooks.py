@@ -1,6 +1,6 @@
 """Captures the inputs and outputs of a network's modules during a call.
 
-with listening(network, ["layer2", "layer3"]) as captured:
+with capture(network, ["layer2", "layer3"]) as captured:
     network(x)
 captured["layer2"]          # the output of layer2
 """
@@ -27,7 +27,7 @@ def first_input(module: nn.Module, inputs: tuple, out: object) -> object:
 
 
 @contextmanager
-def listening(
+def capture(
     network: nn.Module, names: Sequence[str], keep: Callable[[nn.Module, tuple, object], T] = output
 ) -> Iterator[dict[str, T]]:
     """Context in which each call of the network stores the result of `keep` for these modules, by name.
@@ -37,13 +37,13 @@ def listening(
     """
     captured: dict[str, T] = {}
 
-    def capture(name: str):
+    def hook_of(name: str):
         def hook(module: nn.Module, inputs: tuple, out: object) -> None:
             captured[name] = keep(module, inputs, out)
 
         return hook
 
-    handles = [network.get_submodule(name).register_forward_hook(capture(name)) for name in names]
+    handles = [network.get_submodule(name).register_forward_hook(hook_of(name)) for name in names]
     try:
         yield captured
     finally:

@@ -286,7 +286,7 @@ def test_the_heads_are_told_pooled_text_and_an_embedding_and_nothing_else_is_tra
     made = Adversarial(feature_network="dino_vits16").networks(teacher)
     cond = teacher.conditioner.encode(["0"])
     width = cond["pooled"].shape[1] if "pooled" in cond else cond["text"].shape[2] if "text" in cond else 0
-    assert {head.tell[0].in_features for head in made["discriminator"].heads.heads} == {width + 24}
+    assert {head.projection[0].in_features for head in made["discriminator"].heads.heads} == {width + 24}
     assert not any(p.requires_grad for role in ("trunk", "decoder") for p in made[role].parameters())
     latents = torch.randn(1, *teacher.sample_shape, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     painted = made["decoder"](latents)

@@ -15,7 +15,7 @@ from stepdistill.evaluation.frechet import Moments
 from stepdistill.evaluation.protocols import load_protocol
 from stepdistill.evaluation.reference import origin_of, statistics_name
 from stepdistill.evaluation.sets import open_set
-from stepdistill.evaluation.statistics import kept
+from stepdistill.evaluation.statistics import load_statistics
 
 
 def test_assets_are_small_and_hold_no_pickle():
@@ -91,7 +91,7 @@ def test_reference_statistics_of_the_default_protocol_ship_and_are_those_of_the_
     reference, settings = open_set(protocol.reference), protocol.extractor
     extractor = load_extractor(settings.name, size=settings.size, resize=settings.resize)
     file = embedded.path("avatars") / statistics_name(extractor, reference, reference.count)
-    shipped, origin = kept(file)
+    shipped, origin = load_statistics(file)
     assert origin == origin_of(extractor, reference, 20_000)
     sample = Moments.of(torch.cat([extractor(pictures) for _, pictures in reference.batches(64, 256)]))
     assert shipped.count == 20_000

@@ -67,7 +67,7 @@ def students(tmp_path_factory, labelled):
             teacher=teacher, data=labelled, out=root / name_of(method, lora), max_train_steps=2, batch_size=2, rank=4,
             learning_rate=1e-2 if lora else 1e-3, lr_scheduler="constant", lora=lora, **own,
         )  # fmt: skip
-        export, run = distilled(method, config)
+        export, run, _ = distilled(method, config)[0]
         torch.manual_seed(3)
         noises = [torch.randn(1, *run.teacher.sample_shape) for _ in range(run.method.steps)]
         drawn = []
@@ -102,7 +102,7 @@ def test_the_heads_have_a_place_for_every_class(tmp_path, method):
     teacher = load_teacher(tiny.save(tmp_path, "pixel", "sample", classes=CLASSES))
     heads = kind(**own, **settings).method().networks(teacher)["discriminator"].heads.heads
     noise = 0 if method == "add" else 8
-    assert {head.tell[0].in_features for head in heads} == {CLASSES + noise}
+    assert {head.projection[0].in_features for head in heads} == {CLASSES + noise}
 
 
 def test_what_draws_through_the_pipeline_says_that_it_cannot(tmp_path):

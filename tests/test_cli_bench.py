@@ -43,7 +43,7 @@ def pools(monkeypatch):
     """Replaces EfficientNet's features by twelve others, and makes Inception unavailable."""
     pools = features.Extractor("efficientnet_lite2", "Pools", Pools(), 12, 32, "bilinear", "w")
     monkeypatch.setitem(features.EXTRACTORS, "efficientnet_lite2", lambda size, resize: pools)
-    monkeypatch.setattr(features, "best_to_be_had", lambda: "efficientnet_lite2")
+    monkeypatch.setattr(features, "default_extractor", lambda: "efficientnet_lite2")
 
 
 @pytest.fixture

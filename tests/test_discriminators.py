@@ -150,10 +150,10 @@ def test_a_head_is_conditioned_by_projection():
     condition = torch.randn(3, 3)
     h = head.first(features)
     out = head.out((h + head.second(h)) / math.sqrt(2))
-    expected = torch.einsum("bwn,bw->bn", out, head.tell(condition)) / 8
+    expected = torch.einsum("bwn,bw->bn", out, head.projection(condition)) / 8
     assert torch.allclose(head(features, condition), expected, atol=1e-6)
     with torch.no_grad():
-        for p in head.tell[2].parameters():
+        for p in head.projection[2].parameters():
             p.zero_()
     assert torch.equal(head(features, condition), torch.zeros(3, 6))
 

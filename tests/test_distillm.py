@@ -65,13 +65,13 @@ class Written(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("share", "threshold", "progress", "full", "what"),
     [
-        (0.0, 0.0, 0.0, False, "read"),  # at threshold 0 it never generates
-        (0.3, 0.5, 0.2, True, "speak"),  # 0.3 < 0.5 (1 - 0.2)
-        (0.45, 0.5, 0.2, True, "recall"),  # 0.4 <= 0.45 < 0.5
-        (0.45, 0.5, 0.2, False, "speak"),  # while there is room
-        (0.5, 0.5, 0.0, False, "read"),
-        (0.2, 0.5, 1.0, True, "recall"),
-        (0.99, 1.0, 0.0, True, "speak"),
+        (0.0, 0.0, 0.0, False, "corpus"),  # at threshold 0 it never generates
+        (0.3, 0.5, 0.2, True, "generate"),  # 0.3 < 0.5 (1 - 0.2)
+        (0.45, 0.5, 0.2, True, "replay"),  # 0.4 <= 0.45 < 0.5
+        (0.45, 0.5, 0.2, False, "generate"),  # while there is room
+        (0.5, 0.5, 0.0, False, "corpus"),
+        (0.2, 0.5, 1.0, True, "replay"),
+        (0.99, 1.0, 0.0, True, "generate"),
     ],
 )
 def test_whose_text_an_update_is_on(share, threshold, progress, full, what):
@@ -109,7 +109,7 @@ def test_of_more_rows_than_there_is_room_for_the_last_are_kept():
     assert replay.ids[:, 0].tolist() == [7, 8, 6]
 
 
-def test_rows_are_recalled_by_the_samples_own_numbers_and_only_such_as_there_are():
+def test_rows_are_replayed_by_the_samples_own_numbers_and_only_such_as_there_are():
     replay = Replay(100, BLOCK, 0.5)
     replay.keep(repeated(7, 8, 9))
     rows = replay.recall(Draws.at(0, 0, 40)).ids[:, 0]
@@ -125,18 +125,18 @@ def test_at_threshold_0_the_loss_is_the_skewed_divergence_on_the_text(divergence
     loss = own.loss("student", Batch(rows, Draws.at(0, 0, 2)), models, Clock(1, 10))
     s, t = (logits(m, rows["ids"], rows["attention"])[:, :-1] for m in (models.student, models.teacher))
     hand = getattr(losses, divergence)(s, t, rows["counts"][:, 1:], alpha=alpha)
-    assert loss.total.item() == hand.item() and f"{divergence}_read" in loss.terms
+    assert loss.total.item() == hand.item() and f"{divergence}_corpus" in loss.terms
     assert models.replay.filled == 0
 
 
 def test_what_the_student_says_is_kept_and_used_again():
     models, rows = teacher_student(1.0, capacity=2), Batch(data().batch([0, 1]), Draws.at(0, 0, 2))
     first = objective().loss("student", rows, models, Clock(1, 10))
-    assert "skew_kl_speak" in first.terms and models.replay.filled == 2
+    assert "skew_kl_generate" in first.terms and models.replay.filled == 2
     assert torch.equal(models.replay.ids[:, :PROMPT], rows["ids"][:, :PROMPT])
     kept = models.replay.ids.clone()
     later = objective().loss("student", Batch(rows.items, Draws.at(0, 2, 2)), models, Clock(10, 10))
-    assert "skew_kl_recall" in later.terms and torch.equal(models.replay.ids, kept)
+    assert "skew_kl_replay" in later.terms and torch.equal(models.replay.ids, kept)
     places = Draws.at(0, 2, 2).integers(2)
     s, t = (logits(m, kept[places], models.replay.attention[places])[:, :-1] for m in (models.student, models.teacher))
     hand = losses.skew_kl(s, t, models.replay.counts[places][:, 1:])

@@ -292,7 +292,7 @@ def test_the_discriminator_is_as_wide_as_the_blocks_and_the_text():
         teacher_of("sd")
     )["discriminator"]
     widths = [head.first.conv.in_channels for head in discriminator.heads.heads]
-    assert widths == [8, 16] and discriminator.heads.heads[0].tell[0].in_features == 8 + 16
+    assert widths == [8, 16] and discriminator.heads.heads[0].projection[0].in_features == 8 + 16
 
 
 def test_a_network_that_is_told_its_guidance_is_told_it_as_student_and_as_teacher(monkeypatch):

@@ -10,7 +10,7 @@ from tiny_decoders import Constant, sentences, tiny_decoder, tokenizer
 
 from stepdistill.baselines.language import losses, measure
 from stepdistill.baselines.language.generate import TokenBatch
-from stepdistill.baselines.language.measure import go_on, mean_nll, own_kl, perplexity, write_generations
+from stepdistill.baselines.language.measure import continuations, mean_nll, own_kl, perplexity, write_generations
 from stepdistill.baselines.language.models import logits
 from stepdistill.baselines.language.texts import Pair
 from stepdistill.baselines.language.tokens import pack, pair_up, stream
@@ -50,7 +50,7 @@ def test_of_completions_the_mean_is_over_their_tokens_not_over_rows():
 def test_divergence_on_ones_own_text_is_that_of_the_two_and_0_from_itself():
     student, teacher = Constant([0.2, 0.3, 0.5]), Constant([0.6, 0.3, 0.1])
     decoder = tiny_decoder()
-    generated = go_on(student, decoder, pack(sentences(9), tokenizer(), 12, prompt=4), seed=0)
+    generated = continuations(student, decoder, pack(sentences(9), tokenizer(), 12, prompt=4), seed=0)
     hand = 0.2 * math.log(0.2 / 0.6) + 0.5 * math.log(0.5 / 0.1)
     assert own_kl(student, teacher, generated) == pytest.approx(hand, abs=1e-6)
     assert own_kl(student, student, generated) == 0

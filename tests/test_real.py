@@ -28,7 +28,7 @@ from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, load_proto
 from stepdistill.evaluation.real import RealPictures, small
 from stepdistill.evaluation.reference import reference_statistics
 from stepdistill.evaluation.sets import EvalSet, open_set
-from stepdistill.evaluation.statistics import kept
+from stepdistill.evaluation.statistics import load_statistics
 
 
 class Pools(nn.Module):
@@ -123,7 +123,7 @@ def test_moments_with_one_wrong_byte_are_made_again(tmp_path):
     data[-5] ^= 64
     file.write_bytes(data)
     assert torch.equal(reference_statistics(real.extractor, real.reference, batch=8, folder=tmp_path).mean, want.mean)
-    assert kept(file)[0].count == 30
+    assert load_statistics(file)[0].count == 30
 
 
 def test_statistics_take_the_features_that_are_known_and_look_at_the_rest_alone(tmp_path):

@@ -17,7 +17,7 @@ from stepdistill.evaluation.frame import Frame
 from stepdistill.evaluation.frechet import Moments, frechet_distance
 from stepdistill.evaluation.protocols import ExtractorSpec, Protocol, load_protocol, with_data
 from stepdistill.evaluation.records import check_same_protocol
-from stepdistill.evaluation.statistics import Origin, framed, keep, kept, read_statistics
+from stepdistill.evaluation.statistics import Origin, framed, load_statistics, read_statistics, save_statistics
 
 ORIGIN = Origin("pools:w:nearest@32", "as they are", "k", 30)
 POOLS = Extractor("pools", "Pools", Pools(), 12, 32, "nearest", "w")
@@ -29,18 +29,18 @@ def draws(n: int, d: int, seed: int = 0) -> torch.Tensor:
 
 def test_moments_are_kept_to_the_bit_with_what_they_are_of(tmp_path):
     moments = Moments.of(draws(30, 7))
-    keep(tmp_path / "m.safetensors", moments, ORIGIN)
-    again, origin = kept(tmp_path / "m.safetensors")
+    save_statistics(tmp_path / "m.safetensors", moments, ORIGIN)
+    again, origin = load_statistics(tmp_path / "m.safetensors")
     assert (again.count, origin) == (30, ORIGIN) and torch.equal(again.mean, moments.mean)
     assert torch.equal(again.scatter.tril(), moments.scatter.tril()) and torch.equal(again.scatter, again.scatter.T)
 
 
 def test_damaged_statistics_are_said_to_be(tmp_path):
     file = tmp_path / "m.safetensors"
-    keep(file, Moments.of(draws(30, 7)), ORIGIN)
+    save_statistics(file, Moments.of(draws(30, 7)), ORIGIN)
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(InputError, match="damaged"):
-        kept(file)
+        load_statistics(file)
     for tensors, count, reason in (
         ({"mean": torch.zeros(3)}, "9", "no 'scatter'"),
         ({"mean": torch.zeros(3), "scatter": torch.zeros(5)}, "9", "do not fit"),
@@ -49,7 +49,7 @@ def test_damaged_statistics_are_said_to_be(tmp_path):
     ):
         arrays.save(file, tensors, count=count)
         with pytest.raises(InputError, match=reason) as caught:
-            kept(file)
+            load_statistics(file)
         assert "\n" not in str(caught.value)
 
 
@@ -59,7 +59,7 @@ def test_damaged_statistics_are_said_to_be(tmp_path):
 )
 def test_own_statistics_of_something_else_are_refused_with_what_it_is(tmp_path, field, other):
     file = tmp_path / "m.safetensors"
-    keep(file, Moments.of(draws(30, 7)), ORIGIN)
+    save_statistics(file, Moments.of(draws(30, 7)), ORIGIN)
     assert read_statistics(file, ORIGIN, 7)[1]
     with pytest.raises(InputError, match=rf"whose {field} is .*; allowed: {other}; give those of this protocol"):
         read_statistics(file, dataclasses.replace(ORIGIN, **{field: other}), 7)
@@ -69,7 +69,7 @@ def test_own_statistics_of_something_else_are_refused_with_what_it_is(tmp_path, 
 def test_statistics_of_an_npz_give_the_distance_of_their_pictures(tmp_path):
     real, drawn = draws(500, 6), draws(80, 6, 1)
     np.savez(tmp_path / "s.npz", mu=real.numpy().mean(0), sigma=np.cov(real.numpy(), rowvar=False))
-    keep(tmp_path / "s.safetensors", Moments.of(real), Origin("e"))
+    save_statistics(tmp_path / "s.safetensors", Moments.of(real), Origin("e"))
     wanted = frechet_distance(Moments.of(drawn), Moments.of(real))
     own = Origin("e", count=500)
     for file, count, said in (("s.npz", None, None), ("s.npz", 500, None), ("s.safetensors", None, own)):
@@ -124,7 +124,7 @@ def test_what_rounding_leaves_is_accepted(tmp_path):
 def test_a_reference_of_statistics_is_part_of_the_hash_by_its_content_and_said_to_be_foreign(tmp_path, monkeypatch):
     for name, mean in (("a", 0.0), ("b", 1.0)):
         np.savez(tmp_path / f"{name}.npz", mu=np.full(12, mean), sigma=np.eye(12))
-    keep(tmp_path / "own.safetensors", Moments.of(draws(30, 12)), Origin(POOLS.identity, "1024"))
+    save_statistics(tmp_path / "own.safetensors", Moments.of(draws(30, 12)), Origin(POOLS.identity, "1024"))
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
     monkeypatch.setattr(metrics, "load_extractor", lambda *_, **__: POOLS)
     asked = dataclasses.replace(load_protocol("mlperf-sdxl-5k"), n=5, scorer=None)

@@ -32,7 +32,7 @@ from stepdistill.evaluation.records import FIELDS, read_rows
 from stepdistill.evaluation.reference import origin_of, reference_statistics, statistics_name
 from stepdistill.evaluation.sets import EvalSet, open_set
 from stepdistill.evaluation.spec import ModelSpec
-from stepdistill.evaluation.statistics import Origin, keep
+from stepdistill.evaluation.statistics import Origin, save_statistics
 
 QUIET = suite.Settings(batch=3, latency_repeats=1, grid=2, progress=False)
 PROMPTS = ["a red cat", "the green dog", "a <script> hat", "a face", "a blue hat"]
@@ -526,7 +526,7 @@ def test_statistics_are_cached_by_content_and_rebuilt_when_damaged(pictures, tmp
     kept = next(tmp_path.glob("statistics-*.safetensors"))
     kept.write_bytes(kept.read_bytes()[:100])
     assert torch.equal(make().mean, first.mean) and told == [4, 2, 4, 2]
-    keep(kept, Moments.of(torch.rand(9, 12)), Origin("other"))  # of another protocol, under this one's name
+    save_statistics(kept, Moments.of(torch.rand(9, 12)), Origin("other"))  # of another protocol, under this one's name
     assert torch.equal(make().mean, first.mean) and told == [4, 2] * 3
     other = dataclasses.replace(tools.extractor, resize="bilinear")
     assert statistics_name(other, reference, 6) != statistics_name(tools.extractor, reference, 6)
@@ -537,7 +537,7 @@ def test_shipped_statistics_of_another_protocol_are_refused(tmp_path, tools, mon
     reference = dataclasses.replace(tools.prompts, name="avatars:train")
     file = tmp_path / statistics_name(tools.extractor, reference, 5)
     origin = origin_of(tools.extractor, reference, 5)
-    keep(file, Moments.of(torch.rand(9, 12)), origin)
+    save_statistics(file, Moments.of(torch.rand(9, 12)), origin)
     with pytest.raises(InputError, match=f"got {file}, whose count is 9; allowed: 5; delete it"):
         reference_statistics(tools.extractor, reference)
 

@@ -174,7 +174,7 @@ def protocol_of(config: Config, models: dict[str, ModelSpec]) -> Protocol:
                 "with file_name and text, or a .txt beside each picture; write one"
             )
         if config.protocol is None and not config.dry_run:
-            extractor = protocols.ExtractorSpec(features.best_to_be_had())
+            extractor = protocols.ExtractorSpec(features.default_extractor())
             protocol = dataclasses.replace(protocol, extractor=extractor)
     elif protocol.prompts == protocols.DATA:
         raise InputError(f"protocol {protocol.name}: got no pictures; allowed: a folder of them; give --data FOLDER")

@@ -80,7 +80,7 @@ class Scaled(nn.Module):
         return self.net((pixels - self.mean) / self.std)
 
 
-def best_to_be_had() -> str:
+def default_extractor() -> str:
     """Returns inception, FID's network, if its weights are present or can be downloaded; else efficientnet_lite2."""
     try:
         inception_file()

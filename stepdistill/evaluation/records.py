@@ -94,7 +94,7 @@ def check_folder(folder: str | Path) -> None:
         )
 
 
-def made(folder: str | Path) -> Path:
+def create_folder(folder: str | Path) -> Path:
     """Creates a benchmark's folder if necessary, and returns it.
 
     Raises:
@@ -119,7 +119,7 @@ class Book:
     """
 
     def __init__(self, folder: str | Path | None, facts: Mapping[str, Any]) -> None:
-        self.folder = made(folder) if folder is not None else None
+        self.folder = create_folder(folder) if folder is not None else None
         self.rows: list[dict[str, Any]] = []
         if self.folder is None:
             return

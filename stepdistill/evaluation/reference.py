@@ -13,7 +13,7 @@ from stepdistill.evaluation.progress import say
 from stepdistill.evaluation.protocols import Protocol
 from stepdistill.evaluation.real import Progress, RealPictures, writable
 from stepdistill.evaluation.sets import EvalSet
-from stepdistill.evaluation.statistics import Origin, framed, keep, kept, read_statistics
+from stepdistill.evaluation.statistics import Origin, framed, load_statistics, read_statistics, save_statistics
 from stepdistill.files import cache_folder, sha256
 
 FOREIGN = "foreign: of which pictures, extractor and resize cannot be seen"  # recorded for statistics without origin
@@ -48,7 +48,7 @@ def reference_statistics(
     for file in (shipped, cached):
         if file.is_file():
             try:
-                moments, found = kept(file)
+                moments, found = load_statistics(file)
                 origin.check(found or Origin("not recorded"), file, "delete it and it is made again")
                 return moments
             except InputError as error:
@@ -62,7 +62,7 @@ def reference_statistics(
     for pictures in reference.some(batch, [number for number in range(count) if number not in seen]):
         moments = moments + Moments.of(extractor(pictures))
         progress(len(pictures), count)
-    keep(cached, moments, origin)
+    save_statistics(cached, moments, origin)
     return moments
 
 

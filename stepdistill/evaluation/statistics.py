@@ -1,7 +1,7 @@
 """Files of statistics of real images: this package's, which record their origin, and those of other tools.
 
-    keep(file, moments, origin)
-    moments, origin = kept(file)
+    save_statistics(file, moments, origin)
+    moments, origin = load_statistics(file)
     moments, origin = read_statistics("cifar10-32x32.npz", Origin(extractor.identity), dim=2048)
 
 A .safetensors is written by this package and records its origin; it is rejected if the protocol needs another. An .npz
@@ -60,7 +60,7 @@ def framed(size: Frame | int | None) -> str:
     return f"{size.size} {size.fit} {size.filter}" if isinstance(size, Frame) else str(size)
 
 
-def keep(file: str | Path, moments: Moments, origin: Origin, dtype: torch.dtype = torch.float64) -> None:
+def save_statistics(file: str | Path, moments: Moments, origin: Origin, dtype: torch.dtype = torch.float64) -> None:
     """Writes moments and their origin atomically. Only the lower triangle of the scatter is stored, in `dtype`."""
     rows, columns = torch.tril_indices(len(moments.mean), len(moments.mean))
     facts = dataclasses.asdict(dataclasses.replace(origin, count=moments.count))
@@ -68,7 +68,7 @@ def keep(file: str | Path, moments: Moments, origin: Origin, dtype: torch.dtype 
     arrays.save(file, {"mean": moments.mean, "scatter": half}, **{k: str(v) for k, v in facts.items() if v is not None})
 
 
-def kept(file: str | Path) -> tuple[Moments, Origin | None]:
+def load_statistics(file: str | Path) -> tuple[Moments, Origin | None]:
     """Reads a file written by `keep`; the origin is None if the file records none.
 
     Raises:
@@ -116,7 +116,7 @@ def read_statistics(file: str | Path, wanted: Origin, dim: int) -> tuple[Moments
     file = Path(file).expanduser()
     if not file.is_file():
         raise InputError(f"reference: got {file}, which does not exist; allowed: a file of statistics; check the path")
-    moments, origin = kept(file) if file.suffix == ".safetensors" else (_npz(file, wanted.count or 2), None)
+    moments, origin = load_statistics(file) if file.suffix == ".safetensors" else (_npz(file, wanted.count or 2), None)
     if origin is not None:
         wanted.check(origin, file, "give those of this protocol, or the pictures")
     if len(moments.mean) != dim:

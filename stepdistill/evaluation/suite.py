@@ -103,7 +103,7 @@ def evaluate(
     ):
         with team.alike():
             command = command or provenance.command()
-            place = records.made(out) if team.main and out is not None else None
+            place = records.create_folder(out) if team.main and out is not None else None
             if place is not None:  # before its rows are read: none are added by another process from then on
                 held.enter_context(holds.claimed(place))
             bench = Bench(protocol, instruments, settings, command, place, bar, team, store, seeds)

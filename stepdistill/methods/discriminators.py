@@ -68,13 +68,13 @@ class Head(nn.Module):
         self.first, self.second = Block(channels, inside, 1, planar), Block(inside, inside, 3 if planar else 9, planar)
         self.out = spectral_norm((nn.Conv2d if planar else nn.Conv1d)(inside, WIDTH if condition else 1, 1))
         layers = (nn.Linear(condition, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH)) if condition else None
-        self.tell = nn.Sequential(*layers) if layers else None
+        self.projection = nn.Sequential(*layers) if layers else None
 
     def forward(self, features: Tensor, condition: Tensor | None = None) -> Tensor:
         h = self.first(features)
         logits = self.out((h + self.second(h)) / math.sqrt(2)).flatten(2)
-        if self.tell is not None:
-            logits = (logits * self.tell(condition)[..., None]).sum(1, keepdim=True) / math.sqrt(WIDTH)
+        if self.projection is not None:
+            logits = (logits * self.projection(condition)[..., None]).sum(1, keepdim=True) / math.sqrt(WIDTH)
         return logits[:, 0]
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepdistill.errors import InputError
-from stepdistill.features import listening
+from stepdistill.features import capture
 from stepdistill.files import sha256
 
 LITE2_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
@@ -83,7 +83,7 @@ class FeatureNetwork(nn.Module):
         if pictures.shape[-2:] != (self.size, self.size):
             side = (self.size, self.size)
             pictures = F.interpolate(pictures, side, mode="bilinear", antialias=True, align_corners=False)
-        with listening(self.net, self.taps) as captured:
+        with capture(self.net, self.taps) as captured:
             pooled = self.net((pictures - self.mean) / self.std)
         prefix = getattr(self.net, "num_prefix_tokens", 0)
         maps = [captured[tap].float() for tap in self.taps]

@@ -25,7 +25,7 @@ from stepdistill.baselines.base import Batch, Objective
 from stepdistill.baselines.reduce import masked_mean, wide
 from stepdistill.baselines.results import Results
 from stepdistill.errors import InputError
-from stepdistill.hooks import listening
+from stepdistill.hooks import capture
 from stepdistill.methods.base import Clock, Loss
 
 if TYPE_CHECKING:
@@ -106,10 +106,10 @@ class BlockRemoval(Objective):
         student = models.denoiser("student")
         x_t, t, target = noised(batch["x0"], batch.draws, student.schedule, student.kind)
         cond = dropped(batch, self.caption_dropout)
-        with listening(models.bare, [a for a, _ in self.pairs]) as own:
+        with capture(models.bare, [a for a, _ in self.pairs]) as own:
             y = student.raw(x_t, t, cond)
         task = masked_mean((y - target).square())
-        with torch.no_grad(), listening(models.teacher, [b for _, b in self.pairs]) as theirs:
+        with torch.no_grad(), capture(models.teacher, [b for _, b in self.pairs]) as theirs:
             answer = models.denoiser("teacher").raw(x_t, t, cond)
         output, feature = masked_mean((y - answer).square()), feature_distance(own, theirs, self.pairs)
         total = self.task_weight * task + self.output_weight * output + self.feature_weight * feature

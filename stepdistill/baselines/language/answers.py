@@ -9,7 +9,7 @@ from pathlib import Path
 from stepdistill.baselines.language.models import TINY, Decoder
 from stepdistill.baselines.language.problems import Problem
 from stepdistill.baselines.language.texts import Pair
-from stepdistill.baselines.language.tokens import ask
+from stepdistill.baselines.language.tokens import chat_prompt
 from stepdistill.baselines.language.traces import answer, sample_all, unopened
 from stepdistill.baselines.less_memory import as_in_training
 from stepdistill.errors import InputError
@@ -48,6 +48,6 @@ def answered(pairs: Sequence[Pair], teacher: Decoder, file: Path, *, new: int, s
     with in_turn(file), as_in_training(teacher.network, precision):
         answers = sample_all(file, problems, answer_batch, TOGETHER, settings)
     return [
-        Pair(prompt, unopened(ask(teacher.tokenizer, prompt), completion.text), completion.ended)
+        Pair(prompt, unopened(chat_prompt(teacher.tokenizer, prompt), completion.text), completion.ended)
         for prompt, (completion,) in zip(prompts, answers, strict=True)
     ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from stepdistill.baselines.language.models import Decoder, check_length
 from stepdistill.baselines.language.problems import Problem
 from stepdistill.baselines.language.texts import Pair
-from stepdistill.baselines.language.tokens import Tokens, ask, pair_up, prompt_ids
+from stepdistill.baselines.language.tokens import Tokens, chat_prompt, pair_up, prompt_ids
 from stepdistill.baselines.language.traces import answer, keep, sample_all, unopened
 from stepdistill.baselines.less_memory import as_in_training
 from stepdistill.errors import InputError
@@ -28,7 +28,7 @@ SETTINGS = ("task", "digits", "problems", "teacher", "teacher_steps", "samples",
 
 def check_room(one: Decoder, problems: Sequence[Problem], completion: int) -> None:
     """Raises InputError if a model has too few positions for a problem and an answer of this many tokens."""
-    longest = max(len(prompt_ids(one.tokenizer, ask(one.tokenizer, problem.prompt))) for problem in problems)
+    longest = max(len(prompt_ids(one.tokenizer, chat_prompt(one.tokenizer, problem.prompt))) for problem in problems)
     check_length(one.network, longest + completion, "the longest prompt and completion")
 
 
@@ -76,7 +76,7 @@ def as_rows(tokenizer: PreTrainedTokenizerBase, texts: Answered, most: int) -> T
     """
     pairs, sizes = [], []
     for problem, answers in texts:
-        prompt_text = ask(tokenizer, problem.prompt)
+        prompt_text = chat_prompt(tokenizer, problem.prompt)
         for pair in (Pair(prompt_text, unopened(prompt_text, text)) for text in answers):
             before = len(prompt_ids(tokenizer, prompt_text))
             after = len(tokenizer(pair.completion, add_special_tokens=False).input_ids)

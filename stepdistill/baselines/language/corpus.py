@@ -12,7 +12,7 @@ from stepdistill.baselines.base import BaselineConfig
 from stepdistill.baselines.language.answers import answered
 from stepdistill.baselines.language.models import Decoder
 from stepdistill.baselines.language.texts import Pair, check_kinds
-from stepdistill.baselines.language.tokens import Tokens, ask, begin, pack, pair_up, stream
+from stepdistill.baselines.language.tokens import Tokens, begin, chat_prompt, pack, pair_up, stream
 from stepdistill.errors import InputError
 
 if TYPE_CHECKING:
@@ -129,4 +129,4 @@ class CorpusConfig(BaselineConfig):
 
 
 def _asked(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> Pair:
-    return replace(pair, prompt=ask(tokenizer, pair.prompt), completion=pair.completion or "")
+    return replace(pair, prompt=chat_prompt(tokenizer, pair.prompt), completion=pair.completion or "")

@@ -27,7 +27,7 @@ from stepdistill.baselines.language.tokens import Tokens
 from stepdistill.methods.base import Clock, Loss
 
 
-def turn(share: float, threshold: float, progress: float, full: bool) -> Literal["speak", "recall", "read"]:
+def turn(share: float, threshold: float, progress: float, full: bool) -> Literal["generate", "replay", "corpus"]:
     """What an update trains on: new text of the student, kept text of it, or the corpus.
 
     Args:
@@ -35,8 +35,8 @@ def turn(share: float, threshold: float, progress: float, full: bool) -> Literal
             new text becomes rarer with it (the paper's decreasing replay ratio). full: whether no rows are free.
     """
     if share < threshold * (1 - progress) or (share < threshold and not full):
-        return "speak"
-    return "recall" if share < threshold else "read"
+        return "generate"
+    return "replay" if share < threshold else "corpus"
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class DistiLLM(Objective):
 
         def read(each: Batch) -> TokenBatch:
             ids, attention = each["ids"], each["attention"]
-            if mode == "read":
+            if mode == "corpus":
                 return TokenBatch(ids, attention, each["counts"])
-            if mode == "recall":
+            if mode == "replay":
                 return replay.recall(each.draws)
             generated = sample(
                 [(models.bare, 1.0)], ids[:, : self.prompt], attention[:, : self.prompt], each.draws,

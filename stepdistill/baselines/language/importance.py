@@ -15,7 +15,7 @@ from stepdistill.baselines.language.families import family, head_size, shares_ke
 from stepdistill.baselines.language.models import logits
 from stepdistill.baselines.reduce import wide
 from stepdistill.errors import InputError
-from stepdistill.hooks import first_input, listening, output
+from stepdistill.hooks import capture, first_input, output
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -91,10 +91,10 @@ def importance(network: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]
     for ids, mask in batches:
         weights = mask.double() / mask.sum(1, keepdim=True).clamp(min=1)
         with (
-            listening(network, layers, partial(_change, weights)) as changed,
-            listening(network, norms, partial(_size, output, weights)) as normed,
-            listening(network, heads, partial(_by_head, size, weights)) as attended,
-            listening(network, mlps, partial(_size, first_input, weights)) as fired,
+            capture(network, layers, partial(_change, weights)) as changed,
+            capture(network, norms, partial(_size, output, weights)) as normed,
+            capture(network, heads, partial(_by_head, size, weights)) as attended,
+            capture(network, mlps, partial(_size, first_input, weights)) as fired,
         ):
             logits(network, ids, mask)
         found = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stepdistill.baselines.base import Batch, Objective, TeacherStudent
 from stepdistill.baselines.reduce import masked_mean, wide
-from stepdistill.hooks import listening
+from stepdistill.hooks import capture
 from stepdistill.methods.base import Clock, Loss
 
 
@@ -37,7 +37,7 @@ def look(body: nn.Module, call: nn.Module, ids: Tensor, attention: Tensor) -> Se
     count, heads = body.config.num_hidden_layers, body.config.num_attention_heads
     layers = [f"encoder.layer.{i}" for i in range(count)]
     queries, keys = ([f"{layer}.attention.self.{what}" for layer in layers] for what in ("query", "key"))
-    with listening(body, ["embeddings", *layers, *queries, *keys]) as captured:
+    with capture(body, ["embeddings", *layers, *queries, *keys]) as captured:
         call(input_ids=ids, attention_mask=attention.long())
     hidden = [captured[name] for name in ("embeddings", *layers)]
     return Seen(hidden, [scores(captured[q], captured[k], heads) for q, k in zip(queries, keys, strict=True)])

@@ -90,7 +90,7 @@ def token_nll(network: nn.Module, ids: Tensor, attention: Tensor) -> Tensor:
     return nn.functional.cross_entropy(next_logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
 
 
-def go_on(network: nn.Module, teacher: Decoder, held: Tokens, seed: int) -> TokenBatch:
+def continuations(network: nn.Module, teacher: Decoder, held: Tokens, seed: int) -> TokenBatch:
     """A network's continuations of held-out prompts; with the same seed, all networks draw the same numbers."""
     device = next(network.parameters()).device
     prompt, attention = (x[:, : held.prompt].to(device) for x in (held.ids, held.attention))

@@ -34,7 +34,9 @@ class Table:
         """Adds a row; see Row for the arguments."""
         if self.config.dry_run:
             return
-        generated = measure.go_on(network, self.teacher, self.corpus.test[: self.config.shown], self.config.seed)
+        generated = measure.continuations(
+            network, self.teacher, self.corpus.test[: self.config.shown], self.config.seed
+        )
         figures = self._nll(network)
         if network is not self.teacher.network:
             figures["own_kl"] = measure.own_kl(network, self.teacher.network, generated)

@@ -59,7 +59,7 @@ def begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def ask(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """A prompt as it is passed to a model: in its chat template if it has one, of which several write the date. It is
     always TODAY's, so that a run resumed on another day has the same tokens.
 

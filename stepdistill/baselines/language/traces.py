@@ -17,7 +17,7 @@ from stepdistill import files
 from stepdistill.baselines.language.generate import sample
 from stepdistill.baselines.language.models import Decoder
 from stepdistill.baselines.language.problems import CLOSE, OPEN, Problem, right
-from stepdistill.baselines.language.tokens import ask, prompt_ids
+from stepdistill.baselines.language.tokens import chat_prompt, prompt_ids
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 
@@ -108,7 +108,7 @@ def answer(
 ) -> list[list[Completion]]:
     """`samples` answers to each problem, of `new` tokens at most; `first` is the index of the first in the run."""
     device = next(model.network.parameters()).device
-    prompts = [ask(model.tokenizer, problem.prompt) for problem in problems]
+    prompts = [chat_prompt(model.tokenizer, problem.prompt) for problem in problems]
     rows = [ids for text in prompts for ids in [prompt_ids(model.tokenizer, text)] * samples]
     ids = torch.full((len(rows), max(map(len, rows))), model.pad)
     attention = torch.zeros_like(ids, dtype=torch.bool)
