@@ -271,6 +271,11 @@ def test_help_names_every_baseline(argv, capsys):
         (["eval", "nowhere"], "allowed: a finished run's folder"),
         (["run", "hinton", "--quick", "--temperature", "0"], "temperature: got 0"),
         (["run", "hinton", "--quick", "--label", "mood"], "--label: got mood; allowed: one or more of pattern"),
+        (
+            ["run", "hinton", "--quick", "--label", "left hair color", "right hair color", "left clothes",
+             "right clothes", "background", "pattern", "left hat"],
+            "--label: got 7 attributes, of which the test pictures have",
+        ),
         (["run", "hinton", "--quick", "--student", "resnet19x"], "network: got 'resnet19x'"),
         (["run", "hinton", "--quick", "--data", "nowhere"], "--data: got nowhere"),
         (

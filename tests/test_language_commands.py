@@ -89,6 +89,7 @@ def test_a_quick_run_ends_with_a_table_and_measured_anew_it_is_the_same(name, tm
         ("distilbert", ["--length", "200"], "length: got 200 tokens; allowed: 128, the model's positions"),
         ("tinybert", ["--length", "200"], "length: got 200 tokens; allowed: 128, the model's positions"),
         ("r1_traces", ["--completion", "253"], "the longest prompt and completion: got 257 tokens; allowed: 256"),
+        ("r1_traces", ["--digits", "19"], "digits: got 19; allowed: 1 to 18"),
         ("r1_traces", [], "of which the verifier accepts none"),
         ("r1_traces", ["--student", "config:hidden_size=50"], "student: got config:hidden_size=50"),
         (

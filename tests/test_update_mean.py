@@ -17,10 +17,9 @@ from tiny_decoders import sentences, tiny_decoder, tokenizer
 
 from stepdistill.baselines import BASELINES
 from stepdistill.baselines.base import BaselineConfig, Data, Objective, TeacherStudent
-from stepdistill.baselines.classifier.hinton import HintonConfig
 from stepdistill.baselines.language.distillm import DistiLLM
 from stepdistill.baselines.language.forward_kl import ForwardKL
-from stepdistill.baselines.language.gkd import GKD, GKDConfig
+from stepdistill.baselines.language.gkd import GKD
 from stepdistill.baselines.language.layers import Layers, Projections
 from stepdistill.baselines.language.masked import MaskedLM, MaskedModelling
 from stepdistill.baselines.language.memory import Replay, Rollouts
@@ -134,15 +133,19 @@ def test_a_run_may_go_on_with_its_updates_split_otherwise(tmp_path):
     assert_equal(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.parametrize("name", [*BASELINES, "gkd with trl"])
-def test_batch_normalisation_and_trl_forbid_it(name, tmp_path):
-    """The former computes with a batch's statistics, the latter averages over its tokens."""
-    config = GKDConfig if name == "gkd with trl" else BASELINES[name].config
-    more = {"trainer": "trl"} if name == "gkd with trl" else {}
+VARIANTS = {"gkd with trl": ("gkd", {"trainer": "trl"}), "snapfusion unbalanced": ("snapfusion", {"balanced": False})}
+FORBID = ("hinton", "snapfusion", "gkd with trl")
+
+
+@pytest.mark.parametrize("name", [*BASELINES, *VARIANTS])
+def test_what_compares_within_a_batch_forbids_it(name, tmp_path):
+    """Batch normalisation, SnapFusion's balance of two losses, and trl's mean over a batch's tokens."""
+    method, more = VARIANTS.get(name, (name, {}))
+    config = BASELINES[method].config
     folder.claim(config(out=tmp_path, batch_size=8, **more), 1, write=True)
     (tmp_path / "metrics.jsonl").touch()
     again = config(out=tmp_path, batch_size=2, gradient_accumulation=4, **more)
-    if config is HintonConfig or more:
+    if name in FORBID:
         with pytest.raises(InputError, match=r"which holds a run with batch_size = 8 \(now 2\)"):
             folder.claim(again, 1, write=False)
     else:

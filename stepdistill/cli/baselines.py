@@ -112,6 +112,8 @@ def sweep(name: str, argv: Sequence[str]) -> None:
 def measure(out: Path) -> None:
     """Measures a finished run again, from its weights."""
     kind = get(results.read(out)["method"]).config
+    if not (out / "run.json").is_file():
+        raise InputError(f"baselines eval: got {out}, which has no run.json; allowed: a finished run's folder")
     config = dataclasses.replace(from_yaml(out / "run.json", kind), out=out)
     for name in kind.DRAWN:
         shutil.rmtree(out / name, ignore_errors=True)

@@ -78,6 +78,11 @@ class SnapFusionConfig(ArchitectureConfig):
             got = " to ".join(f"{g:g}" for g in self.cfg_range)
             raise InputError(f"cfg_range: got {got}; allowed: 1 or more, rising; the paper's is 2 to 14")
 
+    @property
+    def FREE(self) -> frozenset[str]:  # noqa: N802
+        """See LoopConfig; the sizes of two losses are compared within a batch, so splitting it changes the update."""
+        return super().FREE - ({"batch_size", "gradient_accumulation"} if self.balanced else set())
+
     def run(self) -> Results:
         """Chooses the blocks, then trains a control and a student for each seed, each exported as a pipeline to
         <out>/ROLE-SEED/export. The costs of removals are in <out>/blocks.json."""

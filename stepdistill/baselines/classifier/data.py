@@ -116,6 +116,11 @@ def _avatars(split: str, label: Sequence[str], resolution: int | None) -> Labell
     class_names = [" / ".join(row[name] for name in label) for row in data.attributes]
     classes = sorted({" / ".join(row[name] for name in label) for row in avatars.load("train").attributes})
     places = {name: i for i, name in enumerate(classes)}
+    if unseen := set(class_names) - set(places):
+        raise InputError(
+            f"--label: got {len(label)} attributes, of which the test pictures have {len(unseen)} combinations that no "
+            "training picture has; allowed: fewer attributes; drop one"
+        )
     flip = not any(word in name for name in label for word in ("left", "right", "taller"))
     labels = torch.tensor([places[name] for name in class_names])
     return Labelled(_squares(data.images, resolution, "avatars"), labels, classes, flip)

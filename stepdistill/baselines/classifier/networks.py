@@ -123,7 +123,7 @@ def _named(name: str, classes: int, side: int, seed: int) -> nn.Module:
         from torchvision.models import get_model
 
         network = get_model(name, num_classes=classes)
-    except (ValueError, RuntimeError, TypeError) as error:
+    except (ValueError, RuntimeError, TypeError, OSError) as error:  # OSError: a detector wants its backbone's weights
         raise InputError(
             f"network: got {name!r}; allowed: resnet8, resnet20, ... (6n + 2 layers), torchvision's names, timm:NAME"
         ) from error

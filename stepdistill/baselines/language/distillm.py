@@ -104,7 +104,7 @@ class DistiLLMConfig(DecoderConfig):
     alpha: float = 0.1
     """The skew: the share, in the mixture, of the distribution that is compared with it."""
     threshold: float = 0.0
-    """Initial share of updates on the student's own text; it rises by 0.1 whenever the validation loss has risen."""
+    """Initial share of updates on the student's own text; it rises by 0.1 if the validation loss has risen by that."""
     look_every: int = 50
     """Updates between measurements of the validation loss."""
     capacity: int = 1000

@@ -117,6 +117,8 @@ def open_task(
         train, held = (train, _file(Path(test).expanduser())) if test else held_apart(_shuffled(train, seed))
     else:
         train, held = (_dataset(spec, split) for split in ("train", "validation"))
+    if not held:
+        raise InputError(f"--task: got {len(train)} texts in {spec}, none to hold out; allowed: more, or --task-test")
     classes = sorted({name for name, _ in train})
     if strange := sorted({name for name, _ in held} - set(classes)):
         raise InputError(f"--task: got {strange[0]!r} in held-out texts of {spec}; allowed: classes of training texts")

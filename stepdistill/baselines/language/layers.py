@@ -117,8 +117,8 @@ class Layers(Objective):
         student, teacher = batch.once("seen", lambda: self._look(batch, models))
         places = layer_map(len(student.scores), len(teacher.scores))
         hidden = student.hidden if phase == "student" else [x.detach() for x in student.hidden]
-        wide = models.projections(hidden)
-        parts = [hidden_loss(x, teacher.hidden[place], attention) for x, place in zip(wide, places, strict=True)]
+        projected = models.projections(hidden)
+        parts = [hidden_loss(x, teacher.hidden[place], attention) for x, place in zip(projected, places, strict=True)]
         tokens, pairs = batch.weight(attended)
         terms = {"embeddings": tokens * parts[0], "hidden": tokens * sum(parts[1:])}
         if phase == "projections":

@@ -28,7 +28,7 @@ def cut(network: PreTrainedModel, kept: Kept) -> PreTrainedModel:
     """Returns a new network of the same class with what is kept of this one.
 
     Norms divide by a mean over the channels: their weights, and epsilon, are scaled to compensate for fewer of them, so
-    that removing channels that are zero changes nothing.
+    that removing channels that are zero changes nothing (with LayerNorm, if the mean of the others is 0 too).
     """
     config, kind = plain(network.config), family(network.config)
     size = head_size(config)

@@ -86,8 +86,9 @@ class R1TracesConfig(BaselineConfig):
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()
-        self.require("digits", "problems", "held_out", "teacher_steps", "samples", "completion", "keep", "together",
+        self.require("problems", "held_out", "teacher_steps", "samples", "completion", "keep", "together",
                      least=1)  # fmt: skip
+        self.require("digits", least=1, most=18, fix="try 3")  # numbers of 64 bits
         self.require("temperature", above=0, fix="try 1")
         check_rate("learning_rate", self.learning_rate, self.student, self.teacher)
         if self.teacher == "tiny" and self.task != "addition":

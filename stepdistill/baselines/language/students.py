@@ -24,6 +24,7 @@ from stepdistill.errors import InputError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+MISFITS = (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ArithmeticError)  # of a config's settings
 TINY_RATE = 2e-3  # peak learning rate of tiny models, which start at random
 
 
@@ -127,6 +128,7 @@ def _layers(layers: str, count: int) -> list[int]:
 
 
 def _changed(config: PretrainedConfig, changes: str, seed: int) -> PreTrainedModel:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
     config = plain(config)
@@ -138,9 +140,17 @@ def _changed(config: PretrainedConfig, changes: str, seed: int) -> PreTrainedMod
         if key == "vocab_size":
             raise InputError(f"student: got {pair}; allowed: the teacher's {config.vocab_size}; leave it out")
         try:
-            setattr(config, key, ast.literal_eval(value))
+            typed = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            setattr(config, key, value)
+            typed = value
+        try:
+            setattr(config, key, typed)
+        except StrictDataclassError as error:
+            like = f"a value of the kind of the teacher's {getattr(config, key)}"
+            raise InputError(f"student: got config:{pair}; allowed: {like}") from error
+    for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
+        if isinstance(value := getattr(config, key), int) and value < 1:
+            raise InputError(f"student: got config:{changes}, with {key} = {value}; allowed: 1 or more")
     width, heads = config.hidden_size, config.num_attention_heads
     if isinstance(width, int) and isinstance(heads, int) and width % heads:
         raise InputError(
@@ -156,6 +166,6 @@ def _changed(config: PretrainedConfig, changes: str, seed: int) -> PreTrainedMod
         with torch.no_grad():
             student(torch.zeros(1, 2, dtype=torch.int64))  # some mismatches only show here
         return student
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (*MISFITS, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:100]
         raise InputError(f"student: got config:{changes} ({reason}); allowed: settings that fit each other") from error

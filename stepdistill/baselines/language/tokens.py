@@ -121,7 +121,7 @@ def pair_up(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, *, prompt
     """Prompts, padded on the left, and completions with their end of text, padded on the right; the latter count.
 
     Args:
-        pairs: prompts as they are passed to a model, see `ask`.
+        pairs: prompts as they are passed to a model, see `chat_prompt`.
         prompt: columns of prompt: of a longer one, the last tokens are kept, and those of `begin`.
         completion: columns of completion, end of text included: a longer one is cut, and has no end, as one that had
             not `ended`.
