@@ -378,7 +378,10 @@ def test_what_a_benchmark_keeps_is_what_is_compared(base, protocol, tools, tmp_p
     found = read_run(tmp_path)
     told = compare(*pairs(found, found, "ddim", "euler")[0])
     assert {c.name for c in told} >= {"fd", "clip_score", "attribute_accuracy"} and all(c.gap.paired for c in told)
-    assert all(c.word == OPEN for c in compare(*pairs(found, found, "ddim", "ddim")[0]))
+    assert all(c.word == OPEN for c in compare(*pairs(found, read_run(tmp_path), "ddim", "ddim")[0]))
+    for same in ({}, {"steps_a": 2}, {"steps_a": 2, "steps_b": 2}):
+        with pytest.raises(InputError, match="compare: got ddim twice; allowed: two models"):
+            pairs(found, found, "ddim", "ddim", **same)
     assert found[0].row["settings"]["extractor"]["name"] == "pools" and found[0].row["settings"]["content"] == {
         "prompts": "k"
     }

@@ -208,8 +208,27 @@ def test_fd_inf_is_the_parabola_through_sets_that_leave_none_one_and_two_fifths_
     assert limit.value == pytest.approx(np.polyfit(u, y, 2)[-1], rel=1e-9)
     assert limit.bend == pytest.approx(limit.value - np.polyfit(u[:2], y[:2], 1)[-1], rel=1e-6)
     assert np.array(limit.fit) == pytest.approx(np.array([u, y]).T, rel=1e-9)
-    whole = frechet_figure(x, reference)
-    assert torch.equal(frechet_limit(x, reference, whole).influence, whole.influence)
+    weights, want = np.linalg.inv(np.vander(u, 3))[-1], torch.zeros(60, dtype=torch.float64)
+    for leave, weight in enumerate(weights):
+        for left in (sets := list(itertools.combinations(range(5), 5 - leave))):
+            rows = torch.cat([torch.arange(60).tensor_split(5)[i] for i in left])
+            want[rows] += weight * 60 / len(rows) * frechet_figure(x[rows], reference).influence / len(sets)
+    assert torch.allclose(limit.influence, want, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("spectrum", ["flat", "decaying"])
+@pytest.mark.parametrize("common", [0.0, 0.7, 0.95])
+@pytest.mark.parametrize("n", [96, 128, 200])
+def test_two_runs_of_one_model_have_one_fd_inf_with_the_same_noise_or_another(n, common, spectrum):
+    """Paired, for runs whose features share part of their noise; down to 1.5 images per feature."""
+    reference, root, _, _ = known(64, spectrum, 0.0, 1.0)
+    equal = 0
+    for seed in range(100):
+        z, one, other = (draws(n, 64, seed + 1000 * k) for k in range(3))
+        runs = [(common**0.5 * z + (1 - common) ** 0.5 * own) @ root.T for own in (one, other)]
+        first, second = (frechet_limit(x, reference) for x in runs)
+        equal += difference(first, second, paired=True).contains_zero
+    assert equal >= 90
 
 
 def test_bad_features_are_refused():

@@ -101,7 +101,7 @@ def test_nan_never_passes():
 
 def test_mlperfs_windows_ship_and_open_for_figures_inside_them_only(tmp_path, capsys):
     told = {"protocol": "mlperf-sdxl-5k", "n": 5000, "fd_extractor": "Inception", "guidance": 8.0,
-            "scheduler": "EulerDiscreteScheduler", "spacing": "leading"}  # fmt: skip
+            "clip_model": "ViT-B-32/openai", "scheduler": "EulerDiscreteScheduler", "spacing": "leading"}  # fmt: skip
     for i, (fd, clip, expected) in enumerate([(23.5, 31.75, 0), (23.0, 31.75, 1), (23.5, 31.82, 1), (23.95, 31.69, 0)]):
         Book(tmp_path / str(i), {"protocol_hash": "abc", "protocol": "tiny"}).add(row("sdxl", 20, fd, clip, **told))
         code, lines, _ = gate(capsys, tmp_path / str(i), "--gate", MLPERF)

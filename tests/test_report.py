@@ -24,7 +24,7 @@ from stepdistill.evaluation.few import too_few
 from stepdistill.evaluation.records import Book
 from stepdistill.evaluation.report import curves, inline, plots, write_report
 from stepdistill.evaluation.report.families import models_of
-from stepdistill.evaluation.report.notes import notes
+from stepdistill.evaluation.report.notes import commits_of, notes
 from stepdistill.evaluation.report.tables import as_csv, cost_table, machines, tables
 from stepdistill.evaluation.report.verdicts import duration, gains
 from stepdistill.evaluation.report.verdicts import verdicts as verdicts_of
@@ -209,11 +209,22 @@ def test_fewer_images_than_features_are_said_to_be_too_few_for_the_distances_ord
 def test_how_far_an_extrapolated_figure_may_be_off_is_noted_and_in_the_csv():
     bent = [each | {"metrics": full(20.0, 31.0, 0.004, 0.7) | {"fd_inf": figure(18.0, 2.0) | {"bend": bend}}}
             for each, bend in ((ROWS[1], -0.7), (ROWS[2], 0.25))]  # fmt: skip
-    (line,) = notes(cells([*bent, ROWS[3]]))
+    _, line = notes(cells([*bent, ROWS[3]]))
     assert "at most 0.7 here, for teacher at 1 step;" in line
     told = list(csv.DictReader(io.StringIO(as_csv([*bent, ROWS[3]]))))
-    assert [each["fd_inf_bend"] for each in told] == ["-0.7", "0.25", ""] and notes(cells(ROWS)) == []
+    assert [each["fd_inf_bend"] for each in told] == ["-0.7", "0.25", ""] and len(notes(cells(ROWS))) == 1
     assert "fd_bend" not in told[0]
+
+
+def test_whose_features_the_figures_are_of_is_noted_and_all_commits_are_named():
+    (line,) = notes(cells(ROWS))
+    assert line == (
+        "FD, KID and recall are of Pools features; CLIP is of towers embeddings. Figures of other networks are not "
+        "comparable."
+    )
+    rows = [each | {"commit": commit} for each, commit in zip(ROWS, ("aa", "bb+", "aa", None), strict=False)]
+    assert commits_of(rows) == "Commits aa, bb+ (+: with uncommitted changes)"
+    assert commits_of([{"commit": "aa"}]) == "Commit aa" and commits_of([{}]) == ""
 
 
 def test_light_and_dark_and_small_screens_are_provided_for(folder):

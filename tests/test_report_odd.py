@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from PIL import Image
-from test_report import COMMON, ROWS, Reader, full, row
+from test_report import COMMON, ROWS, Reader, figure, full, row
 
 from stepdistill import cli
 from stepdistill.errors import InputError
@@ -75,14 +75,14 @@ def test_rows_without_a_distance_are_reported_by_what_they_have(tmp_path):
 @pytest.mark.parametrize(("value", "scale"), [(0.0, "linear"), (-0.3, "linear"), (0.5, "log")])
 def test_an_axis_is_logarithmic_only_where_all_of_it_is_above_zero(value, scale):
     lines = [Curve("m", [Point(1, 90.0, 80.0, 100.0, 1), Point(4, value, value - 1, value + 1, 4)], 0)]
-    for figure in (
+    for plot in (
         plots.quality_by_steps(lines, Axis("FD", log=True), []),
         plots.quality_by_cost(lines, Axis("FD", log=True), [], "ms", front=True),
         plots.quality_by_steps([Curve("m", lines[0].points[:1], 0)], Axis("FD", log=True), [("real", value)]),
     ):
-        figure.draw_without_rendering()
-        assert figure.axes[0].get_yscale() == scale
-        low, high = figure.axes[0].get_ylim()
+        plot.draw_without_rendering()
+        assert plot.axes[0].get_yscale() == scale
+        low, high = plot.axes[0].get_ylim()
         assert low < value < 90 < high
     by_cost = plots.quality_by_cost([Curve("m", [Point(0.0, 5, None, None, 1), Point(9, 4, None, None, 2)], 0)],
                                     Axis("FD"), [], "ms", front=False)  # fmt: skip
@@ -230,6 +230,30 @@ def test_every_field_may_be_missing_or_is_refused_in_one_line(tmp_path):
         page_of(tmp_path, [whole | odd])
     page_of(tmp_path, [{"model": "m", "steps": 4, "protocol_hash": "h"}])
     page_of(tmp_path, [whole | {"steps": 10**6}, whole | {"steps": 3, "n": None, "seed": None, "metrics": {}}])
+
+
+def test_odd_fields_of_a_figure_reach_no_printer(tmp_path, capsys):
+    """Each field of a figure missing, null, a text, or with the interval's ends swapped: report, gate and compare print
+    what is left, and none ends in a traceback."""
+    whole = figure(10.0, 1.0) | {"bend": 0.5, "seeds": 1}
+    odd = [{k: v for k, v in whole.items() if k != name} for name in whole if name != "value"]
+    odd += [whole | {name: value} for name in whole if name != "value" for value in (None, "x", [1])]
+    odd += [whole | {"low": 11.0, "high": 9.0}]
+    for number, each in enumerate(odd):
+        rows = [row(name, 4, 10.0, None, metrics={"fd": each}, seed=seed) | {"n": None}
+                for name in ("a", "b") for seed in (0, 1)]  # fmt: skip
+        place = tmp_path / str(number)
+        place.mkdir()
+        page_of(place, rows)
+        assert cli.main(["bench", "gate", str(place), "--model", "a", "--max-fd", "11"]) == 0
+        known = all(isinstance(each.get(end), float) for end in ("low", "high")) and each["low"] < each["high"]
+        code = cli.main(["bench", "compare", str(place), "--model-a", "a", "--model-b", "b"])
+        assert code == (0 if known else 2), each
+    (tmp_path / "results.jsonl").write_text(
+        '{"model": "a", "steps": 1, "protocol_hash": "x", "fd": 3, "fd_low": 4, "fd_high": 2}\n'
+    )
+    assert cli.main(["bench", "gate", str(tmp_path), "--max-fd", "3"]) == 0
+    assert "95 %" not in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_the_comparer_starts_with_the_first_models_longest_though_others_take_fewer_steps(tmp_path):

@@ -150,7 +150,7 @@ def main(config: Config) -> int:
         print(line)
     for failure in results.failed:
         if failure.steps is not None or failure.model not in absent:  # those were reported at once
-            at = f" at {failure.steps} steps" if failure.steps else ""
+            at = f" at {failure.steps} step{'s' * (failure.steps > 1)}" if failure.steps else ""
             print(f"failed: {failure.model}{at}: {failure.reason}", file=sys.stderr)
     return 2 if results.failed else 0
 

@@ -103,7 +103,8 @@ def print_comparisons(config: Config, found: list[Comparison]) -> None:
     for side, folder, cell in (("A", config.a, first.cell_a), ("B", config.b or config.a, first.cell_b)):
         console.print(Text(f"{side}  {cell.model} from {folder}, seed {', '.join(map(str, seeds_of(cell))) or 'none'}"))
     row = first.cell_a.row
-    console.print(Text(f"{row.get('protocol')} ({row['protocol_hash']}), FD-{row.get('fd_extractor')}"))
+    networks = f"FD-{row.get('fd_extractor')}" + f", CLIP {row['clip_model']}" * bool(row.get("clip_model"))
+    console.print(Text(f"{row.get('protocol')} ({row['protocol_hash']}), {networks}"))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, justify in (
         ("steps", "right"), ("figure", "left"), ("A", "right"), ("B", "right"), ("A - B", "right"),
@@ -120,8 +121,9 @@ def print_comparisons(config: Config, found: list[Comparison]) -> None:
         )
         how, counts = "" if one.gap.paired else "*", dict.fromkeys((one.a.seeds, one.b.seeds))
         seeds = f" × {', '.join(map(str, counts))}" if max(counts) > 1 else ""
+        n = "–" if one.a.n is None else f"{one.a.n:,}{seeds}"
         table.add_row(
-            steps, label(one.name), a, b, gap, f"{low} to {high}{how}", f"{one.a.n:,}{seeds}",
+            steps, label(one.name), a, b, gap, f"{low} to {high}{how}", n,
             Text(one.word, colours.get(one.word, "")),
         )  # fmt: skip
     console.print(table)

@@ -144,7 +144,8 @@ def pairs(
         steps_a, steps_b: one step count of each, which may differ; if only one is given, it applies to both.
 
     Raises:
-        InputError: a name or step count does not exist, a model must be chosen, or the runs share no step count.
+        InputError: a name or step count does not exist, a model must be chosen, both sides are the same, or the runs
+            share no step count.
     """
     ours, theirs = _models(found_a), _models(found_b)
     if model_b is None and model_a in theirs and found_a is not found_b:
@@ -153,9 +154,13 @@ def pairs(
         model_a = model_b
     a = _pick(ours, model_a, "a")
     b = _pick(theirs, model_b, "b")
-    if steps_a is not None or steps_b is not None:
-        first = _at(ours[a], steps_a if steps_a is not None else steps_b, "a")
-        return [(first, _at(theirs[b], steps_b if steps_b is not None else steps_a, "b"))]
+    one, other = (steps_b if steps_a is None else steps_a), (steps_a if steps_b is None else steps_b)
+    if found_a is found_b and a == b and one == other:
+        raise InputError(
+            f"compare: got {a} twice; allowed: two models, runs or step counts; name another by --model-b or --steps-b"
+        )
+    if one is not None:
+        return [(_at(ours[a], one, "a"), _at(theirs[b], other, "b"))]
     at = {cell.steps: cell for cell in theirs[b]}
     common = [(cell, at[cell.steps]) for cell in ours[a] if cell.steps in at]
     if not common:

@@ -30,8 +30,8 @@ def frechet_limit(features: Tensor, reference: Moments, whole: Figure | None = N
     balanced: images are divided into fifths at random (seeded), and distances are means over all sets that leave none,
     one and two fifths out (the second-order jackknife: Schucany, Gray and Owen 1971). `bend` is the parabola's excess
     over the line through the first two points: they diverge if n is not far above the feature dimension, and the
-    interval widens by it. The influence is that of the whole set, as the terms in 1 / n have hardly any. The bias due
-    to the reference's own size remains.
+    interval widens by it. An image's influence is that on the parabola: the sum of those on the sets that it is in,
+    each weighted as its distance is. The bias due to the reference's own size remains.
 
     Args:
         whole: `frechet_figure` of the same images, if already computed.
@@ -46,41 +46,60 @@ def frechet_limit(features: Tensor, reference: Moments, whole: Figure | None = N
         raise InputError(f"pictures for FD_inf: got {n} of {dim} features; allowed: {least} or more")
     x = features.to(torch.float64)
     shift, order = x.mean(0), torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    groups = [_Sums.of(z, reference.root) for z in (x - shift)[order].tensor_split(GROUPS)]
-    curve = [(1.0, whole.value)]
+    groups = [
+        _Images.of(z, places, reference.root)
+        for z, places in zip((x - shift)[order].tensor_split(GROUPS), order.tensor_split(GROUPS), strict=True)
+    ]
+    curve, influences = [(1.0, whole.value)], [whole.influence]
     for out in (1, 2):
-        sets = (sum(left[1:], left[0]) for left in combinations(groups, GROUPS - out))
-        counts, distances = zip(*((s.count, s.distance(reference, shift)) for s in sets), strict=True)
-        curve.append((sum(n / count for count in counts) / len(counts), sum(distances) / len(distances)))
+        sets = list(combinations(groups, GROUPS - out))
+        inverse_counts, distance, influence = 0.0, 0.0, torch.zeros(n, dtype=torch.float64)
+        for images in (sum(left[1:], left[0]) for left in sets):
+            one, of_each = images.distance(reference, shift)
+            inverse_counts += n / len(images.z) / len(sets)
+            distance += one / len(sets)
+            influence[images.places] += n / len(images.z) / len(sets) * of_each
+        curve.append((inverse_counts, distance))
+        influences.append(influence)
     u, y = torch.tensor(curve, dtype=torch.float64).T
-    line, parabola = (torch.linalg.solve(torch.vander(u[:k], increasing=True), y[:k])[0].item() for k in (2, 3))
+    # the first row of the inverse: how the value at 1 / n = 0 weighs the points
+    line, parabola = (torch.linalg.inv(torch.vander(u[:k], increasing=True))[0] for k in (2, 3))
+    value = (parabola @ y).item()
+    influence = parabola @ torch.stack([each.to(torch.float64) for each in influences])
     fit = tuple((x / n, distance) for x, distance in curve)
-    return Figure(parabola, whole.influence, bend=parabola - line, fit=fit)
+    return Figure(value, influence, bend=value - (line @ y[:2]).item(), fit=fit)
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """Sums over images z (n, D) and a = z S_r^1/2, from which the distance of any union of sets follows."""
+class _Images:
+    """Images z (n, D) and where they stand among all, with sums over z and a = z S_r^1/2; `+` unites two sets."""
 
-    count: int
     z: Tensor
-    lengths: float
+    places: Tensor
+    a: Tensor
     products: Tensor
 
     @classmethod
-    def of(cls, z: Tensor, root: Tensor) -> _Sums:
+    def of(cls, z: Tensor, places: Tensor, root: Tensor) -> _Images:
         a = z @ root
-        return cls(len(z), z.sum(0), z.square().sum().item(), a.T @ a)
+        return cls(z, places, a, a.T @ a)
 
-    def __add__(self, other: _Sums) -> _Sums:
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return _Sums(*(one + another for one, another in pairs))
+    def __add__(self, other: _Images) -> _Images:
+        z, places, a = (torch.cat([vars(self)[k], vars(other)[k]]) for k in ("z", "places", "a"))
+        return _Images(z, places, a, self.products + other.products)
 
-    def distance(self, reference: Moments, shift: Tensor) -> float:
-        """Computes the distance to the reference. shift: what was subtracted from the features."""
-        n, mean = self.count, self.z / self.count
-        carried = mean @ reference.root
-        values = torch.linalg.eigvalsh((self.products - n * torch.outer(carried, carried)) / (n - 1))
-        trace = (self.lengths - n * mean.square().sum()) / (n - 1) + reference.covariance.trace()
-        gap = (shift + mean - reference.mean).square().sum()
-        return (gap + trace - 2 * values.clamp_min(0).sqrt().sum()).item()
+    def distance(self, reference: Moments, shift: Tensor) -> tuple[float, Tensor]:
+        """Computes the distance to the reference, and the influence of each image (see `frechet_figure`).
+
+        Args:
+            shift: what was subtracted from the features.
+        """
+        n, mean, middle = len(self.z), self.z.mean(0), self.a.mean(0)
+        values, vectors = torch.linalg.eigh((self.products - n * torch.outer(middle, middle)) / (n - 1))
+        roots = values.clamp_min(0).sqrt()
+        inverse = torch.where(values > values[-1].clamp_min(0) * 1e-10, 1 / roots, 0.0)
+        gap, z_i = shift + mean - reference.mean, self.z - mean
+        lengths = z_i.square().sum(1)
+        distance = gap.square().sum() + lengths.sum() / (n - 1) + reference.covariance.trace() - 2 * roots.sum()
+        influence = 2 * z_i @ gap + lengths - ((self.a - middle) @ vectors).square() @ inverse
+        return distance.item(), influence - influence.mean()

@@ -79,7 +79,8 @@ class Judgement:
         if name == LATENCY:
             ends = calls(self.cell, timed_as(self.cell))
         elif found.half is not None:
-            ends = f" (95 %: {found.low:.{places}f} to {found.high:.{places}f}, n = {found.n:,})"
+            of = "" if found.n is None else f", n = {found.n:,}"
+            ends = f" (95 %: {found.low:.{places}f} to {found.high:.{places}f}{of})"
         at = f"{self.cell.steps} step{'s' * (self.cell.steps > 1)}"
         word = "met   " if self.met else "missed"
         return f"{word} {self.cell.model}, {at}: {name} {found.value:.10g}{ends}, {self.bound}"
@@ -154,4 +155,4 @@ def _figure(cell: Cell, name: str) -> Measured:
     if name in cell.figures:
         return cell.figures[name]
     known = [*cell.figures, *([LATENCY] if cell.latency is not None else [])]
-    raise InputError(f"gate: got {name}; allowed: {', '.join(known)}, which {cell.model} has at {cell.steps} steps")
+    raise InputError(f"gate: got {name}; allowed: {', '.join(known)}, which {cell.model} has at steps = {cell.steps}")

@@ -41,6 +41,7 @@ def sound(row: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise InputError(f"{where}: got {name}: {str(value)[:40]}; allowed: {kind}; fix or delete the line")
     if not isinstance(row["steps"], int) or isinstance(row["steps"], bool) or row["steps"] < 0:
         raise InputError(f"{where}: got steps: {row['steps']}; allowed: a whole number, 0 of floors; fix the line")
+    row |= {name: end for name, end in _ends(row, "fd_low", "fd_high").items() if name in row}
     if row.get("metrics"):
         row["metrics"] = {name: figure for name, each in row["metrics"].items() if (figure := _figure(each))}
     for name in ("latency_ms", "latency_ms_batch"):
@@ -69,11 +70,16 @@ def _figure(figure: Any) -> dict[str, Any] | None:
     """Returns a figure of `metrics` with both ends of its interval or neither, without an invalid count or unit."""
     if not isinstance(figure, dict) or not _number(figure.get("value")):
         return None
-    ends = {name: figure.get(name) for name in ("low", "high")}
-    figure = figure | (ends if all(map(_number, ends.values())) else dict.fromkeys(ends))
-    invalid = {"n"} if not _number(figure.get("n")) else set()
+    figure = figure | _ends(figure, "low", "high")
+    invalid = {name for name in ("n", "bend", "seeds", "trials") if not _number(figure.get(name))}
     invalid |= {"of"} if not isinstance(figure.get("of"), str) else set()
     return {name: value for name, value in figure.items() if name not in invalid}
+
+
+def _ends(values: Mapping[str, Any], low: str, high: str) -> dict[str, Any]:
+    """Returns the ends of an interval; None for both if one is missing, or they are the wrong way round."""
+    ends = {name: values.get(name) for name in (low, high)}
+    return ends if all(map(_number, ends.values())) and ends[low] <= ends[high] else dict.fromkeys(ends)
 
 
 def _timing(timing: dict[str, Any]) -> dict[str, Any] | None:

@@ -69,7 +69,7 @@ def save_statistics(file: str | Path, moments: Moments, origin: Origin, dtype: t
 
 
 def load_statistics(file: str | Path) -> tuple[Moments, Origin | None]:
-    """Reads a file written by `keep`; the origin is None if the file records none.
+    """Reads a file written by `save_statistics`; the origin is None if the file records none.
 
     Raises:
         InputError: the file is damaged, or something else.

@@ -108,7 +108,7 @@ def calls(cell: Cell, how: str = "") -> str:
     times = cell.latency_ms or {}
     slow, count = times.get("total_p90"), times.get("repeats")
     parts = [] if slow is None else [f"p90 {figure(slow / times.get('batch', 1), 1)}"]
-    parts += [f"{count} calls"] if count else []
+    parts += [f"{count} call{'s' * (count > 1)}"] if count else []
     parts += [how] if how else []
     return f" ({', '.join(parts)})" if parts else ""
 
@@ -130,13 +130,15 @@ def print_table(rows: Sequence[Row], folder: Path | None = None) -> None:
     """Prints the main columns to the terminal. folder: the rows' folder, if known."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     found = cells(rows, folder)
     table_of = columns(found)
     shown = [n for n in table_of[0] if n in ("steps", "NFE", "seeds", *map(label, MAIN), "ms")]
     first = rows[0]
-    title = f"{first.get('protocol')}, n = {first.get('n')}, FD-{first.get('fd_extractor')}; ± is half a 95 % interval"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    facts = [str(first.get("protocol")), f"n = {first.get('n')}", f"FD-{first.get('fd_extractor')}"]
+    facts += [f"CLIP {first['clip_model']}"] if first.get("clip_model") else []
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model", overflow="fold")
     for name in shown:
         table.add_column(name, justify="right")
@@ -146,7 +148,9 @@ def print_table(rows: Sequence[Row], folder: Path | None = None) -> None:
             table.add_section()
         table.add_row(cell.model if cell.model != last else "", *(values[name] for name in shown))
         last = cell.model
-    wide_console().print(table, markup=False)
+    console = wide_console()
+    console.print(Text(f"{', '.join(facts)}; ± is half a 95 % interval"))
+    console.print(table, markup=False)
 
 
 def wide_console() -> Console:

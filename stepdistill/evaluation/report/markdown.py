@@ -8,7 +8,7 @@ from typing import Any
 
 from stepdistill.evaluation.cells import Cell, Row
 from stepdistill.evaluation.records import grid_name
-from stepdistill.evaluation.report.notes import notes
+from stepdistill.evaluation.report.notes import commits_of, notes
 from stepdistill.evaluation.report.tables import Table, machines
 from stepdistill.evaluation.summary import columns, escaped, markdown_table
 
@@ -51,6 +51,7 @@ def markdown(
     lines += [f"{i}. {escaped(prompt)}" for i, prompt in enumerate(prompts, 1)]
     if commands := dict.fromkeys(row["command"] for row in rows if row.get("command")):
         lines += ["", "Reproduce:", "", *(f"    {' '.join(command.split())}" for command in commands)]
+    lines += ["", f"{commits}."] if (commits := escaped(commits_of(rows))) else []
     return "\n".join([*lines, ""])
 
 

@@ -17,7 +17,7 @@ from stepdistill.evaluation.report import inline
 from stepdistill.evaluation.report.curves import BY_LATENCY, Make, cost_curves, curves, main_curves, timed_apart
 from stepdistill.evaluation.report.families import models_of
 from stepdistill.evaluation.report.markdown import markdown
-from stepdistill.evaluation.report.notes import notes
+from stepdistill.evaluation.report.notes import commits_of, notes
 from stepdistill.evaluation.report.strips import chosen, prompts_of, strips_of
 from stepdistill.evaluation.report.tables import as_csv, cost_table, machines, tables
 from stepdistill.evaluation.report.verdicts import beside, gains, verdicts
@@ -62,7 +62,8 @@ def write_report(folder: str | Path, *, title: str | None = None) -> Path:
         "averaged": any(cell.seeds > 1 for cell in found), "timed": BY_LATENCY in drawn,
         "timed_apart": timed_apart(found), "notes": notes(found),
         "floors": any(cell.steps == 0 for cell in found),
-        "commands": _all(rows, "command"), "csv": base64.b64encode(as_csv(rows).encode()).decode(),
+        "commands": _all(rows, "command"), "commits": commits_of(rows),
+        "csv": base64.b64encode(as_csv(rows).encode()).decode(),
         "style": _text("page.css"), "script": script,
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }  # fmt: skip
