@@ -22,7 +22,8 @@ from stepdistill.baselines.classifier.networks import build, load
 from stepdistill.baselines.divergence import softened_kl
 from stepdistill.baselines.learner import Learner, learn
 from stepdistill.baselines.reduce import masked_mean
-from stepdistill.baselines.results import Results, Row, gap_closed, show
+from stepdistill.baselines.results import Results, Row, gap_closed
+from stepdistill.baselines.shown import show
 from stepdistill.baselines.sweep import points
 from stepdistill.cli import main
 from stepdistill.data.sources import fitted

@@ -12,7 +12,8 @@ from test_baselines_classifier import QUICK
 
 from stepdistill.baselines import BASELINES, get
 from stepdistill.baselines.learner import Learner
-from stepdistill.baselines.results import Results, Row, read, show
+from stepdistill.baselines.results import Results, Row, read
+from stepdistill.baselines.shown import show
 from stepdistill.baselines.sweep import parse_over, take_over, variants
 from stepdistill.cli import main
 

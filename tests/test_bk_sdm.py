@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from stepdistill.baselines import get
 from stepdistill.baselines.architecture import contest
-from stepdistill.baselines.architecture.bk_sdm import BKSDMConfig, BlockRemoval, feature_distance, feature_pairs
-from stepdistill.baselines.architecture.bk_sdm import shape_of as cut_to
+from stepdistill.baselines.architecture.bk_sdm import BKSDMConfig
+from stepdistill.baselines.architecture.block_removal import BlockRemoval, feature_distance, feature_pairs
+from stepdistill.baselines.architecture.block_removal import shape_of as cut_to
 from stepdistill.baselines.architecture.contest import Contest, exported
 from stepdistill.baselines.architecture.measure import held_out
 from stepdistill.baselines.architecture.prune import Shape, pruned

@@ -15,12 +15,13 @@ from torch import nn
 from stepdistill.baselines.base import Batch, TeacherStudent
 from stepdistill.baselines.language import encoder_run, encoders, layers, masked, tinybert
 from stepdistill.baselines.language.distilbert import DistilBertConfig
-from stepdistill.baselines.language.labelled import Classifier, Labelled, classification_metrics, open_task
+from stepdistill.baselines.language.labelled import Classifier, Labelled, classification_metrics
 from stepdistill.baselines.language.layers import Answers, Layers, Projections
 from stepdistill.baselines.language.masked import Lines, MaskedLM, Masking
 from stepdistill.baselines.language.models import check_length
 from stepdistill.baselines.language.saved import load_classifier
 from stepdistill.baselines.language.students import copy_layers, evenly
+from stepdistill.baselines.language.tasks import open_task
 from stepdistill.baselines.language.tinybert import TinyBertConfig
 from stepdistill.baselines.language.triple import DistilBert, cosine_distance
 from stepdistill.baselines.learner import Learner

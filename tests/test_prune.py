@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from stepdistill.baselines.architecture.bk_sdm import feature_pairs, shape_of
+from stepdistill.baselines.architecture.block_removal import feature_pairs, shape_of
 from stepdistill.baselines.architecture.blocks import removals
 from stepdistill.baselines.architecture.prune import Shape, config_of, fresh, origin, pruned
 from stepdistill.baselines.results import count_parameters

@@ -18,6 +18,7 @@ from pathlib import Path
 from stepdistill import files
 from stepdistill.baselines import BASELINES, get, results
 from stepdistill.baselines.base import BaselineConfig
+from stepdistill.baselines.shown import show
 from stepdistill.cli.training import parse_training
 from stepdistill.errors import InputError
 from stepdistill.training.from_yaml import from_yaml, spelled
@@ -80,7 +81,7 @@ def finish(config: BaselineConfig) -> dict:
     if state.is_main_process:
         file = found.write(out, record)
         files.write(out / "run.json", json.dumps(record, indent=2) + "\n")  # of a complete run, for `eval`
-        results.show(results.read(out))
+        show(results.read(out))
         print(f"results: {file}")
     state.wait_for_everyone()
     return results.read(out)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from accelerate import PartialState
 
-from stepdistill.baselines.architecture.bk_sdm import BKSDMConfig, Size
+from stepdistill.baselines.architecture.bk_sdm import BKSDMConfig
+from stepdistill.baselines.architecture.block_removal import Size
 from stepdistill.baselines.architecture.contest import exported
 from stepdistill.baselines.architecture.fewer_steps import CHAIN, fewer_steps, settings
 from stepdistill.baselines.architecture.measure import pictures

@@ -7,7 +7,6 @@ stepdistill baselines sweep hinton                # the temperatures 1, 2, 4, 8 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,8 @@ import torch
 from torch import nn
 
 from stepdistill.baselines.base import BaselineConfig, Batch, Objective, TeacherStudent
-from stepdistill.baselines.classifier.data import Labelled, normalise, open_labelled, view
+from stepdistill.baselines.classifier.data import Labelled, open_labelled, view
+from stepdistill.baselines.classifier.measure import measure
 from stepdistill.baselines.classifier.networks import build, save
 from stepdistill.baselines.divergence import softened_kl
 from stepdistill.baselines.learner import learn
@@ -154,21 +154,3 @@ class HintonConfig(BaselineConfig):
 
 def _row(role: str, name: str, network: nn.Module, seconds: float, held: Labelled, seed: int | None = None) -> Row:
     return Row(role, name, measure(network, held), count_parameters(network), seconds, seed)
-
-
-@torch.no_grad()
-def measure(network: nn.Module, held: Labelled, batch: int = 250) -> dict[str, float]:
-    """Accuracy, mean negative log-likelihood in nats, and median latency of a single image in milliseconds."""
-    device = next(network.parameters()).device
-    right, nll = 0, 0.0
-    for start in range(0, len(held), batch):
-        labels = held.labels[start : start + batch].to(device)
-        logits = network(normalise(held.pixels[start : start + batch].to(device))).float()
-        right += (logits.argmax(-1) == labels).sum().item()
-        nll += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-    one, times = normalise(held.pixels[:1].to(device)), []
-    for _ in range(20):
-        started = time.perf_counter()
-        network(one).sum().item()  # waits for the device
-        times.append(1000 * (time.perf_counter() - started))
-    return {"accuracy": right / len(held), "nll": nll / len(held), "latency_ms": sorted(times)[len(times) // 2]}

@@ -17,11 +17,12 @@ import torch
 from stepdistill.baselines.base import TeacherStudent
 from stepdistill.baselines.language.encoder_run import EncoderConfig, Opened
 from stepdistill.baselines.language.encoders import MaskedLM, shape
-from stepdistill.baselines.language.labelled import Classifier, Classify, Labelled, classification_metrics, open_task
+from stepdistill.baselines.language.labelled import Classifier, Classify, Labelled, classification_metrics
 from stepdistill.baselines.language.layers import Answers, Layers, Projections
 from stepdistill.baselines.language.masked import Lines, MaskedModelling
 from stepdistill.baselines.language.saved import save_classifier
 from stepdistill.baselines.language.students import plain
+from stepdistill.baselines.language.tasks import open_task
 from stepdistill.baselines.learner import learn
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
 from stepdistill.errors import InputError
