@@ -1,0 +1,94 @@
+"""What docs/baselines.md says of the recorded runs is what their records hold."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "benchmarks" / "results" / "baselines"
+PAGE = " ".join((ROOT / "docs" / "baselines.md").read_text().split())
+
+
+class Record:
+    """A results.json: `values("student", "nll")` are a role's figures, seed by seed."""
+
+    def __init__(self, name: str) -> None:
+        self.rows = json.loads((RECORDS / f"{name}.json").read_text())["rows"]
+
+    def values(self, role: str, figure: str) -> list[float]:
+        return [row["figures"][figure] for row in self.rows if row["role"] == role]
+
+    def one(self, role: str, figure: str, spelled: str) -> str:
+        (value,) = self.values(role, figure)
+        return f"{value:{spelled}}"
+
+    def span(self, role: str, figure: str, spelled: str, times: float = 1) -> str:
+        values = self.values(role, figure)
+        return f"{times * min(values):{spelled}}–{times * max(values):{spelled}}"
+
+
+def hinton() -> list[str]:
+    points = {p["value"]: p for p in json.loads((RECORDS / "hinton.json").read_text())["points"]}
+    mean = {role: f"{100 * points[1.0][role]['mean']:.1f}" for role in ("student", "control", "teacher")}
+    said = [f"accuracy {mean['student']} % at T = 1, control {mean['control']} %, teacher {mean['teacher']} %"]
+    ahead = {t: 100 * (p["student"]["mean"] - p["control"]["mean"]) for t, p in points.items()}
+    seeds = [
+        100 * (s - c) for s, c in zip(*(points[1.0][role]["seeds"] for role in ("student", "control")), strict=True)
+    ]
+    said += ["({:.1f}, {:.1f} and {:.1f} by seed;".format(*seeds)]
+    return [*said, f"{ahead[1.0]:.1f} points ahead of its control at T = 1"]
+
+
+def perplexities() -> list[str]:
+    methods = ("forward_kl", "gkd", "distillm", "minitron")
+    records = {name: Record(f"{name}_smollm2") for name in (*methods, "minillm")}
+    control = records["gkd"].one("control", "perplexity", ".1f")
+    said = [f"perplexity {records[n].one('student', 'perplexity', '.1f')}, control {control}" for n in methods]
+    nll = [records["minillm"].one(role, "own_kl", ".2f") for role in ("student", "control")]
+    said += ["KL to the teacher on own text {}, control {}".format(*nll)]
+    order = ("minitron", "forward_kl", "distillm", "gkd", "minillm")
+    after = " | ".join(records[name].one("student", "perplexity", ".1f") for name in order)
+    first = [records["gkd"].one(role, "perplexity", ".1f") for role in ("teacher", "before", "control")]
+    return [*said, f"| perplexity | {' | '.join(first)} | {after} |"]
+
+
+def encoders() -> list[str]:
+    bert, tiny, r1 = Record("distilbert_minilm"), Record("tinybert_minilm"), Record("r1_traces")
+    spans = [bert.span(role, "masked_nll", ".2f") for role in ("student", "control")]
+    said = ["nats per masked token {}, control {}, teacher".format(*spans)]
+    said += ["{}, {} and {} nats per masked token".format(*(f"{v:.3f}" for v in bert.values("student", "masked_nll")))]
+    spans = [tiny.span(role, "nll", ".2f") for role in ("student", "control")]
+    said += ["nats per text {}, control {}, teacher {}".format(*spans, tiny.one("teacher", "nll", ".2f"))]
+    spans = [r1.span(role, "accuracy", ".1f", 100) for role in ("student", "control")]
+    return [*said, "correct answers {} %, control {} %, three seeds".format(*spans)]
+
+
+def diffusion() -> list[str]:
+    said = []
+    for size, name in (("small", "Small"), ("tiny", "Tiny")):
+        own = Record(f"bk_sdm_{size}")
+        parts = {row["role"]: f"{row['parameters'] / 1e6:.2f} M" for row in own.rows}
+        figures = [own.one(role, "fd", ".1f") for role in ("student", "control")]
+        obeys = [f"{100 * float(own.one(role, 'attribute_accuracy', '')):.1f} %" for role in ("student", "control")]
+        time = f"{own.one('student', 'latency_ms', '.1f')} ms"
+        said.append(f"| {name} | {parts['student']} | {time} | {figures[0]} | {obeys[0]} | {figures[1]} | {obeys[1]} |")
+    snap = Record("snapfusion")
+    figures = [snap.one(role, "fd", ".1f") for role in ("student", "control", "teacher")]
+    return [*said, "8 steps: FD {}, control {}, teacher at 16 steps {}".format(*figures)]
+
+
+@pytest.mark.parametrize("claims", [hinton, perplexities, encoders, diffusion])
+def test_the_page_says_what_is_recorded(claims: Callable[[], list[str]]):
+    for claim in claims():
+        assert claim in PAGE, claim
+
+
+def test_a_mean_over_seeds_is_that_of_the_seeds():
+    for point in json.loads((RECORDS / "hinton.json").read_text())["points"]:
+        for role in ("student", "control"):
+            assert point[role]["mean"] == pytest.approx(statistics.fmean(point[role]["seeds"]))
