@@ -280,20 +280,24 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, tmp_path_factory, pipelines,
     assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
-def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(tmp_path, pipelines, pictures):
-    """In every stage of a chain: guidance, then two halvings, each from the export of the one before.
+@pytest.mark.parametrize(
+    ("stages", "student"), [((4, 2, 1), ["--rank", "2"]), ((2, 1), ["--no-lora", "--embed-guidance"])],
+    ids=["lora", "full"],
+)  # fmt: skip
+def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(tmp_path, pipelines, pictures, stages, student):
+    """In every stage of a chain: guidance, then halvings, each from the export of the one before.
 
     Adam's epsilon is raised: if a gradient is pure rounding error, Adam takes full steps of its sign.
     """
     words = [
         sys.executable, str(SCRIPT), "--teacher", pipelines["sd"], "--data", pictures, "--guidance", "2",
-        "--rank", "2", "--start-steps", "4", "--max-train-steps", "10", "--final-factor", "1", "--log-every", "1",
+        *student, "--start-steps", str(stages[0]), "--max-train-steps", "10", "--final-factor", "1", "--log-every", "1",
         "--learning-rate", "1e-3", "--adam-epsilon", "1e-3",
     ]  # fmt: skip
     in_two_processes([*words, "--out", str(tmp_path / "two"), "--batch-size", "2"], by=ACCELERATE)
     one = [*words, "--out", str(tmp_path / "one"), "--batch-size", "4"]
     subprocess.run(one, env=environment(), check=True, capture_output=True)
-    for stage in (4, 2, 1):
+    for stage in stages:
         logs = [
             [json.loads(line) for line in log.read_text().splitlines()]
             for log in (tmp_path / name / "runs" / f"steps-{stage}" / "metrics.jsonl" for name in ("one", "two"))
