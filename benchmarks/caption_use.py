@@ -49,16 +49,20 @@ def judged(run: Path, n: int, seed: int) -> dict[str, object]:
     """Returns the shares of one run, and where its discriminator looks.
 
     Raises:
-        InputError: the folder holds no run of LADD, or no checkpoint.
+        InputError: the folder holds no run of LADD, no checkpoint, or too few samples.
     """
     record = read_yaml(run / "config.json", "runs")
     names = {field.name for field in fields(LADDConfig)}
+    if not (isinstance(record, dict) and names <= record.keys()):
+        raise InputError(f"runs: got {run}, which is no run of LADD; allowed: a folder that train_ladd.py wrote")
     config = built(LADDConfig, {key: value for key, value in record.items() if key in names}, str(run))
     if (found := checkpoint.load_latest(run / "checkpoints")) is None:
         raise InputError(f"runs: got {run}, which has no checkpoint; allowed: a folder that train_ladd.py wrote")
     update, state = found
     method, teacher = config.method(), open_teacher(config, torch.device("cpu"))
     data = open_samples(config, teacher, run)
+    if len(data) < 2 * n:
+        raise InputError(f"n: got {n}; allowed: 1 to {len(data) // 2}, half of the samples of {run}")
     models = build_models(method, teacher, config, method.networks(teacher))
     for role, group in models.trained.items():
         for name, weight in group.items():

@@ -143,7 +143,7 @@ def test_every_convolution_has_spectral_norm_one():
 
 
 def test_a_head_is_conditioned_by_projection():
-    """Its logit is <out(features), tell(condition)> / sqrt(width), so it is zero if `tell` returns zero."""
+    """Its logit is <out(features), projection(condition)> / sqrt(width), so it is zero if `projection` returns zero."""
     torch.manual_seed(0)
     head = Head(32, 3).eval()
     features = maps(6, 32).transpose(1, 2)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +34,18 @@ def test_a_metric_is_one_file(tmp_path, monkeypatch):
     found = measures._listed()
     assert set(found) == {*measures.METRICS, "odd"}
     assert found["odd"].__name__ == "Odd" and found["kid"] is measures.METRICS["kid"]
+
+
+def test_the_metric_of_the_readme_is_one(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "benchmarks" / "README.md").read_text()
+    (code,) = re.findall(r"^(    from torch import Tensor\n.*?)^`needs`", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "sharpness.py").write_text(textwrap.dedent(code))
+    monkeypatch.setattr(measures, "__path__", [*measures.__path__, str(tmp_path)])
+    metric = measures._listed()["sharpness"]
+    pictures = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    pictures[1, ..., 2:] = 90  # one edge in three
+    kept = metric.see(SimpleNamespace(pictures=pictures))
+    assert kept.tolist() == [0, 30] and metric.figures(kept, None)["sharpness"].value == 15
 
 
 def draws(n: int, d: int, seed: int) -> torch.Tensor:

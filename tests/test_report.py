@@ -219,8 +219,8 @@ def test_how_far_an_extrapolated_figure_may_be_off_is_noted_and_in_the_csv():
 def test_whose_features_the_figures_are_of_is_noted_and_all_commits_are_named():
     (line,) = notes(cells(ROWS))
     assert line == (
-        "FD, KID and recall are of Pools features; CLIP is of towers embeddings. Figures of other networks are not "
-        "comparable."
+        "FD, KID and recall are of Pools features; CLIP and attributes are of towers embeddings. "
+        "Figures of other networks are not comparable."
     )
     rows = [each | {"commit": commit} for each, commit in zip(ROWS, ("aa", "bb+", "aa", None), strict=False)]
     assert commits_of(rows) == "Commits aa, bb+ (+: with uncommitted changes)"

@@ -150,3 +150,10 @@ def test_what_compares_within_a_batch_forbids_it(name, tmp_path):
             folder.claim(again, 1, write=False)
     else:
         folder.claim(again, 1, write=False)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_of_snapfusion_only_a_balanced_student_forbids_it(balanced, tmp_path):
+    config = BASELINES["snapfusion"].config(out=tmp_path, balanced=balanced)
+    assert ("batch_size" in config.part("student-0").FREE) == (not balanced)
+    assert "batch_size" in config.part("control-0").FREE

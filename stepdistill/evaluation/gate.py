@@ -155,4 +155,5 @@ def _figure(cell: Cell, name: str) -> Measured:
     if name in cell.figures:
         return cell.figures[name]
     known = [*cell.figures, *([LATENCY] if cell.latency is not None else [])]
-    raise InputError(f"gate: got {name}; allowed: {', '.join(known)}, which {cell.model} has at steps = {cell.steps}")
+    at = f"{cell.steps} step{'s' * (cell.steps > 1)}"
+    raise InputError(f"gate: got {name}; allowed: {', '.join(known)}, which {cell.model} has at {at}")

@@ -23,6 +23,7 @@ from stepdistill.baselines.architecture.measure import call_times, held_out
 from stepdistill.baselines.architecture.paths import Paths
 from stepdistill.baselines.architecture.prune import Shape, pruned
 from stepdistill.baselines.architecture.unets import Samples, Untaught
+from stepdistill.baselines.base import first_word
 from stepdistill.baselines.results import Results
 from stepdistill.errors import InputError
 from stepdistill.methods.progressive import Progressive, halving_times
@@ -77,6 +78,10 @@ class SnapFusionConfig(ArchitectureConfig):
         if not 1 <= self.cfg_range[0] <= self.cfg_range[1]:
             got = " to ".join(f"{g:g}" for g in self.cfg_range)
             raise InputError(f"cfg_range: got {got}; allowed: 1 or more, rising; the paper's is 2 to 14")
+
+    def part(self, name: str, **changes: object) -> SnapFusionConfig:
+        """See BaselineConfig.part; a control has one loss, which is balanced with none."""
+        return super().part(name, **({"balanced": False} if first_word(name) == "control" else {}) | changes)
 
     @property
     def FREE(self) -> frozenset[str]:  # noqa: N802

@@ -84,6 +84,6 @@ def as_rows(tokenizer: PreTrainedTokenizerBase, texts: Answered, most: int) -> T
                 pairs.append(pair)
                 sizes.append((before, after + 1))
     if not pairs:
-        raise InputError(f"completion: got {most} tokens; allowed: as many as some answer has; raise it")
+        raise InputError(f"completion: got {most} tokens; allowed: at least the shortest answer's; raise it")
     prompt, completion = (max(each) for each in zip(*sizes, strict=True))
     return pair_up(pairs, tokenizer, prompt=prompt, completion=completion)

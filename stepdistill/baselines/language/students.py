@@ -24,7 +24,9 @@ from stepdistill.errors import InputError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-MISFITS = (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ArithmeticError)  # of a config's settings
+MISFITS = (  # what a configuration raises whose settings do not fit each other
+    ValueError, TypeError, RuntimeError, LookupError, AttributeError, ArithmeticError, AssertionError, ImportError,
+)  # fmt: skip
 TINY_RATE = 2e-3  # peak learning rate of tiny models, which start at random
 
 

@@ -9,7 +9,7 @@ from stepdistill.evaluation.few import too_few
 from stepdistill.evaluation.summary import digits, figure, label
 
 ON_FEATURES = ("fd", "fd_inf", "kid", "precision", "recall", "density", "coverage", "diversity_features")
-ON_EMBEDDINGS = ("clip_score", "cmmd")
+ON_EMBEDDINGS = ("clip_score", "cmmd", "attribute_accuracy")
 
 
 def notes(found: Sequence[Cell]) -> list[str]:
@@ -42,7 +42,7 @@ def networks(found: Sequence[Cell]) -> list[str]:
 
 
 def commits_of(rows: Sequence[Row]) -> str:
-    """Returns the commits that measured the rows, in order; "" if none says."""
+    """Returns the commits of all rows, superseded ones too, in order; "" if none says."""
     commits = dict.fromkeys(row["commit"] for row in rows if row.get("commit"))
     changed = " (+: with uncommitted changes)" * any(commit.endswith("+") for commit in commits)
     return f"Commit{'s' * (len(commits) > 1)} {', '.join(commits)}{changed}" if commits else ""
