@@ -136,7 +136,7 @@ def test_a_model_that_draws_nan_fails_alone_and_a_damaged_cache_changes_no_figur
     good = [*command, f"good={pipelines['sd']}", "--out"]
     both = [*command, tmp_path / "bad", "--model", f"good={pipelines['sd']}", "--out", tmp_path / "first"]
     code, _, lines = run(capsys, *both)
-    assert code == 2 and len(lines) == 1 and lines[0].startswith("failed: bad at 1 steps: pictures: got NaN"), lines
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("failed: bad at 1 step: pictures: got NaN"), lines
     figures = [row["metrics"] for row in read_rows(tmp_path / "first" / "results.jsonl")]
     assert len(figures) == 2
 
@@ -164,7 +164,7 @@ def test_a_damaged_book_or_unit_file_is_told_in_one_line(folder, tmp_path, pipel
     unit = next((out / "units").glob("m_1_*"))
     whole = unit.read_bytes()
     unit.write_bytes(whole[:50])
-    line = refused(capsys, "bench", "compare", out, out)
+    line = refused(capsys, "bench", "compare", out, "--steps-a", 1, "--steps-b", 2)
     assert str(unit) in line and "damaged" in line
     unit.write_bytes(whole)
     rows = (out / "results.jsonl").read_text()
