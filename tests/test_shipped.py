@@ -43,8 +43,8 @@ def test_protocols_gates_and_ready_models_are_found_in_a_wheel_as_in_a_checkout(
 
 def test_a_gate_is_named_on_the_command_line_of_an_installed_wheel(installed, tmp_path, capsys):
     told = {"protocol": "mlperf-sdxl-5k", "n": 5000, "fd_extractor": "Inception", "guidance": 8.0,
-            "clip_model": "ViT-B-32/openai", "scheduler": "EulerDiscreteScheduler", "spacing": "leading", "protocol_hash": "abc",
-            "model": "sdxl", "steps": 20, "fd": 23.5, "clip_score": 31.75}  # fmt: skip
+            "clip_model": "ViT-B-32/openai", "scheduler": "EulerDiscreteScheduler", "spacing": "leading",
+            "protocol_hash": "abc", "model": "sdxl", "steps": 20, "fd": 23.5, "clip_score": 31.75}  # fmt: skip
     Book(tmp_path / "bench", {"protocol_hash": "abc", "protocol": "mlperf-sdxl-5k"}).add(told)
     assert cli.main(["bench", "gate", str(tmp_path / "bench"), "--gate", "mlperf-sdxl"]) == 0
     assert capsys.readouterr().out.count("met ") == 2
