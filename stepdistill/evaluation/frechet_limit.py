@@ -7,7 +7,6 @@ frechet_limit(features, reference, whole)
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from itertools import combinations
 
 import torch
@@ -44,62 +43,22 @@ def frechet_limit(features: Tensor, reference: Moments, whole: Figure | None = N
     least = max(2 * GROUPS, math.ceil(PER_FEATURE * dim))
     if n < least:
         raise InputError(f"pictures for FD_inf: got {n} of {dim} features; allowed: {least} or more")
-    x = features.to(torch.float64)
-    shift, order = x.mean(0), torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    groups = [
-        _Images.of(z, places, reference.root)
-        for z, places in zip((x - shift)[order].tensor_split(GROUPS), order.tensor_split(GROUPS), strict=True)
-    ]
-    curve, influences = [(1.0, whole.value)], [whole.influence]
+    fifths = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tensor_split(GROUPS)
+    curve, influences = [(1.0, whole.value)], [whole.influence.to(torch.float64)]
     for out in (1, 2):
-        sets = list(combinations(groups, GROUPS - out))
+        sets = [torch.cat(left) for left in combinations(fifths, GROUPS - out)]
         inverse_counts, distance, influence = 0.0, 0.0, torch.zeros(n, dtype=torch.float64)
-        for images in (sum(left[1:], left[0]) for left in sets):
-            one, of_each = images.distance(reference, shift)
-            inverse_counts += n / len(images.z) / len(sets)
-            distance += one / len(sets)
-            influence[images.places] += n / len(images.z) / len(sets) * of_each
+        for rows in sets:
+            part, share = frechet_figure(features[rows], reference), n / len(rows) / len(sets)
+            inverse_counts += share
+            distance += part.value / len(sets)
+            influence[rows] += share * part.influence
         curve.append((inverse_counts, distance))
         influences.append(influence)
     u, y = torch.tensor(curve, dtype=torch.float64).T
     # the first row of the inverse: how the value at 1 / n = 0 weighs the points
     line, parabola = (torch.linalg.inv(torch.vander(u[:k], increasing=True))[0] for k in (2, 3))
     value = (parabola @ y).item()
-    influence = parabola @ torch.stack([each.to(torch.float64) for each in influences])
+    influence = parabola @ torch.stack(influences)
     fit = tuple((x / n, distance) for x, distance in curve)
     return Figure(value, influence, bend=value - (line @ y[:2]).item(), fit=fit)
-
-
-@dataclass(frozen=True)
-class _Images:
-    """Images z (n, D) and where they stand among all, with sums over z and a = z S_r^1/2; `+` unites two sets."""
-
-    z: Tensor
-    places: Tensor
-    a: Tensor
-    products: Tensor
-
-    @classmethod
-    def of(cls, z: Tensor, places: Tensor, root: Tensor) -> _Images:
-        a = z @ root
-        return cls(z, places, a, a.T @ a)
-
-    def __add__(self, other: _Images) -> _Images:
-        z, places, a = (torch.cat([vars(self)[k], vars(other)[k]]) for k in ("z", "places", "a"))
-        return _Images(z, places, a, self.products + other.products)
-
-    def distance(self, reference: Moments, shift: Tensor) -> tuple[float, Tensor]:
-        """Computes the distance to the reference, and the influence of each image (see `frechet_figure`).
-
-        Args:
-            shift: what was subtracted from the features.
-        """
-        n, mean, middle = len(self.z), self.z.mean(0), self.a.mean(0)
-        values, vectors = torch.linalg.eigh((self.products - n * torch.outer(middle, middle)) / (n - 1))
-        roots = values.clamp_min(0).sqrt()
-        inverse = torch.where(values > values[-1].clamp_min(0) * 1e-10, 1 / roots, 0.0)
-        gap, z_i = shift + mean - reference.mean, self.z - mean
-        lengths = z_i.square().sum(1)
-        distance = gap.square().sum() + lengths.sum() / (n - 1) + reference.covariance.trace() - 2 * roots.sum()
-        influence = 2 * z_i @ gap + lengths - ((self.a - middle) @ vectors).square() @ inverse
-        return distance.item(), influence - influence.mean()
