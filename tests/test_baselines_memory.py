@@ -12,11 +12,11 @@ from stepdistill.baselines.base import Batch, TeacherStudent
 from stepdistill.baselines.classifier.hinton import Hinton
 from stepdistill.baselines.classifier.networks import build
 from stepdistill.baselines.language import arithmetic, collect
+from stepdistill.baselines.language.cross_entropy import CrossEntropy
 from stepdistill.baselines.language.masked import MaskedLM, MaskedModelling
 from stepdistill.baselines.language.models import Decoder
 from stepdistill.baselines.language.problems import Problem
 from stepdistill.baselines.language.r1_traces import R1TracesConfig
-from stepdistill.baselines.language.run import CrossEntropy
 from stepdistill.baselines.language.traces import Completion
 from stepdistill.baselines.learner import Learner, learn
 from stepdistill.baselines.less_memory import halved, recompute, recomputes

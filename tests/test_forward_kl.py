@@ -7,9 +7,9 @@ import torch
 from tiny_decoders import tiny_decoder, tokenizer
 
 from stepdistill.baselines.base import Batch, TeacherStudent
+from stepdistill.baselines.language.cross_entropy import CrossEntropy
 from stepdistill.baselines.language.forward_kl import ForwardKL
 from stepdistill.baselines.language.models import logits
-from stepdistill.baselines.language.run import CrossEntropy
 from stepdistill.baselines.language.texts import Pair
 from stepdistill.baselines.language.tokens import pair_up
 from stepdistill.draws import Draws

@@ -19,8 +19,9 @@ from stepdistill.baselines.language.gkd import GKDConfig
 from stepdistill.baselines.language.measure import perplexity
 from stepdistill.baselines.language.models import Decoder, logits, open_decoder
 from stepdistill.baselines.language.problems import Problem
+from stepdistill.baselines.language.prompts import begin, chat_prompt, prompt_ids
 from stepdistill.baselines.language.texts import Pair, open_texts
-from stepdistill.baselines.language.tokens import begin, pack, pair_up, prompt_ids, stream
+from stepdistill.baselines.language.tokens import pack, pair_up, stream
 from stepdistill.baselines.language.traces import Completion, answer
 from stepdistill.baselines.sweep import take_over
 from stepdistill.cli.baselines import main
@@ -252,14 +253,14 @@ LLAMA3_DATE = "{% if not date_string is defined %}{% set date_string = strftime_
     ],
 )
 def test_a_run_that_is_resumed_on_another_day_has_the_same_prompts(template, expected):
-    assert tokens.chat_prompt(llama3(template), "the cat") == expected
+    assert chat_prompt(llama3(template), "the cat") == expected
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, "\n{% if true %}\n  {{ messages[0].content }}{% endif %}\n\n"])
 def test_but_for_the_date_a_template_is_the_tokenizers_own(template):
     made, message = llama3(template), [{"role": "user", "content": "the cat"}]
     theirs = made.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    assert tokens.chat_prompt(made, "the cat") == theirs
+    assert chat_prompt(made, "the cat") == theirs
 
 
 def test_prompts_that_nobody_can_answer_are_refused(tmp_path):

@@ -10,9 +10,10 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from stepdistill.baselines.language import run
-from stepdistill.baselines.language.importance import Importance, Kept, Shares, choose, importance
+from stepdistill.baselines.language.importance import Importance, importance
 from stepdistill.baselines.language.minitron import MinitronConfig
 from stepdistill.baselines.language.prune import cut, pruned
+from stepdistill.baselines.language.shares import Kept, Shares, choose
 from stepdistill.baselines.language.tokens import Tokens
 from stepdistill.errors import InputError
 

@@ -17,6 +17,7 @@ from tiny_decoders import sentences, tiny_decoder, tokenizer
 
 from stepdistill.baselines import BASELINES
 from stepdistill.baselines.base import BaselineConfig, Data, Objective, TeacherStudent
+from stepdistill.baselines.language.cross_entropy import CrossEntropy
 from stepdistill.baselines.language.distillm import DistiLLM
 from stepdistill.baselines.language.forward_kl import ForwardKL
 from stepdistill.baselines.language.gkd import GKD
@@ -24,7 +25,6 @@ from stepdistill.baselines.language.layers import Layers, Projections
 from stepdistill.baselines.language.masked import MaskedLM, MaskedModelling
 from stepdistill.baselines.language.memory import Replay, Rollouts
 from stepdistill.baselines.language.policy import MiniLLM
-from stepdistill.baselines.language.run import CrossEntropy
 from stepdistill.baselines.language.texts import Pair
 from stepdistill.baselines.language.tokens import Tokens, pair_up
 from stepdistill.baselines.language.triple import DistilBert

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from stepdistill.baselines.language.models import TINY, Decoder
 from stepdistill.baselines.language.problems import Problem
+from stepdistill.baselines.language.prompts import chat_prompt
 from stepdistill.baselines.language.texts import Pair
-from stepdistill.baselines.language.tokens import chat_prompt
 from stepdistill.baselines.language.traces import answer, sample_all, unopened
 from stepdistill.baselines.less_memory import as_in_training
 from stepdistill.errors import InputError

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from stepdistill.baselines.language.models import Decoder, check_length
 from stepdistill.baselines.language.problems import Problem
+from stepdistill.baselines.language.prompts import chat_prompt, prompt_ids
 from stepdistill.baselines.language.texts import Pair
-from stepdistill.baselines.language.tokens import Tokens, chat_prompt, pair_up, prompt_ids
+from stepdistill.baselines.language.tokens import Tokens, pair_up
 from stepdistill.baselines.language.traces import answer, keep, sample_all, unopened
 from stepdistill.baselines.less_memory import as_in_training
 from stepdistill.errors import InputError

@@ -11,8 +11,9 @@ from torch import Tensor
 from stepdistill.baselines.base import BaselineConfig
 from stepdistill.baselines.language.answers import answered
 from stepdistill.baselines.language.models import Decoder
+from stepdistill.baselines.language.prompts import begin, chat_prompt
 from stepdistill.baselines.language.texts import Pair, check_kinds
-from stepdistill.baselines.language.tokens import Tokens, begin, chat_prompt, pack, pair_up, stream
+from stepdistill.baselines.language.tokens import Tokens, pack, pair_up, stream
 from stepdistill.errors import InputError
 
 if TYPE_CHECKING:

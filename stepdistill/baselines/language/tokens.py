@@ -6,23 +6,20 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stepdistill.baselines.language.prompts import begin, prompt_ids
 from stepdistill.baselines.language.texts import Pair
 from stepdistill.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TODAY = date(2024, 7, 26)  # of all prompts; what Llama 3's template takes for want of a clock
 PIECE = 1 << 18  # characters tokenised at once: the tokenizer keeps 200 times as much memory for each
-_WRITTEN = "".join(f"|replace('%{code}', '{TODAY.strftime('%' + code)}')" for code in "aAbBdHIjmMpSyY")
-_CLOCK = "{% macro strftime_now(format) %}{{ format" + _WRITTEN + " }}{% endmacro %}{{ '' }}"  # before a template
 _CUT = re.compile(r"(?<=\S)(?= )")
 
 
@@ -50,33 +47,6 @@ class Tokens:
     def batch(self, indices: list[int]) -> dict[str, Tensor]:
         """`ids`, `attention` and `counts` of these rows, (B, S) each."""
         return {"ids": self.ids[indices], "attention": self.attention[indices], "counts": self.counts[indices]}
-
-
-def begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that a tokenizer puts before a text: Llama 3's <|begin_of_text|>; none for GPT-2 and Qwen2. A model
-    that was always given them expects them."""
-    first = tokenizer("").input_ids[:1]
-    return first if first == [tokenizer.bos_token_id] else []
-
-
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """A prompt as it is passed to a model: in its chat template if it has one, of which several write the date. It is
-    always TODAY's, so that a run resumed on another day has the same tokens.
-
-    Only prompts go through templates: several strip the reasoning from an assistant's reply.
-    """
-    if getattr(tokenizer, "chat_template", None) is None:
-        return prompt
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], chat_template=_CLOCK + tokenizer.get_chat_template(),
-        add_generation_prompt=True, tokenize=False, date_string=TODAY.strftime("%d %b %Y"),
-    )  # fmt: skip
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, asked: str) -> list[int]:
-    """The tokens of a prompt, after those of `begin`, which its chat template may already contain."""
-    first, ids = begin(tokenizer), tokenizer(asked, add_special_tokens=False, verbose=False).input_ids
-    return ids if ids[: len(first)] == first else first + ids
 
 
 def stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from stepdistill import files
 from stepdistill.baselines.language.generate import sample
 from stepdistill.baselines.language.models import Decoder
 from stepdistill.baselines.language.problems import CLOSE, OPEN, Problem, right
-from stepdistill.baselines.language.tokens import chat_prompt, prompt_ids
+from stepdistill.baselines.language.prompts import chat_prompt, prompt_ids
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
 
