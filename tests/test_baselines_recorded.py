@@ -31,6 +31,13 @@ class Record:
         values = self.values(role, figure)
         return f"{times * min(values):{spelled}}–{times * max(values):{spelled}}"
 
+    def interval(self, role: str, figure: str, times: float = 1, unit: str = "") -> str:
+        low, high = (self.values(role, f"{figure}_{end}")[0] for end in ("low", "high"))
+        return f"{times * self.values(role, figure)[0]:.1f} ± {times * (high - low) / 2:.1f}{unit}"
+
+
+MEASURED = (("fd",), ("attribute_accuracy", 100, " %"))  # of images
+
 
 def hinton() -> list[str]:
     points = {p["value"]: p for p in json.loads((RECORDS / "hinton.json").read_text())["points"]}
@@ -73,10 +80,12 @@ def diffusion() -> list[str]:
     for size, name in (("small", "Small"), ("tiny", "Tiny")):
         own = Record(f"bk_sdm_{size}")
         parts = {row["role"]: f"{row['parameters'] / 1e6:.2f} M" for row in own.rows}
-        figures = [own.one(role, "fd", ".1f") for role in ("student", "control")]
-        obeys = [f"{100 * float(own.one(role, 'attribute_accuracy', '')):.1f} %" for role in ("student", "control")]
+        after = [own.interval(role, name, *how) for role in ("student", "control") for name, *how in MEASURED]
         time = f"{own.one('student', 'latency_ms', '.1f')} ms"
-        said.append(f"| {name} | {parts['student']} | {time} | {figures[0]} | {obeys[0]} | {figures[1]} | {obeys[1]} |")
+        said.append(f"| {name} | {parts['student']} | {time} | {' | '.join(after)} |")
+    tiny = Record("bk_sdm_tiny")
+    figures = [tiny.one(role, "fd", ".1f") for role in ("student", "control", "teacher")]
+    said.append("FD of Tiny {}, control {}, teacher {}".format(*figures))
     snap = Record("snapfusion")
     figures = [snap.one(role, "fd", ".1f") for role in ("student", "control", "teacher")]
     return [*said, "8 steps: FD {}, control {}, teacher at 16 steps {}".format(*figures)]
