@@ -251,6 +251,8 @@ def test_from_the_command_line_to_the_table_and_again(tmp_path, capsys):
         assert torch.equal(saved(normalise(held.pixels)), trained.eval()(normalise(held.pixels)))
     config = json.loads((out / "student-0/model/config.json").read_text())
     assert config == {"network": "resnet8", "classes": list(held.classes), "resolution": 32}
+    assert main(["baselines", "eval", str(out), "--temperature", "3"]) == 2
+    assert f"got --temperature 3 for {out}; allowed: a run's folder alone" in capsys.readouterr().err
     assert main([*argv, "--temperature", "3"]) == 2
     assert "temperature = 4.0 (now 3.0)" in capsys.readouterr().err
     assert json.loads((out / "run.json").read_text())["temperature"] == 4.0  # that of the existing run, for `eval`
@@ -299,7 +301,6 @@ def test_help_names_every_baseline(argv, capsys):
             "got googlenet, which gives no logits (B, 36) in training",
         ),
         (["run", "hinton", "--quick", "--seeds", "0", "1", "0"], "seeds: got 0 1 0; allowed: each once"),
-        (["eval", "out/hinton", "--guidance", "7"], "baselines eval: got out/hinton --guidance 7; allowed: a run's"),
         (["list", "nonsense"], "baselines list: got nonsense; allowed: nothing behind it"),
     ],
 )

@@ -237,10 +237,11 @@ def test_a_cut_run_goes_on_to_the_same_bits_and_a_finished_one_is_measured_anew(
 
 
 def test_pictures_are_of_the_teachers_revision_and_drawn_anew_where_a_run_is_measured_anew(config, monkeypatch, capsys):
-    drawn = {}
+    drawn, counts = {}, set()
 
-    def noted(models, out, *, steps, **_):
+    def noted(models, out, *, steps, n, **_):
         drawn.update(models)
+        counts.add(n)
         out.mkdir(parents=True, exist_ok=True)
         [(name, kept)] = [(name, out / name) for name in models]  # as the harness does with its rows
         if not kept.exists():
@@ -259,6 +260,13 @@ def test_pictures_are_of_the_teachers_revision_and_drawn_anew_where_a_run_is_mea
     cli.measure(config.out)
     found = [row["figures"].get("fd") for row in json.loads((config.out / "results.json").read_text())["rows"]]
     assert found == [1.0, None, 1.0, 1.0]
+    cli.measure(config.out, ["--pictures", "7"])
+    assert counts == {2, 7}
+    record = json.loads((config.out / "results.json").read_text())
+    assert record["config"]["pictures"] == json.loads((config.out / "run.json").read_text())["pictures"] == 7
+    with pytest.raises(InputError, match=r"got --pictures 7 --seed 3 .*allowed: --pictures, --protocol, "):
+        cli.measure(config.out, ["--pictures", "7", "--seed", "3"])
+    assert (config.out / "bench" / "teacher").is_file()
 
 
 @pytest.mark.parametrize("init", ["kept", "random"])

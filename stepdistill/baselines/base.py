@@ -39,6 +39,7 @@ class BaselineConfig(LoopConfig):
     FREE: ClassVar[frozenset[str]] = LoopConfig.FREE | {"seeds"}  # no part depends on the others' seeds
     QUICK: ClassVar[Mapping[str, object]] = {}  # defaults under --quick
     SWEEP: ClassVar[tuple[str, tuple]] = ("seed", (0, 1, 2))  # flag and values that `sweep` covers by default
+    MEASURED: ClassVar[tuple[str, ...]] = ()  # flags that change only the measurement, which `eval` takes
     DRAWN: ClassVar[tuple[str, ...]] = ()  # folders of measurements, which `eval` removes first
     IRRELEVANT_FLAGS: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # by kind of part: the flags it does not depend on
 

@@ -5,6 +5,7 @@ stepdistill baselines run hinton --quick
 stepdistill baselines sweep hinton --over temperature=1,2,4,8,16
 stepdistill baselines sweep minitron --over "student=prune:layers=0.5;prune:layers=0.25,neurons=0.4"
 stepdistill baselines eval out/hinton
+stepdistill baselines eval out/bk-sdm --pictures 2000
 """
 
 from __future__ import annotations
@@ -32,9 +33,8 @@ def main(argv: Sequence[str]) -> None:
     verb, rest = (argv[0], list(argv[1:])) if argv else ("list", [])
     if {"-h", "--help"} & {verb, *rest[:1]}:
         print(f"{__doc__}\nNames: {', '.join(BASELINES)}. `stepdistill baselines run NAME --help` lists its flags.")
-    elif (verb == "list" and rest) or (verb == "eval" and rest[1:]):
-        allowed = "a run's folder alone" if verb == "eval" else "nothing behind it"
-        raise InputError(f"baselines {verb}: got {' '.join(rest)}; allowed: {allowed}; drop the rest")
+    elif verb == "list" and rest:
+        raise InputError(f"baselines list: got {' '.join(rest)}; allowed: nothing behind it; drop the rest")
     elif verb == "list":
         list_all()
     elif verb in VERBS and not rest:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     elif verb == "sweep":
         sweep(rest[0], rest[1:])
     elif verb == "eval":
-        measure(Path(rest[0]))
+        measure(Path(rest[0]), rest[1:])
     else:
         raise InputError(f"baselines: got {verb!r}; allowed: {', '.join(VERBS)}")
 
@@ -110,12 +110,33 @@ def sweep(name: str, argv: Sequence[str]) -> None:
         print(f"sweep: {write_sweep(Path(config.out), flag, found)}")
 
 
-def measure(out: Path) -> None:
-    """Measures a finished run again, from its weights."""
+def measure(out: Path, more: Sequence[str] = ()) -> None:
+    """Measures a finished run again, from its weights.
+
+    Args:
+        more: flags that change only the measurement, such as --pictures.
+    """
     kind = get(results.read(out)["method"]).config
     if not (out / "run.json").is_file():
         raise InputError(f"baselines eval: got {out}, which has no run.json; allowed: a finished run's folder")
     config = dataclasses.replace(from_yaml(out / "run.json", kind), out=out)
+    if more:
+        config = _measured_by(config, more)
     for name in kind.DRAWN:
         shutil.rmtree(out / name, ignore_errors=True)
     finish(config)
+
+
+def _measured_by(config: BaselineConfig, argv: Sequence[str]) -> BaselineConfig:
+    """A run's configuration with the flags of another measurement.
+
+    Raises:
+        InputError: they would also change what was trained.
+    """
+    changed = parse_training(type(config), config.__doc__, list(argv), default=config)
+    differing = [f.name for f in dataclasses.fields(config) if getattr(changed, f.name) != getattr(config, f.name)]
+    if not set(differing) <= set(config.MEASURED):
+        flags = ", ".join("--" + name.replace("_", "-") for name in config.MEASURED)
+        allowed = f"{flags}, which change only the measurement" if flags else "a run's folder alone; drop the rest"
+        raise InputError(f"baselines eval: got {' '.join(argv)} for {config.out}; allowed: {allowed}")
+    return changed

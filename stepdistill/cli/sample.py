@@ -66,9 +66,9 @@ def main(config: Config) -> int:
     from stepdistill.cli.bench import device_of
     from stepdistill.denoiser.families import drawn_size, even_sigmas
     from stepdistill.evaluation import models, places
-    from stepdistill.evaluation.progress import quiet
     from stepdistill.evaluation.settings import Settings
     from stepdistill.evaluation.spec import parse
+    from stepdistill.quiet import quiet
     from stepdistill.training.validation import tile
 
     spec, device = parse(config.model), device_of(config.device)

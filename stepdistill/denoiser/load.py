@@ -19,8 +19,8 @@ from stepdistill.denoiser.autoencoder import whole
 from stepdistill.denoiser.base import Denoiser
 from stepdistill.denoiser.families import FAMILIES, family_of, grid_of, process_of
 from stepdistill.denoiser.parts import check_folder, check_words
-from stepdistill.denoiser.quiet import newly_initialised, quiet
 from stepdistill.errors import InputError
+from stepdistill.quiet import collected, newly_initialised
 
 
 @dataclass
@@ -205,7 +205,7 @@ def class_of(path: str | Path, revision: str | None = None) -> str:
         if Path(path).exists():
             index = json.loads((Path(path) / "model_index.json").read_text())
         else:
-            with quiet():
+            with collected():
                 reachable = _reachable(path, revision)  # checked once: `load_config` would retry for half a minute
                 index = DiffusionPipeline.load_config(path, revision=revision, local_files_only=not reachable)
         return str(index["_class_name"])
@@ -243,7 +243,7 @@ def open_pipeline(
     try:
         if Path(path).exists():
             check_folder(Path(path), without)
-        with quiet() as messages:
+        with collected() as messages:
             pipeline = DiffusionPipeline.from_pretrained(path, **options, **dict.fromkeys(without))
     except (InputError, MemoryError):
         raise

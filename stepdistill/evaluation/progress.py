@@ -1,10 +1,9 @@
-"""Progress bars of a benchmark, and what keeps other output out of them."""
+"""Progress bars of a benchmark, and lines between them."""
 
 from __future__ import annotations
 
 import os
 import sys
-from contextlib import contextmanager
 
 
 class ReferenceBar:
@@ -33,20 +32,6 @@ def say(line: str) -> None:
 
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(line, file=sys.stderr)
-
-
-@contextmanager
-def quiet():
-    """Silences diffusers and transformers, which would print every truncated prompt over the bar."""
-    from diffusers.utils import logging as ours
-    from transformers.utils import logging as theirs
-
-    levels = ours.get_verbosity(), theirs.get_verbosity()
-    ours.set_verbosity_error(), theirs.set_verbosity_error()
-    try:
-        yield
-    finally:
-        ours.set_verbosity(levels[0]), theirs.set_verbosity(levels[1])
 
 
 def progress_bar(total: int, show: bool):

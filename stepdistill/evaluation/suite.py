@@ -21,11 +21,12 @@ from stepdistill.evaluation import departures, records
 from stepdistill.evaluation.bench import Bench, Failure
 from stepdistill.evaluation.metrics import Instruments, prepare
 from stepdistill.evaluation.pictures import Store
-from stepdistill.evaluation.progress import ReferenceBar, progress_bar, quiet, say
+from stepdistill.evaluation.progress import ReferenceBar, progress_bar, say
 from stepdistill.evaluation.protocols import Protocol, load_protocol
 from stepdistill.evaluation.settings import Settings
 from stepdistill.evaluation.spec import as_models, plan_of
 from stepdistill.processes import Processes
+from stepdistill.quiet import quiet
 
 STEPS = (1, 2, 4, 8, 50)
 

@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stepdistill.denoiser.quiet import quiet
 from stepdistill.errors import InputError
 from stepdistill.export.folder import LORA_FILE, PEFT_FILE
+from stepdistill.quiet import collected
 
 
 def load_whole(pipeline, lora: str | Path, *, fuse: bool = False) -> int:
@@ -42,7 +42,7 @@ def load_whole(pipeline, lora: str | Path, *, fuse: bool = False) -> int:
     backbone = getattr(pipeline, "unet", None)
     fit = {"unet_config": backbone.config} if backbone is not None else {}
     try:
-        with quiet(), warnings.catch_warnings():  # what diffusers and peft would warn of is counted below
+        with collected(), warnings.catch_warnings():  # what diffusers and peft would warn of is counted below
             warnings.simplefilter("ignore")
             stored = pipeline.lora_state_dict(**source, **fit, use_safetensors=True)
             pipeline.load_lora_weights(**source, use_safetensors=True)
@@ -74,7 +74,7 @@ def _load_with_peft(pipeline, folder: Path, fuse: bool) -> int:
     try:
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             held = len(file.keys())
-        with quiet():
+        with collected():
             adapted = PeftModel.from_pretrained(getattr(pipeline, part), str(folder))
     except Exception as error:  # files, keys and shapes each raise their own types
         reason = " ".join(str(error).split())[:160]

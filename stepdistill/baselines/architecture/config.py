@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
     from stepdistill.processes import Processes
 
-MEASURED = ("pictures", "protocol", "sample_steps", "guidance")  # may change between measurements
 DRY = 4  # samples of a dry run
 
 
@@ -53,6 +52,7 @@ class ArchitectureConfig(BaselineConfig, PipelineConfig):
     lr_warmup: int = 50
     """Updates over which the learning rate rises."""
 
+    MEASURED: ClassVar[tuple[str, ...]] = ("pictures", "protocol", "sample_steps", "guidance")
     DRAWN: ClassVar[tuple[str, ...]] = ("bench",)
 
     def check(self) -> None:
@@ -77,7 +77,7 @@ class ArchitectureConfig(BaselineConfig, PipelineConfig):
 
     def part(self, name: str, **changes: object) -> ArchitectureConfig:
         """The flags of one training; those that affect only later measurements have their defaults."""
-        plain = {f.name: f.default for f in dataclasses.fields(self) if f.name in MEASURED}
+        plain = {f.name: f.default for f in dataclasses.fields(self) if f.name in self.MEASURED}
         return super().part(name, **plain, **changes)
 
     def check_teacher(self, teacher: Teacher) -> None:

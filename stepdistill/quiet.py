@@ -1,4 +1,4 @@
-"""Suppresses and collects the libraries' log messages while a pipeline is loaded."""
+"""Keeps the log messages of diffusers and transformers out of progress bars and output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,23 @@ class _Listener(logging.Handler):
 
 
 @contextmanager
-def quiet() -> Iterator[list[str]]:
+def quiet() -> Iterator[None]:
+    """Context in which diffusers and transformers log errors only: they would print every truncated prompt."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    levels = [(library, library.get_verbosity()) for library in (of_diffusers, of_transformers)]
+    for library, _ in levels:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, level in levels:
+            library.set_verbosity(level)
+
+
+@contextmanager
+def collected() -> Iterator[list[str]]:
     """Context in which diffusers and transformers print no logs, warnings or progress bars; errors are still raised.
 
     Yields:
