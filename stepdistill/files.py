@@ -15,6 +15,24 @@ from stepdistill.errors import InputError
 FULL = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded"}
 
 
+def check_place(folder: Path) -> None:
+    """Checks that a folder can be written to, or created, without touching it.
+
+    Raises:
+        InputError: it is a file, lies below one, or may not be written.
+    """
+    folder = Path(folder)
+    try:
+        nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    except OSError as error:
+        raise InputError(f"--out: got {folder} ({error.strerror}); allowed: a folder that can be written") from error
+    if not nearest.is_dir():
+        what = "is a file" if nearest == folder else f"is below {nearest}, a file"
+        raise InputError(f"--out: got {folder}, which {what}; allowed: a folder; give another")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"--out: got {folder}; allowed: a folder that can be written; {nearest} may not be")
+
+
 def cache_folder() -> Path:
     """The folder of all caches: $STEPDISTILL_CACHE, else ~/.cache/stepdistill."""
     return Path(os.environ.get("STEPDISTILL_CACHE") or Path.home() / ".cache" / "stepdistill")
@@ -86,6 +104,29 @@ def replacing(final: Path) -> Iterator[Path]:
                 "there is kept"
             ) from error
         raise
+
+
+@contextmanager
+def set_aside(folder: Path) -> Iterator[None]:
+    """Moves a folder away, and back if there is an error or an interruption; without one it is deleted. One that a
+    killed process had moved away is put back first."""
+    old = folder.with_name(f".{folder.name}.aside")
+
+    def back() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        old.rename(folder)
+
+    if old.exists():
+        back()
+    if folder.exists():
+        folder.rename(old)
+    try:
+        yield
+    except BaseException:
+        if old.exists():
+            back()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _restore(old: Path, final: Path) -> None:

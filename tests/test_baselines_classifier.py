@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
 from PIL import Image
-from safetensors.torch import load_model
+from safetensors.torch import load_file, load_model
 from torch import nn
 
 from stepdistill.baselines import BASELINES, get
@@ -182,10 +183,12 @@ def shapes() -> Labelled:
 
 
 def test_a_run_that_was_cut_ends_with_the_same_bits(tmp_path):
-    """Includes batch normalisation's running statistics."""
+    """Includes batch normalisation's running statistics, and dropout."""
 
     def teacher_student() -> TeacherStudent:
-        return TeacherStudent(build("resnet8", 2, 8, seed=1), build("resnet8", 2, 8, seed=2))
+        student, teacher = build("resnet8", 2, 8, seed=1), build("resnet8", 2, 8, seed=2)
+        student.head = nn.Sequential(nn.Dropout(0.5), student.head)
+        return TeacherStudent(student, teacher)
 
     objective = Hinton(2.0, 1.0, 1.0, True)
     config = LoopConfig(out=tmp_path / "whole", max_train_steps=6, batch_size=4, checkpoint_every=3)
@@ -202,7 +205,7 @@ def test_a_run_that_was_cut_ends_with_the_same_bits(tmp_path):
         assert torch.equal(a, b), name
     third = teacher_student()
     learn(objective, third, lambda: pytest.fail("a finished training opens no data"), cut)
-    assert torch.equal(third.bare.head.weight, whole.bare.head.weight) and not third.bare.training
+    assert torch.equal(third.bare.head[1].weight, whole.bare.head[1].weight) and not third.bare.training
 
 
 def test_a_finished_training_is_loaded_onto_the_runs_device(tmp_path, monkeypatch):
@@ -258,6 +261,23 @@ def test_from_the_command_line_to_the_table_and_again(tmp_path, capsys):
     assert json.loads((out / "run.json").read_text())["temperature"] == 4.0  # that of the existing run, for `eval`
 
 
+def test_a_run_that_goes_on_exports_what_it_has_become(tmp_path, capsys):
+    argv = ["baselines", "run", "hinton", "--quick", *QUICK, "--out", str(tmp_path), "--lr-scheduler", "constant"]
+    argv += ["--label", "background", "--max-train-steps"]
+    for steps in ("1", "3"):
+        assert main([*argv, steps]) == 0
+        for part in (tmp_path / "control-0", tmp_path / "student-0"):
+            saved, trained = (load_file(part / at) for at in ("model/model.safetensors", "weights/student.safetensors"))
+            assert all(torch.equal(saved[name], trained[name]) for name in trained)
+    record = (tmp_path / "results.json").read_text()
+    assert main([*argv, "2"]) == 2
+    assert "max_train_steps: got 2 for" in (error := capsys.readouterr().err) and "trained for 3; allowed" in error
+    assert (tmp_path / "results.json").read_text() == record
+    shutil.rmtree(tmp_path / "student-0" / "weights")
+    assert main(["baselines", "eval", str(tmp_path)]) == 2
+    assert "student-0, which is not trained to the end; allowed: a finished run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["sweep", "-h"], ["eval", "--help"]])
 def test_help_names_every_baseline(argv, capsys):
     assert main(["baselines", *argv]) == 0
@@ -292,6 +312,13 @@ def test_help_names_every_baseline(argv, capsys):
         ),
         (["run", "hinton", "--quick", "--student", "resnet19x"], "network: got 'resnet19x'"),
         (["run", "hinton", "--quick", "--data", "nowhere"], "--data: got nowhere"),
+        (
+            ["run", "hinton", "--quick", "--test", "nowhere"],
+            "--test: got nowhere with --data avatars, which has",
+        ),
+        (["run", "hinton", "--quick", "--batch-size", "1"], "batch_size: got 1; allowed: 2 or more"),
+        (["run", "hinton", "--quick", "--seed", str(2**63)], "seed: got 9223372036854775808; allowed: -2^63 to below"),
+        (["run", "hinton", "--quick", "--seeds", "0", str(2**63)], "seed: got 9223372036854775808; allowed: -2^63"),
         (
             ["run", "hinton", "--quick", "--student", "timm:vit_tiny_patch16_224"],
             "for images of 32 pixels (Input height",

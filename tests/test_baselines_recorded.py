@@ -31,9 +31,11 @@ class Record:
         values = self.values(role, figure)
         return f"{times * min(values):{spelled}}–{times * max(values):{spelled}}"
 
-    def interval(self, role: str, figure: str, times: float = 1, unit: str = "") -> str:
-        low, high = (self.values(role, f"{figure}_{end}")[0] for end in ("low", "high"))
-        return f"{times * self.values(role, figure)[0]:.1f} ± {times * (high - low) / 2:.1f}{unit}"
+
+def interval(row: dict, figure: str, times: float = 1, unit: str = "") -> str:
+    """A row's figure ± half of its interval."""
+    value, low, high = (times * row["figures"][f"{figure}{end}"] for end in ("", "_low", "_high"))
+    return f"{value:.1f} ± {(high - low) / 2:.1f}{unit}"
 
 
 MEASURED = (("fd",), ("attribute_accuracy", 100, " %"))  # of images
@@ -80,7 +82,8 @@ def diffusion() -> list[str]:
     for size, name in (("small", "Small"), ("tiny", "Tiny")):
         own = Record(f"bk_sdm_{size}")
         parts = {row["role"]: f"{row['parameters'] / 1e6:.2f} M" for row in own.rows}
-        after = [own.interval(role, name, *how) for role in ("student", "control") for name, *how in MEASURED]
+        rows = [row for role in ("student", "control") for row in own.rows if row["role"] == role]
+        after = [interval(row, name, *how) for row in rows for name, *how in MEASURED]
         time = f"{own.one('student', 'latency_ms', '.1f')} ms"
         said.append(f"| {name} | {parts['student']} | {time} | {' | '.join(after)} |")
     tiny = Record("bk_sdm_tiny")
@@ -88,7 +91,16 @@ def diffusion() -> list[str]:
     said.append("FD of Tiny {}, control {}, teacher {}".format(*figures))
     snap = Record("snapfusion")
     figures = [snap.one(role, "fd", ".1f") for role in ("student", "control", "teacher")]
-    return [*said, "8 steps: FD {}, control {}, teacher at 16 steps {}".format(*figures)]
+    said.append("8 steps: FD {}, control {}, teacher at 16 steps {}".format(*figures))
+    steps = [(f"fd_{n}",) for n in (1, 2, 4, 8)]
+    for row in json.loads((RECORDS / "prune_then_steps.json").read_text())["rows"]:
+        if row["role"] == "control":
+            title = "its control"
+        else:
+            title = {"teacher": "whole teacher"}.get(row["role"], row["name"].split(" ")[0].title()) + " + LCM"
+        figures = [interval(row, name, *how) for name, *how in (*steps, MEASURED[1])]
+        said.append(f"| {title} | {row['figures']['picture_ms']:.0f} | {' | '.join(figures)} |")
+    return said
 
 
 @pytest.mark.parametrize("claims", [hinton, perplexities, encoders, diffusion])

@@ -105,6 +105,30 @@ def test_a_value_that_cannot_be_swept_is_refused_before_anything_is_trained(
     assert error in line and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "over", "shared"),
+    [
+        ("forward_kl", "max_train_steps=1,2", {"teacher"}),
+        ("forward_kl", "shown=2,3", {"teacher", "control-0", "student-0"}),
+        ("forward_kl", "seeds=0;[0, 1]", {"teacher", "control-0", "student-0"}),
+        ("forward_kl", "student=layers:1;layers:2", {"teacher"}),
+        ("forward_kl", "batch_size=1,2", set()),
+        ("hinton", "seeds=0,1", {"teacher", "control-0", "student-0"}),
+        ("bk_sdm", "pictures=2,3", {"control-0", "student-0"}),
+        ("bk_sdm", "size=small,tiny", set()),
+    ],
+)
+def test_what_a_flag_does_not_change_is_linked_and_measurements_are_not(name, over, shared, tmp_path):
+    config = dataclasses.replace(get(name).config(), out=tmp_path)
+    first, second = variants(config, *parse_over(over, type(config))).values()
+    parts = {"control-0", "student-0"} | ({"teacher"} if name != "bk_sdm" else set())
+    for place in (*parts, *config.DRAWN):
+        (first.out / place).mkdir(parents=True)
+    (first.out / "results.json").touch()
+    take_over(first, second)
+    assert {place.name for place in second.out.glob("*")} == shared
+
+
 @pytest.mark.parametrize("more", [[], ["--quick"]])
 def test_a_flag_that_is_swept_need_not_be_given_besides(more, tmp_path, monkeypatch):
     """Its default would be refused for this student, which is pretrained."""
@@ -128,7 +152,17 @@ def test_a_figure_with_an_interval_is_shown_with_it_and_one_of_an_old_record_wit
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", '{"rows": []}', '{"rows": [1]}', '{"points": []}', "7", "{", '{"rows": [{"role": "student"}]}']
+    "content",
+    [
+        '{"method": [], "figure": "", "higher_is_better": true, "n": "", "rows": [], "note": ""}',
+        "[]",
+        '{"rows": []}',
+        '{"rows": [1]}',
+        '{"points": []}',
+        "7",
+        "{",
+        '{"rows": [{"role": "student"}]}',
+    ],
 )
 def test_results_that_are_not_a_baselines_are_refused(content, tmp_path, capsys):
     (tmp_path / "results.json").write_text(content)

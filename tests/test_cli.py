@@ -86,10 +86,15 @@ def test_a_path_below_a_file_and_a_gpu_that_is_too_small_get_one_line(capsys, tm
     def small():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 
+    def huge():
+        torch.empty(1 << 50)
+
     for command, words in (
         (lambda: (tmp_path / "file" / "x").mkdir(), "/x (Not a directory); allowed: a place"),
         (lambda: (tmp_path / "file").mkdir(), "file (File exists); allowed: a place"),
         (small, "memory: got CUDA out of memory; allowed: what fits; lower --batch"),
+        (huge, "allowed: what fits; lower --batch"),
+        (lambda: bytearray(1 << 60), "memory: got none left; allowed: what fits"),
     ):
         code = guard(command)
         err = capsys.readouterr().err

@@ -338,7 +338,7 @@ def test_tinyberts_student_and_control_are_an_encoder_that_transformers_loads_an
     [
         (DistilBertConfig(teacher_steps=0), "has not been trained to predict masked tokens; give --teacher-steps"),
         (DistilBertConfig(layers=(0, 7)), r"got \[0, 7\]; allowed: rising numbers from 0 to 3"),
-        (DistilBertConfig(kl_weight=0, mlm_weight=0, cosine_weight=0), "not all 0"),
+        (DistilBertConfig(kl_weight=0, mlm_weight=0, cosine_weight=0), "one above 0; raise it"),
         (DistilBertConfig(mask_rate=1), "mask_rate: got 1"),
         (DistilBertConfig(teacher="/nowhere/bert"), "got /nowhere/bert, which is no folder; allowed: tiny, minilm"),
         (TinyBertConfig(layers=3), "layers: got 3; allowed: divisors of 4"),

@@ -151,6 +151,8 @@ def test_captions_of_the_embedded_set_are_texts():
         ("odd.jsonl", '{"words": "a"}\n', "cannot be read ('text')"),
         ("null.jsonl", '{"text": "a"}\n{"text": null}\n', "cannot be read (null is no text)"),
         ("number.jsonl", '{"prompt": "a", "completion": 3}\n', "cannot be read (3 is no text)"),
+        ("half.jsonl", '{"text": "\\ud800 a"}\n', "cannot be read ('utf-8' codec can't encode"),
+        ("deep.jsonl", '{"text": ' + "[" * 100_000 + "\n", "cannot be read (maximum recursion depth"),
         ("table.csv", "a,b", "which is no text; allowed: avatars"),
         ("missing.txt", None, "cannot be read"),
     ],

@@ -118,6 +118,11 @@ def test_rows_behind_the_last_token_are_cut_where_they_are_all_that_differs(kind
     assert teacher.network.config.vocab_size == student.network.config.vocab_size == size
 
 
+def test_a_tiny_teacher_is_no_student():
+    with pytest.raises(InputError, match=r"student: got tiny-gpt2, which is a teacher only; allowed: layers:N"):
+        make_student("tiny-gpt2", tiny_decoder())
+
+
 def test_vocabularies_of_one_size_stay_as_they_are():
     teacher, student = (tiny_decoder(vocab_size=len(tokenizer()) + 24, seed=seed) for seed in (0, 1))
     match_vocabulary(teacher, student)

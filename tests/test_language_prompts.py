@@ -202,6 +202,16 @@ def test_an_answer_that_was_cut_has_no_end_even_if_its_text_has_fewer_tokens(tmp
     assert texts == [" sees red hats.", " sees red hats.<|endoftext|>"]
 
 
+def test_an_empty_prompt_is_the_end_of_text():
+    decoder = tiny_decoder()
+    assert prompt_ids(decoder.tokenizer, "") == [decoder.eos]
+    alone, (together, _) = (
+        answer(decoder, 0, [Problem(prompt, "1") for prompt in prompts], samples=1, new=4, temperature=1e-3, seed=0)
+        for prompts in ([""], ["", "the cat"])
+    )
+    assert alone == [together]
+
+
 @pytest.mark.parametrize("precision", ["bf16", "no"])
 def test_prompts_are_answered_in_the_precision_of_the_run(precision, tmp_path, monkeypatch):
     teacher, seen = tiny_decoder(), []

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_decoders import lines_of, write_text
+from tiny_decoders import lines_of, tiny_decoder, tokenizer, write_text
 
 from stepdistill.baselines import BASELINES, get
 from stepdistill.baselines.language.corpus import Corpus
@@ -104,6 +104,18 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(text, first, tmp_path, monk
     a, b = (load_file(run / "student-0" / "weights" / "student.safetensors") for run in (tmp_path, first))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert figures(tmp_path) == figures(first)
+
+
+def test_a_teacher_whose_vocabulary_a_student_has_cut_is_trained_as_another(text, tmp_path):
+    for name, more in (("large", 24), ("small", 8)):
+        tiny_decoder(vocab_size=len(tokenizer()) + more).network.save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+    models = ["--teacher", str(tmp_path / "large"), "--over", f"student=layers:1;{tmp_path / 'small'}"]
+    train = ["--correction-steps", "2", "--max-train-steps", "2", "--learning-rate", "1e-3", "--data", text]
+    main(["sweep", "forward_kl", *SMALL, *models, *train, "--out", str(tmp_path / "out")])
+    second, first = (run for run in sorted((tmp_path / "out").iterdir()) if run.is_dir())
+    assert first.name == "student-layers:1"
+    assert (first / "teacher").is_dir() and (second / f"teacher-{len(tokenizer())}").is_dir()
 
 
 def test_trained_in_half_precision_networks_are_measured_in_full(text, tmp_path):

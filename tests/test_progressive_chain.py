@@ -18,14 +18,17 @@ import torch
 from safetensors.torch import load_file
 from test_trainer import ACCELERATE, environment, in_two_processes, killed_at
 
+from stepdistill.cli.export import find_export
 from stepdistill.denoiser.load import load_teacher
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
+from stepdistill.evaluation.departures import of_steps
 from stepdistill.evaluation.models import guidance_of, load
 from stepdistill.evaluation.places import check_lora
+from stepdistill.evaluation.protocols import load_protocol
 from stepdistill.evaluation.spec import parse
 from stepdistill.export.adapters import trained_weights
-from stepdistill.export.folder import LORA_FILE
+from stepdistill.export.folder import LORA_FILE, trained_steps
 from stepdistill.training import progressive
 from stepdistill.training.progressive import ProgressiveConfig, distil_chain, open_stage
 from stepdistill.training.trainer import Trainer, build_models
@@ -173,6 +176,18 @@ def test_what_a_student_cost_is_what_its_chain_cost(chains, tmp_path):
 def test_the_folder_of_a_chain_is_answered_with_its_students(chains):
     with pytest.raises(InputError, match=r"a chain of students; allowed: one of steps-1, steps-2, steps-4; give .*-1"):
         check_lora(str(chains[0]["sd-lora"].out))
+    with pytest.raises(InputError, match=r"folder: got .*a chain of students; allowed: one of steps-1"):
+        find_export(chains[0]["sd-lora"].out)
+
+
+def test_a_student_is_sampled_at_its_own_step_count_and_others_are_remarked_on(chains):
+    lora = str(chains[0]["sd-lora"].target(2))
+    assert trained_steps(lora) == 2 and trained_steps(None) is None and trained_steps("org/none") is None
+    spec = parse(f"avatars,lora={lora}")
+    protocol = load_protocol("avatars-2k")
+    assert of_steps([("student", spec, (2,))], protocol, True) == []
+    (line,) = of_steps([("student", spec, (1, 2))], protocol, True)
+    assert line.startswith("student: a progressive student for 2 steps")
 
 
 def test_a_finished_chain_is_not_run_again_and_a_longer_one_goes_on(chains, tmp_path, pictures, capsys):

@@ -132,6 +132,20 @@ def test_sampling_goes_on_where_it_was_cut_and_refuses_other_settings(tmp_path):
         sample_all(cut, problems, answer_batch, 2, {"seed": 1})
 
 
+def test_traces_of_other_problems_are_refused_although_their_answers_agree(tmp_path, monkeypatch):
+    def right_away(one, first, problems, **_):
+        return [[Completion(f"<think>as it is</think>{problem.answer}", True)] for problem in problems]
+
+    monkeypatch.setattr(collect, "answer", right_away)
+    teacher = Decoder(*arithmetic.build(0), "tiny")
+    config = R1TracesConfig(out=tmp_path, samples=1)
+    tmp_path.mkdir(exist_ok=True)
+    kept, _ = collect.collect(teacher, [Problem("the capital of country 1", "A")], config)
+    assert len(kept) == 1 and len(collect.collect(teacher, [kept[0][0]], config)[0]) == 1
+    with pytest.raises(InputError, match="sampled with other settings"):
+        collect.collect(teacher, [Problem("the symbol of element 1", "A")], config)
+
+
 def test_completions_end_and_alone_count():
     tokenizer = arithmetic.build(0)[1]
     texts = [(Problem("7+5=", "12"), ["<think>7+5+0=12</think>12"]), (Problem("17+25=", "42"), ["42", "<think>4"])]

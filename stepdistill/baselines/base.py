@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stepdistill.baselines.results import Results
 from stepdistill.draws import Draws
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, check_seed
 from stepdistill.methods.base import Clock, Loss, Remembers
 from stepdistill.training.config import LoopConfig
 from stepdistill.training.networks import Networks
@@ -48,6 +48,8 @@ class BaselineConfig(LoopConfig):
         super().check()
         if not self.seeds:
             raise InputError("seeds: got none; allowed: one or more; give --seeds 0, or leave it out")
+        for seed in self.seeds:
+            check_seed(seed)
         if len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds: got {' '.join(map(str, self.seeds))}; allowed: each once; drop the repeated one")
 
@@ -57,7 +59,7 @@ class BaselineConfig(LoopConfig):
 
     def part(self, name: str, **changes: object) -> BaselineConfig:
         """The flags of one training within the run, in its own folder; those it does not depend on are default."""
-        irrelevant = self.IRRELEVANT_FLAGS.get(first_word(name), ())
+        irrelevant = (*self.MEASURED, *self.IRRELEVANT_FLAGS.get(first_word(name), ()))
         defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in irrelevant}
         return dataclasses.replace(self, out=self.out / name, **defaults | changes)
 

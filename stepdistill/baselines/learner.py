@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from stepdistill.baselines.base import Batch, Data, Objective, TeacherStudent
+from stepdistill.baselines.exports import updates
 from stepdistill.baselines.less_memory import halved, recompute, recomputes
 from stepdistill.draws import Draws, mix
 from stepdistill.errors import InputError
@@ -21,6 +23,8 @@ from stepdistill.training.config import LoopConfig
 from stepdistill.training.loop import Loop
 from stepdistill.training.order import sample_indices
 from stepdistill.training.processes import world
+
+ONLY_LOADING: ContextVar[bool] = ContextVar("only_loading", default=False)  # nothing is trained while it is set
 
 
 class Learner(Loop):
@@ -114,16 +118,21 @@ def learn(objective: Objective, models: TeacherStudent, data: Data | Callable[[]
         The seconds of training, earlier runs included; 0 for a dry run.
 
     Raises:
-        InputError: see Loop.
+        InputError: see Loop; or fewer updates are asked for than the run has, or ONLY_LOADING and it is not finished.
     """
     config.check()
     done = folder.finished(config, Path(config.out) / "weights")
+    if done is None and ONLY_LOADING.get():
+        raise InputError(
+            f"baselines eval: got {config.out}, which is not trained to the end; allowed: a finished run; run it again"
+        )
     if done is None:
         found = data() if callable(data) else data  # the teacher may have to generate it
         with halved(models.teacher, config.mixed_precision):
             Learner(objective, models, found, config).fit()
     else:
         folder.claim(config, world().num_processes, write=False)
+        _check_not_fewer(config)
         load_model(models.bare, str(done / "student.safetensors"))
         for role in filter(lambda role: role in models.trained, models.others):
             load_model(models.others[role], str(done / f"{role}.safetensors"))
@@ -135,6 +144,14 @@ def learn(objective: Objective, models: TeacherStudent, data: Data | Callable[[]
     if config.dry_run:
         return 0.0
     return json.loads((Path(config.out) / "done.json").read_text())["seconds"]
+
+
+def _check_not_fewer(config: LoopConfig) -> None:
+    if (trained := updates(Path(config.out) / "done.json")) > config.max_train_steps:
+        raise InputError(
+            f"max_train_steps: got {config.max_train_steps} for {config.out}, which was trained for {trained}; "
+            f"allowed: {trained} or more; give another --out"
+        )
 
 
 def unwrap(network: nn.Module) -> None:

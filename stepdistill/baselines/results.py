@@ -133,7 +133,7 @@ def read(out: Path) -> dict:
     except (OSError, ValueError) as error:
         raise InputError(f"results: got {out} ({error}); {fix}") from error
     try:
-        Results.of(record)
+        hash(Results.of(record).method)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"results: got {out}, whose results.json is not a baseline's; {fix}") from error
     return record

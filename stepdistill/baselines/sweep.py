@@ -17,6 +17,7 @@ from stepdistill.training.from_yaml import spelled
 from stepdistill.typed import built, parse_yaml
 
 COLOURS = {"teacher": "#6b7280", "control": "#d97706", "student": "#2563eb"}
+SPLIT = {"batch_size", "gradient_accumulation"}  # free on resume only if their product stays the same
 OWN = ("out", "config", "quick", "dry_run")  # flags of the sweep as a whole
 
 
@@ -66,9 +67,12 @@ def take_over(done: BaselineConfig, other: BaselineConfig) -> None:
 
     If links cannot be created, it is trained again.
     """
+    measured = {"results.json", "run.json", "generations.md", *done.DRAWN}
     for place in sorted(done.out.iterdir()) if done.out.is_dir() else ():
         link = other.out / place.name
-        if _part_settings(done, place.name) == _part_settings(other, place.name) and not link.exists():
+        if place.name in measured or link.exists():
+            continue
+        if _part_settings(done, place.name) == _part_settings(other, place.name):
             link.parent.mkdir(parents=True, exist_ok=True)
             with suppress(OSError):
                 link.symlink_to(os.path.relpath(place, link.parent), target_is_directory=place.is_dir())
@@ -76,7 +80,8 @@ def take_over(done: BaselineConfig, other: BaselineConfig) -> None:
 
 def _part_settings(config: BaselineConfig, name: str) -> dict:
     run = config.shared if first_word(name) in ("teacher", "control", "answers") else config
-    return run.part(name).record() | {"out": name}
+    record = run.part(name).record() | {"out": name}
+    return {key: value for key, value in record.items() if key not in config.FREE - SPLIT}
 
 
 def points(records: Mapping[object, Mapping]) -> list[dict]:

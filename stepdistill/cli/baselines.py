@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from stepdistill import files
@@ -116,15 +116,24 @@ def measure(out: Path, more: Sequence[str] = ()) -> None:
     Args:
         more: flags that change only the measurement, such as --pictures.
     """
+    from stepdistill.baselines.learner import ONLY_LOADING
+    from stepdistill.training.processes import world
+
     kind = get(results.read(out)["method"]).config
     if not (out / "run.json").is_file():
         raise InputError(f"baselines eval: got {out}, which has no run.json; allowed: a finished run's folder")
     config = dataclasses.replace(from_yaml(out / "run.json", kind), out=out)
     if more:
         config = _measured_by(config, more)
-    for name in kind.DRAWN:
-        shutil.rmtree(out / name, ignore_errors=True)
-    finish(config)
+    token, state = ONLY_LOADING.set(True), world()
+    try:
+        with ExitStack() as kept:
+            for name in kind.DRAWN if state.is_main_process else ():
+                kept.enter_context(files.set_aside(out / name))
+            state.wait_for_everyone()
+            finish(config)
+    finally:
+        ONLY_LOADING.reset(token)
 
 
 def _measured_by(config: BaselineConfig, argv: Sequence[str]) -> BaselineConfig:

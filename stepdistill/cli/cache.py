@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from stepdistill import embedded
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, check_seed
 
 if TYPE_CHECKING:
     from stepdistill.denoiser.load import Teacher
@@ -47,8 +48,8 @@ class Config:
     """Store latents and text in float16, in half the disk space."""
     steps: int = 50
     """For prompts: DDIM steps of the teacher's images."""
-    guidance: float = 2.0
-    """For prompts: guidance scale of the teacher's images; 1 means none."""
+    guidance: float | None = None
+    """For prompts: guidance scale of the teacher's images, which the training's has to equal; 1 means none."""
     seed: int = 0
     """For prompts: seed of the noise."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -75,7 +76,10 @@ def open_teacher(config: Config, device: str, *, paints: bool) -> Teacher:
 
 def main(config: Config) -> int:
     """Builds the cache and prints what it holds."""
-    if not config.guidance >= 1:
+    check_seed(config.seed)
+    if config.limit is not None and config.limit < 1:
+        raise InputError(f"limit: got {config.limit}; allowed: 1 or more; leave it out for all")
+    if config.guidance is not None and not 1 <= config.guidance < math.inf:
         raise InputError(f"guidance: got {config.guidance:g}; allowed: 1 (none) or more; try 2")
     if config.steps < 1:
         raise InputError(f"steps: got {config.steps}; allowed: 1 or more; try 50")
@@ -88,6 +92,11 @@ def main(config: Config) -> int:
     from stepdistill.training.config import HALF
 
     device, source = device_of(config.device), open_source(config.data)
+    if source.picture is None and config.guidance is None:
+        raise InputError(
+            f"guidance: got none for {config.data}, whose images the teacher generates; allowed: that of the training, "
+            "by default 8 for LCM-LoRA and 4 for the other methods; give --guidance"
+        )
     team = Processes.found(device)
     teacher = open_teacher(config, device, paints=source.picture is None)
     if config.dry_run:
@@ -100,7 +109,7 @@ def main(config: Config) -> int:
         return 0
     cache = make_cache(
         config.data, teacher, config.out, resolution=config.resolution, seed=config.seed, synthetic_steps=config.steps,
-        synthetic_guidance=config.guidance, limit=config.limit, half=config.half,
+        synthetic_guidance=1.0 if config.guidance is None else config.guidance, limit=config.limit, half=config.half,
         precision=HALF[config.mixed_precision], team=team,
     )  # fmt: skip
     if not team.main:

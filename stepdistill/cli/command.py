@@ -34,9 +34,8 @@ def guard(command: Callable[[], int | None]) -> int:
     except Exception as error:
         from stepdistill.files import disk_full, misplaced, unwritable
 
-        torch = sys.modules.get("torch")
-        if torch is not None and isinstance(error, torch.OutOfMemoryError):
-            summary = str(error).partition(". ")[0]
+        if _no_memory(error):
+            summary = str(error).partition(". ")[0] or "none left"
             return _refuse(f"memory: got {summary}; allowed: what fits; lower --batch or --batch-size, or use bf16")
         if not (unwritable(error) or misplaced(error)):
             raise
@@ -46,6 +45,13 @@ def guard(command: Callable[[], int | None]) -> int:
             return _refuse(f"disk: got no space left{where}; free some and run the same command again")
         what = f"{place} ({error.strerror}); allowed: a place that can be read and written"
         return _refuse(f"file: got {what}; choose another" + (", or fix its permissions" * unwritable(error)))
+
+
+def _no_memory(error: Exception) -> bool:
+    """Whether there is too little memory, of a GPU or of the machine, for which torch raises a RuntimeError."""
+    torch = sys.modules.get("torch")
+    on_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def _refuse(why: object) -> int:

@@ -46,9 +46,10 @@ def main(config: Config) -> int:
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise InputError(f"--out: got {out}, which is there already; allowed: a new path; give another")
     if config.format == "kohya":
-        from stepdistill.export.kohya import save_kohya
+        from stepdistill.export.kohya import save_kohya, usage
 
         print(save_kohya(folder, out))
+        print(usage(folder))
         return 0
     if config.format == "fused":
         from stepdistill.export.fused import save_fused
@@ -72,7 +73,7 @@ def find_export(folder: Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    from stepdistill.export.folder import LORA_FILE, PEFT_FILE, export_in
+    from stepdistill.export.folder import LORA_FILE, PEFT_FILE, chain_in, export_in, missing
 
     folder = Path(folder)
     place = Path(export_in(str(folder)))
@@ -82,6 +83,8 @@ def find_export(folder: Path) -> Path:
         raise InputError(
             f"folder: got {folder}, a run that has not ended; allowed: one with an export; run its command again"
         )
+    if chain_in(folder):
+        raise InputError(f"folder: got {folder}, {missing(folder)}")
     what = "which holds no export" if folder.exists() else "which does not exist"
     raise InputError(f"folder: got {folder}, {what}; allowed: a training run's folder or its export; check the path")
 

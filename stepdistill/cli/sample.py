@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import tyro
 
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, check_seed
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Config:
     prompts: Path | None = None
     """A text file of prompts, one per line."""
     steps: int | None = None
-    """Sampling steps; default: 4, or a ready model's own if it does not support 4."""
+    """Sampling steps; default: those that a progressive student is for; else 4, or a ready model's own if it does not
+    support 4."""
     count: int = 4
     """Images per prompt."""
     guidance: float | None = None
@@ -55,11 +57,12 @@ def main(config: Config) -> int:
     """Generates the grid, writes it and its configuration, and prints its path."""
     prompts = prompts_of(config)
     least = {"steps": 1 if config.steps is None else config.steps, "count": config.count}
-    least["batch"] = 1 if config.batch is None else config.batch
+    least |= {name: value for name in ("batch", "size") if (value := getattr(config, name)) is not None}
     for name, value in least.items():
         if value < 1:
             raise InputError(f"{name}: got {value}; allowed: 1 or more; try 4")
-    if config.guidance is not None and not config.guidance >= 1:
+    check_seed(config.seed)
+    if config.guidance is not None and not 1 <= config.guidance < math.inf:
         raise InputError(f"guidance: got {config.guidance:g}; allowed: 1 (none) or more; try 2")
     if config.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise InputError(f"--out: got {config.out}; allowed: a .png, .jpg or .webp; name one")
@@ -68,11 +71,13 @@ def main(config: Config) -> int:
     from stepdistill.evaluation import models, places
     from stepdistill.evaluation.settings import Settings
     from stepdistill.evaluation.spec import parse
+    from stepdistill.export.folder import trained_steps
     from stepdistill.quiet import quiet
     from stepdistill.training.validation import tile
 
     spec, device = parse(config.model), device_of(config.device)
-    steps = config.steps or (4 if 4 in spec.steps or not spec.steps else spec.steps[-1])
+    own = (trained_steps(spec.lora) or 4,) if not spec.steps else spec.steps
+    steps = config.steps or (4 if 4 in own else own[-1])
     spec = spec.at(steps)
     if config.guidance is not None:
         spec = dataclasses.replace(spec, guidance=config.guidance)

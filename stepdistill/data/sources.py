@@ -111,7 +111,10 @@ def _folder(folder: Path) -> Source:
     metadata = folder / "metadata.jsonl"
     rows = listed(metadata) if metadata.exists() else beside_pictures(folder)
     if not rows:
-        raise InputError(f"--data: got {folder}, which holds no pictures; allowed: {', '.join(PICTURES)} with captions")
+        shards = f"; for its shards give {folder / '*.tar'}" if any(folder.glob("*.tar")) else ""
+        raise InputError(
+            f"--data: got {folder}, which holds no pictures; allowed: {', '.join(PICTURES)} with captions{shards}"
+        )
     stamps = [(f.relative_to(folder), f.stat().st_size, f.stat().st_mtime_ns, caption) for f, caption in rows]
     files = [file for file, _ in rows]
     captions = [caption for _, caption in rows]

@@ -12,12 +12,14 @@ from stepdistill.evaluation.generate import Sampler
 from stepdistill.evaluation.protocols import Protocol
 from stepdistill.evaluation.schedulers import SCHEDULERS
 from stepdistill.evaluation.spec import ModelSpec
+from stepdistill.export.folder import trained_steps
 
 Plan = Sequence[tuple[str, Any, tuple[int, ...]]]  # see `spec.plan_of`
 
 
 def of_steps(plan: Plan, protocol: Protocol, explicit_steps: bool) -> list[str]:
-    """Returns a line for each model of which no step count is the protocol's.
+    """Returns a line for each model of which no step count is the protocol's, and for each progressive student measured
+    at step counts that it was not distilled for.
 
     Args:
         explicit_steps: whether the user named the step counts, which needs no report.
@@ -28,6 +30,11 @@ def of_steps(plan: Plan, protocol: Protocol, explicit_steps: bool) -> list[str]:
             model_steps, protocol_steps = (" ".join(map(str, each)) for each in (counts, protocol.steps))
             override = f"its own steps {model_steps} override {protocol.name}'s {protocol_steps}"
             lines[f"{name}: {override}; --steps {protocol_steps} selects those"] = None
+    for name, model, counts in plan:
+        trained = trained_steps(model.lora) if isinstance(model, ModelSpec) else None
+        if trained is not None and set(counts) != {trained}:
+            lines[f"{name}: a progressive student for {trained} steps; at other step counts it is not what it was"
+                  " distilled to be"] = None  # fmt: skip
     return list(lines)
 
 

@@ -152,7 +152,9 @@ def select_metrics(protocol: Protocol, tools: Instruments) -> tuple[tuple[str, .
             omitted[name] = f"got n={protocol.n}; it needs {each}"
         elif protocol.n < metric.least:
             got = f"n={protocol.n} with the metric {name}"
-            raise InputError(f"protocol {protocol.name}: got {got}; allowed: {metric.least} or more; raise n")
+            raise InputError(
+                f"protocol {protocol.name}: got {got}; allowed: {metric.least} or more; raise n, or add images"
+            )
         elif metric.needs and tools.real.count < metric.least:
             raise InputError(
                 f"protocol {protocol.name}: got a reference of {tools.real.count} pictures with the metric {name}; "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepdistill.errors import InputError
+from stepdistill.export.folder import missing
 
 if TYPE_CHECKING:
     from stepdistill.evaluation.spec import ModelSpec
@@ -122,13 +123,7 @@ def check_lora(lora: str) -> None:
             f"lora: got {lora}, which does not exist; allowed: an export folder, a .safetensors file, or a hub id"
         )
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
-        if chain := sorted(int(n) for export in folder.glob("steps-*") if (n := export.name[6:]).isdigit()):
-            names = ", ".join(f"steps-{steps}" for steps in chain)
-            fix = f"give {folder / f'steps-{chain[0]}'}"
-            raise InputError(f"lora: got {lora}, a chain of students; allowed: one of {names}; {fix}")
-        cut = (folder / "checkpoints").is_dir()
-        hint = "a run that has ended; run its command again" if cut else "the folder of a run, or the export in it"
-        raise InputError(f"lora: got {lora}, which holds no .safetensors file; allowed: {hint}")
+        raise InputError(f"lora: got {lora}, {missing(folder)}")
 
 
 def picture_size(path: str, *, remote: bool = True) -> int | None:

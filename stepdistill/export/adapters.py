@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stepdistill.errors import InputError
-from stepdistill.export.folder import LORA_FILE, PEFT_FILE
+from stepdistill.export.folder import LORA_FILE, PEFT_FILE, missing
 from stepdistill.quiet import collected
 
 
@@ -103,7 +103,7 @@ def trained_weights(folder: Path, adapter: str = "default") -> dict[str, Tensor]
     """
     file = next((file for name in (LORA_FILE, PEFT_FILE) if (file := Path(folder) / name).is_file()), None)
     if file is None:
-        raise InputError(f"lora: got {folder}, which holds neither {LORA_FILE} nor {PEFT_FILE}; allowed: an export")
+        raise InputError(f"lora: got {folder}, {missing(Path(folder))}")
     try:
         stored = load_file(file)
     except (OSError, SafetensorError) as error:

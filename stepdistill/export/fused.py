@@ -56,7 +56,9 @@ def save_fused(
 def fused_card(card: str, out: str) -> str:
     """Turns the card of a LoRA into that of the fused pipeline, which loads without an adapter."""
     load = "pipe = DiffusionPipeline.from_pretrained("
-    card = re.sub(rf"(?m)^{re.escape(load)}.*$", lambda _: f'{load}"{out}")', card)
+    card = re.sub(rf'(?m)^{re.escape(load)}"[^"]*"', lambda _: f'{load}"{out}"', card)
+    files = re.compile(r', (variant|revision)="[^"]*"')
+    card = re.sub(rf"(?m)^{re.escape(load)}.*$", lambda found: files.sub("", found[0]), card)
     card = re.sub(r"(?m)^(from peft|pipe\.(load_lora_weights\(|scheduler = |\w+ = PeftModel)).*\n", "", card)
     card = re.sub(r"(?m)^(from diffusers import DiffusionPipeline), \w+$", r"\1", card)
     card = re.sub(r"(?m)^(# \S+) LoRA of ", r"\1 LoRA fused into ", card)

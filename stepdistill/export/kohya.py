@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stepdistill.errors import InputError
-from stepdistill.export.folder import LORA_FILE, PEFT_FILE
+from stepdistill.export.folder import LORA_FILE, PEFT_FILE, read_record
 from stepdistill.files import disk_full
 
 METADATA = "lora_adapter_metadata"
@@ -116,3 +116,20 @@ def save_kohya(folder: Path, out: Path) -> Path:
     finally:
         beside.unlink(missing_ok=True)
     return out
+
+
+def usage(folder: Path) -> str:
+    """Returns how a kohya file of this export is to be sampled, in a line: the file itself cannot say it to the tools
+    that read it."""
+    record = read_record(Path(folder) / "config.json")
+    try:
+        config = json.loads((Path(folder) / "scheduler" / "scheduler_config.json").read_text())
+    except (OSError, ValueError):
+        config = {}
+    parts = [f"sampler {str(config.get('_class_name', 'of the card')).removesuffix('Scheduler')}"]
+    steps = record.get("end_steps")
+    parts += [f"{steps} steps"] if steps else []
+    parts.append("CFG 1, as guidance is distilled in")
+    if config.get("prediction_type", "epsilon") != "epsilon":
+        parts.append(f"prediction type {config['prediction_type']}, which has to be set beside the LoRA")
+    return "use with: " + "; ".join(parts)

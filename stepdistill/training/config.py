@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from stepdistill import embedded
-from stepdistill.errors import InputError
+from stepdistill.errors import InputError, check_seed
 from stepdistill.training.adapter import LORA_TARGETS, adaptable
 from stepdistill.training.processes import HALF
 
@@ -92,7 +92,9 @@ class LoopConfig:
         """Raises InputError if a setting is out of range, or needs a package that is not installed."""
         self.require("max_train_steps", "batch_size", "gradient_accumulation", "learning_rate", "checkpoint_every",
                      "log_every", "max_grad_norm", above=0, fix="raise it")  # fmt: skip
-        self.require("lr_warmup", "validate_every", "weight_decay", "adam_epsilon", least=0, fix="0 is none")
+        check_seed(self.seed)
+        self.require("lr_warmup", "validate_every", "weight_decay", least=0, fix="0 is none")
+        self.require("adam_epsilon", above=0, fix="try 1e-8")
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise InputError(f"adam_betas: got {self.adam_betas}; allowed: 0 to below 1; try {LoopConfig.adam_betas}")
         if self.mixed_precision not in ("no", "fp16", "bf16"):

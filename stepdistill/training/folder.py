@@ -44,6 +44,7 @@ def claim(config: LoopConfig, processes: int = 1, write: bool = True) -> None:
                 got = f"{config.out}, which holds a run with {key} = {there[key]} (now {record[key]})"
                 raise InputError(f"--out: got {got}; allowed: the same settings, to resume it; give another --out")
     if not write:
+        files.check_place(path.parent)
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -55,12 +55,9 @@ class BKSDMConfig(ArchitectureConfig):
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()
-        weights = (self.task_weight, self.output_weight, self.feature_weight)
-        if min(weights) < 0 or not max(weights[1:]):
-            got = ", ".join(f"{w:g}" for w in weights)
-            raise InputError(
-                f"task, output and feature weight: got {got}; allowed: 0 or more, one of the teacher's two above 0"
-            )
+        self.require("task_weight", "output_weight", "feature_weight", least=0)
+        if not self.output_weight + self.feature_weight:
+            raise InputError("output_weight, feature_weight: got 0 and 0; allowed: one of them above 0; raise it")
 
     def check_teacher(self, teacher: Teacher) -> None:
         """See ArchitectureConfig.check_teacher; something of the UNet must also be removable."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -74,11 +73,6 @@ class ArchitectureConfig(BaselineConfig, PipelineConfig):
                     "file with the paths in it, as its prompts and reference; or --pictures 0, and stepdistill bench "
                     "afterwards"
                 )
-
-    def part(self, name: str, **changes: object) -> ArchitectureConfig:
-        """The flags of one training; those that affect only later measurements have their defaults."""
-        plain = {f.name: f.default for f in dataclasses.fields(self) if f.name in self.MEASURED}
-        return super().part(name, **plain, **changes)
 
     def check_teacher(self, teacher: Teacher) -> None:
         """See PipelineConfig.check_teacher; its network must be a UNet that can be pruned, guided by two calls."""

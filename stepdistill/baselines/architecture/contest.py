@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from stepdistill.baselines.architecture.measure import call_times, held_out, pic
 from stepdistill.baselines.architecture.prune import Shape, fresh, pruned
 from stepdistill.baselines.architecture.unets import Samples, UNets
 from stepdistill.baselines.base import Objective
+from stepdistill.baselines.exports import refresh
 from stepdistill.baselines.learner import learn
 from stepdistill.baselines.results import Results, Row, count_parameters
 from stepdistill.denoiser.load import find
@@ -119,11 +121,11 @@ class Contest:
         return Row(role, name, figures, count_parameters(unet), seconds, seed)
 
     def _export(self, unet: nn.Module, out: Path, seconds: float) -> None:
-        """Writes the teacher's pipeline with this UNet in it, unless it is already there."""
+        """Writes the teacher's pipeline with this UNet in it, unless it is already there, as trained as now."""
         from accelerate import PartialState
 
         config, state = self.config, PartialState()
-        if state.is_main_process and not (out / "model_index.json").is_file():
+        if state.is_main_process:
             record = config.record() | {"method": self.method, "train_seconds": round(seconds, 1)}
             card = model_card(
                 method=self.method, teacher=config.teacher, out=str(out), scheduler=type(self.scheduler).__name__,
@@ -131,5 +133,6 @@ class Contest:
                 what=self.card, guidance=config.guidance, steps=self.steps,
                 base=find(config.teacher) if config.teacher in embedded.TEACHERS else config.teacher,
             )  # fmt: skip
-            save_pipeline(self.teacher, unet, out, scheduler=self.scheduler, config=record, card=card)
+            write = partial(save_pipeline, self.teacher, unet, scheduler=self.scheduler, config=record, card=card)
+            refresh(out, out.parent, write)
         state.wait_for_everyone()

@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerate import PartialState
 
+from stepdistill import files
+from stepdistill.baselines.exports import refresh, updates
+from stepdistill.baselines.learner import ONLY_LOADING
 from stepdistill.errors import InputError
 from stepdistill.export.fused import save_fused
 from stepdistill.training.config import TrainConfig
+from stepdistill.training.folder import finished
 from stepdistill.training.from_yaml import from_yaml
 from stepdistill.training.plans import FLAGS, settings_file, shipped
 from stepdistill.training.run import distil
@@ -53,12 +58,36 @@ def settings(
 
 
 def fewer_steps(config: PruneThenStepsConfig, path: str, data: str, out: Path, seed: int) -> tuple[Path, float]:
-    """Distils the steps of a pipeline; returns the student, a pipeline with the adapter fused, and the seconds."""
+    """Distils the steps of a pipeline; returns the student, a pipeline with the adapter fused, and the seconds.
+
+    Raises:
+        InputError: `out` is of this pipeline before it was trained further.
+    """
     lora, fused = None, out / "fused"
+    _check_same(Path(path), out)
     for name in CHAIN[config.distiller]:
-        lora = distil(settings(config, name, path, data, out / name, lora, seed))
+        wanted = settings(config, name, path, data, out / name, lora, seed)
+        if ONLY_LOADING.get() and finished(wanted) is None:
+            raise InputError(f"baselines eval: got {wanted.out}, which is not trained to the end; run it again")
+        lora = distil(wanted)
     state = PartialState()
-    if state.is_main_process and not fused.exists():
-        save_fused(lora, fused, teacher=path, **config.files(path))
+    if state.is_main_process:
+        write = partial(save_fused, lora, teacher=path, **config.files(path))
+        refresh(fused, lora.parent, write)
     state.wait_for_everyone()
     return fused, json.loads((lora.parent / "done.json").read_text())["seconds"]
+
+
+def _check_same(pruned: Path, out: Path) -> None:
+    """Notes after how many updates a pruned pipeline is distilled in `out`, and raises if these were others before."""
+    now, mark = updates(pruned.with_name(f"{pruned.name}.json")), out / "network.json"
+    if now is None:  # the teacher
+        return
+    if (before := updates(mark)) not in (None, now):
+        raise InputError(
+            f"--out: got {out}, distilled from a network after {before} updates, of which there are {now} now; "
+            "allowed: the same network; remove that folder, or give another --out"
+        )
+    if PartialState().is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        files.write(mark, json.dumps({"update": now}) + "\n")

@@ -7,6 +7,7 @@ stepdistill baselines run snapfusion --config train_scripts/configs/baselines/sd
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -75,7 +76,7 @@ class SnapFusionConfig(ArchitectureConfig):
         self.require("cfg_probability", least=0, most=1, fix="the paper's is 0.1")
         self.require("judged", "steps", least=1)
         self.require("original_weight", least=0)
-        if not 1 <= self.cfg_range[0] <= self.cfg_range[1]:
+        if not 1 <= self.cfg_range[0] <= self.cfg_range[1] < math.inf:
             got = " to ".join(f"{g:g}" for g in self.cfg_range)
             raise InputError(f"cfg_range: got {got}; allowed: 1 or more, rising; the paper's is 2 to 14")
 

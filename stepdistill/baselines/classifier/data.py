@@ -77,6 +77,8 @@ def open_labelled(
     Raises:
         InputError: the data do not exist, or all images are of one class.
     """
+    if test is not None and spec in ("avatars", "cifar10"):
+        raise InputError(f"--test: got {test} with --data {spec}, which has its own; allowed: none; leave it out")
     if spec == "avatars":
         found = _avatars(split, label, resolution)
     elif spec == "cifar10":

@@ -21,6 +21,7 @@ from stepdistill.baselines.classifier.data import Labelled, open_labelled, view
 from stepdistill.baselines.classifier.measure import measure
 from stepdistill.baselines.classifier.networks import build, save
 from stepdistill.baselines.divergence import softened_kl
+from stepdistill.baselines.exports import refresh
 from stepdistill.baselines.learner import learn
 from stepdistill.baselines.reduce import masked_mean, wide
 from stepdistill.baselines.results import Results, Row, count_parameters
@@ -116,6 +117,7 @@ class HintonConfig(BaselineConfig):
         if not self.soft_weight + self.hard_weight:
             raise InputError("soft_weight, hard_weight: got 0 and 0; allowed: one of them above 0; raise it")
         self.require("limit", least=2, fix="None is all")
+        self.require("batch_size", least=2, fix="batch normalisation needs several images")
         self.require("resolution", least=1, fix="leave it out for the images' own")
 
     def run(self) -> Results:
@@ -145,10 +147,12 @@ class HintonConfig(BaselineConfig):
             for role, objective in objectives.items():
                 network = build(self.student, classes, side, seed=seed)
                 models = TeacherStudent(network, teacher if role == "student" else None)
-                seconds = learn(objective, models, train, self.part(f"{role}-{seed}", seed=seed))
+                part = self.part(f"{role}-{seed}", seed=seed)
+                seconds = learn(objective, models, train, part)
                 results.rows.append(_row(role, self.student, network, seconds, held, seed))
                 if not self.dry_run and world().is_main_process:
-                    save(network, self.out / f"{role}-{seed}" / "model", self.student, train.classes, side)
+                    write = partial(save, network, name=self.student, classes=train.classes, side=side)
+                    refresh(part.out / "model", part.out, write)
         return results
 
 

@@ -94,12 +94,11 @@ def build(name: str, classes: int, side: int, *, seed: int) -> nn.Module:
 
 
 def save(network: nn.Module, target: Path, name: str, classes: Sequence[str], side: int) -> None:
-    """Saves a classifier: model.safetensors, and in config.json what it was built from; an existing folder is kept."""
-    if not target.is_dir():
-        with replacing(target) as folder:
-            save_model(network, str(folder / "model.safetensors"))
-            config = {"network": name, "classes": list(classes), "resolution": side}
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    """Saves a classifier: model.safetensors, and in config.json what it was built from."""
+    with replacing(target) as folder:
+        save_model(network, str(folder / "model.safetensors"))
+        config = {"network": name, "classes": list(classes), "resolution": side}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load(folder: Path | str) -> nn.Module:

@@ -18,6 +18,25 @@ from stepdistill.training.processes import in_turn
 TOGETHER = 16  # prompts that are answered in one batch
 
 
+def lacks_completions(texts: Sequence[str | Pair], teacher: Decoder) -> bool:
+    """Whether these are prompts that the teacher has yet to complete.
+
+    Raises:
+        InputError: only some are, or the teacher is a tiny model, which is not trained yet.
+    """
+    without = sum(isinstance(text, Pair) and text.completion is None for text in texts)
+    if 0 < without < len(texts):
+        raise InputError(
+            f"data: got {without} prompts without a completion, of {len(texts)}; allowed: none, or all; complete these"
+        )
+    if without and teacher.name in TINY:
+        raise InputError(
+            f"data: got prompts without completions for {teacher.name}, which learns from these; allowed: a teacher "
+            "that can answer; give another --teacher, or completions"
+        )
+    return bool(without)
+
+
 def answered(pairs: Sequence[Pair], teacher: Decoder, file: Path, *, new: int, seed: int, precision: str) -> list[Pair]:
     """Completes prompts with the teacher's answers, sampled at temperature 1: the control trains on them, and they are
     measured. Pairs that have completions are returned unchanged.
@@ -26,21 +45,10 @@ def answered(pairs: Sequence[Pair], teacher: Decoder, file: Path, *, new: int, s
         file: keeps the answers. new: tokens at most. precision: of the teacher: no, fp16 or bf16.
 
     Raises:
-        InputError: only some have completions, the teacher is a tiny model, which is not trained yet, or the file is
-            of other prompts.
+        InputError: see lacks_completions; or the file is of other prompts.
     """
-    without = sum(pair.completion is None for pair in pairs)
-    if not without:
+    if not lacks_completions(pairs, teacher):
         return list(pairs)
-    if without < len(pairs):
-        raise InputError(
-            f"data: got {without} prompts without a completion, of {len(pairs)}; allowed: none, or all; complete these"
-        )
-    if teacher.name in TINY:
-        raise InputError(
-            f"data: got prompts without completions for {teacher.name}, which learns from these; allowed: a teacher "
-            "that can answer; give another --teacher, or completions"
-        )
     problems = [Problem(pair.prompt, "") for pair in pairs]
     prompts = [pair.prompt for pair in pairs]
     settings = {"teacher": teacher.name, "new": new, "seed": seed, "mixed_precision": precision, "prompts": prompts}

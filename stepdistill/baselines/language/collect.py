@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -42,7 +43,8 @@ def collect(teacher: Decoder, problems: Sequence[Problem], config: R1TracesConfi
     Raises:
         InputError: the verifier accepts none, or the file was sampled with other settings.
     """
-    settings = {name: getattr(config, name) for name in SETTINGS}
+    asked = hashlib.sha256("\0".join(problem.prompt for problem in problems).encode()).hexdigest()
+    settings = {name: getattr(config, name) for name in SETTINGS} | {"prompts": asked}
     answer_batch = partial(
         answer, teacher, samples=config.samples, new=config.completion, temperature=config.temperature, seed=config.seed
     )

@@ -66,7 +66,8 @@ class CorpusConfig(BaselineConfig):
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()
-        self.require("block", "prompt", "validation", "window", "stride", "shown", least=1)
+        self.require("block", "prompt", "validation", "stride", "shown", least=1)
+        self.require("window", least=2)
         sizes = {"block": self.block, "prompt": self.prompt} | self.windows
         for name, most in (("prompt", "block"), ("stride", "window")):
             if not sizes[name] < sizes[most]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 
 from stepdistill.baselines.base import TeacherStudent
+from stepdistill.baselines.exports import refresh
 from stepdistill.baselines.language.encoder_run import EncoderConfig
 from stepdistill.baselines.language.encoders import MaskedLM, shape
 from stepdistill.baselines.language.masked import MaskedModelling, cut_lines, masked_lm_metrics
@@ -78,9 +80,10 @@ class DistilBertConfig(EncoderConfig):
     def check(self) -> None:
         """See LoopConfig.check."""
         super().check()
-        weights = (self.kl_weight, self.mlm_weight, self.cosine_weight)
-        if min(weights) < 0 or not sum(weights):
-            raise InputError(f"kl_weight, mlm_weight, cosine_weight: got {weights}; allowed: 0 or more, not all 0")
+        self.require("kl_weight", "mlm_weight", "cosine_weight", least=0)
+        if not self.kl_weight + self.mlm_weight + self.cosine_weight:
+            raise InputError("kl_weight, mlm_weight, cosine_weight: got 0 for all; allowed: one above 0; raise it")
+        self.require("held_out", least=1)
         self.require("temperature", above=0, fix="try 2")
         self.require("mask_rate", above=0, below=1, fix="try 0.15")
         self.require("teacher_steps", least=0)
@@ -123,7 +126,7 @@ class DistilBertConfig(EncoderConfig):
                 models = TeacherStudent(network, teacher if role == "student" else None)
                 add(role, network, learn(objective, models, train, part), seed)
                 if not self.dry_run and state.is_main_process:
-                    save(network.network, encoder.tokenizer, part.out / "model")
+                    refresh(part.out / "model", part.out, partial(save, network.network, encoder.tokenizer))
         return results
 
     def _kept(self, count: int) -> list[int]:

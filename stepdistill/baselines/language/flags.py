@@ -44,8 +44,9 @@ class DecoderFlags(CorpusConfig):
     lr_warmup: int = 20
     """Updates over which the learning rate rises."""
 
+    MEASURED: ClassVar[tuple[str, ...]] = ("window", "stride", "shown")
     IRRELEVANT_FLAGS: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "teacher": ("student",),
+        "teacher": ("student", "max_train_steps"),
         "answers": ("student", "correction_steps", "teacher_learning_rate", "max_train_steps", "learning_rate",
                     "batch_size", "gradient_accumulation"),
     }  # fmt: skip

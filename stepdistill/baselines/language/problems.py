@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from stepdistill.baselines.language.texts import held_apart, read_file, read_table
+from stepdistill.baselines.language.texts import check_unused, encodable, held_apart, read_file, read_table
 from stepdistill.errors import InputError
 
 KINDS = "addition, a .jsonl file, or a datasets name (owner/name:config)"
@@ -42,6 +42,8 @@ def open_problems(
     Raises:
         InputError: there are none.
     """
+    if Path(spec).suffix != ".jsonl":
+        check_unused("--test", test, f"--task {spec}")
     if spec == "addition":
         from stepdistill.baselines.language.arithmetic import sums
 
@@ -72,17 +74,17 @@ def _dataset(spec: str, split: str) -> list[Problem]:
         raise InputError(f"--task: got {spec} with columns {got}; allowed: question, problem or prompt, and answer")
     try:
         return [_problem(row[asked], row["answer"]) for row in rows]
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"--task: got {spec}, which cannot be read ({error}); allowed: {ROWS}") from error
 
 
 def _problem(prompt: object, answer: object) -> Problem:
-    """Raises TypeError unless the prompt is text and the answer is text or a number."""
+    """Raises TypeError or ValueError unless the prompt is text and the answer is text or a number."""
     if not isinstance(prompt, str):
         raise TypeError(f"{json.dumps(prompt)} is no prompt")
     if not isinstance(answer, str | int | float) or isinstance(answer, bool):
         raise TypeError(f"{json.dumps(answer)} is no answer")
-    return Problem(prompt, str(answer))
+    return Problem(encodable(prompt), encodable(str(answer)))
 
 
 def right(text: str, answer: str) -> bool:

@@ -35,6 +35,7 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, asked: str) -> list[int]:
-    """The tokens of a prompt, after those of `begin`, which its chat template may already contain."""
+    """The tokens of a prompt, after those of `begin`, which its chat template may already contain; the end of text, if
+    there are none."""
     first, ids = begin(tokenizer), tokenizer(asked, add_special_tokens=False, verbose=False).input_ids
-    return ids if ids[: len(first)] == first else first + ids
+    return (ids if ids[: len(first)] == first else first + ids) or [tokenizer.eos_token_id]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from stepdistill.baselines.base import BaselineConfig, TeacherStudent
+from stepdistill.baselines.exports import refresh
 from stepdistill.baselines.language import arithmetic
 from stepdistill.baselines.language.collect import Answered, as_rows, check_room, collect
 from stepdistill.baselines.language.cross_entropy import CrossEntropy
@@ -142,7 +144,7 @@ class R1TracesConfig(BaselineConfig):
                 model, part = self._student(teacher, seed), self.part(f"{role}-{seed}", seed=seed)
                 add(role, name, model, learn(CrossEntropy(), TeacherStudent(model.network), examples[name], part), seed)
                 if not self.dry_run and state.is_main_process:
-                    save(model.network, model.tokenizer, part.out / "model")
+                    refresh(part.out / "model", part.out, partial(save, model.network, model.tokenizer))
         return results
 
     def _student(self, teacher: Decoder, seed: int) -> Decoder:

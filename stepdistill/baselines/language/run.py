@@ -13,7 +13,9 @@ from accelerate import PartialState
 from torch import nn
 
 from stepdistill.baselines.base import Objective, TeacherStudent
+from stepdistill.baselines.exports import refresh
 from stepdistill.baselines.language import measure
+from stepdistill.baselines.language.answers import lacks_completions
 from stepdistill.baselines.language.corpus import Corpus
 from stepdistill.baselines.language.cross_entropy import CrossEntropy
 from stepdistill.baselines.language.flags import DecoderFlags
@@ -22,9 +24,10 @@ from stepdistill.baselines.language.prune import pruned
 from stepdistill.baselines.language.saved import save
 from stepdistill.baselines.language.students import make_student, without_dropout
 from stepdistill.baselines.language.table import Table
-from stepdistill.baselines.language.texts import Pair, joined, open_texts
+from stepdistill.baselines.language.texts import joined, open_texts
 from stepdistill.baselines.learner import learn
 from stepdistill.baselines.results import Results
+from stepdistill.errors import InputError
 from stepdistill.training.processes import world
 
 if TYPE_CHECKING:
@@ -69,6 +72,8 @@ class DecoderConfig(DecoderFlags):
     def run(self) -> Results:
         """Trains the teacher once, and a control and a student for each seed; the primary figure is held-out nll."""
         self.check()
+        if self.beside is not None and not self.beside.is_dir():
+            raise InputError(f"beside: got {self.beside}, which is no folder; allowed: another run's; run that first")
         device = world().device
         teacher, corpus, spent = self._prepare(device)
         table = Table(self, teacher, corpus, Results(self.NAME, "nll", False, self.held_out(corpus), note=measure.NOTE))
@@ -87,17 +92,19 @@ class DecoderConfig(DecoderFlags):
         texts = [open_texts(self.data, split, test=self.test) for split in ("train", "test")]
         teacher = open_decoder(self.teacher, joined(texts[0]), seed=self.seed)
         teacher.network.to(device)
-        corpus = self.open_corpus(*texts, teacher)
+        corpus, rows = self.open_corpus(*texts, teacher), teacher.network.config.vocab_size
         needed = max(self.block, 0 if corpus.text is None else self.windows["window"] + len(corpus.first))
         for network in (self.make_student(teacher, corpus, self.seeds[0]), teacher.network):
             check_length(network, needed, "block, window")
-        if not self.dry_run and any(isinstance(t, Pair) and t.completion is None for part in texts for t in part):
+        if any([lacks_completions(part, teacher) for part in texts]) and not self.dry_run:
             corpus = self.open_corpus(*self.answered(texts, teacher, self.shared.out), teacher)
         steps = self.teacher_steps if self.teacher in TINY else self.correction_steps
         if not steps:
             return teacher, corpus, None
         rate = self.teacher_learning_rate or self.learning_rate
-        part = self.shared.part("teacher", max_train_steps=steps, learning_rate=rate)
+        size = teacher.network.config.vocab_size  # a student with fewer rows has cut it: another teacher
+        name = "teacher" if size == rows else f"teacher-{size}"
+        part = self.shared.part(name, max_train_steps=steps, learning_rate=rate)
         return teacher, corpus, learn(CrossEntropy(), TeacherStudent(teacher.network), corpus.train, part)
 
     def _maker(self, teacher: Decoder, corpus: Corpus) -> Callable[[int], PreTrainedModel]:
@@ -117,4 +124,4 @@ class DecoderConfig(DecoderFlags):
             seconds = part.teach(table.teacher, network, table.corpus)
         table.add(role, name, network, seconds, seed)
         if not self.dry_run and PartialState().is_main_process:
-            save(network, table.teacher.tokenizer, part.out / "model")
+            refresh(part.out / "model", part.out, partial(save, network, table.teacher.tokenizer))

@@ -1,4 +1,4 @@
-"""Folders of trained models as transformers loads them, with their tokenizers; an existing folder is kept."""
+"""Folders of trained models as transformers loads them, with their tokenizers."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ HEAD = "head.safetensors"
 
 
 def save(
-    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path, *, head: nn.Linear | None = None
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path, head: nn.Linear | None = None
 ) -> None:
     """Saves a model; a classifier's head, which is no part of it, goes to a file of its own."""
-    if not target.is_dir():
-        with replacing(target) as folder:
-            network.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-            if head is not None:
-                save_file(head.state_dict(), folder / HEAD)
+    with replacing(target) as folder:
+        network.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if head is not None:
+            save_file(head.state_dict(), folder / HEAD)
 
 
 def save_classifier(

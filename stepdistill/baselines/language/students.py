@@ -51,6 +51,8 @@ def make_student(spec: str, teacher: Decoder, *, seed: int = 0) -> PreTrainedMod
         return copy_layers(teacher.network, _layers(details, count_layers(teacher.network)))
     if kind == "config":
         return from_config(teacher.network.config, details, seed=seed)
+    if spec in TINY:
+        raise InputError(f"student: got {spec}, which is a teacher only; allowed: layers:N, config:..., or a model")
     student = open_decoder(spec, seed=seed)
     match_vocabulary(teacher, student)
     return student.network

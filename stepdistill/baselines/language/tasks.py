@@ -16,7 +16,7 @@ import torch
 
 from stepdistill.baselines.language.labelled import Labelled
 from stepdistill.baselines.language.masked import surround
-from stepdistill.baselines.language.texts import held_apart, read_file, read_table
+from stepdistill.baselines.language.texts import check_unused, held_apart, read_file, read_table
 from stepdistill.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ def open_task(
     Raises:
         InputError: there is no such task, the training texts have one class, or held-out texts have others.
     """
+    if Path(spec).suffix != ".tsv":
+        check_unused("--task-test", test, f"--task {spec}")
     if spec == "avatars":
         train, held = (_captions(split, label) for split in ("train", "test"))
     elif Path(spec).suffix == ".tsv":

@@ -42,12 +42,15 @@ def open_texts(spec: str, split: str, *, test: str | None = None) -> list[str] |
     Raises:
         InputError: there is no such text, or it is empty.
     """
+    path, flag = Path(spec).expanduser(), "--data"
+    of_file = path.suffix in (".txt", ".jsonl")
+    if not of_file:
+        check_unused("--test", test, f"--data {spec}")
     if spec == "avatars":
         from stepdistill.data import avatars
 
         return avatars.load(split).captions
-    path, flag = Path(spec).expanduser(), "--data"
-    if path.suffix in (".txt", ".jsonl"):
+    if of_file:
         from_test_file = test is not None and split == "test"
         path, flag = (Path(test).expanduser(), "--test") if from_test_file else (path, flag)
         texts = read_file(path, partial(_parse, path), flag, KINDS)
@@ -61,6 +64,12 @@ def open_texts(spec: str, split: str, *, test: str | None = None) -> list[str] |
         got = path if flag == "--test" else spec
         raise InputError(f"{flag}: got {got}, whose {split} text is empty; allowed: {KINDS}")
     return texts
+
+
+def check_unused(flag: str, test: str | Path | None, source: str) -> None:
+    """Raises InputError if a held-out file is given for a source that has its own held-out part."""
+    if test is not None:
+        raise InputError(f"{flag}: got {test} with {source}, which has a held-out part; allowed: none; leave it out")
 
 
 def check_kinds(train: Sequence[str | Pair], test: Sequence[str | Pair]) -> None:
@@ -90,7 +99,7 @@ def read_file(path: Path, parse: Callable[[str], T], flag: str, allowed: str) ->
     """
     try:
         return parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:80]
         raise InputError(f"{flag}: got {path}, which cannot be read ({reason}); allowed: {allowed}") from error
 
@@ -109,6 +118,13 @@ def read_table(spec: str, split: str, flag: str, allowed: str):
     except Exception as error:  # the type depends on what is missing
         reason = " ".join(str(error).split())[:80]
         raise InputError(f"{flag}: got {spec}, which could not be loaded ({reason}); allowed: {allowed}") from error
+
+
+def encodable(text: str) -> str:
+    r"""Returns a text; raises ValueError if it has half of a surrogate pair, as "\ud800" in JSON, which no tokenizer
+    reads."""
+    text.encode("utf-8")
+    return text
 
 
 def held_apart(rows: list[T]) -> tuple[list[T], list[T]]:
@@ -135,6 +151,8 @@ def _row(row: dict) -> str | Pair:
     values = [row["prompt"], row.get("completion")] if has_prompt else [row["text"]]
     if strange := [value for value in values if not isinstance(value, str) and (value is not None or not has_prompt)]:
         raise TypeError(f"{json.dumps(strange[0])} is no text")
+    for value in values:
+        encodable(value or "")
     return Pair(*values) if has_prompt else values[0]
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from stepdistill.baselines.base import TeacherStudent
+from stepdistill.baselines.exports import refresh
 from stepdistill.baselines.language.encoder_run import EncoderConfig, Opened
 from stepdistill.baselines.language.encoders import MaskedLM, shape, smaller
 from stepdistill.baselines.language.labelled import Classifier, Classify, Labelled, classification_metrics
@@ -27,6 +29,9 @@ from stepdistill.baselines.results import Results, Role, Row, count_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+LAST = {"control": "task", "student": "answers"}  # the last training of each
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,9 @@ class TinyBertConfig(EncoderConfig):
             name, figures = shape(network.body), classification_metrics(network, held)
             results.rows.append(Row(role, name, figures, count_parameters(network), seconds, seed))
             if seed is not None and world().is_main_process:
-                save_classifier(network, tokenizer, task.classes, self.out / f"{role}-{seed}" / "model")
+                place = self.out / f"{role}-{seed}"
+                write = partial(save_classifier, network, tokenizer, task.classes)
+                refresh(place / "model", place / LAST[role], write)
 
         add("teacher", tutor, spent)
         for seed in self.seeds:

@@ -108,7 +108,7 @@ def pair_up(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, *, prompt
     counts = torch.zeros_like(attention)
     kept = len(begin(tokenizer))
     for row, pair in enumerate(pairs):
-        before = prompt_ids(tokenizer, pair.prompt) or [eos]
+        before = prompt_ids(tokenizer, pair.prompt)
         before = before[:kept] + before[kept + max(len(before) - prompt, 0) :]
         words = tokenizer(pair.completion, add_special_tokens=False).input_ids
         after = [*words, *([eos] * pair.ended)][:completion]

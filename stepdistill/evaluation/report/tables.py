@@ -133,8 +133,10 @@ def machines(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def cost_table(gained: Sequence[Gain]) -> Table:
     """Returns the cost of training, its gain at equal step count, and the gap to the teacher's largest step count."""
     other = beside(gained)
-    heads = [Head("training"), Head("steps"), Head("FD"), Head(other, "same steps"), Head("ratio", high=True),
-             Head(other, "most steps"), Head("gap", "95 % interval"), Head("verdict", text=True)]  # fmt: skip
+    heads = [
+        Head("training"), Head("steps"), Head("FD"), Head(other, "same steps"), Head("teacher / student", high=True),
+        Head(other, "most steps"), Head("gap", "95 % interval"), Head("verdict", text=True),
+    ]  # fmt: skip
     lines = []
     found = [cell for gain in gained for cell in (gain.cell, gain.last)]
     for gain in gained:
