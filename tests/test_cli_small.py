@@ -179,7 +179,9 @@ def test_a_student_is_fused_into_the_files_it_was_trained_from(tmp_path, run, mo
 
 def test_export_goes_beside_the_folder_where_no_place_is_given(run, capsys):
     assert main(["export", run, "--format", "kohya"]) == 0
-    assert capsys.readouterr().out.strip().endswith("export-kohya.safetensors")
+    out, err = capsys.readouterr()
+    assert out.strip().endswith("export-kohya.safetensors")
+    assert err.strip() == "use with: sampler LCM; CFG 1, as guidance is distilled in"
     assert "which is there already" in refused(capsys, "export", run, "--format", "kohya")
 
 

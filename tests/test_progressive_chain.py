@@ -144,7 +144,9 @@ def test_an_adapter_is_read_under_the_names_of_the_parameters(chains, tmp_path):
     assert len(stored) == len(models.trained["student"]) > 0
     for name, parameter in models.trained["student"].items():
         assert torch.equal(parameter, stored["unet." + name.replace(".default.", ".")])
-    with pytest.raises(InputError, match=r"lora: got .*, which holds neither pytorch_lora_weights.safetensors nor"):
+    with pytest.raises(
+        InputError, match=r"lora: got .*, which holds no .safetensors file; allowed: the folder of a run"
+    ):
         trained_weights(tmp_path)
 
 

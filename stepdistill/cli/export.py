@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -49,7 +50,7 @@ def main(config: Config) -> int:
         from stepdistill.export.kohya import save_kohya, usage
 
         print(save_kohya(folder, out))
-        print(usage(folder))
+        print(usage(folder), file=sys.stderr)
         return 0
     if config.format == "fused":
         from stepdistill.export.fused import save_fused
