@@ -115,13 +115,17 @@ def test_a_value_that_cannot_be_swept_is_refused_before_anything_is_trained(
         ("forward_kl", "batch_size=1,2", set()),
         ("hinton", "seeds=0,1", {"teacher", "control-0", "student-0"}),
         ("bk_sdm", "pictures=2,3", {"control-0", "student-0"}),
+        ("snapfusion", "learning_rate=1e-4,5e-5", {"blocks.json"}),
+        ("snapfusion", "cfg_probability=0.1,1", {"blocks.json", "control-0"}),
+        ("snapfusion", "saving=0.1,0.2", set()),
         ("bk_sdm", "size=small,tiny", set()),
     ],
 )
 def test_what_a_flag_does_not_change_is_linked_and_measurements_are_not(name, over, shared, tmp_path):
     config = dataclasses.replace(get(name).config(), out=tmp_path)
     first, second = variants(config, *parse_over(over, type(config))).values()
-    parts = {"control-0", "student-0"} | ({"teacher"} if name != "bk_sdm" else set())
+    more = {"bk_sdm": set(), "snapfusion": {"blocks.json"}}
+    parts = {"control-0", "student-0"} | more.get(name, {"teacher"})
     for place in (*parts, *config.DRAWN):
         (first.out / place).mkdir(parents=True)
     (first.out / "results.json").touch()

@@ -66,7 +66,9 @@ class SnapFusionConfig(ArchitectureConfig):
     SWEEP: ClassVar[tuple[str, tuple]] = ("cfg_probability", (0.0, 0.1, 0.5, 1.0))
     IRRELEVANT_FLAGS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "control": ("cfg_range", "cfg_probability", "original_weight", "balanced"),
-        "blocks": ("cfg_range", "cfg_probability", "original_weight", "balanced", "steps"),
+        "blocks": ("cfg_range", "cfg_probability", "original_weight", "balanced", "steps", "control_init",
+                   "caption_dropout", "max_train_steps", "batch_size", "learning_rate", "lr_scheduler", "lr_warmup",
+                   "weight_decay", "max_grad_norm"),
     }  # fmt: skip
 
     def check(self) -> None:
