@@ -92,6 +92,19 @@ def diffusion() -> list[str]:
     snap = Record("snapfusion")
     figures = [snap.one(role, "fd", ".1f") for role in ("student", "control", "teacher")]
     said.append("8 steps: FD {}, control {}, teacher at 16 steps {}".format(*figures))
+    for row in snap.rows:
+        if row["role"] in ("control", "student"):
+            figures = [interval(row, name, *how) for name, *how in MEASURED]
+            errors = f"{row['figures']['path_error']:.3f} | {row['figures']['step_error']:.4f}"
+            time = f"{row['figures']['latency_ms']:.1f} ms"
+            said.append(f"| {row['role']} | {time} | {' | '.join(figures)} | {errors} |")
+    tenth, always = json.loads((RECORDS / "snapfusion_sweep.json").read_text())["points"]
+    figures = (tenth["student"]["mean"], tenth["control"]["mean"])
+    errors = (tenth[role]["other_figures"]["step_error"] for role in ("student", "control"))
+    said.append("(FD {:.1f}, control {:.1f}; step error {:.4f} and {:.4f})".format(*figures, *errors))
+    own = always["student"]["other_figures"]
+    errors = f"path error to {own['path_error']:.3f} but FD to {always['student']['mean']:.1f}"
+    said.append(f"{errors} and the step error to {own['step_error']:.3f}")
     steps = [(f"fd_{n}",) for n in (1, 2, 4, 8)]
     for row in json.loads((RECORDS / "prune_then_steps.json").read_text())["rows"]:
         if row["role"] == "control":

@@ -56,7 +56,7 @@ class SnapFusionConfig(ArchitectureConfig):
     """gamma, the weight of the usual diffusion loss. It is the control's only loss, with weight 1."""
     balanced: bool = True
     """Scale that loss to the size of the distillation loss before weighting it."""
-    learning_rate: float = 1e-4
+    learning_rate: float = 5e-5
     """Peak learning rate: lower than if blocks that matter were removed."""
 
     QUICK: ClassVar[Mapping[str, object]] = {
