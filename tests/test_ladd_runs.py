@@ -153,7 +153,7 @@ def test_what_a_student_cannot_begin_with_is_named(tmp_path, pipelines, pictures
         LADDConfig(start=first, rank=2).check_teacher(load_teacher(pipelines["sd"]))
     with pytest.raises(InputError, match=r"start: got nowhere, which does not exist; allowed: .*; train it first"):
         LADDConfig(start=Path("nowhere"), rank=2).check_teacher(load_teacher(pipelines["sd"]))
-    with pytest.raises(InputError, match=r"lora: got .*, which holds neither"):
+    with pytest.raises(InputError, match=r"lora: got .*, which holds no .safetensors file"):
         LADDConfig(start=tmp_path, rank=2).check_teacher(load_teacher(pipelines["sd"]))
 
 

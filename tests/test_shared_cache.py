@@ -143,6 +143,7 @@ def test_launched_processes_share_stepdistill_cache(tmp_path, pipelines, monkeyp
         "build.SHARD = cache.SHARD = 1\nsys.exit(main(sys.argv[1:]))\n"
     )
     flags = ["cache", "--teacher", pipelines["sd"], "--data", str(tmp_path / "prompts.txt"), "--steps", "2"]
+    flags += ["--guidance", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, by in (("one", []), ("two", launcher)):
