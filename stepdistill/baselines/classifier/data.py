@@ -101,9 +101,8 @@ def _squares(pictures: Iterable[Picture], side: int | None, where: str) -> Tenso
     """
     found = [np.asarray(picture) if side is None else fitted(picture, (side, side)) for picture in pictures]
     if len(shapes := {p.shape[:2] for p in found}) > 1 or len(set(found[0].shape[:2])) > 1:
-        raise InputError(
-            f"--data: got pictures of {len(shapes)} shapes in {where}; allowed: squares of one size; give --resolution"
-        )
+        got = f"{len(shapes)} shapes" if len(shapes) > 1 else "{} x {} pixels".format(*next(iter(shapes)))
+        raise InputError(f"--data: got pictures of {got} in {where}; allowed: squares of one size; give --resolution")
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous()
 
 
