@@ -86,6 +86,11 @@ def encoders() -> list[str]:
     spans = [bert.span(role, "masked_nll", ".2f") for role in ("student", "control")]
     said = ["nats per masked token {}, control {}, teacher".format(*spans)]
     said += ["{}, {} and {} nats per masked token".format(*(f"{v:.3f}" for v in bert.values("student", "masked_nll")))]
+    light, heavy = json.loads((RECORDS / "distilbert_minilm_sweep.json").read_text())["points"]
+    pairs = [(p[role]["mean"], 100 * p[role]["other_figures"]["masked_accuracy"])
+             for p, role in ((light, "student"), (heavy, "student"), (heavy, "control"))]  # fmt: skip
+    said += ["seed 0 has {:.3f} nats and {:.1f} %, against {:.3f} and {:.1f} %".format(*pairs[0], *pairs[1])]
+    said += ["control {:.3f} and {:.1f} %)".format(*pairs[2])]
     spans = [tiny.span(role, "nll", ".2f") for role in ("student", "control")]
     said += ["nats per text {}, control {}, teacher {}".format(*spans, tiny.one("teacher", "nll", ".2f"))]
     spans = [r1.span(role, "accuracy", ".1f", 100) for role in ("student", "control")]
