@@ -74,6 +74,12 @@ def first_word(name: str) -> str:
     return re.split("[-./]", name)[0]
 
 
+def check_unused(flag: str, test: str | Path | None, source: str) -> None:
+    """Raises InputError if a held-out file is given for a source that has its own held-out part."""
+    if test is not None:
+        raise InputError(f"{flag}: got {test} with {source}, which has a held-out part; allowed: none; leave it out")
+
+
 class Data(Protocol):
     """Training samples: `batch(indices)` returns tensors by name, each (B, ...)."""
 

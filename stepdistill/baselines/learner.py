@@ -122,10 +122,7 @@ def learn(objective: Objective, models: TeacherStudent, data: Data | Callable[[]
     """
     config.check()
     done = folder.finished(config, Path(config.out) / "weights")
-    if done is None and ONLY_LOADING.get():
-        raise InputError(
-            f"baselines eval: got {config.out}, which is not trained to the end; allowed: a finished run; run it again"
-        )
+    check_may_train(config, done)
     if done is None:
         found = data() if callable(data) else data  # the teacher may have to generate it
         with halved(models.teacher, config.mixed_precision):
@@ -144,6 +141,14 @@ def learn(objective: Objective, models: TeacherStudent, data: Data | Callable[[]
     if config.dry_run:
         return 0.0
     return json.loads((Path(config.out) / "done.json").read_text())["seconds"]
+
+
+def check_may_train(config: LoopConfig, done: Path | None) -> None:
+    """Raises InputError if nothing may be trained, and what a run has made, `done`, is not there."""
+    if done is None and ONLY_LOADING.get():
+        raise InputError(
+            f"baselines eval: got {config.out}, which is not trained to the end; allowed: a finished run; run it again"
+        )
 
 
 def _check_not_fewer(config: LoopConfig) -> None:

@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from stepdistill import files
 from stepdistill.baselines.exports import refresh, updates
-from stepdistill.baselines.learner import ONLY_LOADING
+from stepdistill.baselines.learner import check_may_train
 from stepdistill.errors import InputError
 from stepdistill.export.fused import save_fused
 from stepdistill.training.config import TrainConfig
@@ -67,8 +67,7 @@ def fewer_steps(config: PruneThenStepsConfig, path: str, data: str, out: Path, s
     _check_same(Path(path), out)
     for name in CHAIN[config.distiller]:
         wanted = settings(config, name, path, data, out / name, lora, seed)
-        if ONLY_LOADING.get() and finished(wanted) is None:
-            raise InputError(f"baselines eval: got {wanted.out}, which is not trained to the end; run it again")
+        check_may_train(wanted, finished(wanted))
         lora = distil(wanted)
     state = PartialState()
     if state.is_main_process:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stepdistill.baselines.base import check_unused
 from stepdistill.data.sources import PICTURES, Picture, fitted, open_picture
 from stepdistill.draws import Draws
 from stepdistill.errors import InputError
@@ -77,8 +78,8 @@ def open_labelled(
     Raises:
         InputError: the data do not exist, or all images are of one class.
     """
-    if test is not None and spec in ("avatars", "cifar10"):
-        raise InputError(f"--test: got {test} with --data {spec}, which has its own; allowed: none; leave it out")
+    if spec in ("avatars", "cifar10"):
+        check_unused("--test", test, f"--data {spec}")
     if spec == "avatars":
         found = _avatars(split, label, resolution)
     elif spec == "cifar10":

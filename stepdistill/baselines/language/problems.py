@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from stepdistill.baselines.language.texts import check_unused, encodable, held_apart, read_file, read_table
+from stepdistill.baselines.base import check_unused
+from stepdistill.baselines.language.texts import encodable, held_apart, read_file, read_table
 from stepdistill.errors import InputError
 
 KINDS = "addition, a .jsonl file, or a datasets name (owner/name:config)"

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from stepdistill.baselines.base import check_unused
 from stepdistill.baselines.language.labelled import Labelled
 from stepdistill.baselines.language.masked import surround
-from stepdistill.baselines.language.texts import check_unused, held_apart, read_file, read_table
+from stepdistill.baselines.language.texts import held_apart, read_file, read_table
 from stepdistill.errors import InputError
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from stepdistill.baselines.base import check_unused
 from stepdistill.errors import InputError
 
 KINDS = "avatars, a .txt or .jsonl file, wikitext, or a datasets name (owner/name:config)"
@@ -64,12 +65,6 @@ def open_texts(spec: str, split: str, *, test: str | None = None) -> list[str] |
         got = path if flag == "--test" else spec
         raise InputError(f"{flag}: got {got}, whose {split} text is empty; allowed: {KINDS}")
     return texts
-
-
-def check_unused(flag: str, test: str | Path | None, source: str) -> None:
-    """Raises InputError if a held-out file is given for a source that has its own held-out part."""
-    if test is not None:
-        raise InputError(f"{flag}: got {test} with {source}, which has a held-out part; allowed: none; leave it out")
 
 
 def check_kinds(train: Sequence[str | Pair], test: Sequence[str | Pair]) -> None:
